@@ -1,0 +1,74 @@
+# `make demo` and `make test` need only Python, make and a package index. Each makes .venv if there
+# is none, installs the versions in constraints.txt, and runs.
+#
+#   make test PYTEST_ARGS="-k cache -x"     more arguments for pytest
+#   make test PYTHON=python3.12             another Python (for a new .venv)
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#                                           the CPU build of PyTorch: a far smaller download on Linux
+
+PYTHON      ?= python3
+JOBS        ?= 2
+OMP_THREADS ?= 1
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+PIP  := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+# A stamp is written only after its install has succeeded. It holds the path of this checkout: the
+# editable install points at that path, so a copied or moved .venv is installed again, as is one
+# whose Python has gone.
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+DEPS      := pyproject.toml constraints.txt
+stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "$(CURDIR)" ] || echo FORCE)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint clean venv FORCE
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(RUN_STAMP) ## Install, then run the demo
+	$(VENV)/bin/dllm-hf demo $(DEMO_ARGS)
+
+test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP) ## Check style with ruff
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean: ## Remove .venv, caches and build output
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.git -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+
+# The dev install is a superset of the plain one, so it writes both stamps.
+$(DEV_STAMP): $(DEPS) $(call stale,$(DEV_STAMP)) | venv
+	@rm -f $(RUN_STAMP) $(DEV_STAMP)
+	@echo "Installing dllm-hf and its test tools into $(VENV) (the first time downloads PyTorch: minutes)"
+	@$(PIP) -e '.[dev]'
+	@echo "$(CURDIR)" > $(RUN_STAMP)
+	@echo "$(CURDIR)" > $(DEV_STAMP)
+
+$(RUN_STAMP): $(DEPS) $(call stale,$(RUN_STAMP)) | venv
+	@rm -f $(RUN_STAMP) $(DEV_STAMP)
+	@echo "Installing dllm-hf into $(VENV) (the first time downloads PyTorch: minutes)"
+	@$(PIP) -e .
+	@echo "$(CURDIR)" > $(RUN_STAMP)
+
+# Makes .venv, or repairs one that was left half made; does nothing to one that works.
+venv:
+	@if $(PY) -c 'import pip' 2>/dev/null; then exit 0; fi; \
+	command -v $(PYTHON) >/dev/null || { \
+	  echo "error: '$(PYTHON)' is not there. Name a Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $$($(PYTHON) --version) is too old; dllm-hf needs 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' cannot make virtual environments (no venv or ensurepip)." >&2; \
+	  echo "       On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	echo "Making $(VENV) with $$($(PYTHON) --version)"; \
+	$(PYTHON) -m venv $(VENV)

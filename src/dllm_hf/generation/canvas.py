@@ -1,0 +1,175 @@
+"""The canvas: prompt and positions to fill, one row per sequence, left-aligned and without padding.
+
+Position = column, so position ids, the block grid and the key-value cache need no offsets, and a row knows nothing of
+the padding that its neighbours made necessary. The library's layout (left-padded prompt, then the new tokens) exists
+only at the two ends: [`Canvas.from_inputs`] and [`Canvas.to_sequences`].
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Window:
+    """The positions fed to one forward pass.
+
+    columns: `(batch, window)`, the columns of the canvas; `None` stands for the whole canvas.
+    keep: `(batch, block)`, the indices into the window at which the logits of the block's positions stand.
+    """
+
+    columns: torch.Tensor | None
+    keep: torch.Tensor
+
+
+@dataclass
+class Block:
+    """One block of every row; rows whose block is shorter, or that have none left, repeat their last column.
+
+    columns: `(batch, block)`.
+    valid: `(batch, block)` bool, False where a column only repeats.
+    starts, ends: `(batch,)`, first column and the one after the last.
+    spans: the same as (start, end) of each row, on the host.
+    masks: the masked positions that each row's block held before decoding began.
+    """
+
+    columns: torch.Tensor
+    valid: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+    spans: list[tuple[int, int]]
+    masks: list[int]
+
+
+class Canvas:
+    """Token rows of different lengths and the grid of blocks over them.
+
+    Attributes:
+        tokens: `(batch, width + 1)`. The last column is nobody's: a block's repeated columns are written there.
+        width: columns of the longest row.
+        prompt_lengths, ends: `(batch,)`. `ends` is the column after a row's last one. With the grid at position 0 the
+            last block is filled up to its end with masks, which `to_sequences` cuts off again.
+        key_mask: `(batch, width)` bool, the columns that exist in each row; `None` where every row has them all.
+        row_lengths: columns of each row that `to_sequences` shows.
+        given: `(batch, width)` bool, the tokens that came with the prompt.
+        blocks: the blocks that hold masks, in decoding order.
+    """
+
+    def __init__(self, tokens, prompt_lengths, ends, given, blocks, input_ids, padding, max_new_tokens, mask_token_id):
+        self.tokens, self.prompt_lengths, self.ends, self.given, self.blocks = tokens, prompt_lengths, ends, given, blocks
+        self.width = tokens.shape[1] - 1
+        self.mask_token_id = mask_token_id
+        self.key_mask = None
+        if int(ends.min()) < self.width:
+            self.key_mask = torch.arange(self.width, device=tokens.device) < ends[:, None]
+        self.row_lengths = (input_ids.shape[1] - padding + max_new_tokens).tolist()
+        self._input_ids = input_ids
+        # Column of the canvas that each column of the library's layout shows; negative in the padding.
+        columns = torch.arange(input_ids.shape[1] + max_new_tokens, device=tokens.device)
+        self._shown = columns - padding[:, None]
+
+    @classmethod
+    def from_inputs(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        max_new_tokens: int,
+        block_length: int | None,
+        block_grid: str,
+        mask_token_id: int,
+        fill_token_id: int,
+    ) -> "Canvas":
+        """Lay out prompts, masks and blocks.
+
+        Args:
+            input_ids: `(batch, prompt)`. Mask tokens in it are positions to fill.
+            attention_mask: `(batch, prompt)`, 0 on left padding.
+            max_new_tokens: masks to append to each row.
+            block_length: `None` puts all the masks of a row into one block.
+            block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
+            mask_token_id: the mask.
+            fill_token_id: any token, for columns beyond a row's end.
+        """
+        device = input_ids.device
+        batch, given_width = input_ids.shape
+        padding = torch.zeros(batch, dtype=torch.long, device=device)
+        if attention_mask is not None:
+            padding = (attention_mask == 0).sum(-1)
+        rows = [row[pad:] for row, pad in zip(input_ids.tolist(), padding.tolist(), strict=True)]
+        prompt_lengths = [len(row) for row in rows]
+        rows = [row + [mask_token_id] * max_new_tokens for row in rows]
+        spans = []
+        for row, prompt_length in zip(rows, prompt_lengths, strict=True):
+            cells = _grid_cells(row, prompt_length, block_length, block_grid, mask_token_id)
+            if cells:
+                # Only the grid at 0 has a last cell that reaches beyond the row: it is decoded whole.
+                row.extend([mask_token_id] * (cells[-1][1] - len(row)))
+            spans.append(cells)
+
+        width = max(len(row) for row in rows)
+        tokens = torch.tensor([row + [fill_token_id] * (width + 1 - len(row)) for row in rows], device=device)
+        ends = torch.tensor([len(row) for row in rows], device=device)
+        columns = torch.arange(width, device=device)
+        lengths = torch.tensor(prompt_lengths, device=device)
+        given = (tokens[:, :width] != mask_token_id) & (columns < lengths[:, None])
+        blocks = []
+        for index in range(max(len(cells) for cells in spans)):
+            now = [cells[index] if index < len(cells) else (0, 0) for cells in spans]
+            masks = [row[start:end].count(mask_token_id) for row, (start, end) in zip(rows, now, strict=True)]
+            blocks.append(_make_block(now, masks, device))
+        return cls(tokens, lengths, ends, given, blocks, input_ids, padding, max_new_tokens, mask_token_id)
+
+    def at(self, columns: torch.Tensor | None) -> torch.Tensor:
+        """The tokens at `columns`; `None` stands for the whole canvas."""
+        return self.tokens[:, : self.width] if columns is None else self.tokens.gather(1, columns)
+
+    def masked(self, block: Block) -> torch.Tensor:
+        """`(batch, block)` bool, the block's positions that are still masks."""
+        return (self.at(block.columns) == self.mask_token_id) & block.valid
+
+    def write(self, block: Block, tokens: torch.Tensor) -> None:
+        """Put `(batch, block)` tokens into a block."""
+        self.tokens.scatter_(1, torch.where(block.valid, block.columns, self.width), tokens)
+
+    def to_sequences(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """`(batch, prompt + max_new_tokens)` in the library's layout: the prompt as it was given, padding included,
+        then the new tokens."""
+        tokens = self.tokens if tokens is None else tokens
+        shown = tokens.gather(1, self._shown.clamp(min=0))
+        prompt = self._input_ids
+        shown[:, : prompt.shape[1]] = torch.where(self._shown[:, : prompt.shape[1]] < 0, prompt, shown[:, : prompt.shape[1]])
+        return shown
+
+    def from_sequences(self, sequences: torch.Tensor) -> None:
+        """Take over tokens that a hook changed, in the layout of [`Canvas.to_sequences`]."""
+        columns = torch.where(self._shown < 0, self.width, self._shown)
+        self.tokens.scatter_(1, columns, sequences)
+
+
+def _grid_cells(row, prompt_length, block_length, block_grid, mask_token_id) -> list[tuple[int, int]]:
+    """The grid's cells that hold masks, as (start, end)."""
+    if mask_token_id not in row:
+        return []
+    first = row.index(mask_token_id)
+    if block_length is None:
+        return [(first, len(row))]
+    anchor = 0 if block_grid == "zero" else prompt_length % block_length
+    # The cell that the first mask falls into; the one before the anchor may be cut short by the canvas' beginning.
+    start = anchor + (first - anchor) // block_length * block_length
+    cells = [(max(cell, 0), cell + block_length) for cell in range(start, len(row), block_length)]
+    if block_grid == "prompt":
+        cells = [(cell_start, min(cell_end, len(row))) for cell_start, cell_end in cells]
+    return [cell for cell in cells if mask_token_id in row[cell[0] : cell[1]]]
+
+
+def _make_block(spans: list[tuple[int, int]], masks: list[int], device: torch.device) -> Block:
+    starts, ends = torch.tensor(spans, device=device).unbind(1)
+    columns, valid = span_columns(starts, ends, max(end - start for start, end in spans))
+    return Block(columns, valid, starts, ends, spans, masks)
+
+
+def span_columns(starts: torch.Tensor, ends: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(batch, width)` columns from `starts` on. Those that would reach `ends` repeat the last column before it (and
+    those below 0 the first), so that a window never touches a column that is not its row's."""
+    columns = starts[:, None] + torch.arange(width, device=starts.device)
+    return torch.minimum(columns, ends[:, None] - 1).clamp(min=0), columns < ends[:, None]

@@ -1,0 +1,296 @@
+"""`DiffusionGenerationConfig`: every option of `diffusion_generate`, checked when it is set."""
+
+import copy
+import difflib
+import math
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from .remasking import STRATEGIES
+
+logger = logging.get_logger(__name__)
+
+CACHE_POLICIES = ("none", "prefix", "dual", "block")
+
+# The names that the original implementations use for the same things (LLaDA, Fast-dLLM, Dream, SDAR, BlockInfer).
+ALIASES = {
+    "gen_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "max_steps": "steps",
+    "remasking": "remasking_strategy",
+    "alg": "remasking_strategy",
+    "threshold": "confidence_threshold",
+    "dynamic_threshold": "confidence_threshold",
+    "eb_threshold": "entropy_bound",
+    "mask_id": "mask_token_id",
+    "temperature_": "temperature",
+    "topk": "top_k",
+    "topp": "top_p",
+}
+# LLaDA's switches name no tokens: the model's own special tokens are meant, so they are resolved when decoding starts.
+LLADA_SWITCHES = ("logits_eos_inf", "confidence_eos_eot_inf")
+
+# An option that only one strategy reads asks for that strategy where none is named.
+STRATEGY_OF_OPTION = {
+    "confidence_threshold": "low_confidence_dynamic",
+    "entropy_bound": "entropy_bounded",
+    "factor": "factor",
+}
+
+_METADATA = ("transformers_version", "_commit_hash", "_from_model_config", "_original_object_hash")
+# What users of the library's autoregressive `generate` reach for first, and what to use here.
+_REMEDIES = {
+    "use_cache": "choose a `cache_policy`",
+    "cache_implementation": "choose a `cache_policy`",
+    "num_beams": "a masked-diffusion model has no beam search; choose a `remasking_strategy`",
+    "min_new_tokens": "list the end-of-sequence token in `suppress_tokens`",
+    "min_length": "list the end-of-sequence token in `suppress_tokens`",
+    "block_size": "the option is called `block_length`",
+    "max_denoising_steps": "the option is called `denoising_steps` (per block) or `steps` (in all)",
+}
+
+
+def canonical_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Translate the originals' argument names, and name the strategy that a given option implies.
+
+    Fast-dLLM asks for parallel decoding with `remasking="low_confidence", threshold=0.9` (or `factor=`), so the
+    original name `low_confidence`, like no name at all, gives way to the strategy that reads the option.
+    """
+    canonical = {}
+    for name, value in options.items():
+        target = ALIASES.get(name, name)
+        if target in canonical and canonical[target] != value:
+            raise ValueError(f"`{name}={value!r}` contradicts `{target}={canonical[target]!r}`: give only one of them.")
+        canonical[target] = value
+    if canonical.get("remasking_strategy") in (None, "low_confidence"):
+        implied = [s for option, s in STRATEGY_OF_OPTION.items() if canonical.get(option) is not None]
+        if len(implied) > 1:
+            given = [option for option in STRATEGY_OF_OPTION if canonical.get(option) is not None]
+            raise ValueError(f"{given} belong to different strategies: name the `remasking_strategy` you want.")
+        if implied:
+            canonical["remasking_strategy"] = implied[0]
+    return canonical
+
+
+class DiffusionGenerationConfig(GenerationConfig):
+    """Options of [`DiffusionGenerationMixin.diffusion_generate`], stored in a repository's `generation_config.json`.
+
+    `None` means that the model's own default applies. The originals' names for the same options are accepted (see
+    `ALIASES`); anything unknown or impossible is a `ValueError` that names it.
+
+    Args:
+        max_new_tokens (`int`, defaults to 128): positions to fill after the prompt; 0 only fills masks in the prompt.
+        max_length (`int`): length of prompt and new tokens together; used where `max_new_tokens` is not given.
+        block_length (`int`): positions decoded together.
+        steps (`int`): denoising steps of the whole completion, spread evenly over its blocks.
+        denoising_steps (`int`): denoising steps of each block. Without either, a step transfers one token.
+        temperature (`float`, defaults to 0.0): 0 proposes the arg-max.
+        do_sample (`bool`): `False` means temperature 0; `True` where no temperature is set means temperature 1.
+        top_k (`int`), top_p (`float`): the library's warpers, applied after the temperature.
+        remasking_strategy (`str`): which proposals a step transfers, one of `STRATEGIES`.
+        confidence_threshold (`float` in (0, 1], defaults to 0.9): read by `low_confidence_dynamic`.
+        entropy_bound (`float`, defaults to 0.1): nats, read by `entropy_bounded`.
+        factor (`float`, defaults to 1.0): read by `factor`.
+        alg_temp (`float`): > 0 draws the quota from `softmax(confidence / alg_temp)` instead of taking the best.
+        eps (`float`, defaults to 1e-3): the last timestep of Dream's schedule.
+        cfg_scale (`float`, defaults to 0.0): classifier-free guidance; doubles the batch of every forward pass.
+        cache_policy (`str`): one of the model's `cache_policies`.
+        suppress_tokens (`list[int]`): never proposed.
+        confidence_suppress_tokens (`list[int]`): a position where one of them is proposed is transferred last.
+        num_return_sequences (`int`, defaults to 1): completions of each prompt.
+        output_history (`bool`): return the canvas after each step; implies `return_dict_in_generate`.
+        return_dict_in_generate (`bool`): return a [`DiffusionGenerateOutput`] instead of the sequences alone.
+        mask_token_id, pad_token_id, bos_token_id (`int`), eos_token_id (`int` or `list[int]`): special tokens.
+    """
+
+    DEFAULTS = {
+        "max_new_tokens": None,
+        "max_length": None,
+        "block_length": None,
+        "steps": None,
+        "denoising_steps": None,
+        "temperature": 0.0,
+        "do_sample": None,
+        "top_k": None,
+        "top_p": None,
+        "remasking_strategy": None,
+        "confidence_threshold": 0.9,
+        "entropy_bound": 0.1,
+        "factor": 1.0,
+        "alg_temp": None,
+        "eps": 1e-3,
+        "cfg_scale": 0.0,
+        "cache_policy": None,
+        "suppress_tokens": None,
+        "confidence_suppress_tokens": None,
+        "logits_eos_inf": False,
+        "confidence_eos_eot_inf": False,
+        "num_return_sequences": 1,
+        "output_history": False,
+        "return_dict_in_generate": False,
+        "mask_token_id": None,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+    def __init__(self, **kwargs):
+        # Not `super().__init__`: the parent's seventy attributes are options that nothing here would read.
+        for name in _METADATA:
+            setattr(self, name, kwargs.pop(name, None))
+        options = canonical_options(kwargs)
+        for name in options:
+            if name not in self.DEFAULTS:
+                raise ValueError(_unknown_option(name, self.DEFAULTS))
+        for name, default in self.DEFAULTS.items():
+            value = options.get(name)
+            setattr(self, name, copy.copy(default if value is None else value))
+        self.validate()
+
+    def updated(self, **kwargs) -> "DiffusionGenerationConfig":
+        """A copy of this configuration in which `kwargs` (the originals' names included) replace what they name."""
+        options = canonical_options(kwargs)
+        merged = {name: getattr(self, name) for name in self.DEFAULTS}
+        # A length, a number of steps or a strategy given now replaces whichever form of it was stored.
+        for one, other in (("max_new_tokens", "max_length"), ("steps", "denoising_steps")):
+            for given, stored in ((one, other), (other, one)):
+                if options.get(given) is not None and options.get(stored) is None:
+                    merged[stored] = None
+        if options.get("do_sample") is True and options.get("temperature") == 0:
+            raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
+        if options.get("temperature") and options.get("do_sample") is None:
+            merged["do_sample"] = None
+        # The strategy goes last: `canonical_options` would otherwise infer one from the stored thresholds.
+        strategy = options.pop("remasking_strategy", None) or merged.pop("remasking_strategy")
+        merged.update({name: value for name, value in options.items() if value is not None})
+        merged["remasking_strategy"] = strategy or "default"
+        config = type(self)(**merged)
+        if strategy is None:
+            config.remasking_strategy = None
+        return config
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature that decoding uses, `do_sample` taken into account."""
+        if self.do_sample is False:
+            return 0.0
+        return 1.0 if self.do_sample and not self.temperature else float(self.temperature)
+
+    def validate(self, **unused):
+        """Raises a `ValueError` that names the first impossible value. Called by the library on saving as well."""
+        _check(self, "max_new_tokens", int, lambda v: v >= 0, "an integer of at least 0")
+        for name in ("max_length", "block_length", "steps", "denoising_steps", "num_return_sequences"):
+            _check(self, name, int, lambda v: v >= 1, "an integer of at least 1")
+        _check(self, "top_k", int, lambda v: v >= 0, "an integer of at least 0 (0 turns it off)")
+        for name in ("temperature", "cfg_scale", "alg_temp"):
+            _check(self, name, float, lambda v: v >= 0, "a number of at least 0")
+        for name in ("entropy_bound", "factor"):
+            _check(self, name, float, lambda v: v > 0, "a number above 0")
+        for name in ("confidence_threshold", "top_p"):
+            _check(self, name, float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
+        _check(self, "eps", float, lambda v: 0 < v < 1, "a number between 0 and 1")
+        for name in ("do_sample", "output_history", "return_dict_in_generate", *LLADA_SWITCHES):
+            _check(self, name, bool, lambda v: True, "True or False")
+        for name in ("mask_token_id", "pad_token_id", "bos_token_id"):
+            _check(self, name, int, lambda v: v >= 0, "a token id")
+        for name in ("eos_token_id", "suppress_tokens", "confidence_suppress_tokens"):
+            for token in as_token_list(getattr(self, name)):
+                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                    raise ValueError(f"`{name}` must be a token id or a list of token ids, but holds {token!r}.")
+        if self.steps is not None and self.denoising_steps is not None:
+            raise ValueError(
+                f"`steps={self.steps}` (for the whole completion) and `denoising_steps={self.denoising_steps}` "
+                "(for each block) exclude each other: give one of them."
+            )
+        strategies = (None, "default", *STRATEGIES)
+        if self.remasking_strategy not in strategies:
+            raise ValueError(
+                f"`remasking_strategy={self.remasking_strategy!r}` is unknown"
+                f"{_did_you_mean(self.remasking_strategy, STRATEGIES)}: choose one of {', '.join(STRATEGIES)}."
+            )
+        if self.cache_policy is not None and self.cache_policy not in CACHE_POLICIES:
+            raise ValueError(
+                f"`cache_policy={self.cache_policy!r}` is unknown{_did_you_mean(self.cache_policy, CACHE_POLICIES)}: "
+                f"choose one of {', '.join(CACHE_POLICIES)} that the model offers in `cache_policies`."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "DiffusionGenerationConfig":
+        """Read a `generation_config.json`. Options of the library's that have no meaning here are dropped, with a
+        warning where they were set to something other than the library's default, so that published files load."""
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        for name in ("_from_auto", "_from_pipeline"):
+            kwargs.pop(name, None)
+        known = {*cls.DEFAULTS, *ALIASES, *_METADATA}
+        library = GenerationConfig().to_dict()
+        options = {}
+        for name, value in config_dict.items():
+            if name in known or name not in library:
+                options[name] = value
+            elif value is not None and value != library[name]:
+                logger.warning_once(f"`{name}={value!r}` in the generation config has no meaning here and is ignored.")
+        unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
+        config = cls(**{**options, **kwargs})
+        return (config, unused) if return_unused else config
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "DiffusionGenerationConfig":
+        """The special tokens of a model's configuration; everything else at its default."""
+        values = model_config if isinstance(model_config, dict) else model_config.to_dict()
+        names = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+        return cls(_from_model_config=True, **{name: values.get(name) for name in names})
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs) -> dict[str, Any]:
+        """Set the attributes that `kwargs` name and return the rest, as the library's method does."""
+        unused = {}
+        for name, value in kwargs.items():
+            if name not in self.DEFAULTS:
+                unused[name] = value
+            elif not defaults_only or getattr(self, name) is None:
+                setattr(self, name, value)
+        self.validate()
+        return unused
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults: the content of `generation_config.json`."""
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if value is not None and (name not in self.DEFAULTS or value != self.DEFAULTS[name])
+        }
+
+    def get_generation_mode(self, *args, **kwargs):
+        raise ValueError("A masked-diffusion model has one way to decode: there is no generation mode to choose.")
+
+
+def as_token_list(tokens: int | list[int] | None) -> list[int]:
+    """`eos_token_id` and its like may be one id, several, or none."""
+    if tokens is None:
+        return []
+    return list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
+
+
+def _check(config, name, kind, holds, expected):
+    value = getattr(config, name)
+    if value is None:
+        return
+    kinds = (int, float) if kind is float else kind
+    fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    if not fits or not holds(value) or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"`{name}` must be {expected}, but is {value!r}.")
+
+
+def _did_you_mean(name: Any, known) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _unknown_option(name: str, known) -> str:
+    if name in _REMEDIES:
+        return f"`{name}` is not an option of `diffusion_generate`: {_REMEDIES[name]}."
+    return (
+        f"`{name}` is not an option of `diffusion_generate`{_did_you_mean(name, [*known, *ALIASES])}. "
+        f"The options are {', '.join(known)}."
+    )

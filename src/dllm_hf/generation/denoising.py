@@ -1,0 +1,272 @@
+"""The one denoising loop: block after block, step after step, for every model and every cache policy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from .cache import CachePolicy
+from .canvas import Block, Canvas, Window
+from .configuration import DiffusionGenerationConfig, as_token_list
+from .remasking import STRATEGIES, bernoulli_plan, bernoulli_quotas, select, transfer_quotas
+from .sampling import Generators, confidence, gumbel_noise, make_warpers, process, propose, uniform_noise
+
+
+@dataclass
+class Hooks:
+    """What the caller runs between the steps.
+
+    tokens: `(step, sequences, logits) -> sequences`, Dream's `generation_tokens_hook_func`. Called with `None, ..., None`
+        before the first step; logits are `None` as well where a step needed no forward pass.
+    logits: `(step, sequences, logits) -> logits`, Dream's `generation_logits_hook_func`; logits are those of the block,
+        `(batch, block, vocab)`.
+    processors: see `(rows, vocab)`, a row for each position of the block.
+    criteria: asked after each block; rows for which they hold end there.
+    """
+
+    tokens: Callable | None = None
+    logits: Callable | None = None
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+
+
+class Denoiser:
+    """Fills the masks of a canvas.
+
+    Args:
+        forward: `Window -> (batch, block, vocab)`, one forward pass over a window of the canvas.
+        canvas: what is decoded, in place.
+        policy: what each step feeds.
+        config: resolved: `mask_token_id`, `pad_token_id` and `remasking_strategy` are set.
+        confidence_source: `"raw"` reads confidence from the logits before the warpers, `"processed"` after them.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Window], torch.Tensor],
+        canvas: Canvas,
+        policy: CachePolicy,
+        config: DiffusionGenerationConfig,
+        confidence_source: str,
+        hooks: Hooks,
+        generator: Generators = None,
+        streamer: Any = None,
+    ):
+        self.forward, self.canvas, self.policy, self.config, self.hooks = forward, canvas, policy, config, hooks
+        self.strategy = STRATEGIES[config.remasking_strategy]
+        self.temperature = config.sampling_temperature
+        self.warpers = make_warpers(self.temperature, config.top_k, config.top_p)
+        self.reads_raw_logits = confidence_source == "raw" or not self.warpers
+        self.generator = generator
+        self.stream = Stream(streamer, canvas) if streamer is not None else None
+        device, batch = canvas.tokens.device, canvas.tokens.shape[0]
+        self.end_tokens = _token_tensor(config.eos_token_id, device)
+        self.suppressed = _token_tensor(config.suppress_tokens, device)
+        self.confidence_suppressed = _token_tensor(config.confidence_suppress_tokens, device)
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.rows_running = [True] * batch  # the host's copy of ~ended, as old as the last block
+        self.step = 0
+        self.num_forward_passes = 0
+        self.row_forward_passes = torch.zeros(batch, dtype=torch.long, device=device)
+        self.row_transfers = torch.zeros(batch, dtype=torch.long, device=device)
+        self.history: list[torch.Tensor] | None = [] if config.output_history else None
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Decode every block. Afterwards the canvas holds no mask."""
+        canvas, blocks = self.canvas, self.canvas.blocks
+        if self.hooks.tokens is not None:
+            canvas.from_sequences(self.hooks.tokens(None, canvas.to_sequences(), None))
+        if self.stream:
+            self.stream.confirm(None)
+        steps = self._steps_of_blocks(blocks)
+        for index, block in enumerate(blocks):
+            if not any(running and masks for running, masks in zip(self.rows_running, block.masks, strict=True)):
+                continue
+            self._decode_block(block, [row[index] for row in steps])
+            self._finish_block(block)
+            if self.stream:
+                self.stream.confirm(None if self.rows_running[0] else self.end_tokens)
+            if not any(self.rows_running):
+                break
+        self._pad_after_end()
+        if self.stream:
+            self.stream.end()
+
+    def _steps_of_blocks(self, blocks: list[Block]) -> list[list[int | None]]:
+        """The denoising steps of each row's blocks: `steps` are spread over them, the remainder on the first."""
+        rows = []
+        for row in range(self.canvas.tokens.shape[0]):
+            count = sum(block.masks[row] > 0 for block in blocks)
+            if self.config.steps is None:
+                rows.append([self.config.denoising_steps] * len(blocks))
+            else:
+                each, rest = divmod(self.config.steps, max(count, 1))
+                rows.append([max(each + (index < rest), 1) for index in range(len(blocks))])
+        return rows
+
+    def _decode_block(self, block: Block, steps: list[int | None]) -> None:
+        strategy, canvas = self.strategy, self.canvas
+        masks = [masks if running else 0 for running, masks in zip(self.rows_running, block.masks, strict=True)]
+        masked = canvas.masked(block) & ~self.ended[:, None]
+        plan = None
+        if strategy.selection == "bernoulli":
+            # Without a number of steps: as many as there are masks, so that one token a step is expected.
+            steps = [count or 1 if number is None else number for number, count in zip(steps, masks, strict=True)]
+            noise = uniform_noise(block.columns.shape, masked.device, self._generators(masked))
+            plan = bernoulli_plan(noise, steps, self.config.eps)
+            quotas = bernoulli_quotas(plan, masked)
+        else:
+            quotas = transfer_quotas(masks, steps, strategy, self.config.eps)
+        needs_forward = quotas.any(0).tolist()
+        # Where the logits or a hook decide how much is transferred, only the canvas knows what is left.
+        looks_at_canvas = strategy.is_adaptive or self.hooks.tokens is not None
+        quotas = quotas.to(masked.device)
+
+        window, next_window = self.policy.first_window(block), None
+        for index, wanted in enumerate(needs_forward):
+            logits = None
+            if wanted:
+                masked = canvas.masked(block) & ~self.ended[:, None]
+                if looks_at_canvas and not bool(masked.any()):
+                    break
+                transferable = masked if plan is None else masked & (plan <= index)
+                logits = self._denoise(block, window, masked, transferable, quotas[:, index])
+                window = next_window = next_window or self.policy.next_window(block)
+            self._after_step(block, logits)
+        if self.hooks.tokens is not None:
+            # A hook may have put masks back that the schedule has no step left for.
+            masked = canvas.masked(block) & ~self.ended[:, None]
+            if bool(masked.any()):
+                self._denoise(block, window, masked, masked, masked.sum(-1))
+
+    def _denoise(self, block: Block, window: Window, masked, transferable, quota) -> torch.Tensor:
+        """One forward pass and the transfer of what it proposes. Returns the logits, `(batch, block, vocab)`.
+
+        masked, transferable: `(batch, block)` bool, what is still a mask, and what of it this step may transfer.
+        quota: `(batch,)`.
+        """
+        config, canvas = self.config, self.canvas
+        logits = self.forward(window)
+        if self.hooks.logits is not None:
+            logits = self.hooks.logits(self.step, canvas.to_sequences(), logits)
+        if self.hooks.processors:
+            logits = process(self.hooks.processors, canvas.to_sequences(), logits)
+        if self.suppressed is not None:
+            logits[..., self.suppressed] = -torch.inf
+        processed = logits
+        if self.warpers:
+            # The warpers count and rank tokens: the mask must not be among them.
+            processed = logits.clone()
+            processed[..., config.mask_token_id] = -torch.inf
+            processed = process(self.warpers, None, processed)
+        generator = self._generators(masked)
+        proposals = propose(processed, config.mask_token_id, self.temperature, generator)
+        scores = confidence(
+            self.strategy.confidence,
+            logits if self.reads_raw_logits else processed,
+            proposals,
+            config.mask_token_id,
+            generator,
+        )
+        if self.confidence_suppressed is not None:
+            unwanted = torch.isin(proposals, self.confidence_suppressed)
+            scores = scores.masked_fill(unwanted, torch.finfo(torch.float32).min)
+        if self.strategy.selection == "bernoulli":
+            transfer = transferable
+        else:
+            noise = gumbel_noise(scores.shape, scores.device, generator).float() if config.alg_temp else None
+            transfer = select(
+                self.strategy,
+                scores,
+                transferable,
+                quota,
+                threshold=config.confidence_threshold,
+                entropy_bound=config.entropy_bound,
+                factor=config.factor,
+                gumbel=noise,
+                alg_temp=config.alg_temp or 0.0,
+            )
+        canvas.write(block, torch.where(transfer, proposals, canvas.at(block.columns)))
+        transferred = transfer.sum(-1)
+        self.num_forward_passes += 1
+        self.row_forward_passes += transferred > 0
+        self.row_transfers += transferred
+        return logits
+
+    def _after_step(self, block: Block, logits: torch.Tensor | None) -> None:
+        if self.hooks.tokens is not None:
+            self.canvas.from_sequences(self.hooks.tokens(self.step, self.canvas.to_sequences(), logits))
+        if self.history is not None:
+            self.history.append(self.canvas.to_sequences())
+        if self.stream and logits is not None:
+            self.stream.draft(block)
+        self.step += 1
+
+    def _finish_block(self, block: Block) -> None:
+        """End the rows whose block holds an end-of-sequence token after the prompt, or that a criterion ends."""
+        canvas = self.canvas
+        if self.end_tokens is not None:
+            self.ended |= (self._is_end(canvas.at(block.columns), block.columns) & block.valid).any(-1)
+        if self.hooks.criteria:
+            sequences = canvas.to_sequences()
+            # What a criterion reads is final in every row: it stops before the first mask that is left.
+            undecided = ((sequences == self.config.mask_token_id) & ~self.ended[:, None]).any(0)
+            finished = sequences[:, : int((undecided.cumsum(0) == 0).sum())]
+            self.ended |= self.hooks.criteria(finished, None, new_token_length=block.columns.shape[1])
+        if self.end_tokens is not None or self.hooks.criteria:
+            self.rows_running = (~self.ended).tolist()
+
+    def _is_end(self, tokens: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return torch.isin(tokens, self.end_tokens) & (columns >= self.canvas.prompt_lengths[:, None])
+
+    def _pad_after_end(self) -> None:
+        """Replace what follows a row's first end-of-sequence token, and what an ended row never decoded."""
+        canvas, tokens = self.canvas, self.canvas.tokens
+        after = (tokens == self.config.mask_token_id) & self.ended[:, None]
+        if self.end_tokens is not None:
+            columns = torch.arange(tokens.shape[1], device=tokens.device)
+            is_end = self._is_end(tokens, columns)
+            after |= is_end.cumsum(-1) - is_end.long() > 0
+        canvas.tokens = tokens.masked_fill(after, self.config.pad_token_id)
+
+    def _generators(self, masked: torch.Tensor) -> Generators:
+        """With a generator for each row, those of rows that have nothing to decode now stay untouched."""
+        if not isinstance(self.generator, (list, tuple)):
+            return self.generator
+        return [g if busy else None for g, busy in zip(self.generator, masked.any(-1).tolist(), strict=True)]
+
+
+class Stream:
+    """Feeds a streamer: drafts of a block while it settles (where the streamer takes drafts), then the tokens that are
+    final, from left to right, as far as no mask stands before them."""
+
+    def __init__(self, streamer: Any, canvas: Canvas):
+        self.streamer, self.canvas = streamer, canvas
+        self.column = 0
+
+    def draft(self, block: Block) -> None:
+        """Show the tokens from the last final one up to the block's end."""
+        if hasattr(self.streamer, "put_draft"):
+            end = min(block.spans[0][1], self.canvas.row_lengths[0])
+            self.streamer.put_draft(self.canvas.tokens[0, self.column : end].cpu())
+
+    def confirm(self, end_tokens: torch.Tensor | None) -> None:
+        """Pass on what has become final. `end_tokens`: the row has ended, at the first of these after the prompt."""
+        row = self.canvas.tokens[0, : self.canvas.row_lengths[0]].tolist()
+        limit = row.index(self.canvas.mask_token_id) if self.canvas.mask_token_id in row else len(row)
+        if end_tokens is not None:
+            prompt, ends = int(self.canvas.prompt_lengths[0]), set(end_tokens.tolist())
+            limit = min([limit, *(column + 1 for column in range(prompt, len(row)) if row[column] in ends)])
+        self.streamer.put(torch.tensor(row[self.column : limit]))
+        self.column = limit
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def _token_tensor(tokens, device) -> torch.Tensor | None:
+    tokens = as_token_list(tokens)
+    return torch.tensor(tokens, device=device) if tokens else None

@@ -1,0 +1,333 @@
+"""`DiffusionGenerationMixin`: `diffusion_generate` and `generate` for masked-diffusion models."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.utils import ModelOutput, logging
+
+from .cache import POLICIES, CanvasCache
+from .canvas import Canvas, Window
+from .configuration import DiffusionGenerationConfig, as_token_list
+from .denoising import Denoiser, Hooks
+from .sampling import Generators, guide
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_MAX_NEW_TOKENS = 128
+
+
+@dataclass
+class DiffusionGenerateOutput(ModelOutput):
+    """What `diffusion_generate(..., return_dict_in_generate=True)` returns.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, prompt + new tokens)`): the prompt as it was given, the new
+            tokens, `pad_token_id` after the end of sequence.
+        history (`tuple[torch.LongTensor]`): the sequences after each step; with `output_history=True`.
+        num_forward_passes (`int`): forward passes of the call (NFE).
+        tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): tokens that the row received, divided by the
+            forward passes that gave it any.
+        past_key_values (`Cache`): the cache, where the policy keeps one that a later call can use.
+    """
+
+    sequences: torch.LongTensor | None = None
+    history: tuple[torch.LongTensor, ...] | None = None
+    num_forward_passes: int | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+
+
+class DiffusionGenerationMixin(GenerationMixin):
+    """Decoding for masked-diffusion language models. Goes before `PreTrainedModel` in a class's bases.
+
+    The class attributes are what the loop asks of a model; it knows nothing else of the architecture.
+
+    Attributes:
+        logits_shift: the logits of position i stand at position i - `logits_shift`.
+        block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
+        cache_policies: the policies that the model can decode with, the default first.
+        default_block_length: positions decoded together; `None` decodes all masks as one block.
+        default_remasking_strategy: used where neither call nor `generation_config.json` names one.
+        confidence_source: `"raw"` reads confidence from the logits as the model gave them, `"processed"` after
+            temperature, top-k and top-p.
+    """
+
+    generation_config_class = DiffusionGenerationConfig
+    logits_shift: int = 0
+    block_grid: str = "prompt"
+    cache_policies: tuple[str, ...] = ("none",)
+    default_block_length: int | None = 32
+    default_remasking_strategy: str = "low_confidence_static"
+    confidence_source: str = "processed"
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> DiffusionGenerateOutput | torch.LongTensor:
+        """[`~DiffusionGenerationMixin.diffusion_generate`], under the name that the library's tools call."""
+        return self.diffusion_generate(inputs, **kwargs)
+
+    @torch.no_grad()
+    def diffusion_generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: DiffusionGenerationConfig | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generator: Generators = None,
+        streamer=None,
+        generation_tokens_hook_func: Callable | None = None,
+        generation_logits_hook_func: Callable | None = None,
+        **kwargs,
+    ) -> DiffusionGenerateOutput | torch.LongTensor:
+        """Continue prompts, and fill the masks in them, by denoising block after block.
+
+        Args:
+            inputs or input_ids: `(batch, prompt)`, left-padded. Mask tokens in it are positions to fill.
+            generation_config: replaces the model's own; `kwargs` replace single options of either.
+            attention_mask: `(batch, prompt)`, 0 on the padding.
+            logits_processor: the library's processors; each position of a block is a row to them, and they see the
+                whole sequence, masks included.
+            stopping_criteria: asked after each block; a row for which they hold ends there.
+            generator: for reproducible sampling, or a list with one for each row, which makes a row's draws
+                independent of the rows beside it.
+            streamer: `TextDiffusionStreamer`, or any other of the library's; for a batch of one.
+            generation_tokens_hook_func, generation_logits_hook_func: `(step, sequences, logits)`, run at each step;
+                they return the sequences, or the logits of the block, `(batch, block, vocab)`.
+            kwargs: options of [`DiffusionGenerationConfig`], or the originals' names for them.
+
+        Returns:
+            `(batch, prompt + max_new_tokens)` token ids, or a [`DiffusionGenerateOutput`] with
+            `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: names the argument that is wrong and what to do, before any forward pass.
+        """
+        if (inputs is None) == (input_ids is None):
+            raise ValueError("Give the prompt once, as `input_ids` (a `(1, 0)` tensor starts from nothing).")
+        input_ids = inputs if input_ids is None else input_ids
+        config = self._prepare_diffusion_config(generation_config, kwargs)
+        input_ids, attention_mask = _check_inputs(input_ids, attention_mask, self.config.vocab_size)
+        new_tokens = _new_tokens(config, input_ids, config.mask_token_id)
+        if config.num_return_sequences > 1:
+            input_ids = input_ids.repeat_interleave(config.num_return_sequences, dim=0)
+            if attention_mask is not None:
+                attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0)
+        _check_batch(len(input_ids), generator, streamer)
+
+        canvas = Canvas.from_inputs(
+            input_ids.to(self.device),
+            None if attention_mask is None else attention_mask.to(self.device),
+            new_tokens,
+            config.block_length or self.default_block_length,
+            self.block_grid,
+            config.mask_token_id,
+            config.pad_token_id,
+        )
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if positions is not None and canvas.width > positions:
+            raise ValueError(
+                f"The canvas of {canvas.width} positions is longer than the {positions} positions of the model: "
+                f"reduce `max_new_tokens={new_tokens}` or shorten the prompt."
+            )
+        denoiser = Denoiser(
+            self._make_forward(canvas, config),
+            canvas,
+            POLICIES[config.cache_policy](canvas, self.logits_shift),
+            config,
+            self.confidence_source,
+            Hooks(
+                generation_tokens_hook_func,
+                generation_logits_hook_func,
+                logits_processor or LogitsProcessorList(),
+                stopping_criteria or StoppingCriteriaList(),
+            ),
+            generator,
+            streamer,
+        )
+        with self._inference_mode(ragged_windows=config.cache_policy != "none" and canvas.key_mask is not None):
+            denoiser.run()
+        sequences = canvas.to_sequences()
+        if not (config.return_dict_in_generate or config.output_history):
+            return sequences
+        return DiffusionGenerateOutput(
+            sequences=sequences,
+            history=None if denoiser.history is None else tuple(denoiser.history),
+            num_forward_passes=denoiser.num_forward_passes,
+            tokens_per_forward=denoiser.row_transfers / denoiser.row_forward_passes.clamp(min=1),
+        )
+
+    def _prepare_diffusion_config(self, generation_config, kwargs) -> DiffusionGenerationConfig:
+        """Merge call, given configuration and the model's, fill in the model's defaults, and check the result."""
+        base = self.generation_config if generation_config is None else generation_config
+        if not hasattr(base, "updated"):
+            base = self.generation_config_class.from_dict(base.to_dict())
+        config = base.updated(**kwargs)
+        own = self.generation_config_class.from_model_config(self.config)
+        for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(own, name))
+        ends = as_token_list(config.eos_token_id)
+        if config.mask_token_id is None:
+            raise ValueError("The model's configuration has no `mask_token_id`: pass it, or set it in the config.")
+        if config.mask_token_id in ends:
+            raise ValueError(f"`mask_token_id={config.mask_token_id}` is also an `eos_token_id`: one of them is wrong.")
+        if config.pad_token_id is None:
+            config.pad_token_id = ends[0] if ends else 0
+        for name in ("mask_token_id", "pad_token_id", "eos_token_id", "suppress_tokens", "confidence_suppress_tokens"):
+            for token in as_token_list(getattr(config, name)):
+                if token >= self.config.vocab_size:
+                    raise ValueError(
+                        f"`{name}` holds {token}, but the vocabulary has {self.config.vocab_size} tokens: "
+                        "check the special tokens of the model's configuration."
+                    )
+        turn_end = as_token_list(getattr(self.config, "eot_token_id", None))
+        for switch, option, tokens in (
+            ("logits_eos_inf", "suppress_tokens", ends),
+            ("confidence_eos_eot_inf", "confidence_suppress_tokens", ends + turn_end),
+        ):
+            if getattr(config, switch):
+                if not tokens:
+                    raise ValueError(f"`{switch}=True` needs an `eos_token_id`, and neither call nor config has one.")
+                setattr(config, option, [*as_token_list(getattr(config, option)), *tokens])
+        config.remasking_strategy = config.remasking_strategy or self.default_remasking_strategy
+        config.cache_policy = config.cache_policy or self.cache_policies[0]
+        if config.cache_policy not in self.cache_policies:
+            raise ValueError(
+                f"`cache_policy={config.cache_policy!r}` is not possible with {type(self).__name__}: "
+                f"choose one of {', '.join(self.cache_policies)}."
+            )
+        return config
+
+    def _make_forward(self, canvas: Canvas, config: DiffusionGenerationConfig) -> Callable[[Window], torch.Tensor]:
+        """One forward pass over a window: `Window -> (batch, block, vocab)`."""
+        guided = config.cfg_scale > 0
+        repeats = 2 if guided else 1
+        cache = None
+        if config.cache_policy != "none":
+            cache = CanvasCache(self.config.num_hidden_layers, canvas.width)
+        key_mask = None if canvas.key_mask is None else canvas.key_mask.repeat(repeats, 1)
+        every_column = torch.arange(canvas.width, device=canvas.tokens.device).expand(len(canvas.tokens), -1)
+        prompt = canvas.given
+
+        def forward(window: Window) -> torch.Tensor:
+            tokens = canvas.at(window.columns)
+            if guided:
+                is_prompt = prompt if window.columns is None else prompt.gather(1, window.columns)
+                tokens = torch.cat([tokens, torch.where(is_prompt, config.mask_token_id, tokens)])
+            columns = every_column if window.columns is None else window.columns
+            if cache is not None:
+                cache.place(None if window.columns is None else columns.repeat(repeats, 1))
+            logits = self(
+                input_ids=tokens,
+                attention_mask=key_mask,
+                position_ids=columns.repeat(repeats, 1),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=window.keep.repeat(repeats, 1),
+            ).logits
+            return guide(logits, config.cfg_scale) if guided else logits
+
+        return forward
+
+    @contextmanager
+    def _inference_mode(self, ragged_windows: bool):
+        """Evaluation mode, so that dropout cannot change the tokens; the previous mode comes back afterwards.
+
+        FlashAttention takes padded queries to be the last ones of their keys. The window of a ragged batch stands
+        elsewhere, so such calls run on SDPA.
+        """
+        training, attention = self.training, self.config._attn_implementation
+        if ragged_windows and attention is not None and "flash" in attention:
+            logger.warning_once(
+                f"`{attention}` cannot attend from the windows of rows of different lengths: this call uses `sdpa`."
+            )
+            self.config._attn_implementation = "sdpa"
+        self.eval()
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = attention
+            self.train(training)
+
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
+    ):
+        """Called by `from_pretrained`: read `generation_config.json` into a [`DiffusionGenerationConfig`]. Without the
+        file, the special tokens of the model's configuration stay as `__init__` took them over."""
+        if generation_config is not None:
+            self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+        elif pretrained_model_name_or_path is not None:
+            kwargs.pop("trust_remote_code", None)
+            try:
+                self.generation_config = self.generation_config_class.from_pretrained(
+                    pretrained_model_name_or_path,
+                    _from_auto=from_auto_class,
+                    _from_pipeline=from_pipeline,
+                    **kwargs,
+                )
+            except OSError:
+                logger.info("No generation_config.json: using the special tokens of the model's configuration.")
+
+
+def _check_inputs(input_ids, attention_mask, vocab_size: int):
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"`input_ids` must be a `(batch, prompt)` tensor of token ids, but is {shape}.")
+    if len(input_ids) == 0:
+        raise ValueError("`input_ids` holds no row: pass at least one prompt.")
+    input_ids = input_ids.long()
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+            shape = tuple(getattr(attention_mask, "shape", ()))
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but has {shape}: "
+                "pass the tokenizer's 2-D mask."
+            )
+        attention_mask = attention_mask.to(torch.long)
+        if ((attention_mask != 0) & (attention_mask != 1)).any():
+            raise ValueError("`attention_mask` must hold 0 (padding) and 1 (token) only.")
+        if (attention_mask.diff(dim=-1) < 0).any():
+            raise ValueError(
+                "`attention_mask` is right-padded or has holes: pad on the left "
+                "(`tokenizer.padding_side = 'left'`), and mark positions to fill with the mask token instead."
+            )
+    wrong = (input_ids < 0) | (input_ids >= vocab_size)
+    if attention_mask is not None:
+        wrong &= attention_mask == 1
+    if wrong.any():
+        raise ValueError(
+            f"`input_ids` holds the token id {int(input_ids[wrong][0])}, but the vocabulary has {vocab_size} tokens: "
+            "was the prompt tokenized for this model?"
+        )
+    return input_ids, attention_mask
+
+
+def _new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, mask_token_id: int) -> int:
+    prompt_length = input_ids.shape[1]
+    number = config.max_new_tokens
+    if number is None and config.max_length is not None:
+        if config.max_length < prompt_length:
+            raise ValueError(
+                f"`max_length={config.max_length}` is shorter than the prompt of {prompt_length} tokens: "
+                "raise it, or say how many tokens to add with `max_new_tokens`."
+            )
+        number = config.max_length - prompt_length
+    if number is None:
+        number = DEFAULT_MAX_NEW_TOKENS
+    if number == 0 and prompt_length == 0:
+        raise ValueError("`max_new_tokens=0` with an empty prompt leaves nothing to fill: raise `max_new_tokens`.")
+    return number
+
+
+def _check_batch(batch: int, generator, streamer) -> None:
+    if isinstance(generator, (list, tuple)) and len(generator) != batch:
+        raise ValueError(
+            f"`generator` lists {len(generator)} generators for {batch} rows: pass one for each row (and for each of "
+            "its `num_return_sequences`), or a single one."
+        )
+    if streamer is not None and batch > 1:
+        raise ValueError(f"`streamer` follows one sequence, but the batch has {batch}: stream them one at a time.")

@@ -1,0 +1,113 @@
+"""Logits to proposals: guidance, warpers, arg-max or Gumbel-max, and the confidence of what is proposed."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+# One generator for the batch, or one for each row (None for a row that needs no numbers now).
+Generators = torch.Generator | Sequence[torch.Generator | None] | None
+
+
+def guide(logits: torch.Tensor, cfg_scale: float) -> torch.Tensor:
+    """Classifier-free guidance as in LLaDA: `uncond + (cfg_scale + 1) * (cond - uncond)`.
+
+    `logits`: `(2 * batch, block, vocab)`, the conditional rows first. Returns `(batch, block, vocab)`.
+    """
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+
+
+def make_warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
+    """The library's warpers in the library's order."""
+    warpers = LogitsProcessorList()
+    if temperature > 0 and temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1:
+        warpers.append(TopPLogitsWarper(float(top_p)))
+    return warpers
+
+
+def process(processors: LogitsProcessorList, input_ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """Run logits processors, which know `(rows, vocab)`, over `(batch, block, vocab)`.
+
+    `input_ids`: `(batch, length)`, what a processor that looks at the sequence sees for every position of its row.
+    """
+    batch, block, vocab = logits.shape
+    if input_ids is not None:
+        input_ids = input_ids.repeat_interleave(block, dim=0)
+    return processors(input_ids, logits.reshape(batch * block, vocab)).view(batch, block, vocab)
+
+
+def propose(logits: torch.Tensor, mask_token_id: int, temperature: float, generator: Generators) -> torch.Tensor:
+    """The proposed token of each position, never the mask.
+
+    The arg-max at temperature 0, else a draw from `softmax(logits)` (the temperature is already in the logits) by the
+    Gumbel-max trick in float64: in float32 its tail is cut off, which costs quality (arXiv:2409.02908).
+
+    `logits`: `(batch, block, vocab)`, unchanged on return. Returns `(batch, block)`.
+    """
+    mask_logit = logits[..., mask_token_id].clone()
+    logits[..., mask_token_id] = -torch.inf
+    if temperature > 0:
+        noise = gumbel_noise(logits.shape, logits.device, generator)
+        proposals = (logits.double() + noise).argmax(-1)
+    else:
+        proposals = logits.argmax(-1)
+    logits[..., mask_token_id] = mask_logit
+    return proposals
+
+
+def confidence(kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int, generator: Generators):
+    """How sure the model is of its proposals.
+
+    Args:
+        kind: `probability` of the proposal, `margin` between the two best tokens, `neg_entropy` of the distribution
+            (nats), `random`, or `None` where the selection reads no confidence.
+        logits: `(batch, block, vocab)`. The mask token counts in the distribution, as it does in the originals.
+        proposals: `(batch, block)`.
+
+    Returns:
+        `(batch, block)` float32.
+    """
+    if kind is None:
+        return torch.zeros(proposals.shape, dtype=torch.float32, device=proposals.device)
+    if kind == "random":
+        return uniform_noise(proposals.shape, proposals.device, generator)
+    log_probs = logits.float().log_softmax(-1)
+    if kind == "probability":
+        return log_probs.gather(-1, proposals[..., None]).squeeze(-1).exp()
+    probs = log_probs.exp()
+    if kind == "neg_entropy":
+        return -torch.special.entr(probs).sum(-1)
+    mask_prob = probs[..., mask_token_id].clone()
+    probs[..., mask_token_id] = 0
+    best, second = probs.topk(2, dim=-1).values.unbind(-1)
+    return best - torch.maximum(second, mask_prob)
+
+
+def uniform_noise(shape: Sequence[int], device: torch.device, generator: Generators) -> torch.Tensor:
+    """Uniform numbers in [0, 1), float32, drawn where the generator lives. A list of generators draws each row from
+    its own, so that a row's noise does not depend on the rows beside it."""
+    return _draw(shape, device, generator, lambda size, **kwargs: torch.rand(size, **kwargs))
+
+
+def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generators) -> torch.Tensor:
+    """Standard Gumbel noise, float64."""
+
+    def draw(size, generator, device):
+        exponential = torch.empty(size, dtype=torch.float64, device=device).exponential_(generator=generator)
+        return -exponential.log_()
+
+    return _draw(shape, device, generator, draw)
+
+
+def _draw(shape, device, generator, draw):
+    if isinstance(generator, (list, tuple)):
+        row_shape = (1, *shape[1:])
+        rows = (torch.zeros(row_shape) if g is None else draw(row_shape, generator=g, device=g.device) for g in generator)
+        return torch.cat([row.to(device) for row in rows])
+    source = device if generator is None else generator.device
+    return draw(tuple(shape), generator=generator, device=source).to(device)

@@ -1,0 +1,116 @@
+"""LLaDA model configuration, in the names of the published checkpoints."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# Switches of the OLMo code base that LLaDA grew from, and the one value that the published checkpoints give them.
+_FIXED = {
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "block_group_size": 1,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+}
+
+
+@strict
+class LLaDAConfig(PreTrainedConfig):
+    """Configuration of LLaDA (Nie et al., arXiv:2502.09992). The defaults are those of LLaDA-8B.
+
+    The original names stay on disk; the library's (`hidden_size`, `num_attention_heads`, ...) are aliases of them.
+    """
+
+    model_type = "llada"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan
+    base_model_pp_plan = LlamaConfig.base_model_pp_plan
+    default_theta = 500000.0
+    # Read by the library's mask functions: attention has no direction.
+    is_causal: ClassVar[bool] = False
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "num_hidden_layers": "n_layers",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "hidden_act": "activation_type",
+        "tie_word_embeddings": "weight_tying",
+        "initializer_range": "init_std",
+        "mlp_bias": "include_bias",
+    }
+
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    d_model: int = 4096
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    n_layers: int = 32
+    mlp_hidden_size: int | None = None
+    mlp_ratio: int | float = 3
+    max_sequence_length: int = 4096
+    activation_type: str = "silu"
+    rms_norm_eps: float = 1e-5
+    rope_parameters: RopeParameters | dict | None = None
+    weight_tying: bool = False
+    include_bias: bool = False
+    include_qkv_bias: bool = False
+    multi_query_attention: bool | None = None
+    attention_dropout: float | int = 0.0
+    init_std: float = 0.02
+    use_cache: bool = False
+    mask_token_id: int | None = 126336
+    eos_token_id: int | list[int] | None = 126081
+    pad_token_id: int | None = 126081
+    bos_token_id: int | None = None
+    eot_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        architectures = " ".join(self.architectures or [])
+        if "MoE" in architectures or "num_experts" in kwargs or "expert_intermediate_size" in kwargs:
+            raise ValueError(
+                "This is a LLaDA-MoE configuration. It carries LLaDA's `model_type: llada`, but it is another "
+                "architecture, which dllm_hf does not support yet: load a dense LLaDA checkpoint."
+            )
+        for name, value in _FIXED.items():
+            if kwargs.get(name, value) not in (value, None):
+                raise ValueError(f"LLaDA checkpoints with `{name}={kwargs[name]!r}` are not supported, only {value!r}.")
+        # The original keeps the rows of the embedding apart from the vocabulary; to the library they are one number.
+        if self.embedding_size is not None:
+            self.vocab_size = self.embedding_size
+        self.embedding_size = None
+        if self.n_kv_heads is None:
+            self.n_kv_heads = 1 if self.multi_query_attention else self.n_heads
+        if self.mlp_hidden_size is None:
+            self.mlp_hidden_size = int(self.mlp_ratio * self.d_model)
+        if self.eot_token_id is None and self.vocab_size == LLaDAConfig.vocab_size:
+            # The published config.json does not name the token that ends a turn, <|eot_id|>.
+            self.eot_token_id = 126348
+        super().__post_init__(**kwargs)
+
+    @property
+    def attention_bias(self) -> bool:
+        return self.include_bias or self.include_qkv_bias
+
+    def validate_architecture(self):
+        """Called by the library after construction."""
+        for name, heads in (("n_heads", self.d_model), ("n_kv_heads", self.n_heads)):
+            if getattr(self, name) < 1 or heads % getattr(self, name):
+                raise ValueError(f"`{name}={getattr(self, name)}` must divide {heads}: correct the configuration.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the keys that the original code reads: `rope_theta` and `embedding_size`."""
+        values = super().to_dict()
+        values["embedding_size"] = self.vocab_size
+        values["rope_theta"] = (self.rope_parameters or {}).get("rope_theta", self.default_theta)
+        return values

@@ -1,0 +1,98 @@
+"""What every family that runs on attention shares: the head, the loss, and attention without a direction."""
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .generation.mixin import DiffusionGenerationMixin
+from .training.losses import masked_diffusion_loss
+
+
+class MaskedDiffusionLM(DiffusionGenerationMixin):
+    """Forward pass of a masked-diffusion language model around `self.model` and `self.lm_head`.
+
+    Goes before the family's `PreTrainedModel` in a class's bases.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mask_ratio: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """
+        Args:
+            input_ids: `(batch, length)`, or `inputs_embeds`: `(batch, length, hidden)`.
+            attention_mask: `(batch, keys)`, 0 on padding, or `(batch, 1, length, keys)`.
+            position_ids: `(batch, length)`; by default the tokens are counted, padding left out.
+            past_key_values: a cache to read and to write.
+            labels: `(batch, length)`, the clean token at masked positions, -100 elsewhere.
+            mask_ratio: `(batch,)` or `(batch, length)`, see [`training.losses.masked_diffusion_loss`].
+            logits_to_keep: which positions reach the head: the last n (0: all), the positions in a 1-D tensor, or
+                for each row those in a `(batch, kept)` tensor.
+
+        Returns:
+            `logits` of the kept positions, as the head gives them: `logits_shift` is left to the reader.
+        """
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2 and past_key_values is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = masked_diffusion_loss(
+                logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """`(batch, length, hidden)` -> the positions that reach the head, see [`MaskedDiffusionLM.forward`]."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+
+
+def attend_both_ways(model: PreTrainedModel) -> None:
+    """Turn a decoder of the library's into a bidirectional encoder.
+
+    Its masks follow `config.is_causal`; where no mask is needed at all, SDPA and FlashAttention ask the layer. The
+    embedding of the padding token is trained like any other: in these checkpoints it also ends the sequence.
+    """
+    for layer in model.layers:
+        layer.self_attn.is_causal = False
+    if isinstance(model.embed_tokens, nn.Embedding):
+        model.embed_tokens.padding_idx = None

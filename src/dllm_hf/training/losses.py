@@ -1,0 +1,56 @@
+"""Losses of masked-diffusion language models."""
+
+import torch
+from torch.nn import functional as F
+
+
+def masked_diffusion_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logits_shift: int = 0,
+    mask_ratio: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy at the masked positions.
+
+    Without `mask_ratio`, the mean over the labelled positions. With it, LLaDA's bound on the negative log-likelihood
+    per token (arXiv:2502.09992, equation 3): each position weighs 1 / its ratio, and the sum is divided by the number
+    of tokens.
+
+    Args:
+        logits: `(batch, length, vocab)`, as the model returns them.
+        labels: `(batch, length)`, the clean token at masked positions, -100 elsewhere.
+        logits_shift: the logits of a position stand that many columns before it.
+        mask_ratio: `(batch,)` or `(batch, length)`, the probability with which a position was masked.
+        attention_mask: `(batch, length)`, 0 on padding, which is not counted as tokens.
+        num_items_in_batch: divides the sum instead, as `transformers.Trainer` asks under gradient accumulation.
+
+    Returns:
+        The loss, a float32 scalar.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"`labels` must be `(batch, length)` = {tuple(logits.shape[:2])}, but is {tuple(labels.shape)}: "
+            "a loss needs the logits of every position (`logits_to_keep=0`)."
+        )
+    labels = labels.to(logits.device)
+    if logits_shift:
+        # What has no logits before it cannot be predicted: it reads its own, as decoding does.
+        logits = torch.cat([logits[:, :logits_shift], logits[:, :-logits_shift]], dim=1)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    losses = losses.view(labels.shape)
+    labelled = labels != -100
+    number = labelled.sum()
+    if mask_ratio is not None:
+        ratio = mask_ratio.to(losses).reshape(len(labels), -1)
+        if ratio.shape[1] not in (1, labels.shape[1]):
+            raise ValueError(
+                f"`mask_ratio` must be `(batch,)` or `(batch, length)` = {tuple(labels.shape)}, "
+                f"but is {tuple(mask_ratio.shape)}."
+            )
+        losses = losses / torch.where(labelled, ratio, 1.0)
+        number = labels.numel() if attention_mask is None or attention_mask.ndim != 2 else attention_mask.sum()
+    number = number if num_items_in_batch is None else num_items_in_batch
+    number = torch.as_tensor(number, device=losses.device)
+    return losses.sum() / number.clamp(min=1)
