@@ -6,14 +6,14 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .generation.mixin import DiffusionGenerationMixin
 from .training.losses import masked_diffusion_loss
 
 
-class MaskedDiffusionLM(DiffusionGenerationMixin):
+class MaskedDiffusionLM:
     """Forward pass of a masked-diffusion language model around `self.model` and `self.lm_head`.
 
-    Goes before the family's `PreTrainedModel` in a class's bases.
+    A class's bases are this, `DiffusionGenerationMixin` (`can_generate()` of the library looks for that name among the
+    direct bases) and the family's `PreTrainedModel`, in this order.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

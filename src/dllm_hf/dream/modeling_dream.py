@@ -3,6 +3,7 @@
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
 
+from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, attend_both_ways
 from .configuration_dream import DreamConfig
 
@@ -20,7 +21,7 @@ class DreamBaseModel(DreamPreTrainedModel, Qwen2Model):
         attend_both_ways(self)
 
 
-class DreamModel(MaskedDiffusionLM, DreamPreTrainedModel):
+class DreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, DreamPreTrainedModel):
     """Dream with its head (Ye et al., arXiv:2508.15487, https://github.com/DreamLM/Dream).
 
     It was started from an autoregressive model and kept its habit: position i - 1 predicts position i.

@@ -5,24 +5,28 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 
+from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, attend_both_ways
 from .configuration_llada import LLaDAConfig
 
 # On disk the weights keep the names of the original checkpoints: renamed on loading, and back on saving.
+_NAMES = {
+    "model.transformer.wte.": "model.embed_tokens.",
+    "model.transformer.ln_f.": "model.norm.",
+    "model.transformer.ff_out.": "lm_head.",
+    "model.transformer.blocks.": "model.layers.",
+    ".attn_norm.": ".input_layernorm.",
+    ".ff_norm.": ".post_attention_layernorm.",
+    ".q_proj.": ".self_attn.q_proj.",
+    ".k_proj.": ".self_attn.k_proj.",
+    ".v_proj.": ".self_attn.v_proj.",
+    ".attn_out.": ".self_attn.o_proj.",
+    ".ff_proj.": ".mlp.gate_proj.",
+    ".up_proj.": ".mlp.up_proj.",
+    ".ff_out.": ".mlp.down_proj.",
+}
 register_checkpoint_conversion_mapping(
-    "llada",
-    [
-        WeightRenaming(r"model.transformer.wte.", r"model.embed_tokens."),
-        WeightRenaming(r"model.transformer.ln_f.", r"model.norm."),
-        WeightRenaming(r"model.transformer.ff_out.", r"lm_head."),
-        WeightRenaming(r"model.transformer.blocks.", r"model.layers."),
-        WeightRenaming(r".attn_norm.", r".input_layernorm."),
-        WeightRenaming(r".ff_norm.", r".post_attention_layernorm."),
-        WeightRenaming(r".attn_out.", r".self_attn.o_proj."),
-        WeightRenaming(r".ff_proj.", r".mlp.gate_proj."),
-        WeightRenaming(r".ff_out.", r".mlp.down_proj."),
-    ],
-    overwrite=True,
+    "llada", [WeightRenaming(original, ours) for original, ours in _NAMES.items()], overwrite=True
 )
 
 
@@ -43,7 +47,7 @@ class LLaDAModel(LLaDAPreTrainedModel, LlamaModel):
         self.post_init()
 
 
-class LLaDAModelLM(MaskedDiffusionLM, LLaDAPreTrainedModel):
+class LLaDAModelLM(MaskedDiffusionLM, DiffusionGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its head (Nie et al., arXiv:2502.09992, https://github.com/ML-GSAI/LLaDA)."""
 
     cache_policies = ("none", "prefix", "dual")
