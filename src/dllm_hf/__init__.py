@@ -3,30 +3,47 @@
 Importing this package registers every family with the Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
 from .dream import DreamConfig, DreamModel, DreamTokenizer
-from .generation import STRATEGIES, DiffusionGenerateOutput, DiffusionGenerationConfig, DiffusionGenerationMixin
+from .generation import (
+    STRATEGIES,
+    CanvasCache,
+    DiffusionGenerateOutput,
+    DiffusionGenerationConfig,
+    DiffusionGenerationMixin,
+)
 from .llada import LLaDAConfig, LLaDAModelLM
+from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
 __version__ = "0.1.0"
 
-# One line for each family: configuration, the class with the head, tokenizer.
+# One line for each family: configuration, what `AutoModel` gives (as the published repositories have it), what
+# `AutoModelForCausalLM` gives, tokenizer.
 FAMILIES = (
-    (LLaDAConfig, LLaDAModelLM, PreTrainedTokenizerFast),
-    (DreamConfig, DreamModel, DreamTokenizer),
+    (LLaDAConfig, LLaDAModelLM, LLaDAModelLM, PreTrainedTokenizerFast),
+    (DreamConfig, DreamModel, DreamModel, DreamTokenizer),
+    (SDARConfig, SDARModel, SDARForCausalLM, Qwen2Tokenizer),
+    (SDARMoeConfig, SDARMoeModel, SDARMoeForCausalLM, Qwen2Tokenizer),
 )
 
-for _config, _model, _tokenizer in FAMILIES:
+for _config, _model, _causal_lm, _tokenizer in FAMILIES:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    # As in the published repositories, `AutoModel` gives the model with its head too.
     AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)
     AutoTokenizer.register(_config, fast_tokenizer_class=_tokenizer, exist_ok=True)
 
 __all__ = [
     "FAMILIES",
     "STRATEGIES",
+    "CanvasCache",
     "DiffusionGenerateOutput",
     "DiffusionGenerationConfig",
     "DiffusionGenerationMixin",
@@ -35,4 +52,10 @@ __all__ = [
     "DreamTokenizer",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "SDARConfig",
+    "SDARForCausalLM",
+    "SDARModel",
+    "SDARMoeConfig",
+    "SDARMoeForCausalLM",
+    "SDARMoeModel",
 ]

@@ -66,15 +66,18 @@ class MaskedDiffusionLM:
             loss = masked_diffusion_loss(
                 logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch
             )
-        output = CausalLMOutputWithPast(
+        output = self._output(loss, logits, outputs, attention_mask)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _output(self, loss, logits, outputs: BaseModelOutputWithPast, attention_mask) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

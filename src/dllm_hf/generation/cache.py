@@ -1,7 +1,10 @@
 """The key-value cache of the canvas and the policies that say what a denoising step feeds and sees."""
 
+import weakref
+from collections.abc import Iterator
+
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from .canvas import Block, Canvas, Window, span_columns
@@ -14,7 +17,7 @@ class CanvasCacheLayer(CacheLayerMixin):
 
     def __init__(self, width: int):
         super().__init__()
-        self.width = width
+        self.width = self.visible = width
         self.columns: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -25,7 +28,7 @@ class CanvasCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write the window's keys and values in place and return the whole buffers."""
+        """Write the window's keys and values in place and return those of all visible columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
@@ -34,10 +37,18 @@ class CanvasCacheLayer(CacheLayerMixin):
             else:
                 index = self.columns[:, None, :, None].expand_as(states)
                 buffer.scatter_(2, index, states)
-        return self.keys, self.values
+        return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
+
+    def widen(self, width: int) -> None:
+        """Make room for a longer canvas; what is written stays."""
+        if self.is_initialized and width > self.width:
+            pad = (0, 0, 0, width - self.width)
+            self.keys = torch.nn.functional.pad(self.keys, pad)
+            self.values = torch.nn.functional.pad(self.values, pad)
+        self.width = max(self.width, width)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.width, 0
+        return self.visible, 0
 
     def get_seq_length(self) -> int:
         # A window says itself where it stands (position ids): nothing is appended, so nothing is "seen".
@@ -52,20 +63,69 @@ class CanvasCacheLayer(CacheLayerMixin):
 
 class CanvasCache(Cache):
     """A cache indexed by position. The loop calls [`CanvasCache.place`] before a forward pass; the attention layers
-    then `update` it as they do any other cache, and get back the keys and values of the whole canvas.
+    then `update` it as they do any other cache, and get back the keys and values of the visible columns.
+
+    After a call it remembers for the next one what it holds: columns before `written` are the final keys and values
+    of `tokens`, decoded in blocks of `block_length`.
 
     Args:
-        num_layers: attention layers of the model.
+        model: whose keys and values these are.
         width: columns of the canvas.
     """
 
-    def __init__(self, num_layers: int, width: int):
-        super().__init__(layers=[CanvasCacheLayer(width) for _ in range(num_layers)])
+    def __init__(self, model: PreTrainedModel, width: int):
+        super().__init__(layers=[CanvasCacheLayer(width) for _ in range(model.config.num_hidden_layers)])
+        self._model = weakref.ref(model)
+        self.is_block_causal = False
+        self.tokens: torch.Tensor | None = None
+        self.written: list[int] = []
+        self.block_length: int | None = None
 
-    def place(self, columns: torch.Tensor | None) -> None:
-        """Say where the next window stands: `(batch, window)` columns, or `None` for the whole canvas."""
+    def place(self, window: Window) -> None:
+        """Say where the next window stands and what it sees."""
+        self.is_block_causal = window.is_block_causal
         for layer in self.layers:
-            layer.columns = columns
+            layer.columns, layer.visible = window.columns, window.visible
+
+    def remember(self, tokens: torch.Tensor, written: list[int], block_length: int) -> None:
+        """What a later call can rely on. The last block is not in it: its keys are older than its last tokens, and
+        the call that goes on from here computes them with what is new."""
+        self.tokens, self.written, self.block_length = tokens, written, block_length
+
+    def resume(self, tokens: torch.Tensor, block_length: int) -> list[int]:
+        """Make the cache ready for a canvas that begins as the last one did.
+
+        Args:
+            tokens: `(batch, width)`, the new canvas.
+
+        Returns:
+            For each row, the column up to which it need not be computed again.
+        """
+        for layer in self.layers:
+            layer.widen(tokens.shape[1])
+        shared = min(tokens.shape[1], self.tokens.shape[1])
+        same = (tokens[:, :shared] == self.tokens[:, :shared]).long().cumprod(-1).sum(-1).tolist()
+        return [
+            min(row, written) // block_length * block_length for row, written in zip(same, self.written, strict=True)
+        ]
+
+    def check(self, model: PreTrainedModel, batch: int, block_length: int) -> None:
+        """Raises a `ValueError` where this cache cannot serve a call."""
+        remedy = "start the conversation without `past_key_values`"
+        if self.tokens is None or self._model() is not model:
+            raise ValueError(f"`past_key_values` does not come from a call of this model: {remedy}.")
+        if len(self.tokens) != batch:
+            raise ValueError(f"`past_key_values` holds {len(self.tokens)} rows, but the batch has {batch}: {remedy}.")
+        if self.layers[0].dtype != model.dtype or self.layers[0].device != model.device:
+            raise ValueError(
+                f"`past_key_values` is {self.layers[0].dtype} on {self.layers[0].device}, but the model is "
+                f"{model.dtype} on {model.device}: {remedy}."
+            )
+        if self.block_length != block_length:
+            raise ValueError(
+                f"`past_key_values` was written in blocks of {self.block_length}, but `block_length={block_length}`: "
+                f"keep the block length, or {remedy}."
+            )
 
 
 class CachePolicy:
@@ -79,11 +139,16 @@ class CachePolicy:
     def __init__(self, canvas: Canvas, logits_shift: int):
         self.canvas, self.logits_shift = canvas, logits_shift
 
-    def first_window(self, block: Block) -> Window:
-        """The window of a block's first forward pass."""
-        return Window(None, (block.columns - self.logits_shift).clamp(min=0))
+    def prefill(self, block: Block, running: list[bool]) -> Iterator[Window]:
+        """Windows to compute before the block starts, whose logits nobody needs."""
+        return iter(())
 
-    def next_window(self, block: Block) -> Window:
+    def first_window(self, block: Block, running: list[bool]) -> Window:
+        """The window of a block's first forward pass. `running`: the rows that have not ended."""
+        keep = (block.columns - self.logits_shift).clamp(min=0)
+        return Window(None, keep, self.canvas.width, self.canvas.key_mask)
+
+    def next_window(self, block: Block, running: list[bool]) -> Window:
         """The window of its other forward passes."""
         raise NotImplementedError
 
@@ -91,30 +156,93 @@ class CachePolicy:
         """The columns from the block's start, or from the logits of its first position, up to `ends`."""
         columns, _ = span_columns(block.starts - self.logits_shift, ends, width + self.logits_shift)
         keep = torch.arange(block.columns.shape[1], device=columns.device).expand_as(block.columns)
-        return Window(columns, keep)
+        return Window(columns, keep, self.canvas.width, self.canvas.key_mask)
 
 
 class NoCache(CachePolicy):
     """`none`: every step feeds and sees the whole canvas. Exact."""
 
-    def next_window(self, block: Block) -> Window:
-        return self.first_window(block)
+    def next_window(self, block: Block, running: list[bool]) -> Window:
+        return self.first_window(block, running)
 
 
 class PrefixCache(CachePolicy):
     """`prefix`: a block's first step feeds the whole canvas, the others the block and everything after it; what stands
     before the block is as old as the block's first step. Fast-dLLM, arXiv:2505.22618, section 3.2."""
 
-    def next_window(self, block: Block) -> Window:
+    def next_window(self, block: Block, running: list[bool]) -> Window:
         width = max(self.canvas.width - start for start, _ in block.spans)
         return self.from_block_to(self.canvas.ends, width, block)
 
 
-class DualCache(PrefixCache):
+class DualCache(CachePolicy):
     """`dual`: as `prefix`, but the other steps feed the block alone, and what stands after it is old as well."""
 
-    def next_window(self, block: Block) -> Window:
+    def next_window(self, block: Block, running: list[bool]) -> Window:
         return self.from_block_to(block.ends, block.columns.shape[1], block)
+
+
+class BlockCache(CachePolicy):
+    """`block`: for models whose blocks see only earlier ones. A step feeds the block; its first step feeds with it
+    whatever is final but not yet in the cache: the prompt before the first block, then each finished block. Exact.
+
+    Args:
+        written: for each row, the column up to which the cache holds final keys and values.
+        chunk: of what stands before a block, its first step feeds so many columns at most; the rest is computed ahead
+            in pieces of this size, so that memory grows with the length of a prompt and not with its square.
+        block_length: of the blocks.
+    """
+
+    def __init__(self, canvas: Canvas, logits_shift: int, written: list[int], chunk: int, block_length: int):
+        super().__init__(canvas, logits_shift)
+        self.written = written
+        # A piece must not end inside a block, whose tokens see each other.
+        self.chunk = max(chunk // block_length, 1) * block_length
+
+    def prefill(self, block: Block, running: list[bool]) -> Iterator[Window]:
+        # Rows without a block, or with little before it, wait.
+        waits = [not run or end == start for run, (start, end) in zip(running, block.spans)]
+        firsts = [w if wait else start for wait, (start, _), w in zip(waits, block.spans, self.written)]
+        while max(first - written for first, written in zip(firsts, self.written)) > self.chunk:
+            ends = [min(written + self.chunk, first) for first, written in zip(firsts, self.written)]
+            # A row that has nothing to compute repeats a column that is not final.
+            yield self._window(
+                [(written, max(end, written + 1)) for end, written in zip(ends, self.written)], keep=None
+            )
+            self.written = ends
+
+    def first_window(self, block: Block, running: list[bool]) -> Window:
+        spans = self._spans_from_written(block, running)
+        starts = torch.tensor([start for start, _ in spans], device=block.columns.device)
+        window = self._window(spans, (block.columns - starts[:, None]).clamp(min=0))
+        # The block's own keys are not final: the next block's first step writes them again.
+        self.written = [
+            start if run and end > start else written
+            for run, (start, end), written in zip(running, block.spans, self.written)
+        ]
+        return window
+
+    def next_window(self, block: Block, running: list[bool]) -> Window:
+        keep = torch.arange(block.columns.shape[1], device=block.columns.device).expand_as(block.columns)
+        ends = {end for run, (start, end) in zip(running, block.spans) if run and end > start}
+        visible = max(ends)
+        key_mask = None
+        if len(ends) > 1:
+            key_mask = torch.arange(visible, device=keep.device) < block.ends[:, None]
+        return Window(block.columns, keep, visible, key_mask)
+
+    def _spans_from_written(self, block: Block, running: list[bool]) -> list[tuple[int, int]]:
+        """What each row's first step feeds. A row without a block repeats a column that is not final."""
+        return [
+            (written, end) if run and end > start else (written, written + 1)
+            for run, (start, end), written in zip(running, block.spans, self.written)
+        ]
+
+    def _window(self, spans: list[tuple[int, int]], keep: torch.Tensor | None) -> Window:
+        starts, ends = torch.tensor(spans, device=self.canvas.tokens.device).unbind(1)
+        columns, _ = span_columns(starts, ends, max(end - start for start, end in spans))
+        keep = columns[:, :0] if keep is None else keep
+        return Window(columns, keep, max(end for _, end in spans), None, is_block_causal=True)
 
 
 POLICIES = {"none": NoCache, "prefix": PrefixCache, "dual": DualCache}

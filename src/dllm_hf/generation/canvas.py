@@ -16,10 +16,16 @@ class Window:
 
     columns: `(batch, window)`, the columns of the canvas; `None` stands for the whole canvas.
     keep: `(batch, block)`, the indices into the window at which the logits of the block's positions stand.
+    visible: the columns of the cache that any row may see.
+    key_mask: `(batch, visible)` bool, those that each row may see; `None` where it is all of them.
+    is_block_causal: a position sees the columns up to its own block's end, instead of all visible ones.
     """
 
     columns: torch.Tensor | None
     keep: torch.Tensor
+    visible: int
+    key_mask: torch.Tensor | None
+    is_block_causal: bool = False
 
 
 @dataclass
@@ -56,7 +62,13 @@ class Canvas:
     """
 
     def __init__(self, tokens, prompt_lengths, ends, given, blocks, input_ids, padding, max_new_tokens, mask_token_id):
-        self.tokens, self.prompt_lengths, self.ends, self.given, self.blocks = tokens, prompt_lengths, ends, given, blocks
+        self.tokens, self.prompt_lengths, self.ends, self.given, self.blocks = (
+            tokens,
+            prompt_lengths,
+            ends,
+            given,
+            blocks,
+        )
         self.width = tokens.shape[1] - 1
         self.mask_token_id = mask_token_id
         self.key_mask = None
@@ -137,7 +149,9 @@ class Canvas:
         tokens = self.tokens if tokens is None else tokens
         shown = tokens.gather(1, self._shown.clamp(min=0))
         prompt = self._input_ids
-        shown[:, : prompt.shape[1]] = torch.where(self._shown[:, : prompt.shape[1]] < 0, prompt, shown[:, : prompt.shape[1]])
+        shown[:, : prompt.shape[1]] = torch.where(
+            self._shown[:, : prompt.shape[1]] < 0, prompt, shown[:, : prompt.shape[1]]
+        )
         return shown
 
     def from_sequences(self, sequences: torch.Tensor) -> None:

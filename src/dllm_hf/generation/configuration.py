@@ -97,6 +97,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         eps (`float`, defaults to 1e-3): the last timestep of Dream's schedule.
         cfg_scale (`float`, defaults to 0.0): classifier-free guidance; doubles the batch of every forward pass.
         cache_policy (`str`): one of the model's `cache_policies`.
+        prefill_chunk_size (`int`, defaults to 2048): with `cache_policy="block"`, a longer prompt is computed in pieces.
         suppress_tokens (`list[int]`): never proposed.
         confidence_suppress_tokens (`list[int]`): a position where one of them is proposed is transferred last.
         num_return_sequences (`int`, defaults to 1): completions of each prompt.
@@ -123,6 +124,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         "eps": 1e-3,
         "cfg_scale": 0.0,
         "cache_policy": None,
+        "prefill_chunk_size": 2048,
         "suppress_tokens": None,
         "confidence_suppress_tokens": None,
         "logits_eos_inf": False,
@@ -181,7 +183,14 @@ class DiffusionGenerationConfig(GenerationConfig):
     def validate(self, **unused):
         """Raises a `ValueError` that names the first impossible value. Called by the library on saving as well."""
         _check(self, "max_new_tokens", int, lambda v: v >= 0, "an integer of at least 0")
-        for name in ("max_length", "block_length", "steps", "denoising_steps", "num_return_sequences"):
+        for name in (
+            "max_length",
+            "block_length",
+            "steps",
+            "denoising_steps",
+            "prefill_chunk_size",
+            "num_return_sequences",
+        ):
             _check(self, name, int, lambda v: v >= 1, "an integer of at least 1")
         _check(self, "top_k", int, lambda v: v >= 0, "an integer of at least 0 (0 turns it off)")
         for name in ("temperature", "cfg_scale", "alg_temp"):

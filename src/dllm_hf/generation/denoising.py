@@ -125,7 +125,10 @@ class Denoiser:
         looks_at_canvas = strategy.is_adaptive or self.hooks.tokens is not None
         quotas = quotas.to(masked.device)
 
-        window, next_window = self.policy.first_window(block), None
+        for window in self.policy.prefill(block, self.rows_running):
+            self.forward(window)
+            self.num_forward_passes += 1
+        window, next_window = self.policy.first_window(block, self.rows_running), None
         for index, wanted in enumerate(needs_forward):
             logits = None
             if wanted:
@@ -134,7 +137,7 @@ class Denoiser:
                     break
                 transferable = masked if plan is None else masked & (plan <= index)
                 logits = self._denoise(block, window, masked, transferable, quotas[:, index])
-                window = next_window = next_window or self.policy.next_window(block)
+                window = next_window = next_window or self.policy.next_window(block, self.rows_running)
             self._after_step(block, logits)
         if self.hooks.tokens is not None:
             # A hook may have put masks back that the schedule has no step left for.

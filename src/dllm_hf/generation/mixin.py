@@ -1,14 +1,15 @@
 """`DiffusionGenerationMixin`: `diffusion_generate` and `generate` for masked-diffusion models."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import Cache, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
 
-from .cache import POLICIES, CanvasCache
+from .attention import without_flash_attention
+from .cache import POLICIES, BlockCache, CanvasCache
 from .canvas import Canvas, Window
 from .configuration import DiffusionGenerationConfig, as_token_list
 from .denoising import Denoiser, Hooks
@@ -79,6 +80,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         generator: Generators = None,
         streamer=None,
+        past_key_values: CanvasCache | None = None,
         generation_tokens_hook_func: Callable | None = None,
         generation_logits_hook_func: Callable | None = None,
         **kwargs,
@@ -95,6 +97,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             generator: for reproducible sampling, or a list with one for each row, which makes a row's draws
                 independent of the rows beside it.
             streamer: `TextDiffusionStreamer`, or any other of the library's; for a batch of one.
+            past_key_values: the cache that an earlier call with `cache_policy="block"` returned, for a prompt that goes
+                on from there: only what is new is computed.
             generation_tokens_hook_func, generation_logits_hook_func: `(step, sequences, logits)`, run at each step;
                 they return the sequences, or the logits of the block, `(batch, block, vocab)`.
             kwargs: options of [`DiffusionGenerationConfig`], or the originals' names for them.
@@ -118,11 +122,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                 attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0)
         _check_batch(len(input_ids), generator, streamer)
 
+        config.block_length = config.block_length or self.default_block_length
         canvas = Canvas.from_inputs(
             input_ids.to(self.device),
             None if attention_mask is None else attention_mask.to(self.device),
             new_tokens,
-            config.block_length or self.default_block_length,
+            config.block_length,
             self.block_grid,
             config.mask_token_id,
             config.pad_token_id,
@@ -133,10 +138,11 @@ class DiffusionGenerationMixin(GenerationMixin):
                 f"The canvas of {canvas.width} positions is longer than the {positions} positions of the model: "
                 f"reduce `max_new_tokens={new_tokens}` or shorten the prompt."
             )
+        policy, cache = self._make_policy(canvas, config, past_key_values)
         denoiser = Denoiser(
-            self._make_forward(canvas, config),
+            self._make_forward(canvas, config, cache),
             canvas,
-            POLICIES[config.cache_policy](canvas, self.logits_shift),
+            policy,
             config,
             self.confidence_source,
             Hooks(
@@ -148,16 +154,20 @@ class DiffusionGenerationMixin(GenerationMixin):
             generator,
             streamer,
         )
-        with self._inference_mode(ragged_windows=config.cache_policy != "none" and canvas.key_mask is not None):
+        with self._evaluating():
             denoiser.run()
         sequences = canvas.to_sequences()
         if not (config.return_dict_in_generate or config.output_history):
             return sequences
+        is_reusable = config.cache_policy == "block" and not config.cfg_scale
+        if is_reusable:
+            cache.remember(canvas.at(None).clone(), policy.written, config.block_length)
         return DiffusionGenerateOutput(
             sequences=sequences,
             history=None if denoiser.history is None else tuple(denoiser.history),
             num_forward_passes=denoiser.num_forward_passes,
             tokens_per_forward=denoiser.row_transfers / denoiser.row_forward_passes.clamp(min=1),
+            past_key_values=cache if is_reusable else None,
         )
 
     def _prepare_diffusion_config(self, generation_config, kwargs) -> DiffusionGenerationConfig:
@@ -202,55 +212,86 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         return config
 
-    def _make_forward(self, canvas: Canvas, config: DiffusionGenerationConfig) -> Callable[[Window], torch.Tensor]:
+    def _make_forward(self, canvas: Canvas, config: DiffusionGenerationConfig, cache: CanvasCache | None):
         """One forward pass over a window: `Window -> (batch, block, vocab)`."""
         guided = config.cfg_scale > 0
         repeats = 2 if guided else 1
-        cache = None
-        if config.cache_policy != "none":
-            cache = CanvasCache(self.config.num_hidden_layers, canvas.width)
-        key_mask = None if canvas.key_mask is None else canvas.key_mask.repeat(repeats, 1)
         every_column = torch.arange(canvas.width, device=canvas.tokens.device).expand(len(canvas.tokens), -1)
-        prompt = canvas.given
+        decoding_kwargs = self.decoding_kwargs(config.block_length)
+
+        def repeat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return tensor if tensor is None or repeats == 1 else tensor.repeat(repeats, 1)
 
         def forward(window: Window) -> torch.Tensor:
             tokens = canvas.at(window.columns)
             if guided:
-                is_prompt = prompt if window.columns is None else prompt.gather(1, window.columns)
+                is_prompt = canvas.given if window.columns is None else canvas.given.gather(1, window.columns)
                 tokens = torch.cat([tokens, torch.where(is_prompt, config.mask_token_id, tokens)])
             columns = every_column if window.columns is None else window.columns
             if cache is not None:
-                cache.place(None if window.columns is None else columns.repeat(repeats, 1))
-            logits = self(
-                input_ids=tokens,
-                attention_mask=key_mask,
-                position_ids=columns.repeat(repeats, 1),
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=window.keep.repeat(repeats, 1),
-            ).logits
+                cache.place(replace(window, columns=repeat(window.columns)))
+            # FlashAttention takes padded queries to be the last ones of their keys; a window stands anywhere.
+            unfit = window.columns is not None and window.key_mask is not None
+            with without_flash_attention(self.config) if unfit else nullcontext():
+                logits = self(
+                    input_ids=tokens,
+                    attention_mask=repeat(window.key_mask),
+                    position_ids=repeat(columns),
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    logits_to_keep=repeat(window.keep),
+                    **decoding_kwargs,
+                ).logits
             return guide(logits, config.cfg_scale) if guided else logits
 
         return forward
 
-    @contextmanager
-    def _inference_mode(self, ragged_windows: bool):
-        """Evaluation mode, so that dropout cannot change the tokens; the previous mode comes back afterwards.
+    def decoding_kwargs(self, block_length: int | None) -> dict:
+        """What the model's forward pass needs to know besides the window."""
+        return {}
 
-        FlashAttention takes padded queries to be the last ones of their keys. The window of a ragged batch stands
-        elsewhere, so such calls run on SDPA.
-        """
-        training, attention = self.training, self.config._attn_implementation
-        if ragged_windows and attention is not None and "flash" in attention:
-            logger.warning_once(
-                f"`{attention}` cannot attend from the windows of rows of different lengths: this call uses `sdpa`."
-            )
-            self.config._attn_implementation = "sdpa"
+    def _make_policy(self, canvas: Canvas, config: DiffusionGenerationConfig, past_key_values: CanvasCache | None):
+        """The policy and, where it keeps one, its cache."""
+        if config.cache_policy != "block":
+            if past_key_values is not None:
+                raise ValueError(
+                    f"`past_key_values` needs `cache_policy='block'`, but it is {config.cache_policy!r}: only blocks "
+                    "that see no later ones have keys that stay valid."
+                )
+            cache = None if config.cache_policy == "none" else CanvasCache(self, canvas.width)
+            return POLICIES[config.cache_policy](canvas, self.logits_shift), cache
+        written = [0] * len(canvas.tokens)
+        cache = past_key_values
+        if cache is None:
+            cache = CanvasCache(self, canvas.width)
+        else:
+            if not hasattr(cache, "resume"):
+                raise ValueError(
+                    f"`past_key_values` is a {type(cache).__name__}: pass the one that an earlier call returned."
+                )
+            if config.cfg_scale:
+                raise ValueError(
+                    "`cfg_scale` masks the whole prompt, the earlier turns too, so that nothing of `past_key_values` "
+                    "would stay valid: start without it."
+                )
+            cache.check(self, len(canvas.tokens), config.block_length)
+            written = cache.resume(canvas.at(None), config.block_length)
+            # A block that holds masks is computed, whatever the cache has of it.
+            firsts = [
+                [block.spans[row][0] for block in canvas.blocks if block.masks[row]] for row in range(len(written))
+            ]
+            written = [min([column, *first]) for column, first in zip(written, firsts)]
+        policy = BlockCache(canvas, self.logits_shift, written, config.prefill_chunk_size, config.block_length)
+        return policy, cache
+
+    @contextmanager
+    def _evaluating(self):
+        """Evaluation mode, so that dropout cannot change the tokens; the previous mode comes back afterwards."""
+        training = self.training
         self.eval()
         try:
             yield
         finally:
-            self.config._attn_implementation = attention
             self.train(training)
 
     def adjust_generation_fn(

@@ -141,7 +141,9 @@ def select(
     if gumbel is not None:
         score = (confidence / alg_temp).clamp(min=torch.finfo(torch.float32).min / 2) + gumbel
     order = torch.where(masked, score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     best = masked & (rank < quota[:, None])
     if strategy.selection == "quota":
         return best

@@ -60,7 +60,9 @@ def propose(logits: torch.Tensor, mask_token_id: int, temperature: float, genera
     return proposals
 
 
-def confidence(kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int, generator: Generators):
+def confidence(
+    kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int, generator: Generators
+):
     """How sure the model is of its proposals.
 
     Args:
@@ -107,7 +109,9 @@ def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generato
 def _draw(shape, device, generator, draw):
     if isinstance(generator, (list, tuple)):
         row_shape = (1, *shape[1:])
-        rows = (torch.zeros(row_shape) if g is None else draw(row_shape, generator=g, device=g.device) for g in generator)
+        rows = (
+            torch.zeros(row_shape) if g is None else draw(row_shape, generator=g, device=g.device) for g in generator
+        )
         return torch.cat([row.to(device) for row in rows])
     source = device if generator is None else generator.device
     return draw(tuple(shape), generator=generator, device=source).to(device)

@@ -1,0 +1,65 @@
+"""The `dllm-hf` command. What needs torch is imported once the arguments are known to be right."""
+
+import os
+import sys
+
+from .options import Parser, add_options, parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Who read our output has gone. Python would flush once more on its way out, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dllm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser(
+        prog="dllm-hf",
+        description="Run masked-diffusion language models.",
+        epilog="`dllm-hf COMMAND --help` lists a command's options.",
+    )
+    parser.add_argument("--version", action="store_true", help="show the version")
+    parser.add_argument("command", nargs="?", choices=["generate", "chat"], help="continue or infill a prompt; converse")
+    arguments = parser.parse_args(argv[:1])
+    if arguments.version:
+        from .. import __version__
+
+        print(f"dllm-hf {__version__}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+
+    parser = Parser(prog=f"dllm-hf {arguments.command}", allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
+    if arguments.command == "generate":
+        parser.description = (
+            "Continue a prompt, and fill the mask tokens written in it. Prints prompt and completion; in a terminal, "
+            "the drafts are visible while they settle."
+        )
+        parser.add_argument(
+            "prompt", metavar="PROMPT", nargs="?", default="", help="text, or - for standard input (less its last newline)"
+        )
+    else:
+        parser.description = (
+            "Converse with a model. /clear forgets the conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer."
+        )
+    add_options(parser)
+    options = parse(parser, argv[1:])
+    if arguments.command == "generate":
+        from .generate import generate as run
+    else:
+        from .chat import chat as run
+    return run(options)

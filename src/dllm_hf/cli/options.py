@@ -1,0 +1,90 @@
+"""The command line's options. Importing this must stay cheap: `--help` answers before torch is imported."""
+
+import argparse
+from typing import NoReturn
+
+# Option of `DiffusionGenerationConfig` -> type, help, and the originals' names for it. Written out instead of being read
+# from `DEFAULTS`, whose module needs torch, and which mostly says None; a test keeps the two in step.
+# `return_dict_in_generate` is missing: it is about what Python gets back.
+GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
+    "max_new_tokens": (int, "positions to fill after the prompt; 0 only fills masks in the prompt", ("gen_length", "max_tokens")),
+    "max_length": (int, "length of prompt and new tokens together", ()),
+    "block_length": (int, "positions decoded together", ()),
+    "steps": (int, "denoising steps of the whole completion", ("max_steps",)),
+    "denoising_steps": (int, "denoising steps of each block", ()),
+    "temperature": (float, "0 proposes the most likely token", ("temperature_",)),
+    "do_sample": (bool, "draw proposals, or (--no-do-sample) take the most likely ones", ()),
+    "top_k": (int, "draw from the k most likely tokens", ("topk",)),
+    "top_p": (float, "draw from the most likely tokens that reach this probability together", ("topp",)),
+    "remasking_strategy": (
+        str,
+        "which proposals a step transfers: low_confidence_static (low_confidence), low_confidence_dynamic, sequential, "
+        "entropy_bounded, factor, random, origin, maskgit_plus, topk_margin, entropy",
+        ("remasking", "alg"),
+    ),
+    "confidence_threshold": (float, "what low_confidence_dynamic asks of a token, in (0, 1]", ("threshold", "dynamic_threshold")),
+    "entropy_bound": (float, "nats that entropy_bounded accepts in a step", ("eb_threshold",)),
+    "factor": (float, "read by the strategy factor", ()),
+    "alg_temp": (float, "above 0: draw what is transferred from softmax(confidence / ALG_TEMP)", ()),
+    "eps": (float, "last timestep of Dream's schedule", ()),
+    "cfg_scale": (float, "classifier-free guidance; doubles the batch", ()),
+    "cache_policy": (str, "none, prefix, dual or block, where the model offers it", ()),
+    "suppress_tokens": (list, "token ids that are never proposed", ()),
+    "confidence_suppress_tokens": (list, "token ids that are transferred last", ()),
+    "logits_eos_inf": (bool, "never propose the end of sequence", ()),
+    "confidence_eos_eot_inf": (bool, "transfer the ends of sequence and of turn last", ()),
+    "num_return_sequences": (int, "completions of the prompt; more than one are not streamed", ()),
+    "output_history": (bool, "show the text after each step, one line each, on stderr", ()),
+    "mask_token_id": (int, "instead of the model's own", ("mask_id",)),
+    "pad_token_id": (int, "instead of the model's own", ()),
+    "bos_token_id": (int, "instead of the model's own", ()),
+    "eos_token_id": (list, "one or more, instead of the model's own", ()),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--device", help="cuda, cuda:1, cpu, mps, ... (default: cuda if there is one, else cpu)")
+    model.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: the checkpoint's"
+    )
+    model.add_argument("--trust-remote-code", action="store_true", help="run code that the repository brings")
+    output = parser.add_argument_group("output")
+    output.add_argument("--no-stream", action="store_true", help="show no drafts, only the final text")
+    output.add_argument("--seed", type=int, help="makes random draws repeatable")
+
+    generation = parser.add_argument_group(
+        "generation", "Where one is not given, the model's generation_config.json and then the model's default apply."
+    )
+    for name, (kind, text, other_names) in GENERATION_OPTIONS.items():
+        names = [flag(n) for n in dict.fromkeys(n.rstrip("_") for n in (name, *other_names))]
+        if kind is bool:
+            generation.add_argument(*names, dest=name, help=text, action=argparse.BooleanOptionalAction)
+        elif kind is list:
+            generation.add_argument(*names, dest=name, help=text, type=int, nargs="+", metavar="ID")
+        else:
+            generation.add_argument(*names, dest=name, help=text, type=kind, metavar=kind.__name__.upper())
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Arguments in any order, `--max_new_tokens` for `--max-new-tokens`; the given options end up in `.generation`."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    hyphens = []
+    for argument in argv[:end]:
+        name, equals, value = argument.partition("=")
+        hyphens.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    arguments = parser.parse_intermixed_args(hyphens + argv[end:])
+    given = {name: value for name, value in vars(arguments).items() if name in GENERATION_OPTIONS and value is not None}
+    arguments.generation = given
+    return arguments

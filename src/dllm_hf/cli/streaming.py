@@ -1,0 +1,111 @@
+"""Drafts in a terminal."""
+
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer
+
+MASK = "░"
+
+
+class TerminalStreamer(TextDiffusionStreamer):
+    """Shows final text as it is and the draft behind it in yellow, masks as blocks.
+
+    The library's streamer saves the cursor's position before a draft and restores it after. The saved position is one
+    of the screen, not of the text: as soon as a draft scrolls the screen, which at the bottom every line break does,
+    the restored position is too low and the draft's first rows stay behind. This one counts rows instead: what may
+    still change starts in column 0, its rows are wrapped here, and it is never taller than the screen. It also shows
+    final text at once, where the library waits for the end of the word.
+
+    Args:
+        tokenizer: decodes; special tokens are skipped.
+        mask_token_id: shown as `MASK`.
+        skip_tokens: so many tokens from the start, the prompt of a conversation, are not shown.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, skip_tokens: int = 0):
+        super().__init__(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.mask_token_id, self.skip_tokens = mask_token_id, skip_tokens
+        self.tokens: list[int] = []  # final
+        self.printed = 0  # characters of their text that have left the changeable area for good
+        self.rows = 0  # height of the changeable area on the screen
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+        self._show(self._decode(self.tokens[self.skip_tokens :]))
+
+    def put_draft(self, value: torch.Tensor, **kwargs) -> None:
+        runs, masks = [[]], 0
+        for token in (self.tokens + value.flatten().tolist())[self.skip_tokens :]:
+            if token == self.mask_token_id:
+                runs.append([])
+            else:
+                runs[-1].append(token)
+        masks = len(runs) - 1
+        # The run that continues the final text is decoded together with it: its first token may finish a character.
+        final = self._decode(self.tokens[self.skip_tokens :])
+        draft = MASK.join(self._decode(run) for run in runs) if masks else self._decode(runs[0])
+        self._show(final, draft[len(final) :])
+
+    def end(self) -> None:
+        """Leave the final text, without a draft, on lines of its own. Also right after an interruption."""
+        self._show(self._decode(self.tokens[self.skip_tokens :]))
+        if self.rows:
+            self._write("\n")
+        self.rows = 0
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self.tokenizer.decode(tokens, **self.decode_kwargs).rstrip("\ufffd").expandtabs(4)
+        # A model must not control the terminal.
+        return "".join(c for c in text if c == "\n" or unicodedata.category(c) != "Cc")
+
+    def _show(self, final: str, draft: str = "") -> None:
+        width, height = _terminal_size()
+        erase = (f"\033[{self.rows - 1}A" if self.rows > 1 else "") + "\r\033[J" if self.rows else ""
+        *done, tail = wrap(final[self.printed :], width)
+        self.printed += sum(map(len, done))
+        rows = [row.rstrip("\n") for row in wrap(tail + draft, width)]
+        if len(rows) > height - 1:
+            rows = [*rows[: height - 2], "…"]
+        changeable = "\n".join(rows)
+        self.rows = len(rows) if changeable else 0
+        colours = ("\033[33m", "\033[0m") if len(changeable) > len(tail) else ("", "")
+        self._write(erase + "".join(done) + tail + colours[0] + changeable[len(tail) :] + colours[1])
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def wrap(text: str, width: int) -> Iterator[str]:
+    """The rows that a terminal makes of a text; a row that a line break ends keeps it. The last row may be empty."""
+    row, columns = "", 0
+    for character in text:
+        if character == "\n":
+            yield row + "\n"
+            row, columns = "", 0
+            continue
+        wanted = _columns_of(character)
+        if columns + wanted > width:
+            yield row
+            row, columns = "", 0
+        row, columns = row + character, columns + wanted
+    yield row
+
+
+def _columns_of(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _terminal_size() -> tuple[int, int]:
+    try:
+        width, height = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        width, height = 0, 0
+    return width or 80, height or 24

@@ -1,0 +1,29 @@
+"""SDAR-MoE model configuration."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3MoeConfig
+
+from .configuration_sdar import check_block_model
+
+
+@strict
+class SDARMoeConfig(Qwen3MoeConfig):
+    """Configuration of SDAR-MoE (Cheng et al., arXiv:2510.06303): a Qwen3-MoE's, the block and the mask."""
+
+    model_type = "sdar_moe"
+    default_theta = 1000000.0
+    # Read by the library's mask functions: inside a block attention has no direction.
+    is_causal: ClassVar[bool] = False
+
+    head_dim: int | None = 128
+    block_size: int = 4
+    mask_token_id: int | None = 151669
+    pad_token_id: int | None = 151643
+    bos_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151643
+
+    def validate_architecture(self):
+        """Called by the library after construction."""
+        check_block_model(self)

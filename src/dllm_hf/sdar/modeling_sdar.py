@@ -1,0 +1,225 @@
+"""SDAR: a Qwen3 whose attention is causal from block to block and has no direction inside a block."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
+
+from ..generation.attention import uses_flash_attention, without_flash_attention
+from ..generation.mixin import DiffusionGenerationMixin
+from ..modeling import MaskedDiffusionLM, attend_both_ways
+from ..training.losses import masked_diffusion_loss
+from .configuration_sdar import SDARConfig
+
+
+class BlockCausalModel:
+    """Block-causal attention for a stack of the library's layers. Goes before it in a class's bases."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        block_size: int | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            attention_mask: `(batch, keys)`, 0 on padding, or a mask made elsewhere, `(batch, 1, length, keys)`, which
+                then says alone what is seen.
+            position_ids: `(batch, length)`; several samples packed into a row each start from 0.
+            block_size: `config.block_size` if not given.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        # The loop says where a window is one block, which sees all that there is to see.
+        needs_blocks = getattr(past_key_values, "is_block_causal", True)
+        is_made = attention_mask is not None and attention_mask.ndim == 4
+        unfit = uses_flash_attention(self.config) and (needs_blocks or is_made)
+        if unfit and torch.is_grad_enabled():
+            raise ValueError(
+                "FlashAttention cannot mask blocks: load the model with `attn_implementation='sdpa'` or, on a GPU, "
+                "`'flex_attention'` to train it."
+            )
+        with without_flash_attention(self.config) if unfit else nullcontext():
+            if needs_blocks and not is_made:
+                size = self.config.block_size if block_size is None else block_size
+                attention_mask = block_causal_mask(
+                    self.config, inputs_embeds, attention_mask, position_ids, past_key_values, size
+                )
+            return super().forward(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+
+
+class BlockDiffusionLM(MaskedDiffusionLM):
+    """Forward pass and decoding contract of the block-diffusion models."""
+
+    block_grid = "zero"
+    cache_policies = ("block", "none")
+
+    @property
+    def default_block_length(self) -> int:
+        return self.config.block_size
+
+    def decoding_kwargs(self, block_length: int | None) -> dict:
+        return {"block_size": block_length}
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mask_ratio: torch.FloatTensor | None = None,
+        block_size: int | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """As [`MaskedDiffusionLM.forward`]; `block_size` is `config.block_size` if not given.
+
+        With `labels` the loss is that of block diffusion (Arriola et al., arXiv:2503.09573): each noisy block sees
+        itself and the clean blocks before it, all blocks in one pass over the noisy and the clean sequence. The clean
+        one is `input_ids` with the labels in the places of the masks. `logits` are those of the noisy sequence.
+        """
+        size = self.config.block_size if block_size is None else block_size
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"`block_size` must be an integer of at least 1, but is {size!r}.")
+        if labels is None:
+            return super().forward(
+                input_ids, attention_mask, position_ids, block_size=size, return_dict=return_dict, **kwargs
+            )
+        if input_ids is None or labels.shape != input_ids.shape:
+            raise ValueError("`labels` needs `input_ids` of the same shape: the clean sequence is made of both.")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
+        batch, length = input_ids.shape
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device).expand(batch, -1)
+            if attention_mask is not None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        position_ids = position_ids.expand(batch, -1)
+        clean = torch.where(labels == -100, input_ids, labels)
+        both = torch.cat([input_ids, clean], dim=1)
+        twice = None if attention_mask is None else torch.cat([attention_mask, attention_mask], dim=1)
+        # Only shape, dtype and device of the embeddings are read.
+        shaped_like = torch.empty(batch, 2 * length, 1, dtype=self.dtype, device=input_ids.device)
+        output = super().forward(
+            both,
+            block_diffusion_mask(self.config, shaped_like, twice, position_ids, size),
+            torch.cat([position_ids, position_ids], dim=1),
+            use_cache=False,
+            logits_to_keep=torch.arange(length, device=input_ids.device),
+            return_dict=True,
+            **kwargs,
+        )
+        loss = masked_diffusion_loss(
+            output.logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch
+        )
+        if output.get("aux_loss") is not None:
+            loss = loss + self.config.router_aux_loss_coef * output.aux_loss
+        output.loss = loss
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class SDARPreTrainedModel(Qwen3PreTrainedModel):
+    config: SDARConfig
+    config_class = SDARConfig
+
+
+class SDARModel(BlockCausalModel, SDARPreTrainedModel, Qwen3Model):
+    """The stack of layers without the head."""
+
+    def __init__(self, config: SDARConfig):
+        super().__init__(config)
+        attend_both_ways(self)
+
+
+class SDARForCausalLM(BlockDiffusionLM, DiffusionGenerationMixin, SDARPreTrainedModel):
+    """SDAR with its head (Cheng et al., arXiv:2510.06303, https://github.com/JetAstra/SDAR)."""
+
+    def __init__(self, config: SDARConfig):
+        super().__init__(config)
+        self.model = SDARModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, block_size: int):
+    """The mask of the back end in use under which a token sees its own block and every earlier one.
+
+    A key's position is its index in the cache without the padding before it; without a cache, keys stand where the
+    queries do, and samples packed into one row do not see each other.
+    """
+    batch, length = inputs_embeds.shape[:2]
+    query_positions = position_ids.expand(batch, -1)
+    offset = 0
+    if past_key_values is None:
+        key_positions, samples = query_positions, sample_ids(query_positions)
+    else:
+        offset = past_key_values.get_seq_length()
+        samples = None
+        if attention_mask is None:
+            keys = past_key_values.get_mask_sizes(length, 0)[0]
+            key_positions = torch.arange(keys, device=inputs_embeds.device).expand(batch, -1)
+        else:
+            key_positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    query_blocks, key_blocks = query_positions // block_size, key_positions // block_size
+
+    def sees(batch_index, head_index, query_index, key_index):
+        seen = key_blocks[batch_index, key_index] <= query_blocks[batch_index, query_index - offset]
+        if samples is not None:
+            seen = seen & (samples[batch_index, key_index] == samples[batch_index, query_index])
+        return seen
+
+    return create_bidirectional_mask(
+        config, inputs_embeds, attention_mask, past_key_values=past_key_values, and_mask_function=sees
+    )
+
+
+def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, block_size: int):
+    """The three-part mask of block diffusion over a noisy sequence followed by the clean one: a noisy block sees
+    itself and the clean blocks before it, a clean block the clean ones up to itself (arXiv:2503.09573, section 3.3).
+
+    Args:
+        inputs_embeds: `(batch, 2 * length, ...)`, for shape, dtype and device.
+        attention_mask: `(batch, 2 * length)`, 0 on padding, or None.
+        position_ids: `(batch, length)`.
+    """
+    length = position_ids.shape[1]
+    blocks = (position_ids // block_size).repeat(1, 2)
+    samples = sample_ids(position_ids).repeat(1, 2)
+
+    def sees(batch_index, head_index, query_index, key_index):
+        query_block, key_block = blocks[batch_index, query_index], blocks[batch_index, key_index]
+        query_is_clean, key_is_clean = query_index >= length, key_index >= length
+        own = (query_block == key_block) & (query_is_clean == key_is_clean)
+        earlier = (key_block < query_block) & key_is_clean
+        return (own | earlier) & (samples[batch_index, query_index] == samples[batch_index, key_index])
+
+    return create_bidirectional_mask(config, inputs_embeds, attention_mask, and_mask_function=sees)
+
+
+def sample_ids(position_ids: torch.Tensor) -> torch.Tensor:
+    """`(batch, length)`: which of the samples packed into a row a token belongs to; each starts at position 0."""
+    restarts = position_ids[:, 1:] == 0
+    if not torch.compiler.is_compiling() and ((position_ids.diff(dim=-1) < 0) & ~restarts).any():
+        raise ValueError(
+            "`position_ids` go backwards inside a sample: they must rise from 0 in each of the samples of a row."
+        )
+    return torch.nn.functional.pad(restarts.long().cumsum(-1), (1, 0))

@@ -1,0 +1,60 @@
+"""SDAR-MoE: SDAR's attention with Qwen3-MoE's router and experts."""
+
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeModel,
+    Qwen3MoePreTrainedModel,
+    load_balancing_loss_func,
+)
+
+from ..generation.mixin import DiffusionGenerationMixin
+from ..modeling import attend_both_ways
+from .configuration_sdar_moe import SDARMoeConfig
+from .modeling_sdar import BlockCausalModel, BlockDiffusionLM
+
+# On disk each expert has weights of its own; the library's grouped forward wants them stacked.
+register_checkpoint_conversion_mapping("sdar_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)
+
+
+class SDARMoePreTrainedModel(Qwen3MoePreTrainedModel):
+    config: SDARMoeConfig
+    config_class = SDARMoeConfig
+
+
+class SDARMoeModel(BlockCausalModel, SDARMoePreTrainedModel, Qwen3MoeModel):
+    """The stack of layers without the head."""
+
+    def __init__(self, config: SDARMoeConfig):
+        super().__init__(config)
+        attend_both_ways(self)
+
+
+class SDARMoeForCausalLM(BlockDiffusionLM, DiffusionGenerationMixin, SDARMoePreTrainedModel):
+    """SDAR-MoE with its head (Cheng et al., arXiv:2510.06303, https://github.com/JetAstra/SDAR)."""
+
+    def __init__(self, config: SDARMoeConfig):
+        super().__init__(config)
+        self.model = SDARMoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _output(self, loss, logits, outputs, attention_mask) -> MoeCausalLMOutputWithPast:
+        """With the load-balancing loss of the router where `output_router_logits` asks for it."""
+        aux_loss = None
+        if outputs.router_logits is not None:
+            config = self.config
+            padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, padding
+            )
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
