@@ -2,6 +2,8 @@
 # is none, installs the versions in constraints.txt, and runs.
 #
 #   make test PYTEST_ARGS="-k cache -x"     more arguments for pytest
+#   make demo DEMO_PROMPT="KING HENRY:" DEMO_ARGS="--temperature 0.5 --seed 1"
+#                                           another prompt, other options of `dllm-hf generate`
 #   make test PYTHON=python3.12             another Python (for a new .venv)
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 #                                           the CPU build of PyTorch: a far smaller download on Linux
@@ -10,7 +12,8 @@ PYTHON      ?= python3
 JOBS        ?= 2
 OMP_THREADS ?= 1
 PYTEST_ARGS ?=
-DEMO_ARGS   ?=
+DEMO_PROMPT ?= ROMEO:
+DEMO_ARGS   ?= --max-new-tokens 192
 
 VENV := .venv
 PY   := $(VENV)/bin/python
@@ -32,8 +35,8 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: $(RUN_STAMP) ## Install, then run the demo
-	$(VENV)/bin/dllm-hf demo $(DEMO_ARGS)
+demo: $(RUN_STAMP) ## Install, then watch a small model continue a prompt
+	$(VENV)/bin/dllm-hf generate hub_configs/llada-tiny-shakespeare "$(DEMO_PROMPT)" $(DEMO_ARGS)
 
 test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

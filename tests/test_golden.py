@@ -1,6 +1,7 @@
 """The contract on correctness: outputs of the original implementations, reproduced from their checkpoints."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,17 @@ GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/cases.json"))
 CASES = [(folder, case) for folder in FOLDERS for case in json.loads((folder / "cases.json").read_text())]
 
-
-@pytest.fixture(scope="module")
-def load():
-    loaded = {}
-
-    def load(folder):
-        if folder not in loaded:
-            loaded[folder] = AutoModelForCausalLM.from_pretrained(folder), load_file(folder / "cases.safetensors")
-        return loaded[folder]
-
-    return load
+load_model = cache(AutoModelForCausalLM.from_pretrained)
+load_tensors = cache(load_file)
 
 
 @pytest.mark.parametrize("folder, case", CASES, ids=[f"{folder.name}-{case['id']}" for folder, case in CASES])
-def test_outputs_equal_those_of_the_original_implementation(load, folder, case):
-    model, tensors = load(folder)
+def test_outputs_equal_those_of_the_original_implementation(folder, case):
+    check_case(load_model(folder), folder, case)
+
+
+def check_case(model, folder, case):
+    tensors = {name: tensor.to(model.device) for name, tensor in load_tensors(folder / "cases.safetensors").items()}
     inputs = {name: tensors[f"{case['id']}.in.{name}"] for name in case["inputs"]}
     expected = {name: tensors[f"{case['id']}.out.{name}"] for name in case["expected"]}
 
@@ -40,7 +36,8 @@ def test_outputs_equal_those_of_the_original_implementation(load, folder, case):
         torch.testing.assert_close(logits[real], expected["logits"][real], atol=1e-4, rtol=0)
         return
 
-    output = model.diffusion_generate(**inputs, **case["call"], output_history="history" in expected, return_dict_in_generate=True)
+    options = {"output_history": "history" in expected, "return_dict_in_generate": True}
+    output = model.diffusion_generate(**inputs, **case["call"], **options)
     assert output.sequences.tolist() == expected["sequences"].tolist()
     if "history" in expected:
         assert torch.stack(output.history).tolist() == expected["history"].tolist()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 
 from .options import Parser, add_options, parse
 
@@ -31,18 +32,20 @@ def _run(argv: list[str]) -> int:
         epilog="`dllm-hf COMMAND --help` lists a command's options.",
     )
     parser.add_argument("--version", action="store_true", help="show the version")
-    parser.add_argument("command", nargs="?", choices=["generate", "chat"], help="continue or infill a prompt; converse")
+    parser.add_argument(
+        "command", nargs="?", choices=["generate", "chat"], help="continue or infill a prompt; converse"
+    )
     arguments = parser.parse_args(argv[:1])
     if arguments.version:
-        from .. import __version__
-
-        print(f"dllm-hf {__version__}")
+        print(f"dllm-hf {version('dllm-hf')}")
         return 0
     if arguments.command is None:
         parser.print_help()
         return 0
 
-    parser = Parser(prog=f"dllm-hf {arguments.command}", allow_abbrev=False)
+    positionals = "MODEL [PROMPT | -]" if arguments.command == "generate" else "MODEL"
+    prog = f"dllm-hf {arguments.command}"
+    parser = Parser(prog=prog, usage=f"{prog} {positionals} [options]", allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
     if arguments.command == "generate":
         parser.description = (
@@ -50,7 +53,11 @@ def _run(argv: list[str]) -> int:
             "the drafts are visible while they settle."
         )
         parser.add_argument(
-            "prompt", metavar="PROMPT", nargs="?", default="", help="text, or - for standard input (less its last newline)"
+            "prompt",
+            metavar="PROMPT",
+            nargs="?",
+            default="",
+            help="text, or - for standard input (less its last newline)",
         )
     else:
         parser.description = (

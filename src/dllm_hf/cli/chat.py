@@ -21,9 +21,12 @@ def chat(arguments: argparse.Namespace) -> int:
     messages: list[dict[str, str]] = []
     while True:
         try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt) as end:
+            if sys.stdin.isatty():
+                print()  # the shell's prompt belongs on a line of its own
+            if isinstance(end, KeyboardInterrupt):
+                raise
             return 0
         if line == "/exit":
             return 0

@@ -29,6 +29,7 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "eps": (float, "last timestep of Dream's schedule", ()),
     "cfg_scale": (float, "classifier-free guidance; doubles the batch", ()),
     "cache_policy": (str, "none, prefix, dual or block, where the model offers it", ()),
+    "prefill_chunk_size": (int, "cache policy block: a longer prompt is computed in pieces", ()),
     "suppress_tokens": (list, "token ids that are never proposed", ()),
     "confidence_suppress_tokens": (list, "token ids that are transferred last", ()),
     "logits_eos_inf": (bool, "never propose the end of sequence", ()),

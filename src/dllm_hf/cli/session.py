@@ -7,7 +7,9 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..generation.configuration import as_token_list
@@ -26,10 +28,14 @@ class Completion:
 class Session:
     def __init__(self, arguments: argparse.Namespace):
         self.options = arguments.generation
-        folder = os.path.isdir(arguments.model)
-        if not folder and (os.path.exists(arguments.model) or arguments.model.startswith(("/", ".", "~"))):
-            raise OSError(f"{arguments.model} is not a folder: give one that holds a model, or a repository's name.")
+        name, trust = arguments.model, arguments.trust_remote_code
+        folder = os.path.isdir(name)
+        if not folder and (os.path.exists(name) or name.startswith(("/", ".", "~"))):
+            raise OSError(f"{name} is not a folder: give one that holds a model, or a repository's name.")
+        if folder and not os.path.exists(os.path.join(name, "config.json")):
+            raise OSError(f"{name} holds no model: it has no config.json.")
         logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
         if folder:  # downloads may show their progress
             logging.disable_progress_bar()
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,19 +43,19 @@ class Session:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-        trust = arguments.trust_remote_code
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=trust)
-        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-            if folder and not os.path.exists(os.path.join(arguments.model, "config.json")):
-                raise OSError(f"{arguments.model} holds no model: it has no config.json.") from error
-            if not folder and isinstance(error, OSError):
-                raise
-            raise ValueError(f"{arguments.model} has no tokenizer that can be read: {error}") from error
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, trust_remote_code=trust)
+            AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        except StrictDataclassError as error:
+            raise ValueError(f"the config.json of {name} is wrong: {error}") from error
+        except OSError as error:
+            raise error if folder else OSError(f"there is no folder {name}, and no such repository: {error}") from error
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        except Exception as error:  # as many kinds as there are ways for files to be missing
+            raise ValueError(f"{name} has no tokenizer that can be read: {error}") from error
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, trust_remote_code=trust)
         if not hasattr(model, "diffusion_generate"):
-            raise ValueError(f"{arguments.model} is a {type(model).__name__}, which does not decode by diffusion.")
+            raise ValueError(f"{name} is a {type(model).__name__}, which does not decode by diffusion.")
         self.model = model.to(device)
         self.generator = torch.Generator(device)
         if arguments.seed is None:
@@ -85,7 +91,9 @@ class Session:
         tokens = [up_to_end(row, len(prompt), ends) for row in output.sequences.tolist()]
         new = sum(len(row) - len(prompt) + prompt.count(mask) for row in tokens)
         passes = output.num_forward_passes
-        report = f"{new} tokens, {passes} forward passes, {new / max(passes, 1):.2f} tokens per forward, {seconds:.1f} s"
+        report = (
+            f"{new} tokens, {passes} forward passes, {new / max(passes, 1):.2f} tokens per forward, {seconds:.1f} s"
+        )
         return Completion(tokens, [step[0].tolist() for step in output.history or ()], report)
 
     def text(self, tokens: list[int]) -> str:

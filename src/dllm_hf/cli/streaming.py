@@ -38,16 +38,15 @@ class TerminalStreamer(TextDiffusionStreamer):
         self._show(self._decode(self.tokens[self.skip_tokens :]))
 
     def put_draft(self, value: torch.Tensor, **kwargs) -> None:
-        runs, masks = [[]], 0
+        runs: list[list[int]] = [[]]
         for token in (self.tokens + value.flatten().tolist())[self.skip_tokens :]:
             if token == self.mask_token_id:
                 runs.append([])
             else:
                 runs[-1].append(token)
-        masks = len(runs) - 1
         # The run that continues the final text is decoded together with it: its first token may finish a character.
         final = self._decode(self.tokens[self.skip_tokens :])
-        draft = MASK.join(self._decode(run) for run in runs) if masks else self._decode(runs[0])
+        draft = MASK.join(map(self._decode, runs))
         self._show(final, draft[len(final) :])
 
     def end(self) -> None:

@@ -234,7 +234,7 @@ class BlockCache(CachePolicy):
     def _spans_from_written(self, block: Block, running: list[bool]) -> list[tuple[int, int]]:
         """What each row's first step feeds. A row without a block repeats a column that is not final."""
         return [
-            (written, end) if run and end > start else (written, written + 1)
+            (min(written, start), end) if run and end > start else (written, written + 1)
             for run, (start, end), written in zip(running, block.spans, self.written)
         ]
 

@@ -2,7 +2,7 @@
 
 Position = column, so position ids, the block grid and the key-value cache need no offsets, and a row knows nothing of
 the padding that its neighbours made necessary. The library's layout (left-padded prompt, then the new tokens) exists
-only at the two ends: [`Canvas.from_inputs`] and [`Canvas.to_sequences`].
+only at the two ends: what [`Canvas`] is made from and [`Canvas.to_sequences`].
 """
 
 from dataclasses import dataclass
@@ -50,6 +50,14 @@ class Block:
 class Canvas:
     """Token rows of different lengths and the grid of blocks over them.
 
+    Args:
+        input_ids: `(batch, prompt)`. Mask tokens in it are positions to fill.
+        attention_mask: `(batch, prompt)`, 0 on left padding.
+        max_new_tokens: masks to append to each row.
+        block_length: `None` puts all the masks of a row into one block.
+        block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
+        mask_token_id: the mask.
+
     Attributes:
         tokens: `(batch, width + 1)`. The last column is nobody's: a block's repeated columns are written there.
         width: columns of the longest row.
@@ -58,78 +66,68 @@ class Canvas:
         key_mask: `(batch, width)` bool, the columns that exist in each row; `None` where every row has them all.
         row_lengths: columns of each row that `to_sequences` shows.
         given: `(batch, width)` bool, the tokens that came with the prompt.
-        blocks: the blocks that hold masks, in decoding order.
     """
 
-    def __init__(self, tokens, prompt_lengths, ends, given, blocks, input_ids, padding, max_new_tokens, mask_token_id):
-        self.tokens, self.prompt_lengths, self.ends, self.given, self.blocks = (
-            tokens,
-            prompt_lengths,
-            ends,
-            given,
-            blocks,
-        )
-        self.width = tokens.shape[1] - 1
-        self.mask_token_id = mask_token_id
-        self.key_mask = None
-        if int(ends.min()) < self.width:
-            self.key_mask = torch.arange(self.width, device=tokens.device) < ends[:, None]
-        self.row_lengths = (input_ids.shape[1] - padding + max_new_tokens).tolist()
-        self._input_ids = input_ids
-        # Column of the canvas that each column of the library's layout shows; negative in the padding.
-        columns = torch.arange(input_ids.shape[1] + max_new_tokens, device=tokens.device)
-        self._shown = columns - padding[:, None]
-
-    @classmethod
-    def from_inputs(
-        cls,
+    def __init__(
+        self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         max_new_tokens: int,
         block_length: int | None,
         block_grid: str,
         mask_token_id: int,
-        fill_token_id: int,
-    ) -> "Canvas":
-        """Lay out prompts, masks and blocks.
-
-        Args:
-            input_ids: `(batch, prompt)`. Mask tokens in it are positions to fill.
-            attention_mask: `(batch, prompt)`, 0 on left padding.
-            max_new_tokens: masks to append to each row.
-            block_length: `None` puts all the masks of a row into one block.
-            block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
-            mask_token_id: the mask.
-            fill_token_id: any token, for columns beyond a row's end.
-        """
+    ):
         device = input_ids.device
-        batch, given_width = input_ids.shape
-        padding = torch.zeros(batch, dtype=torch.long, device=device)
+        padding = torch.zeros(len(input_ids), dtype=torch.long, device=device)
         if attention_mask is not None:
             padding = (attention_mask == 0).sum(-1)
+        self.block_length, self.block_grid, self.mask_token_id = block_length, block_grid, mask_token_id
+        self.prompt_lengths = input_ids.shape[1] - padding
+        self.row_lengths = (self.prompt_lengths + max_new_tokens).tolist()
         rows = [row[pad:] for row, pad in zip(input_ids.tolist(), padding.tolist(), strict=True)]
-        prompt_lengths = [len(row) for row in rows]
         rows = [row + [mask_token_id] * max_new_tokens for row in rows]
-        spans = []
-        for row, prompt_length in zip(rows, prompt_lengths, strict=True):
-            cells = _grid_cells(row, prompt_length, block_length, block_grid, mask_token_id)
-            if cells:
-                # Only the grid at 0 has a last cell that reaches beyond the row: it is decoded whole.
-                row.extend([mask_token_id] * (cells[-1][1] - len(row)))
-            spans.append(cells)
+        for row in rows:
+            if block_grid == "zero" and mask_token_id in row[-(len(row) % block_length or block_length) :]:
+                row.extend([mask_token_id] * (-len(row) % block_length))
+        self.width = max(len(row) for row in rows)
+        # Any token will do beyond a row's end: nobody sees it.
+        self.tokens = torch.tensor([row + [0] * (self.width + 1 - len(row)) for row in rows], device=device)
+        self.ends = torch.tensor([len(row) for row in rows], device=device)
+        columns = torch.arange(self.width, device=device)
+        self.given = (self.at(None) != mask_token_id) & (columns < self.prompt_lengths[:, None])
+        self.key_mask = columns < self.ends[:, None]
+        if bool(self.key_mask.all()):
+            self.key_mask = None
+        self._input_ids = input_ids
+        # Column of the canvas that each column of the library's layout shows; negative in the padding.
+        self._shown = torch.arange(input_ids.shape[1] + max_new_tokens, device=device) - padding[:, None]
 
-        width = max(len(row) for row in rows)
-        tokens = torch.tensor([row + [fill_token_id] * (width + 1 - len(row)) for row in rows], device=device)
-        ends = torch.tensor([len(row) for row in rows], device=device)
-        columns = torch.arange(width, device=device)
-        lengths = torch.tensor(prompt_lengths, device=device)
-        given = (tokens[:, :width] != mask_token_id) & (columns < lengths[:, None])
+    def blocks(self) -> list[Block]:
+        """The blocks that hold masks now, in decoding order."""
+        ends = self.ends.tolist()
+        rows = [row[:end] for row, end in zip(self.at(None).tolist(), ends, strict=True)]
+        spans = [self._cells(row, prompt) for row, prompt in zip(rows, self.prompt_lengths.tolist(), strict=True)]
         blocks = []
         for index in range(max(len(cells) for cells in spans)):
             now = [cells[index] if index < len(cells) else (0, 0) for cells in spans]
-            masks = [row[start:end].count(mask_token_id) for row, (start, end) in zip(rows, now, strict=True)]
-            blocks.append(_make_block(now, masks, device))
-        return cls(tokens, lengths, ends, given, blocks, input_ids, padding, max_new_tokens, mask_token_id)
+            masks = [row[start:end].count(self.mask_token_id) for row, (start, end) in zip(rows, now, strict=True)]
+            starts, ends = torch.tensor(now, device=self.tokens.device).unbind(1)
+            columns, valid = span_columns(starts, ends, max(end - start for start, end in now))
+            blocks.append(Block(columns, valid, starts, ends, now, masks))
+        return blocks
+
+    def _cells(self, row: list[int], prompt_length: int) -> list[tuple[int, int]]:
+        """The grid's cells that hold masks, as (start, end)."""
+        if self.mask_token_id not in row:
+            return []
+        first, length = row.index(self.mask_token_id), self.block_length
+        if length is None:
+            return [(first, len(row))]
+        anchor = 0 if self.block_grid == "zero" else prompt_length % length
+        # The cell that the first mask falls into; the one before the anchor is cut short by the canvas' beginning.
+        start = anchor + (first - anchor) // length * length
+        cells = [(max(cell, 0), min(cell + length, len(row))) for cell in range(start, len(row), length)]
+        return [cell for cell in cells if self.mask_token_id in row[cell[0] : cell[1]]]
 
     def at(self, columns: torch.Tensor | None) -> torch.Tensor:
         """The tokens at `columns`; `None` stands for the whole canvas."""
@@ -156,30 +154,13 @@ class Canvas:
 
     def from_sequences(self, sequences: torch.Tensor) -> None:
         """Take over tokens that a hook changed, in the layout of [`Canvas.to_sequences`]."""
+        if not isinstance(sequences, torch.Tensor) or sequences.shape != self._shown.shape:
+            got = tuple(sequences.shape) if isinstance(sequences, torch.Tensor) else sequences
+            raise ValueError(
+                f"`generation_tokens_hook_func` must return the sequences, {tuple(self._shown.shape)}, but gave {got}."
+            )
         columns = torch.where(self._shown < 0, self.width, self._shown)
         self.tokens.scatter_(1, columns, sequences)
-
-
-def _grid_cells(row, prompt_length, block_length, block_grid, mask_token_id) -> list[tuple[int, int]]:
-    """The grid's cells that hold masks, as (start, end)."""
-    if mask_token_id not in row:
-        return []
-    first = row.index(mask_token_id)
-    if block_length is None:
-        return [(first, len(row))]
-    anchor = 0 if block_grid == "zero" else prompt_length % block_length
-    # The cell that the first mask falls into; the one before the anchor may be cut short by the canvas' beginning.
-    start = anchor + (first - anchor) // block_length * block_length
-    cells = [(max(cell, 0), cell + block_length) for cell in range(start, len(row), block_length)]
-    if block_grid == "prompt":
-        cells = [(cell_start, min(cell_end, len(row))) for cell_start, cell_end in cells]
-    return [cell for cell in cells if mask_token_id in row[cell[0] : cell[1]]]
-
-
-def _make_block(spans: list[tuple[int, int]], masks: list[int], device: torch.device) -> Block:
-    starts, ends = torch.tensor(spans, device=device).unbind(1)
-    columns, valid = span_columns(starts, ends, max(end - start for start, end in spans))
-    return Block(columns, valid, starts, ends, spans, masks)
 
 
 def span_columns(starts: torch.Tensor, ends: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

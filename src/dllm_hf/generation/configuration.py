@@ -60,17 +60,18 @@ def canonical_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     canonical = {}
     for name, value in options.items():
+        if value is None:  # not given
+            continue
         target = ALIASES.get(name, name)
         if target in canonical and canonical[target] != value:
             raise ValueError(f"`{name}={value!r}` contradicts `{target}={canonical[target]!r}`: give only one of them.")
         canonical[target] = value
     if canonical.get("remasking_strategy") in (None, "low_confidence"):
-        implied = [s for option, s in STRATEGY_OF_OPTION.items() if canonical.get(option) is not None]
-        if len(implied) > 1:
-            given = [option for option in STRATEGY_OF_OPTION if canonical.get(option) is not None]
+        given = [option for option in STRATEGY_OF_OPTION if option in canonical]
+        if len(given) > 1:
             raise ValueError(f"{given} belong to different strategies: name the `remasking_strategy` you want.")
-        if implied:
-            canonical["remasking_strategy"] = implied[0]
+        if given:
+            canonical["remasking_strategy"] = STRATEGY_OF_OPTION[given[0]]
     return canonical
 
 
@@ -143,34 +144,30 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in _METADATA:
             setattr(self, name, kwargs.pop(name, None))
         options = canonical_options(kwargs)
-        for name in options:
-            if name not in self.DEFAULTS:
-                raise ValueError(_unknown_option(name, self.DEFAULTS))
+        _refuse_unknown(options)
         for name, default in self.DEFAULTS.items():
-            value = options.get(name)
-            setattr(self, name, copy.copy(default if value is None else value))
+            setattr(self, name, copy.copy(options.get(name, default)))
         self.validate()
 
     def updated(self, **kwargs) -> "DiffusionGenerationConfig":
         """A copy of this configuration in which `kwargs` (the originals' names included) replace what they name."""
         options = canonical_options(kwargs)
-        merged = {name: getattr(self, name) for name in self.DEFAULTS}
-        # A length, a number of steps or a strategy given now replaces whichever form of it was stored.
-        for one, other in (("max_new_tokens", "max_length"), ("steps", "denoising_steps")):
-            for given, stored in ((one, other), (other, one)):
-                if options.get(given) is not None and options.get(stored) is None:
-                    merged[stored] = None
+        _refuse_unknown(options)
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
-        if options.get("temperature") and options.get("do_sample") is None:
-            merged["do_sample"] = None
-        # The strategy goes last: `canonical_options` would otherwise infer one from the stored thresholds.
-        strategy = options.pop("remasking_strategy", None) or merged.pop("remasking_strategy")
-        merged.update({name: value for name, value in options.items() if value is not None})
-        merged["remasking_strategy"] = strategy or "default"
-        config = type(self)(**merged)
-        if strategy is None:
-            config.remasking_strategy = None
+        config = copy.deepcopy(self)
+        # A length, a number of steps or a way to sample given now replaces whichever form of it was stored.
+        for one, other in (
+            ("max_new_tokens", "max_length"),
+            ("steps", "denoising_steps"),
+            ("temperature", "do_sample"),
+        ):
+            for given, stored in ((one, other), (other, one)):
+                if given in options and stored not in options and stored != "temperature":
+                    setattr(config, stored, None)
+        for name, value in options.items():
+            setattr(config, name, value)
+        config.validate()
         return config
 
     @property
@@ -213,8 +210,7 @@ class DiffusionGenerationConfig(GenerationConfig):
                 f"`steps={self.steps}` (for the whole completion) and `denoising_steps={self.denoising_steps}` "
                 "(for each block) exclude each other: give one of them."
             )
-        strategies = (None, "default", *STRATEGIES)
-        if self.remasking_strategy not in strategies:
+        if self.remasking_strategy is not None and self.remasking_strategy not in STRATEGIES:
             raise ValueError(
                 f"`remasking_strategy={self.remasking_strategy!r}` is unknown"
                 f"{_did_you_mean(self.remasking_strategy, STRATEGIES)}: choose one of {', '.join(STRATEGIES)}."
@@ -296,10 +292,13 @@ def _did_you_mean(name: Any, known) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _unknown_option(name: str, known) -> str:
-    if name in _REMEDIES:
-        return f"`{name}` is not an option of `diffusion_generate`: {_REMEDIES[name]}."
-    return (
-        f"`{name}` is not an option of `diffusion_generate`{_did_you_mean(name, [*known, *ALIASES])}. "
-        f"The options are {', '.join(known)}."
-    )
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    known = DiffusionGenerationConfig.DEFAULTS
+    for name in options:
+        if name in _REMEDIES:
+            raise ValueError(f"`{name}` is not an option of `diffusion_generate`: {_REMEDIES[name]}.")
+        if name not in known:
+            raise ValueError(
+                f"`{name}` is not an option of `diffusion_generate`{_did_you_mean(name, [*known, *ALIASES])}. "
+                f"The options are {', '.join(known)}."
+            )

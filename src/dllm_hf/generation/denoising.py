@@ -1,7 +1,7 @@
 """The one denoising loop: block after block, step after step, for every model and every cache policy."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from .cache import CachePolicy
 from .canvas import Block, Canvas, Window
 from .configuration import DiffusionGenerationConfig, as_token_list
 from .remasking import STRATEGIES, bernoulli_plan, bernoulli_quotas, select, transfer_quotas
-from .sampling import Generators, confidence, gumbel_noise, make_warpers, process, propose, uniform_noise
+from .sampling import Noise, confidence, make_warpers, process, propose
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Denoiser:
         config: DiffusionGenerationConfig,
         confidence_source: str,
         hooks: Hooks,
-        generator: Generators = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         streamer: Any = None,
     ):
         self.forward, self.canvas, self.policy, self.config, self.hooks = forward, canvas, policy, config, hooks
@@ -76,24 +76,31 @@ class Denoiser:
     @torch.no_grad()
     def run(self) -> None:
         """Decode every block. Afterwards the canvas holds no mask."""
-        canvas, blocks = self.canvas, self.canvas.blocks
+        canvas = self.canvas
         if self.hooks.tokens is not None:
             canvas.from_sequences(self.hooks.tokens(None, canvas.to_sequences(), None))
         if self.stream:
             self.stream.confirm(None)
-        steps = self._steps_of_blocks(blocks)
-        for index, block in enumerate(blocks):
-            if not any(running and masks for running, masks in zip(self.rows_running, block.masks, strict=True)):
-                continue
-            self._decode_block(block, [row[index] for row in steps])
-            self._finish_block(block)
-            if self.stream:
-                self.stream.confirm(None if self.rows_running[0] else self.end_tokens)
-            if not any(self.rows_running):
-                break
+        self._decode_blocks()
+        if self.hooks.tokens is not None:
+            # The hook may have put masks back where no step was left for them.
+            self.hooks = replace(self.hooks, tokens=None)
+            self._decode_blocks()
         self._pad_after_end()
         if self.stream:
             self.stream.end()
+
+    def _decode_blocks(self) -> None:
+        blocks = self.canvas.blocks()
+        steps = self._steps_of_blocks(blocks)
+        for index, block in enumerate(blocks):
+            if any(self._masks(block)):
+                self._decode_block(block, [row[index] for row in steps])
+                self._finish_block(block)
+
+    def _masks(self, block: Block) -> list[int]:
+        """The masks that each row has to decode in a block, before it starts."""
+        return [masks if running else 0 for running, masks in zip(self.rows_running, block.masks, strict=True)]
 
     def _steps_of_blocks(self, blocks: list[Block]) -> list[list[int | None]]:
         """The denoising steps of each row's blocks: `steps` are spread over them, the remainder on the first."""
@@ -109,14 +116,14 @@ class Denoiser:
 
     def _decode_block(self, block: Block, steps: list[int | None]) -> None:
         strategy, canvas = self.strategy, self.canvas
-        masks = [masks if running else 0 for running, masks in zip(self.rows_running, block.masks, strict=True)]
+        masks = self._masks(block)
         masked = canvas.masked(block) & ~self.ended[:, None]
         plan = None
         if strategy.selection == "bernoulli":
             # Without a number of steps: as many as there are masks, so that one token a step is expected.
             steps = [count or 1 if number is None else number for number, count in zip(steps, masks, strict=True)]
-            noise = uniform_noise(block.columns.shape, masked.device, self._generators(masked))
-            plan = bernoulli_plan(noise, steps, self.config.eps)
+            noise = self._noise(block, masked.any(-1))
+            plan = bernoulli_plan(noise.uniform(block.columns.shape), steps, self.config.eps)
             quotas = bernoulli_quotas(plan, masked)
         else:
             quotas = transfer_quotas(masks, steps, strategy, self.config.eps)
@@ -139,11 +146,6 @@ class Denoiser:
                 logits = self._denoise(block, window, masked, transferable, quotas[:, index])
                 window = next_window = next_window or self.policy.next_window(block, self.rows_running)
             self._after_step(block, logits)
-        if self.hooks.tokens is not None:
-            # A hook may have put masks back that the schedule has no step left for.
-            masked = canvas.masked(block) & ~self.ended[:, None]
-            if bool(masked.any()):
-                self._denoise(block, window, masked, masked, masked.sum(-1))
 
     def _denoise(self, block: Block, window: Window, masked, transferable, quota) -> torch.Tensor:
         """One forward pass and the transfer of what it proposes. Returns the logits, `(batch, block, vocab)`.
@@ -165,22 +167,23 @@ class Denoiser:
             processed = logits.clone()
             processed[..., config.mask_token_id] = -torch.inf
             processed = process(self.warpers, None, processed)
-        generator = self._generators(masked)
-        proposals = propose(processed, config.mask_token_id, self.temperature, generator)
+        noise = self._noise(block, transferable.any(-1) & (quota > 0))
+        proposals = propose(processed, config.mask_token_id, self.temperature, noise)
         scores = confidence(
             self.strategy.confidence,
             logits if self.reads_raw_logits else processed,
             proposals,
             config.mask_token_id,
-            generator,
+            noise,
         )
+        lowest = torch.finfo(torch.float32).min
         if self.confidence_suppressed is not None:
-            unwanted = torch.isin(proposals, self.confidence_suppressed)
-            scores = scores.masked_fill(unwanted, torch.finfo(torch.float32).min)
+            scores = scores.masked_fill(torch.isin(proposals, self.confidence_suppressed), lowest)
+        # Logits that overflowed give no number, and nothing to prefer: such positions go last, but they go.
+        scores = scores.nan_to_num(nan=lowest)
         if self.strategy.selection == "bernoulli":
             transfer = transferable
         else:
-            noise = gumbel_noise(scores.shape, scores.device, generator).float() if config.alg_temp else None
             transfer = select(
                 self.strategy,
                 scores,
@@ -189,7 +192,7 @@ class Denoiser:
                 threshold=config.confidence_threshold,
                 entropy_bound=config.entropy_bound,
                 factor=config.factor,
-                gumbel=noise,
+                gumbel=noise.gumbel(scores.shape).float() if config.alg_temp else None,
                 alg_temp=config.alg_temp or 0.0,
             )
         canvas.write(block, torch.where(transfer, proposals, canvas.at(block.columns)))
@@ -214,13 +217,16 @@ class Denoiser:
         if self.end_tokens is not None:
             self.ended |= (self._is_end(canvas.at(block.columns), block.columns) & block.valid).any(-1)
         if self.hooks.criteria:
-            sequences = canvas.to_sequences()
-            # What a criterion reads is final in every row: it stops before the first mask that is left.
-            undecided = ((sequences == self.config.mask_token_id) & ~self.ended[:, None]).any(0)
-            finished = sequences[:, : int((undecided.cumsum(0) == 0).sum())]
-            self.ended |= self.hooks.criteria(finished, None, new_token_length=block.columns.shape[1])
+            # Row by row, as rows that wait for others would be asked about more than they would be alone.
+            for row, (sequence, masks) in enumerate(zip(canvas.to_sequences(), self._masks(block), strict=True)):
+                undecided = (sequence == self.config.mask_token_id).cumsum(0) > 0
+                if masks:
+                    final = sequence[~undecided][None]
+                    self.ended[row] |= self.hooks.criteria(final, None, new_token_length=block.columns.shape[1])[0]
         if self.end_tokens is not None or self.hooks.criteria:
             self.rows_running = (~self.ended).tolist()
+        if self.stream:
+            self.stream.confirm(None if self.rows_running[0] else self.end_tokens)
 
     def _is_end(self, tokens: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         return torch.isin(tokens, self.end_tokens) & (columns >= self.canvas.prompt_lengths[:, None])
@@ -235,11 +241,13 @@ class Denoiser:
             after |= is_end.cumsum(-1) - is_end.long() > 0
         canvas.tokens = tokens.masked_fill(after, self.config.pad_token_id)
 
-    def _generators(self, masked: torch.Tensor) -> Generators:
-        """With a generator for each row, those of rows that have nothing to decode now stay untouched."""
-        if not isinstance(self.generator, (list, tuple)):
-            return self.generator
-        return [g if busy else None for g, busy in zip(self.generator, masked.any(-1).tolist(), strict=True)]
+    def _noise(self, block: Block, takes_part: torch.Tensor) -> Noise:
+        """The random numbers of a step. `takes_part`: `(batch,)` bool, the rows that may receive tokens."""
+        widths = None
+        if isinstance(self.generator, (list, tuple)):
+            spans = zip(block.spans, takes_part.tolist(), strict=True)
+            widths = [end - start if busy else 0 for (start, end), busy in spans]
+        return Noise(self.canvas.tokens.device, self.generator, widths)
 
 
 class Stream:

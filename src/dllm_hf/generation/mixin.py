@@ -13,7 +13,7 @@ from .cache import POLICIES, BlockCache, CanvasCache
 from .canvas import Canvas, Window
 from .configuration import DiffusionGenerationConfig, as_token_list
 from .denoising import Denoiser, Hooks
-from .sampling import Generators, guide
+from .sampling import guide
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +78,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
-        generator: Generators = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         streamer=None,
         past_key_values: CanvasCache | None = None,
         generation_tokens_hook_func: Callable | None = None,
@@ -115,7 +115,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         input_ids = inputs if input_ids is None else input_ids
         config = self._prepare_diffusion_config(generation_config, kwargs)
         input_ids, attention_mask = _check_inputs(input_ids, attention_mask, self.config.vocab_size)
-        new_tokens = _new_tokens(config, input_ids, config.mask_token_id)
+        new_tokens = _new_tokens(config, input_ids, attention_mask)
+        _check_fits(self.config, _row_lengths(input_ids, attention_mask).max() + new_tokens, new_tokens)
         if config.num_return_sequences > 1:
             input_ids = input_ids.repeat_interleave(config.num_return_sequences, dim=0)
             if attention_mask is not None:
@@ -123,21 +124,16 @@ class DiffusionGenerationMixin(GenerationMixin):
         _check_batch(len(input_ids), generator, streamer)
 
         config.block_length = config.block_length or self.default_block_length
-        canvas = Canvas.from_inputs(
+        canvas = Canvas(
             input_ids.to(self.device),
             None if attention_mask is None else attention_mask.to(self.device),
             new_tokens,
             config.block_length,
             self.block_grid,
             config.mask_token_id,
-            config.pad_token_id,
         )
-        positions = getattr(self.config, "max_position_embeddings", None)
-        if positions is not None and canvas.width > positions:
-            raise ValueError(
-                f"The canvas of {canvas.width} positions is longer than the {positions} positions of the model: "
-                f"reduce `max_new_tokens={new_tokens}` or shorten the prompt."
-            )
+        # Blocks of the grid at 0 are decoded whole, which may take a few positions more.
+        _check_fits(self.config, canvas.width, new_tokens)
         policy, cache = self._make_policy(canvas, config, past_key_values)
         denoiser = Denoiser(
             self._make_forward(canvas, config, cache),
@@ -148,8 +144,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             Hooks(
                 generation_tokens_hook_func,
                 generation_logits_hook_func,
-                logits_processor or LogitsProcessorList(),
-                stopping_criteria or StoppingCriteriaList(),
+                LogitsProcessorList(logits_processor or []),
+                StoppingCriteriaList(stopping_criteria or []),
             ),
             generator,
             streamer,
@@ -185,6 +181,11 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError("The model's configuration has no `mask_token_id`: pass it, or set it in the config.")
         if config.mask_token_id in ends:
             raise ValueError(f"`mask_token_id={config.mask_token_id}` is also an `eos_token_id`: one of them is wrong.")
+        if config.pad_token_id == config.mask_token_id:
+            raise ValueError(
+                f"`pad_token_id={config.pad_token_id}` is the mask: what follows the end of a sequence would be masks. "
+                "Pass another `pad_token_id`."
+            )
         if config.pad_token_id is None:
             config.pad_token_id = ends[0] if ends else 0
         for name in ("mask_token_id", "pad_token_id", "eos_token_id", "suppress_tokens", "confidence_suppress_tokens"):
@@ -276,7 +277,6 @@ class DiffusionGenerationMixin(GenerationMixin):
                 )
             cache.check(self, len(canvas.tokens), config.block_length)
             written = cache.resume(canvas.at(None), config.block_length)
-            # A block that holds masks is computed, whatever the cache has of it.
             firsts = [
                 [block.spans[row][0] for block in canvas.blocks if block.masks[row]] for row in range(len(written))
             ]
@@ -328,9 +328,9 @@ def _check_inputs(input_ids, attention_mask, vocab_size: int):
                 f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but has {shape}: "
                 "pass the tokenizer's 2-D mask."
             )
-        attention_mask = attention_mask.to(torch.long)
         if ((attention_mask != 0) & (attention_mask != 1)).any():
             raise ValueError("`attention_mask` must hold 0 (padding) and 1 (token) only.")
+        attention_mask = attention_mask.to(torch.long)
         if (attention_mask.diff(dim=-1) < 0).any():
             raise ValueError(
                 "`attention_mask` is right-padded or has holes: pad on the left "
@@ -347,7 +347,13 @@ def _check_inputs(input_ids, attention_mask, vocab_size: int):
     return input_ids, attention_mask
 
 
-def _new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, mask_token_id: int) -> int:
+def _row_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    if attention_mask is None:
+        return torch.full((len(input_ids),), input_ids.shape[1])
+    return attention_mask.sum(-1)
+
+
+def _new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, attention_mask) -> int:
     prompt_length = input_ids.shape[1]
     number = config.max_new_tokens
     if number is None and config.max_length is not None:
@@ -359,12 +365,27 @@ def _new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, mask
         number = config.max_length - prompt_length
     if number is None:
         number = DEFAULT_MAX_NEW_TOKENS
-    if number == 0 and prompt_length == 0:
+    if number == 0 and (_row_lengths(input_ids, attention_mask) == 0).any():
         raise ValueError("`max_new_tokens=0` with an empty prompt leaves nothing to fill: raise `max_new_tokens`.")
     return number
 
 
+def _check_fits(model_config, width: int, new_tokens: int) -> None:
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and width > positions:
+        raise ValueError(
+            f"The canvas of {int(width)} positions is longer than the {positions} positions of the model: "
+            f"reduce `max_new_tokens={new_tokens}` or shorten the prompt."
+        )
+
+
 def _check_batch(batch: int, generator, streamer) -> None:
+    each = generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []
+    if not all(isinstance(one, torch.Generator) for one in each):
+        raise ValueError(
+            f"`generator={generator!r}` must be a `torch.Generator` or a list of them: "
+            "`torch.Generator().manual_seed(seed)` makes one from a seed."
+        )
     if isinstance(generator, (list, tuple)) and len(generator) != batch:
         raise ValueError(
             f"`generator` lists {len(generator)} generators for {batch} rows: pass one for each row (and for each of "

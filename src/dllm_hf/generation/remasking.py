@@ -93,11 +93,12 @@ def bernoulli_plan(noise: torch.Tensor, steps: list[int], eps: float) -> torch.T
     Returns:
         `(batch, block)`, the step of each position, from 0 to its row's steps - 1.
     """
-    width = max(steps)
-    survival = torch.zeros(len(steps), width)
+    survival = torch.zeros(len(steps), max(steps))
     for row, number in enumerate(steps):
         survival[row, : number - 1] = _timesteps(number, eps)[1:-1]
-    return (noise[..., None] < survival.to(noise)[:, None, :]).sum(-1)
+    # How many of the falling survival probabilities are above the number drawn.
+    rising = survival.to(noise).flip(-1)
+    return max(steps) - torch.searchsorted(rising, noise, right=True)
 
 
 def _timesteps(steps: int, eps: float) -> torch.Tensor:
@@ -121,7 +122,7 @@ def select(
     gumbel: torch.Tensor | None = None,
     alg_temp: float = 0.0,
 ) -> torch.Tensor:
-    """Which masked positions to transfer. Ties go to the leftmost position.
+    """Which masked positions to transfer. Of positions equally sure, the leftmost go first.
 
     Args:
         confidence: `(batch, block)` float32, as [`sampling.confidence`] returns it.
@@ -138,12 +139,9 @@ def select(
         return masked & (masked.cumsum(-1) <= quota[:, None])
 
     score = confidence
-    if gumbel is not None:
+    if gumbel is not None and strategy.selection in ("quota", "threshold"):
         score = (confidence / alg_temp).clamp(min=torch.finfo(torch.float32).min / 2) + gumbel
-    order = torch.where(masked, score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
+    order, rank = rank_of(torch.where(masked, score, -torch.inf))
     best = masked & (rank < quota[:, None])
     if strategy.selection == "quota":
         return best
@@ -161,3 +159,19 @@ def select(
         passes = (-ranked).cumsum(-1) < entropy_bound
     count = (passes.sum(-1).clamp(min=1) * (quota > 0))[:, None]
     return masked & (rank < count)
+
+
+def rank_of(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order positions by falling score, `(batch, block)` both ways: the position at each rank, the rank of each position.
+
+    Scores that differ by no more than rounding count as equal, and the leftmost goes first. Exact ties are common, since
+    on a canvas of masks alone every position sees the same; which of them came out ahead would depend on the shape of
+    the batch.
+    """
+    by_score = scores.argsort(dim=-1, descending=True, stable=True)
+    falling = scores.gather(-1, by_score)
+    drops = falling[:, :-1] - falling[:, 1:] > 2e-6 * (1 + falling[:, :-1].abs())
+    group = torch.nn.functional.pad(drops.long().cumsum(-1), (1, 0))
+    order = torch.empty_like(by_score).scatter_(-1, by_score, group).argsort(dim=-1, stable=True)
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return order, torch.empty_like(order).scatter_(-1, order, ranks)

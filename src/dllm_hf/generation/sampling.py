@@ -5,8 +5,43 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-# One generator for the batch, or one for each row (None for a row that needs no numbers now).
-Generators = torch.Generator | Sequence[torch.Generator | None] | None
+
+class Noise:
+    """The random numbers of one step.
+
+    Args:
+        device: where they are needed; they are drawn where the generator lives.
+        generator: one for the batch, `None` for torch's own, or a list with one for each row: a row's numbers are then
+            the same whatever rows stand beside it.
+        widths: with a list, the columns of each row's block; 0 where a row takes no part in the step, whose generator
+            stays as it is.
+    """
+
+    def __init__(self, device: torch.device, generator=None, widths: list[int] | None = None):
+        self.device, self.generator, self.widths = device, generator, widths
+
+    def uniform(self, shape: Sequence[int]) -> torch.Tensor:
+        """Uniform in [0, 1), float32."""
+        return self._draw(shape, lambda size, **kwargs: torch.rand(size, **kwargs))
+
+    def gumbel(self, shape: Sequence[int]) -> torch.Tensor:
+        """Standard Gumbel, float64: in float32 its tail is cut off, which costs quality (arXiv:2409.02908)."""
+
+        def draw(size, generator, device):
+            return -torch.empty(size, dtype=torch.float64, device=device).exponential_(generator=generator).log_()
+
+        return self._draw(shape, draw)
+
+    def _draw(self, shape, draw):
+        if not isinstance(self.generator, (list, tuple)):
+            source = self.device if self.generator is None else self.generator.device
+            return draw(tuple(shape), generator=self.generator, device=source).to(self.device)
+        noise = None
+        for row, (generator, width) in enumerate(zip(self.generator, self.widths, strict=True)):
+            drawn = draw((width, *shape[2:]), generator=generator, device=generator.device)
+            noise = torch.zeros(shape, dtype=drawn.dtype, device=self.device) if noise is None else noise
+            noise[row, :width] = drawn.to(self.device)
+        return noise
 
 
 def guide(logits: torch.Tensor, cfg_scale: float) -> torch.Tensor:
@@ -41,28 +76,25 @@ def process(processors: LogitsProcessorList, input_ids: torch.Tensor | None, log
     return processors(input_ids, logits.reshape(batch * block, vocab)).view(batch, block, vocab)
 
 
-def propose(logits: torch.Tensor, mask_token_id: int, temperature: float, generator: Generators) -> torch.Tensor:
+def propose(logits: torch.Tensor, mask_token_id: int, temperature: float, noise: Noise) -> torch.Tensor:
     """The proposed token of each position, never the mask.
 
     The arg-max at temperature 0, else a draw from `softmax(logits)` (the temperature is already in the logits) by the
-    Gumbel-max trick in float64: in float32 its tail is cut off, which costs quality (arXiv:2409.02908).
+    Gumbel-max trick.
 
     `logits`: `(batch, block, vocab)`, unchanged on return. Returns `(batch, block)`.
     """
     mask_logit = logits[..., mask_token_id].clone()
     logits[..., mask_token_id] = -torch.inf
     if temperature > 0:
-        noise = gumbel_noise(logits.shape, logits.device, generator)
-        proposals = (logits.double() + noise).argmax(-1)
+        proposals = (logits.double() + noise.gumbel(logits.shape)).argmax(-1)
     else:
         proposals = logits.argmax(-1)
     logits[..., mask_token_id] = mask_logit
     return proposals
 
 
-def confidence(
-    kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int, generator: Generators
-):
+def confidence(kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int, noise: Noise):
     """How sure the model is of its proposals.
 
     Args:
@@ -77,7 +109,7 @@ def confidence(
     if kind is None:
         return torch.zeros(proposals.shape, dtype=torch.float32, device=proposals.device)
     if kind == "random":
-        return uniform_noise(proposals.shape, proposals.device, generator)
+        return noise.uniform(proposals.shape)
     log_probs = logits.float().log_softmax(-1)
     if kind == "probability":
         return log_probs.gather(-1, proposals[..., None]).squeeze(-1).exp()
@@ -88,30 +120,3 @@ def confidence(
     probs[..., mask_token_id] = 0
     best, second = probs.topk(2, dim=-1).values.unbind(-1)
     return best - torch.maximum(second, mask_prob)
-
-
-def uniform_noise(shape: Sequence[int], device: torch.device, generator: Generators) -> torch.Tensor:
-    """Uniform numbers in [0, 1), float32, drawn where the generator lives. A list of generators draws each row from
-    its own, so that a row's noise does not depend on the rows beside it."""
-    return _draw(shape, device, generator, lambda size, **kwargs: torch.rand(size, **kwargs))
-
-
-def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generators) -> torch.Tensor:
-    """Standard Gumbel noise, float64."""
-
-    def draw(size, generator, device):
-        exponential = torch.empty(size, dtype=torch.float64, device=device).exponential_(generator=generator)
-        return -exponential.log_()
-
-    return _draw(shape, device, generator, draw)
-
-
-def _draw(shape, device, generator, draw):
-    if isinstance(generator, (list, tuple)):
-        row_shape = (1, *shape[1:])
-        rows = (
-            torch.zeros(row_shape) if g is None else draw(row_shape, generator=g, device=g.device) for g in generator
-        )
-        return torch.cat([row.to(device) for row in rows])
-    source = device if generator is None else generator.device
-    return draw(tuple(shape), generator=generator, device=source).to(device)

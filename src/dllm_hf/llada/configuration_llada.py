@@ -7,6 +7,8 @@ from transformers import LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from ..configuration import PublishedRopeTheta
+
 # Switches of the OLMo code base that LLaDA grew from, and the one value that the published checkpoints give them.
 _FIXED = {
     "block_type": "llama",
@@ -24,7 +26,7 @@ _FIXED = {
 
 
 @strict
-class LLaDAConfig(PreTrainedConfig):
+class LLaDAConfig(PublishedRopeTheta, PreTrainedConfig):
     """Configuration of LLaDA (Nie et al., arXiv:2502.09992). The defaults are those of LLaDA-8B.
 
     The original names stay on disk; the library's (`hidden_size`, `num_attention_heads`, ...) are aliases of them.
@@ -93,6 +95,9 @@ class LLaDAConfig(PreTrainedConfig):
             self.n_kv_heads = 1 if self.multi_query_attention else self.n_heads
         if self.mlp_hidden_size is None:
             self.mlp_hidden_size = int(self.mlp_ratio * self.d_model)
+        for name, multiple in (("n_heads", self.d_model), ("n_kv_heads", self.n_heads)):
+            if getattr(self, name) < 1 or multiple % getattr(self, name):
+                raise ValueError(f"`{name}={getattr(self, name)}` must divide {multiple}: correct the configuration.")
         if self.eot_token_id is None and self.vocab_size == LLaDAConfig.vocab_size:
             # The published config.json does not name the token that ends a turn, <|eot_id|>.
             self.eot_token_id = 126348
@@ -102,15 +107,6 @@ class LLaDAConfig(PreTrainedConfig):
     def attention_bias(self) -> bool:
         return self.include_bias or self.include_qkv_bias
 
-    def validate_architecture(self):
-        """Called by the library after construction."""
-        for name, heads in (("n_heads", self.d_model), ("n_kv_heads", self.n_heads)):
-            if getattr(self, name) < 1 or heads % getattr(self, name):
-                raise ValueError(f"`{name}={getattr(self, name)}` must divide {heads}: correct the configuration.")
-
     def to_dict(self) -> dict[str, Any]:
-        """With the keys that the original code reads: `rope_theta` and `embedding_size`."""
-        values = super().to_dict()
-        values["embedding_size"] = self.vocab_size
-        values["rope_theta"] = (self.rope_parameters or {}).get("rope_theta", self.default_theta)
-        return values
+        """With the original's name for the rows of the embedding."""
+        return {**super().to_dict(), "embedding_size": self.vocab_size}

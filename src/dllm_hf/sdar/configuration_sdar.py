@@ -1,13 +1,15 @@
 """SDAR model configuration."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config
 
+from ..configuration import PublishedRopeTheta
+
 
 @strict
-class SDARConfig(Qwen3Config):
+class SDARConfig(PublishedRopeTheta, Qwen3Config):
     """Configuration of SDAR (Cheng et al., arXiv:2510.06303): a Qwen3's, the block and the mask.
 
     The published `config.json`s name neither `block_size` nor `mask_token_id`: these are the values they mean.
@@ -24,9 +26,16 @@ class SDARConfig(Qwen3Config):
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
 
-    def validate_architecture(self):
-        """Called by the library after construction."""
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "SDARConfig":
+        # Published files ask for the back end that their training used; the library would take it for a wish to decode
+        # with it. What a caller asks for is in `kwargs`.
+        config_dict = {name: value for name, value in config_dict.items() if name != "attn_implementation"}
+        return super().from_dict(config_dict, **kwargs)
+
+    def __post_init__(self, **kwargs):
         check_block_model(self)
+        super().__post_init__(**kwargs)
 
 
 def check_block_model(config) -> None:

@@ -5,17 +5,21 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3MoeConfig
 
+from ..configuration import PublishedRopeTheta
 from .configuration_sdar import check_block_model
 
 
 @strict
-class SDARMoeConfig(Qwen3MoeConfig):
+class SDARMoeConfig(PublishedRopeTheta, Qwen3MoeConfig):
     """Configuration of SDAR-MoE (Cheng et al., arXiv:2510.06303): a Qwen3-MoE's, the block and the mask."""
 
     model_type = "sdar_moe"
     default_theta = 1000000.0
     # Read by the library's mask functions: inside a block attention has no direction.
     is_causal: ClassVar[bool] = False
+
+    # The other way round than in the library, so that the published name stays on disk.
+    attribute_map = {"num_local_experts": "num_experts"}
 
     head_dim: int | None = 128
     block_size: int = 4
@@ -24,6 +28,6 @@ class SDARMoeConfig(Qwen3MoeConfig):
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
 
-    def validate_architecture(self):
-        """Called by the library after construction."""
+    def __post_init__(self, **kwargs):
         check_block_model(self)
+        super().__post_init__(**kwargs)

@@ -43,12 +43,12 @@ def masked_diffusion_loss(
     labelled = labels != -100
     number = labelled.sum()
     if mask_ratio is not None:
-        ratio = mask_ratio.to(losses).reshape(len(labels), -1)
-        if ratio.shape[1] not in (1, labels.shape[1]):
+        if mask_ratio.shape not in (labels.shape, labels.shape[:1]):
             raise ValueError(
                 f"`mask_ratio` must be `(batch,)` or `(batch, length)` = {tuple(labels.shape)}, "
                 f"but is {tuple(mask_ratio.shape)}."
             )
+        ratio = mask_ratio.to(losses).view(len(labels), -1)
         losses = losses / torch.where(labelled, ratio, 1.0)
         number = labels.numel() if attention_mask is None or attention_mask.ndim != 2 else attention_mask.sum()
     number = number if num_items_in_batch is None else num_items_in_batch

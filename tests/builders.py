@@ -1,0 +1,149 @@
+"""What the tests build: tiny models, a model that says what the test tells it to, padded batches, a tokenizer."""
+
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dllm_hf import DiffusionGenerationMixin, DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+
+VOCAB, MASK, END, TURN_END = 64, 60, 61, 62
+PAD = END  # as in LLaDA and Dream
+POSITIONS = 128
+FAMILIES = ("llada", "dream")
+POLICIES = ("none", "prefix", "dual")
+CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?\n-:"
+SPECIAL = {"mask_token_id": MASK, "eos_token_id": END, "pad_token_id": PAD, "bos_token_id": None}
+
+
+def llada_config(**changes) -> LLaDAConfig:
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 48}
+    return LLaDAConfig(**{**sizes, "max_sequence_length": POSITIONS, "init_std": 0.3, **SPECIAL, **changes})
+
+
+def dream_config(**changes) -> DreamConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": POSITIONS}
+    return DreamConfig(**{**sizes, "initializer_range": 0.3, **SPECIAL, **changes})
+
+
+def new_model(family: str) -> PreTrainedModel:
+    """A random model whose best token is well ahead of the second, but not so far that confidences reach 1."""
+    torch.manual_seed(0)
+    model = LLaDAModelLM(llada_config()) if family == "llada" else DreamModel(dream_config())
+    return model.eval().float()
+
+
+@cache
+def tiny_model(family: str) -> PreTrainedModel:
+    """[`new_model`], built once and left as it is, with learnt positions on top of the rotary ones.
+
+    Attention over equal values is the same wherever one stands: on a canvas of masks alone all positions would have
+    equal logits, and rounding would choose between them.
+    """
+    model = new_model(family)
+    shifts = torch.randn(POSITIONS, model.config.hidden_size)
+
+    def embed(stack, args, kwargs):
+        ids, positions = kwargs.pop("input_ids"), kwargs["position_ids"]
+        return args, {**kwargs, "inputs_embeds": stack.embed_tokens(ids) + shifts[positions]}
+
+    model.model.register_forward_pre_hook(embed, with_kwargs=True)
+    return model
+
+
+class ScriptedModel(DiffusionGenerationMixin, PreTrainedModel):
+    """Whatever it reads, position i is answered with `script[i]`. It notes what it was fed.
+
+    script: `(positions, vocab)` logits, see [`script`].
+    fed: the input ids of each forward pass.
+    """
+
+    config_class = LLaDAConfig
+    cache_policies = POLICIES
+    confidence_source = "raw"
+
+    def __init__(self, script: torch.Tensor, **config):
+        super().__init__(llada_config(**config))
+        self.script = script
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self.fed: list[torch.Tensor] = []
+
+    def forward(self, input_ids, position_ids, logits_to_keep, **kwargs):
+        self.fed.append(input_ids.clone())
+        return CausalLMOutputWithPast(logits=self.script[position_ids.gather(1, logits_to_keep)].clone())
+
+
+def script(tokens: list[int], strengths: list[float] | float = 4.0, prompt: int = 0) -> torch.Tensor:
+    """Logits with which position `prompt + i` proposes `tokens[i]`, the surer the higher `strengths[i]`."""
+    if not isinstance(strengths, list):
+        strengths = [strengths - 0.01 * i for i in range(len(tokens))]
+    logits = torch.zeros(prompt + len(tokens), VOCAB)
+    for position, (token, strength) in enumerate(zip(tokens, strengths, strict=True), start=prompt):
+        logits[position, token] = strength
+    return logits
+
+
+def left_pad(rows: list[list[int]], pad: int = PAD) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of a batch."""
+    width = max(len(row) for row in rows)
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    shape = (len(rows), width)
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.long).view(shape),
+        "attention_mask": torch.tensor(mask, dtype=torch.long).view(shape),
+    }
+
+
+def generate(model, rows: list[list[int]], **options):
+    """A `DiffusionGenerateOutput` for prompts given as lists."""
+    return model.diffusion_generate(**left_pad(rows), return_dict_in_generate=True, **options)
+
+
+def new_tokens(model, row: list[int], **options) -> list[int]:
+    """What a single prompt is continued with."""
+    return generate(model, [row], **options).sequences[0, len(row) :].tolist()
+
+
+def generators(seeds: list[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@contextmanager
+def recorded(module: nn.Module):
+    """Yields a list that receives the keyword arguments, or the only positional one, of each call of `module`."""
+    calls = []
+
+    def note(module, args, kwargs):
+        copies = {name: value.clone() if torch.is_tensor(value) else value for name, value in kwargs.items()}
+        calls.append(copies or args[0])
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character of `CHARACTERS`, then the special tokens, with the ids of the tiny models."""
+    vocabulary = {character: index for index, character in enumerate(CHARACTERS)}
+    vocabulary |= {"<mask>": MASK, "<end>": END, "<turn>": TURN_END, "<unk>": TURN_END + 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        mask_token="<mask>",
+        eos_token="<end>",
+        pad_token="<end>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,89 @@
+"""The canvas, its grid of blocks, and how steps are spread over them."""
+
+import pytest
+import torch
+
+from dllm_hf.generation.canvas import Canvas
+
+from ..builders import MASK, ScriptedModel, generate, left_pad, script
+
+
+def make_canvas(rows, number, block_length=4, block_grid="prompt"):
+    inputs = left_pad(rows)
+    return Canvas.from_inputs(inputs["input_ids"], inputs["attention_mask"], number, block_length, block_grid, MASK, 0)
+
+
+def spans(canvas, row=0):
+    return [block.spans[row] for block in canvas.blocks if block.masks[row]]
+
+
+@pytest.mark.parametrize(
+    "row, number, block_length, expected",
+    [
+        ([1, 2, 3], 8, 4, [(3, 7), (7, 11)]),
+        ([1, 2, 3], 6, 4, [(3, 7), (7, 9)]),
+        ([1, 2, 3], 2, 8, [(3, 5)]),
+        ([], 5, 4, [(0, 4), (4, 5)]),
+        ([1, 2, 3], 6, None, [(3, 9)]),
+        ([1, MASK, 3, 4, 5, MASK, 7], 4, 4, [(0, 3), (3, 7), (7, 11)]),
+        ([MASK, 2, 3, 4, 5, 6, 7, 8, 9], 2, 4, [(0, 1), (9, 11)]),
+        ([1, MASK, 3, MASK], 2, None, [(1, 6)]),
+        ([1, 2], 0, 4, []),
+    ],
+)
+def test_blocks_are_cells_with_masks_of_a_grid_that_starts_at_the_prompts_end(row, number, block_length, expected):
+    assert spans(make_canvas([row], number, block_length)) == expected
+
+
+def test_each_row_has_its_own_grid():
+    canvas = make_canvas([[1, 2, 3], [], [1, 2, 3, 4, 5]], 6)
+    assert [spans(canvas, row) for row in range(3)] == [[(3, 7), (7, 9)], [(0, 4), (4, 6)], [(5, 9), (9, 11)]]
+
+
+def test_a_grid_at_0_fills_its_last_cell_and_shows_what_was_asked_for():
+    canvas = make_canvas([[1, 2, 3]], 3, block_grid="zero")
+    assert spans(canvas) == [(0, 4), (4, 8)]
+    assert canvas.to_sequences().shape == (1, 6)
+
+
+def test_what_comes_in_goes_out_in_the_same_layout():
+    rows = [[1, 2, 3], [4], []]
+    sequences = make_canvas(rows, 2).to_sequences()
+    expected = left_pad(rows)["input_ids"]
+    assert sequences[:, :3].tolist() == expected.tolist()
+    assert (sequences[:, 3:] == MASK).all()
+
+
+def test_what_a_hook_changed_comes_back_to_its_column():
+    canvas = make_canvas([[1, 2, 3], [4]], 2)
+    changed = canvas.to_sequences()
+    changed[:, 3:] = torch.tensor([[10, 11], [12, 13]])
+    canvas.from_sequences(changed)
+    assert canvas.to_sequences().tolist() == changed.tolist()
+    assert canvas.tokens[1, :3].tolist() == [4, 12, 13]
+
+
+def test_rows_without_padding_need_no_key_mask():
+    assert make_canvas([[1, 2], [3, 4]], 2).key_mask is None
+    assert make_canvas([[1, 2], [3]], 2).key_mask.tolist() == [[True] * 4, [True] * 3 + [False]]
+
+
+@pytest.mark.parametrize(
+    "steps, expected", [(3, [2, 1, 1]), (4, [2, 1, 1]), (6, [2, 2, 2]), (7, [3, 2, 2]), (1, [1, 1, 1])]
+)
+def test_steps_are_spread_over_the_blocks_the_remainder_on_the_first(steps, expected):
+    model = ScriptedModel(script([1] * 12))
+    expected = [steps // 3 + (block < steps % 3) or 1 for block in range(3)]
+    generate(model, [[]], max_new_tokens=12, block_length=4, steps=steps)
+    first_masks = [min((ids[0] == MASK).nonzero().flatten().tolist()) // 4 for ids in model.fed]
+    assert [first_masks.count(block) for block in range(3)] == expected
+
+
+def test_denoising_steps_are_those_of_each_block():
+    model = ScriptedModel(script([1] * 12))
+    assert generate(model, [[]], max_new_tokens=12, block_length=4, denoising_steps=2).num_forward_passes == 6
+
+
+def test_without_a_number_of_steps_each_step_transfers_one_token():
+    model = ScriptedModel(script([1] * 12))
+    assert generate(model, [[]], max_new_tokens=12, block_length=5).num_forward_passes == 12

@@ -1,0 +1,66 @@
+"""What only a GPU can show: the same tokens as on the CPU, and the back ends that run there."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dllm_hf  # noqa: F401  registers the families
+
+from ..builders import left_pad
+from ..test_golden import CASES, GOLDEN, check_case
+
+pytestmark = pytest.mark.gpu
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(GOLDEN / folder, device_map="cuda", **kwargs)
+
+
+@pytest.mark.parametrize("folder", sorted({folder.name for folder, _ in CASES}))
+def test_golden_cases_hold_on_cuda(folder):
+    model = load(folder)
+    for case_folder, case in CASES:
+        if case_folder.name == folder:
+            check_case(model, case_folder, case)
+
+
+@pytest.mark.parametrize("folder", ["llada-mha", "dream-gqa", "sdar-b4", "sdar_moe-b4"])
+def test_flex_attention_equals_sdpa(folder):
+    # flex's kernel wants head sizes that are powers of two from 16 on
+    inputs = {name: value.cuda() for name, value in left_pad([[5, 6, 7, 8, 9, 10], [11, 12]]).items()}
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected, flex = (
+            load(folder, attn_implementation=name)(**inputs).logits for name in ("sdpa", "flex_attention")
+        )
+    torch.testing.assert_close(flex[real], expected[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("folder", ["sdar-b4", "sdar_moe-b4"])
+def test_block_diffusion_loss_is_the_same_with_flex_attention(folder):
+    torch.manual_seed(0)
+    clean = torch.randint(0, 290, (2, 32), device="cuda")
+    masked = torch.rand(clean.shape, device="cuda") < 0.5
+    inputs = {"input_ids": clean.masked_fill(masked, 300), "labels": clean.masked_fill(~masked, -100)}
+    inputs["position_ids"] = torch.cat([torch.arange(13), torch.arange(19)]).expand(2, -1).cuda()
+    losses = [load(folder, attn_implementation=name)(**inputs).loss for name in ("sdpa", "flex_attention")]
+    assert abs(losses[0] - losses[1]) < 1e-5
+
+
+def test_sampling_with_a_generator_on_the_gpu_is_reproducible():
+    model, prompt = load("llada-mha"), torch.tensor([[1, 2, 3]], device="cuda")
+    runs = [
+        model.diffusion_generate(
+            prompt, max_new_tokens=16, temperature=1.0, generator=torch.Generator("cuda").manual_seed(0)
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("policy", ["prefix", "dual"])
+def test_bfloat16_decodes_on_the_gpu(policy):
+    model = load("llada-mha", dtype=torch.bfloat16)
+    inputs = {name: value.cuda() for name, value in left_pad([[5, 6, 7, 8], [9]]).items()}
+    tokens = model.diffusion_generate(**inputs, max_new_tokens=20, block_length=8, cache_policy=policy)
+    assert tokens.shape == (2, 24) and not (tokens == 300).any()
