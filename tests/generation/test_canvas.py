@@ -10,11 +10,11 @@ from ..builders import MASK, ScriptedModel, generate, left_pad, script
 
 def make_canvas(rows, number, block_length=4, block_grid="prompt"):
     inputs = left_pad(rows)
-    return Canvas.from_inputs(inputs["input_ids"], inputs["attention_mask"], number, block_length, block_grid, MASK, 0)
+    return Canvas(inputs["input_ids"], inputs["attention_mask"], number, block_length, block_grid, MASK)
 
 
 def spans(canvas, row=0):
-    return [block.spans[row] for block in canvas.blocks if block.masks[row]]
+    return [block.spans[row] for block in canvas.blocks() if block.masks[row]]
 
 
 @pytest.mark.parametrize(

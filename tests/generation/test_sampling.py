@@ -5,7 +5,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dllm_hf import STRATEGIES
-from dllm_hf.generation.sampling import confidence, guide, make_warpers, process, propose
+from dllm_hf.generation.sampling import Noise, confidence, guide, make_warpers, process, propose
 
 from ..builders import (
     END,
@@ -32,6 +32,14 @@ WITH_CONFIDENCE = [
 ]
 
 
+CPU = torch.device("cpu")
+NOISE = Noise(CPU)
+
+
+def row_noise(seeds, width):
+    return Noise(CPU, generators(seeds), [width] * len(seeds))
+
+
 def random_logits(*shape, scale=2.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * scale
 
@@ -42,7 +50,7 @@ def random_logits(*shape, scale=2.0):
 def test_temperature_0_proposes_the_arg_max():
     logits = random_logits(2, 5, VOCAB)
     logits[..., MASK] = -1
-    assert propose(logits, MASK, 0.0, None).tolist() == logits.argmax(-1).tolist()
+    assert propose(logits, MASK, 0.0, NOISE).tolist() == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -50,7 +58,7 @@ def test_the_mask_is_never_proposed(temperature):
     logits = random_logits(2, 5, VOCAB)
     logits[..., MASK] = 100.0
     before = logits.clone()
-    assert MASK not in propose(logits, MASK, temperature, None)
+    assert MASK not in propose(logits, MASK, temperature, NOISE)
     assert torch.equal(logits, before)
 
 
@@ -58,7 +66,7 @@ def test_draws_are_as_frequent_as_the_softmax_says():
     draws = 40_000
     logits = random_logits(8)
     logits[3] = -torch.inf  # the mask
-    proposals = propose(logits.expand(1, draws, 8).clone(), 3, 1.0, torch.Generator().manual_seed(0))
+    proposals = propose(logits.expand(1, draws, 8).clone(), 3, 1.0, Noise(CPU, torch.Generator().manual_seed(0)))
     frequency = proposals.flatten().bincount(minlength=8) / draws
     probability = logits.double().softmax(-1)
     deviation = (probability * (1 - probability) / draws).sqrt()
@@ -67,9 +75,9 @@ def test_draws_are_as_frequent_as_the_softmax_says():
 
 def test_a_list_of_generators_draws_each_row_from_its_own():
     logits = random_logits(3, 4, VOCAB)
-    together = propose(logits, MASK, 1.0, generators([7, 8, 9]))
+    together = propose(logits, MASK, 1.0, row_noise([7, 8, 9], 4))
     for row, seed in enumerate([7, 8, 9]):
-        alone = propose(logits[row : row + 1], MASK, 1.0, generators([seed]))
+        alone = propose(logits[row : row + 1], MASK, 1.0, row_noise([seed], 4))
         assert together[row].tolist() == alone[0].tolist()
 
 
@@ -104,7 +112,7 @@ def test_a_processor_sees_a_row_for_each_position_and_the_sequence_it_is_in():
 
 def test_confidences_are_those_of_a_plain_softmax():
     logits = random_logits(2, 5, VOCAB)
-    proposals = propose(logits, MASK, 0.0, None)
+    proposals = propose(logits, MASK, 0.0, NOISE)
     probabilities = logits.double().softmax(-1)
     best, second = probabilities.sort(-1, descending=True).values[..., :2].unbind(-1)
     expected = {
@@ -113,7 +121,7 @@ def test_confidences_are_those_of_a_plain_softmax():
         "margin": best - second,
     }
     for kind, scores in expected.items():
-        actual = confidence(kind, logits, proposals, MASK, None)
+        actual = confidence(kind, logits, proposals, MASK, NOISE)
         assert actual.dtype == torch.float32
         if kind == "margin":
             # Where the mask itself is best, the margin of the best other token over it is meant.
@@ -126,14 +134,14 @@ def test_confidences_are_those_of_a_plain_softmax():
 
 def test_confidences_stay_finite_where_warpers_removed_tokens():
     logits = make_warpers(0.7, 2, 0.5)(None, random_logits(5, VOCAB))[None]
-    proposals = propose(logits, MASK, 0.0, None)
+    proposals = propose(logits, MASK, 0.0, NOISE)
     for kind in ("probability", "neg_entropy", "margin"):
-        assert confidence(kind, logits, proposals, MASK, None).isfinite().all()
+        assert confidence(kind, logits, proposals, MASK, NOISE).isfinite().all()
 
 
 def test_random_confidence_comes_from_the_generator():
     proposals = torch.zeros(2, 5, dtype=torch.long)
-    first, again = (confidence("random", None, proposals, MASK, generators([1, 2])) for _ in range(2))
+    first, again = (confidence("random", None, proposals, MASK, row_noise([1, 2], 5)) for _ in range(2))
     assert first.tolist() == again.tolist()
     assert first[0].tolist() != first[1].tolist()
 

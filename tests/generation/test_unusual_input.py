@@ -82,10 +82,10 @@ def test_logits_that_are_no_numbers_leave_no_mask_and_no_endless_loop(strategy, 
     assert output.num_forward_passes <= 6
 
 
-def test_a_mask_token_that_is_also_the_padding_is_no_mask_in_the_padding(policy):
+def test_masks_in_the_padding_are_no_positions_to_fill(policy):
     model = ScriptedModel(script([1, 2, 3, 4, 5, 6, 7, 8]))
     inputs = left_pad([[9, 9], [9]], pad=MASK)
-    options = {"max_new_tokens": 3, "pad_token_id": MASK, "eos_token_id": [], "cache_policy": policy}
+    options = {"max_new_tokens": 3, "cache_policy": policy}
     assert model.diffusion_generate(**inputs, **options)[:, 2:].tolist() == [[3, 4, 5], [2, 3, 4]]
 
 

@@ -383,7 +383,7 @@ def _check_batch(batch: int, generator, streamer) -> None:
     each = generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []
     if not all(isinstance(one, torch.Generator) for one in each):
         raise ValueError(
-            f"`generator={generator!r}` must be a `torch.Generator` or a list of them: "
+            f"`generator` must be a `torch.Generator` or a list of them, but is {generator!r}: "
             "`torch.Generator().manual_seed(seed)` makes one from a seed."
         )
     if isinstance(generator, (list, tuple)) and len(generator) != batch:
