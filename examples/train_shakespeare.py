@@ -27,7 +27,7 @@ GENERATION = {
     "block_length": BLOCK,
     "temperature": 0.7,
     "remasking_strategy": "low_confidence_dynamic",
-    "confidence_threshold": 0.9,
+    "confidence_threshold": 0.6,
     "cache_policy": "none",
 }
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file; its last tenth is held out")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=256, help=f"sequences of {CONTEXT} characters per step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dllm_hf import DiffusionGenerationMixin, DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from dllm_hf import (
+    DiffusionGenerationMixin,
+    DreamConfig,
+    DreamModel,
+    LLaDAConfig,
+    LLaDAModelLM,
+    SDARConfig,
+    SDARForCausalLM,
+    SDARMoeConfig,
+    SDARMoeForCausalLM,
+)
 
 VOCAB, MASK, END, TURN_END = 64, 60, 61, 62
 PAD = END  # as in LLaDA and Dream
@@ -31,11 +41,36 @@ def dream_config(**changes) -> DreamConfig:
     return DreamConfig(**{**sizes, "initializer_range": 0.3, **SPECIAL, **changes})
 
 
-def new_model(family: str) -> PreTrainedModel:
-    """A random model whose best token is well ahead of the second, but not so far that confidences reach 1."""
+def sdar_sizes() -> dict:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+    sizes |= {"num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": POSITIONS}
+    return {**sizes, "initializer_range": 0.3, "block_size": 4, **SPECIAL}
+
+
+def sdar_config(**changes) -> SDARConfig:
+    return SDARConfig(**{**sdar_sizes(), **changes})
+
+
+def sdar_moe_config(**changes) -> SDARMoeConfig:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return SDARMoeConfig(**{**sdar_sizes(), **experts, **changes})
+
+
+BUILDERS = {
+    "llada": lambda **changes: LLaDAModelLM(llada_config(**changes)),
+    "dream": lambda **changes: DreamModel(dream_config(**changes)),
+    "sdar": lambda **changes: SDARForCausalLM(sdar_config(**changes)),
+    "sdar_moe": lambda **changes: SDARMoeForCausalLM(sdar_moe_config(**changes)),
+}
+
+
+def new_model(family: str, **changes) -> PreTrainedModel:
+    """A random model whose best token is well ahead of the second, but not so far that confidences reach 1.
+
+    `changes`: to its configuration.
+    """
     torch.manual_seed(0)
-    model = LLaDAModelLM(llada_config()) if family == "llada" else DreamModel(dream_config())
-    return model.eval().float()
+    return BUILDERS[family](**changes).eval().float()
 
 
 @cache

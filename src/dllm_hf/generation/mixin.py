@@ -213,6 +213,10 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         return config
 
+    def _prepare_generation_config(self, generation_config: DiffusionGenerationConfig, **kwargs):
+        """Called by the pipelines of transformers before 5.23, which have merged their defaults already."""
+        return generation_config, kwargs
+
     def _make_forward(self, canvas: Canvas, config: DiffusionGenerationConfig, cache: CanvasCache | None):
         """One forward pass over a window: `Window -> (batch, block, vocab)`."""
         guided = config.cfg_scale > 0

@@ -204,12 +204,14 @@ def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, bl
     length = position_ids.shape[1]
     blocks = (position_ids // block_size).repeat(1, 2)
     samples = sample_ids(position_ids).repeat(1, 2)
+    # 0 noisy, 1 clean. As numbers: flex attention's compiler cannot compare two comparisons.
+    halves = torch.arange(2, device=position_ids.device).repeat_interleave(length)
 
     def sees(batch_index, head_index, query_index, key_index):
         query_block, key_block = blocks[batch_index, query_index], blocks[batch_index, key_index]
-        query_is_clean, key_is_clean = query_index >= length, key_index >= length
-        own = (query_block == key_block) & (query_is_clean == key_is_clean)
-        earlier = (key_block < query_block) & key_is_clean
+        query_half, key_half = halves[query_index], halves[key_index]
+        own = (query_block == key_block) & (query_half == key_half)
+        earlier = (key_block < query_block) & (key_half == 1)
         return (own | earlier) & (samples[batch_index, query_index] == samples[batch_index, key_index])
 
     return create_bidirectional_mask(config, inputs_embeds, attention_mask, and_mask_function=sees)
