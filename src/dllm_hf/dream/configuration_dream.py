@@ -5,11 +5,11 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config
 
-from ..configuration import PublishedRopeTheta
+from ..configuration import DiffusionConfigMixin
 
 
 @strict
-class DreamConfig(PublishedRopeTheta, Qwen2Config):
+class DreamConfig(DiffusionConfigMixin, Qwen2Config):
     """Configuration of Dream (Ye et al., arXiv:2508.15487): a Qwen2's, and the mask. The defaults are Dream-7B's."""
 
     model_type = "Dream"

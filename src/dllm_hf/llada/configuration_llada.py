@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from ..configuration import PublishedRopeTheta
+from ..configuration import DiffusionConfigMixin
 
 # Switches of the OLMo code base that LLaDA grew from, and the one value that the published checkpoints give them.
 _FIXED = {
@@ -26,7 +26,7 @@ _FIXED = {
 
 
 @strict
-class LLaDAConfig(PublishedRopeTheta, PreTrainedConfig):
+class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
     """Configuration of LLaDA (Nie et al., arXiv:2502.09992). The defaults are those of LLaDA-8B.
 
     The original names stay on disk; the library's (`hidden_size`, `num_attention_heads`, ...) are aliases of them.

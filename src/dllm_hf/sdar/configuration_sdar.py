@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config
 
-from ..configuration import PublishedRopeTheta
+from ..configuration import DiffusionConfigMixin
 
 
 @strict
-class SDARConfig(PublishedRopeTheta, Qwen3Config):
+class SDARConfig(DiffusionConfigMixin, Qwen3Config):
     """Configuration of SDAR (Cheng et al., arXiv:2510.06303): a Qwen3's, the block and the mask.
 
     The published `config.json`s name neither `block_size` nor `mask_token_id`: these are the values they mean.

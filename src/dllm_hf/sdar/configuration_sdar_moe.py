@@ -5,12 +5,12 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3MoeConfig
 
-from ..configuration import PublishedRopeTheta
+from ..configuration import DiffusionConfigMixin
 from .configuration_sdar import check_block_model
 
 
 @strict
-class SDARMoeConfig(PublishedRopeTheta, Qwen3MoeConfig):
+class SDARMoeConfig(DiffusionConfigMixin, Qwen3MoeConfig):
     """Configuration of SDAR-MoE (Cheng et al., arXiv:2510.06303): a Qwen3-MoE's, the block and the mask."""
 
     model_type = "sdar_moe"
