@@ -239,6 +239,24 @@ def test_a_hook_that_rewrites_a_finished_block_changes_nothing_between_the_polic
     assert outputs[0] == outputs[1]
 
 
+def test_a_hook_that_fills_a_whole_block_changes_nothing_between_the_policies(model):
+    """The block then makes no forward pass; the one before it has to be written by that of the block after it."""
+    outputs = []
+    for policy in ("block", "none"):
+
+        def fill(step, sequences, logits):
+            if step == 2:
+                sequences = sequences.clone()
+                sequences[0, 8:12] = torch.tensor([40, 41, 42, 43])
+            return sequences
+
+        options = {"max_new_tokens": 25, "generation_tokens_hook_func": fill, "denoising_steps": 2, **STATIC}
+        output = generate(model, [[1, 2, 3, 4]], cache_policy=policy, **options)
+        outputs.append(output.sequences.tolist())
+    assert outputs[0] == outputs[1]
+    assert outputs[0][0][8:12] == [40, 41, 42, 43]
+
+
 def test_a_logits_hook_sees_the_same_logits_in_both_policies(model):
     seen = {"block": [], "none": []}
     for policy, kept in seen.items():

@@ -259,6 +259,31 @@ def test_rows_without_a_mask_ride_along(model):
         assert_fresh(model, generate(model, rows, **TURN), prompts, **{**TURN, "max_new_tokens": 0})
 
 
+def test_a_hook_that_changes_the_old_text_makes_it_computed_again(model):
+    rows = [span(1, 14)]
+    output = generate(model, rows, **TURN)
+    [text] = texts(rows, output)
+
+    def rewrite(step, sequences, logits):
+        sequences = sequences.clone()
+        sequences[:, :4] = 50
+        return sequences
+
+    assert_fresh(model, output, [text + [50]], generation_tokens_hook_func=rewrite, **TURN)
+
+
+def test_what_a_hook_changes_in_a_finished_block_is_known_to_the_next_turn(model):
+    rows = [span(1, 14)]
+
+    def rewrite(step, sequences, logits):
+        sequences = sequences.clone()
+        sequences[:, :4] = 50 if step == 2 else sequences[:, :4]
+        return sequences
+
+    output = generate(model, rows, generation_tokens_hook_func=rewrite, **TURN)
+    assert_fresh(model, output, [texts(rows, output)[0] + [50]], **TURN)
+
+
 def test_nothing_to_fill_in_a_second_turn_makes_no_forward_pass_and_spoils_nothing(model):
     rows = [span(1, 14)]
     output = generate(model, rows, **TURN)

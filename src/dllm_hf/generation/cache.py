@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -105,9 +106,10 @@ class CanvasCache(Cache):
             layer.widen(tokens.shape[1])
         shared = min(tokens.shape[1], self.tokens.shape[1])
         same = (tokens[:, :shared] == self.tokens[:, :shared]).long().cumprod(-1).sum(-1).tolist()
-        return [
-            min(row, written) // block_length * block_length for row, written in zip(same, self.written, strict=True)
-        ]
+        written = [min(row, end) // block_length * block_length for row, end in zip(same, self.written, strict=True)]
+        # What lies behind is written over from now on, also if the call should fail.
+        self.remember(tokens.clone(), written, block_length)
+        return written
 
     def check(self, model: PreTrainedModel, batch: int, block_length: int) -> None:
         """Raises a `ValueError` where this cache cannot serve a call."""
@@ -116,10 +118,11 @@ class CanvasCache(Cache):
             raise ValueError(f"`past_key_values` does not come from a call of this model: {remedy}.")
         if len(self.tokens) != batch:
             raise ValueError(f"`past_key_values` holds {len(self.tokens)} rows, but the batch has {batch}: {remedy}.")
-        if self.layers[0].dtype != model.dtype or self.layers[0].device != model.device:
+        layer = self.layers[0]
+        if layer.is_initialized and (layer.dtype, layer.device) != (model.dtype, model.device):
             raise ValueError(
-                f"`past_key_values` is {self.layers[0].dtype} on {self.layers[0].device}, but the model is "
-                f"{model.dtype} on {model.device}: {remedy}."
+                f"`past_key_values` is {layer.dtype} on {layer.device}, but the model is {model.dtype} on "
+                f"{model.device}: {remedy}."
             )
         if self.block_length != block_length:
             raise ValueError(
@@ -151,6 +154,10 @@ class CachePolicy:
     def next_window(self, block: Block, running: list[bool]) -> Window:
         """The window of its other forward passes."""
         raise NotImplementedError
+
+    def rewind(self, changed: list[int]) -> bool:
+        """Take note that a hook changed each row from that column on. Whether the next step needs a first window."""
+        return False
 
     def from_block_to(self, ends: torch.Tensor, width: int, block: Block) -> Window:
         """The columns from the block's start, or from the logits of its first position, up to `ends`."""
@@ -195,14 +202,16 @@ class BlockCache(CachePolicy):
 
     def __init__(self, canvas: Canvas, logits_shift: int, written: list[int], chunk: int, block_length: int):
         super().__init__(canvas, logits_shift)
-        self.written = written
+        self.written, self.block_length = written, block_length
         # A piece must not end inside a block, whose tokens see each other.
         self.chunk = max(chunk // block_length, 1) * block_length
 
     def prefill(self, block: Block, running: list[bool]) -> Iterator[Window]:
         # Rows without a block, or with little before it, wait.
-        waits = [not run or end == start for run, (start, end) in zip(running, block.spans)]
-        firsts = [w if wait else start for wait, (start, _), w in zip(waits, block.spans, self.written)]
+        firsts = [
+            start if busy else written
+            for busy, (start, _), written in zip(self._takes_part(block, running), block.spans, self.written)
+        ]
         while max(first - written for first, written in zip(firsts, self.written)) > self.chunk:
             ends = [min(written + self.chunk, first) for first, written in zip(firsts, self.written)]
             # A row that has nothing to compute repeats a column that is not final.
@@ -214,34 +223,52 @@ class BlockCache(CachePolicy):
     def first_window(self, block: Block, running: list[bool]) -> Window:
         spans = self._spans_from_written(block, running)
         starts = torch.tensor([start for start, _ in spans], device=block.columns.device)
-        window = self._window(spans, (block.columns - starts[:, None]).clamp(min=0))
+        window = self._window(spans, block.columns - starts[:, None])
         # The block's own keys are not final: the next block's first step writes them again.
         self.written = [
-            start if run and end > start else written
-            for run, (start, end), written in zip(running, block.spans, self.written)
+            start if takes_part else written
+            for takes_part, (start, _), written in zip(self._takes_part(block, running), block.spans, self.written)
         ]
         return window
 
     def next_window(self, block: Block, running: list[bool]) -> Window:
+        takes_part = self._takes_part(block, running)
+        spans = [
+            span if busy else (written, written + 1)
+            for busy, span, written in zip(takes_part, block.spans, self.written)
+        ]
+        ends = {end for busy, (_, end) in zip(takes_part, spans) if busy}
         keep = torch.arange(block.columns.shape[1], device=block.columns.device).expand_as(block.columns)
-        ends = {end for run, (start, end) in zip(running, block.spans) if run and end > start}
-        visible = max(ends)
-        key_mask = None
+        window = self._window(spans, keep)
+        window = replace(window, visible=max(end for _, end in spans), is_block_causal=False)
         if len(ends) > 1:
-            key_mask = torch.arange(visible, device=keep.device) < block.ends[:, None]
-        return Window(block.columns, keep, visible, key_mask)
+            columns = torch.arange(window.visible, device=keep.device)
+            window = replace(window, key_mask=columns < torch.tensor([[end] for _, end in spans], device=keep.device))
+        return window
+
+    def rewind(self, changed: list[int]) -> bool:
+        before = self.written
+        self.written = [
+            min(written, column // self.block_length * self.block_length)
+            for written, column in zip(self.written, changed, strict=True)
+        ]
+        return self.written != before
+
+    def _takes_part(self, block: Block, running: list[bool]) -> list[bool]:
+        return [run and end > start for run, (start, end) in zip(running, block.spans)]
 
     def _spans_from_written(self, block: Block, running: list[bool]) -> list[tuple[int, int]]:
-        """What each row's first step feeds. A row without a block repeats a column that is not final."""
+        """What each row's first step feeds. A row that takes no part repeats a column that is not final."""
         return [
-            (min(written, start), end) if run and end > start else (written, written + 1)
-            for run, (start, end), written in zip(running, block.spans, self.written)
+            (min(written, start), end) if busy else (written, written + 1)
+            for busy, (start, end), written in zip(self._takes_part(block, running), block.spans, self.written)
         ]
 
     def _window(self, spans: list[tuple[int, int]], keep: torch.Tensor | None) -> Window:
         starts, ends = torch.tensor(spans, device=self.canvas.tokens.device).unbind(1)
-        columns, _ = span_columns(starts, ends, max(end - start for start, end in spans))
-        keep = columns[:, :0] if keep is None else keep
+        width = max(end - start for start, end in spans)
+        columns, _ = span_columns(starts, ends, width)
+        keep = columns[:, :0] if keep is None else keep.clamp(0, width - 1)
         return Window(columns, keep, max(end for _, end in spans), None, is_block_causal=True)
 
 

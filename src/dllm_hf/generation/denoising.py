@@ -76,9 +76,8 @@ class Denoiser:
     @torch.no_grad()
     def run(self) -> None:
         """Decode every block. Afterwards the canvas holds no mask."""
-        canvas = self.canvas
         if self.hooks.tokens is not None:
-            canvas.from_sequences(self.hooks.tokens(None, canvas.to_sequences(), None))
+            self._run_tokens_hook(None, None)
         if self.stream:
             self.stream.confirm(None)
         self._decode_blocks()
@@ -135,7 +134,7 @@ class Denoiser:
         for window in self.policy.prefill(block, self.rows_running):
             self.forward(window)
             self.num_forward_passes += 1
-        window, next_window = self.policy.first_window(block, self.rows_running), None
+        is_first, next_window = True, None
         for index, wanted in enumerate(needs_forward):
             logits = None
             if wanted:
@@ -143,9 +142,13 @@ class Denoiser:
                 if looks_at_canvas and not bool(masked.any()):
                     break
                 transferable = masked if plan is None else masked & (plan <= index)
+                if is_first:
+                    window = self.policy.first_window(block, self.rows_running)
+                else:
+                    window = next_window = next_window or self.policy.next_window(block, self.rows_running)
+                is_first = False
                 logits = self._denoise(block, window, masked, transferable, quotas[:, index])
-                window = next_window = next_window or self.policy.next_window(block, self.rows_running)
-            self._after_step(block, logits)
+            is_first |= self._after_step(block, logits)
 
     def _denoise(self, block: Block, window: Window, masked, transferable, quota) -> torch.Tensor:
         """One forward pass and the transfer of what it proposes. Returns the logits, `(batch, block, vocab)`.
@@ -202,14 +205,21 @@ class Denoiser:
         self.row_transfers += transferred
         return logits
 
-    def _after_step(self, block: Block, logits: torch.Tensor | None) -> None:
-        if self.hooks.tokens is not None:
-            self.canvas.from_sequences(self.hooks.tokens(self.step, self.canvas.to_sequences(), logits))
+    def _after_step(self, block: Block, logits: torch.Tensor | None) -> bool:
+        """Whether a hook changed what the policy's cache holds."""
+        is_stale = self.hooks.tokens is not None and self._run_tokens_hook(self.step, logits)
         if self.history is not None:
             self.history.append(self.canvas.to_sequences())
         if self.stream and logits is not None:
             self.stream.draft(block)
         self.step += 1
+        return is_stale
+
+    def _run_tokens_hook(self, step: int | None, logits: torch.Tensor | None) -> bool:
+        before = self.canvas.at(None).clone()
+        self.canvas.from_sequences(self.hooks.tokens(step, self.canvas.to_sequences(), logits))
+        unchanged = (self.canvas.at(None) == before).long().cumprod(-1).sum(-1)
+        return self.policy.rewind(unchanged.tolist())
 
     def _finish_block(self, block: Block) -> None:
         """End the rows whose block holds an end-of-sequence token after the prompt, or that a criterion ends."""

@@ -153,11 +153,11 @@ class DiffusionGenerationMixin(GenerationMixin):
         with self._evaluating():
             denoiser.run()
         sequences = canvas.to_sequences()
-        if not (config.return_dict_in_generate or config.output_history):
-            return sequences
         is_reusable = config.cache_policy == "block" and not config.cfg_scale
         if is_reusable:
             cache.remember(canvas.at(None).clone(), policy.written, config.block_length)
+        if not (config.return_dict_in_generate or config.output_history):
+            return sequences
         return DiffusionGenerateOutput(
             sequences=sequences,
             history=None if denoiser.history is None else tuple(denoiser.history),
@@ -281,10 +281,6 @@ class DiffusionGenerationMixin(GenerationMixin):
                 )
             cache.check(self, len(canvas.tokens), config.block_length)
             written = cache.resume(canvas.at(None), config.block_length)
-            firsts = [
-                [block.spans[row][0] for block in canvas.blocks if block.masks[row]] for row in range(len(written))
-            ]
-            written = [min([column, *first]) for column, first in zip(written, firsts)]
         policy = BlockCache(canvas, self.logits_shift, written, config.prefill_chunk_size, config.block_length)
         return policy, cache
 
