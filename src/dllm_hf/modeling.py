@@ -33,6 +33,7 @@ class MaskedDiffusionLM:
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        token_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """
@@ -43,14 +44,18 @@ class MaskedDiffusionLM:
             past_key_values: a cache to read and to write.
             labels: `(batch, length)`, the clean token at masked positions, -100 elsewhere.
             mask_ratio: `(batch,)` or `(batch, length)`, see [`training.losses.masked_diffusion_loss`].
+            token_mask: `(batch, length)`, 0 on padding, where `attention_mask` is a made one and does not say it.
             logits_to_keep: which positions reach the head: the last n (0: all), the positions in a 1-D tensor, or
                 for each row those in a `(batch, kept)` tensor.
 
         Returns:
             `logits` of the kept positions, as the head gives them: `logits_shift` is left to the reader.
         """
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2 and past_key_values is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if attention_mask is not None and len(attention_mask.shape) == 2:
+            token_mask = attention_mask
+            if position_ids is None:
+                length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -63,14 +68,12 @@ class MaskedDiffusionLM:
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = masked_diffusion_loss(
-                logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch
-            )
-        output = self._output(loss, logits, outputs, attention_mask)
+            loss = masked_diffusion_loss(logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch)
+        output = self._output(loss, logits, outputs, token_mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _output(self, loss, logits, outputs: BaseModelOutputWithPast, attention_mask) -> CausalLMOutputWithPast:
+    def _output(self, loss, logits, outputs: BaseModelOutputWithPast, token_mask) -> CausalLMOutputWithPast:
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

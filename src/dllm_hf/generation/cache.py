@@ -71,7 +71,7 @@ class CanvasCache(Cache):
 
     Args:
         model: whose keys and values these are.
-        width: columns of the canvas.
+        width: columns of the canvas, and the one behind it, which is nobody's.
     """
 
     def __init__(self, model: PreTrainedModel, width: int):
@@ -103,7 +103,7 @@ class CanvasCache(Cache):
             For each row, the column up to which it need not be computed again.
         """
         for layer in self.layers:
-            layer.widen(tokens.shape[1])
+            layer.widen(tokens.shape[1] + 1)
         shared = min(tokens.shape[1], self.tokens.shape[1])
         same = (tokens[:, :shared] == self.tokens[:, :shared]).long().cumprod(-1).sum(-1).tolist()
         written = [min(row, end) // block_length * block_length for row, end in zip(same, self.written, strict=True)]
@@ -207,44 +207,36 @@ class BlockCache(CachePolicy):
         self.chunk = max(chunk // block_length, 1) * block_length
 
     def prefill(self, block: Block, running: list[bool]) -> Iterator[Window]:
-        # Rows without a block, or with little before it, wait.
-        firsts = [
-            start if busy else written
-            for busy, (start, _), written in zip(self._takes_part(block, running), block.spans, self.written)
-        ]
-        while max(first - written for first, written in zip(firsts, self.written)) > self.chunk:
-            ends = [min(written + self.chunk, first) for first, written in zip(firsts, self.written)]
-            # A row that has nothing to compute repeats a column that is not final.
-            yield self._window(
-                [(written, max(end, written + 1)) for end, written in zip(ends, self.written)], keep=None
-            )
-            self.written = ends
+        starts = [start if busy else 0 for busy, (start, _) in zip(self._takes_part(block, running), block.spans)]
+        while max(start - written for start, written in zip(starts, self.written)) > self.chunk:
+            ends = [min(written + self.chunk, start) for start, written in zip(starts, self.written)]
+            yield self._window([*zip(self.written, ends)])
+            self.written = [max(pair) for pair in zip(self.written, ends)]
 
     def first_window(self, block: Block, running: list[bool]) -> Window:
-        spans = self._spans_from_written(block, running)
-        starts = torch.tensor([start for start, _ in spans], device=block.columns.device)
-        window = self._window(spans, block.columns - starts[:, None])
+        takes_part = self._takes_part(block, running)
+        spans = [
+            (min(written, start), end) if busy else (0, 0)
+            for busy, (start, end), written in zip(takes_part, block.spans, self.written)
+        ]
+        window = self._window(spans)
         # The block's own keys are not final: the next block's first step writes them again.
         self.written = [
-            start if takes_part else written
-            for takes_part, (start, _), written in zip(self._takes_part(block, running), block.spans, self.written)
+            start if busy else written for busy, (start, _), written in zip(takes_part, block.spans, self.written)
         ]
-        return window
+        starts = torch.tensor([start for start, _ in spans], device=block.columns.device)
+        keep = (block.columns - starts[:, None]).clamp(0, window.columns.shape[1] - 1)
+        return replace(window, keep=keep)
 
     def next_window(self, block: Block, running: list[bool]) -> Window:
         takes_part = self._takes_part(block, running)
-        spans = [
-            span if busy else (written, written + 1)
-            for busy, span, written in zip(takes_part, block.spans, self.written)
-        ]
-        ends = {end for busy, (_, end) in zip(takes_part, spans) if busy}
-        keep = torch.arange(block.columns.shape[1], device=block.columns.device).expand_as(block.columns)
-        window = self._window(spans, keep)
-        window = replace(window, visible=max(end for _, end in spans), is_block_causal=False)
+        window = self._window([span if busy else (0, 0) for busy, span in zip(takes_part, block.spans)])
+        keep = torch.arange(window.columns.shape[1], device=block.columns.device).expand_as(window.columns)
+        ends = {end for busy, (_, end) in zip(takes_part, block.spans) if busy}
+        key_mask = None
         if len(ends) > 1:
-            columns = torch.arange(window.visible, device=keep.device)
-            window = replace(window, key_mask=columns < torch.tensor([[end] for _, end in spans], device=keep.device))
-        return window
+            key_mask = torch.arange(window.visible, device=keep.device) < block.ends[:, None]
+        return replace(window, keep=keep, key_mask=key_mask, is_block_causal=False)
 
     def rewind(self, changed: list[int]) -> bool:
         before = self.written
@@ -257,19 +249,14 @@ class BlockCache(CachePolicy):
     def _takes_part(self, block: Block, running: list[bool]) -> list[bool]:
         return [run and end > start for run, (start, end) in zip(running, block.spans)]
 
-    def _spans_from_written(self, block: Block, running: list[bool]) -> list[tuple[int, int]]:
-        """What each row's first step feeds. A row that takes no part repeats a column that is not final."""
-        return [
-            (min(written, start), end) if busy else (written, written + 1)
-            for busy, (start, end), written in zip(self._takes_part(block, running), block.spans, self.written)
-        ]
-
-    def _window(self, spans: list[tuple[int, int]], keep: torch.Tensor | None) -> Window:
-        starts, ends = torch.tensor(spans, device=self.canvas.tokens.device).unbind(1)
-        width = max(end - start for start, end in spans)
-        columns, _ = span_columns(starts, ends, width)
-        keep = columns[:, :0] if keep is None else keep.clamp(0, width - 1)
-        return Window(columns, keep, max(end for _, end in spans), None, is_block_causal=True)
+    def _window(self, spans: list[tuple[int, int]]) -> Window:
+        """A block-causal window over (start, end) of each row, without logits. A row that has nothing to compute feeds
+        the column behind the canvas, which is nobody's."""
+        behind = self.canvas.width
+        filled = [(start, end) if end > start else (behind, behind + 1) for start, end in spans]
+        starts, ends = torch.tensor(filled, device=self.canvas.tokens.device).unbind(1)
+        columns, _ = span_columns(starts, ends, max(end - start for start, end in filled))
+        return Window(columns, columns[:, :0], max(end for _, end in spans), None, is_block_causal=True)
 
 
 POLICIES = {"none": NoCache, "prefix": PrefixCache, "dual": DualCache}

@@ -65,7 +65,7 @@ class Canvas:
             last block is filled up to its end with masks, which `to_sequences` cuts off again.
         key_mask: `(batch, width)` bool, the columns that exist in each row; `None` where every row has them all.
         row_lengths: columns of each row that `to_sequences` shows.
-        given: `(batch, width)` bool, the tokens that came with the prompt.
+        given: `(batch, width + 1)` bool, the tokens that came with the prompt.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Canvas:
         # Any token will do beyond a row's end: nobody sees it.
         self.tokens = torch.tensor([row + [0] * (self.width + 1 - len(row)) for row in rows], device=device)
         self.ends = torch.tensor([len(row) for row in rows], device=device)
-        columns = torch.arange(self.width, device=device)
-        self.given = (self.at(None) != mask_token_id) & (columns < self.prompt_lengths[:, None])
-        self.key_mask = columns < self.ends[:, None]
+        columns = torch.arange(self.width + 1, device=device)
+        self.given = (self.tokens != mask_token_id) & (columns < self.prompt_lengths[:, None])
+        self.key_mask = columns[:-1] < self.ends[:, None]
         if bool(self.key_mask.all()):
             self.key_mask = None
         self._input_ids = input_ids

@@ -133,7 +133,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             config.mask_token_id,
         )
         # Blocks of the grid at 0 are decoded whole, which may take a few positions more.
-        _check_fits(self.config, canvas.width, new_tokens)
+        _check_fits(
+            self.config, canvas.width, new_tokens, f", in whole blocks of `block_length={config.block_length}`,"
+        )
         policy, cache = self._make_policy(canvas, config, past_key_values)
         denoiser = Denoiser(
             self._make_forward(canvas, config, cache),
@@ -230,7 +232,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         def forward(window: Window) -> torch.Tensor:
             tokens = canvas.at(window.columns)
             if guided:
-                is_prompt = canvas.given if window.columns is None else canvas.given.gather(1, window.columns)
+                is_prompt = canvas.given[:, :-1] if window.columns is None else canvas.given.gather(1, window.columns)
                 tokens = torch.cat([tokens, torch.where(is_prompt, config.mask_token_id, tokens)])
             columns = every_column if window.columns is None else window.columns
             if cache is not None:
@@ -263,12 +265,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                     f"`past_key_values` needs `cache_policy='block'`, but it is {config.cache_policy!r}: only blocks "
                     "that see no later ones have keys that stay valid."
                 )
-            cache = None if config.cache_policy == "none" else CanvasCache(self, canvas.width)
+            cache = None if config.cache_policy == "none" else CanvasCache(self, canvas.width + 1)
             return POLICIES[config.cache_policy](canvas, self.logits_shift), cache
         written = [0] * len(canvas.tokens)
         cache = past_key_values
         if cache is None:
-            cache = CanvasCache(self, canvas.width)
+            cache = CanvasCache(self, canvas.width + 1)
         else:
             if not hasattr(cache, "resume"):
                 raise ValueError(
@@ -287,12 +289,13 @@ class DiffusionGenerationMixin(GenerationMixin):
     @contextmanager
     def _evaluating(self):
         """Evaluation mode, so that dropout cannot change the tokens; the previous mode comes back afterwards."""
-        training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             yield
         finally:
-            self.train(training)
+            for module in training:
+                module.training = True
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
@@ -370,11 +373,11 @@ def _new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, atte
     return number
 
 
-def _check_fits(model_config, width: int, new_tokens: int) -> None:
+def _check_fits(model_config, width: int, new_tokens: int, rounding: str = "") -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and width > positions:
         raise ValueError(
-            f"The canvas of {int(width)} positions is longer than the {positions} positions of the model: "
+            f"The canvas of {int(width)} positions{rounding} is longer than the {positions} positions of the model: "
             f"reduce `max_new_tokens={new_tokens}` or shorten the prompt."
         )
 

@@ -8,8 +8,26 @@ from transformers import Qwen3Config
 from ..configuration import DiffusionConfigMixin
 
 
+class BlockDiffusionConfigMixin(DiffusionConfigMixin):
+    """What SDAR's configurations share. Goes before the library's in a class's bases."""
+
+    def __post_init__(self, **kwargs):
+        if self.block_size < 1:
+            raise ValueError(f"`block_size={self.block_size}` must be at least 1.")
+        if self.use_sliding_window:
+            raise ValueError("`use_sliding_window=True` is not supported: a block sees every earlier block.")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # Published files ask for the back end that their training used; the library would take it for a wish to decode
+        # with it. What a caller asks for is in `kwargs`.
+        config_dict = {name: value for name, value in config_dict.items() if name != "attn_implementation"}
+        return super().from_dict(config_dict, **kwargs)
+
+
 @strict
-class SDARConfig(DiffusionConfigMixin, Qwen3Config):
+class SDARConfig(BlockDiffusionConfigMixin, Qwen3Config):
     """Configuration of SDAR (Cheng et al., arXiv:2510.06303): a Qwen3's, the block and the mask.
 
     The published `config.json`s name neither `block_size` nor `mask_token_id`: these are the values they mean.
@@ -25,22 +43,3 @@ class SDARConfig(DiffusionConfigMixin, Qwen3Config):
     pad_token_id: int | None = 151643
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "SDARConfig":
-        # Published files ask for the back end that their training used; the library would take it for a wish to decode
-        # with it. What a caller asks for is in `kwargs`.
-        config_dict = {name: value for name, value in config_dict.items() if name != "attn_implementation"}
-        return super().from_dict(config_dict, **kwargs)
-
-    def __post_init__(self, **kwargs):
-        check_block_model(self)
-        super().__post_init__(**kwargs)
-
-
-def check_block_model(config) -> None:
-    """Raises a `ValueError` where a configuration asks for what block diffusion cannot do."""
-    if config.block_size < 1:
-        raise ValueError(f"`block_size={config.block_size}` must be at least 1.")
-    if config.use_sliding_window:
-        raise ValueError("`use_sliding_window=True` is not supported: a block sees every earlier block.")

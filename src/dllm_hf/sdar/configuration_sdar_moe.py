@@ -5,12 +5,11 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3MoeConfig
 
-from ..configuration import DiffusionConfigMixin
-from .configuration_sdar import check_block_model
+from .configuration_sdar import BlockDiffusionConfigMixin
 
 
 @strict
-class SDARMoeConfig(DiffusionConfigMixin, Qwen3MoeConfig):
+class SDARMoeConfig(BlockDiffusionConfigMixin, Qwen3MoeConfig):
     """Configuration of SDAR-MoE (Cheng et al., arXiv:2510.06303): a Qwen3-MoE's, the block and the mask."""
 
     model_type = "sdar_moe"
@@ -27,7 +26,3 @@ class SDARMoeConfig(DiffusionConfigMixin, Qwen3MoeConfig):
     pad_token_id: int | None = 151643
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
-
-    def __post_init__(self, **kwargs):
-        check_block_model(self)
-        super().__post_init__(**kwargs)

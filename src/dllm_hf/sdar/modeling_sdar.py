@@ -43,7 +43,7 @@ class BlockCausalModel:
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         # The loop says where a window is one block, which sees all that there is to see.
         needs_blocks = getattr(past_key_values, "is_block_causal", True)
-        is_made = attention_mask is not None and attention_mask.ndim == 4
+        is_made = attention_mask is not None and len(attention_mask.shape) == 4
         unfit = uses_flash_attention(self.config) and (needs_blocks or is_made)
         if unfit and torch.is_grad_enabled():
             raise ValueError(
@@ -52,9 +52,8 @@ class BlockCausalModel:
             )
         with without_flash_attention(self.config) if unfit else nullcontext():
             if needs_blocks and not is_made:
-                size = self.config.block_size if block_size is None else block_size
                 attention_mask = block_causal_mask(
-                    self.config, inputs_embeds, attention_mask, position_ids, past_key_values, size
+                    self.config, inputs_embeds, attention_mask, position_ids, past_key_values, block_size
                 )
             return super().forward(
                 attention_mask=attention_mask,
@@ -96,16 +95,13 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         itself and the clean blocks before it, all blocks in one pass over the noisy and the clean sequence. The clean
         one is `input_ids` with the labels in the places of the masks. `logits` are those of the noisy sequence.
         """
-        size = self.config.block_size if block_size is None else block_size
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"`block_size` must be an integer of at least 1, but is {size!r}.")
         if labels is None:
             return super().forward(
-                input_ids, attention_mask, position_ids, block_size=size, return_dict=return_dict, **kwargs
+                input_ids, attention_mask, position_ids, block_size=block_size, return_dict=return_dict, **kwargs
             )
         if input_ids is None or labels.shape != input_ids.shape:
             raise ValueError("`labels` needs `input_ids` of the same shape: the clean sequence is made of both.")
-        if attention_mask is not None and attention_mask.ndim != 2:
+        if attention_mask is not None and len(attention_mask.shape) != 2:
             raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
         batch, length = input_ids.shape
         if position_ids is None:
@@ -120,8 +116,9 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         shaped_like = torch.empty(batch, 2 * length, 1, dtype=self.dtype, device=input_ids.device)
         output = super().forward(
             both,
-            block_diffusion_mask(self.config, shaped_like, twice, position_ids, size),
+            block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size),
             torch.cat([position_ids, position_ids], dim=1),
+            token_mask=twice,
             use_cache=False,
             logits_to_keep=torch.arange(length, device=input_ids.device),
             return_dict=True,
@@ -132,7 +129,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         )
         if output.get("aux_loss") is not None:
             loss = loss + self.config.router_aux_loss_coef * output.aux_loss
-        output.loss = loss
+        output = type(output)(**{**output, "loss": loss})
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -160,12 +157,13 @@ class SDARForCausalLM(BlockDiffusionLM, DiffusionGenerationMixin, SDARPreTrained
         self.post_init()
 
 
-def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, block_size: int):
+def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, block_size: int | None):
     """The mask of the back end in use under which a token sees its own block and every earlier one.
 
     A key's position is its index in the cache without the padding before it; without a cache, keys stand where the
     queries do, and samples packed into one row do not see each other.
     """
+    block_size = checked_block_size(config, block_size)
     batch, length = inputs_embeds.shape[:2]
     query_positions = position_ids.expand(batch, -1)
     offset = 0
@@ -192,7 +190,7 @@ def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_
     )
 
 
-def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, block_size: int):
+def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, block_size: int | None):
     """The three-part mask of block diffusion over a noisy sequence followed by the clean one: a noisy block sees
     itself and the clean blocks before it, a clean block the clean ones up to itself (arXiv:2503.09573, section 3.3).
 
@@ -201,6 +199,7 @@ def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, bl
         attention_mask: `(batch, 2 * length)`, 0 on padding, or None.
         position_ids: `(batch, length)`.
     """
+    block_size = checked_block_size(config, block_size)
     length = position_ids.shape[1]
     blocks = (position_ids // block_size).repeat(1, 2)
     samples = sample_ids(position_ids).repeat(1, 2)
@@ -215,6 +214,13 @@ def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, bl
         return (own | earlier) & (samples[batch_index, query_index] == samples[batch_index, key_index])
 
     return create_bidirectional_mask(config, inputs_embeds, attention_mask, and_mask_function=sees)
+
+
+def checked_block_size(config: SDARConfig, block_size: int | None) -> int:
+    size = config.block_size if block_size is None else block_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"`block_size` must be an integer of at least 1, but is {size!r}.")
+    return size
 
 
 def sample_ids(position_ids: torch.Tensor) -> torch.Tensor:

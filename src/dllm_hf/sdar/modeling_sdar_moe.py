@@ -22,6 +22,11 @@ class SDARMoePreTrainedModel(Qwen3MoePreTrainedModel):
     config: SDARMoeConfig
     config_class = SDARMoeConfig
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The library looks for a decorator in the file of the class; it stands at the experts that are inherited.
+        return True
+
 
 class SDARMoeModel(BlockCausalModel, SDARMoePreTrainedModel, Qwen3MoeModel):
     """The stack of layers without the head."""
@@ -40,14 +45,13 @@ class SDARMoeForCausalLM(BlockDiffusionLM, DiffusionGenerationMixin, SDARMoePreT
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _output(self, loss, logits, outputs, attention_mask) -> MoeCausalLMOutputWithPast:
+    def _output(self, loss, logits, outputs, token_mask) -> MoeCausalLMOutputWithPast:
         """With the load-balancing loss of the router where `output_router_logits` asks for it."""
         aux_loss = None
         if outputs.router_logits is not None:
             config = self.config
-            padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, config.num_experts, config.num_experts_per_tok, padding
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
             )
         return MoeCausalLMOutputWithPast(
             loss=loss,

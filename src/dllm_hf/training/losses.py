@@ -9,7 +9,7 @@ def masked_diffusion_loss(
     labels: torch.Tensor,
     logits_shift: int = 0,
     mask_ratio: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """Cross-entropy at the masked positions.
@@ -23,7 +23,7 @@ def masked_diffusion_loss(
         labels: `(batch, length)`, the clean token at masked positions, -100 elsewhere.
         logits_shift: the logits of a position stand that many columns before it.
         mask_ratio: `(batch,)` or `(batch, length)`, the probability with which a position was masked.
-        attention_mask: `(batch, length)`, 0 on padding, which is not counted as tokens.
+        token_mask: `(batch, length)`, 0 on padding, which is not counted as tokens.
         num_items_in_batch: divides the sum instead, as `transformers.Trainer` asks under gradient accumulation.
 
     Returns:
@@ -50,7 +50,7 @@ def masked_diffusion_loss(
             )
         ratio = mask_ratio.to(losses).view(len(labels), -1)
         losses = losses / torch.where(labelled, ratio, 1.0)
-        number = labels.numel() if attention_mask is None or attention_mask.ndim != 2 else attention_mask.sum()
+        number = labels.numel() if token_mask is None else token_mask.sum()
     number = number if num_items_in_batch is None else num_items_in_batch
     number = torch.as_tensor(number, device=losses.device)
     return losses.sum() / number.clamp(min=1)
