@@ -142,3 +142,14 @@ def test_a_criterion_that_holds_leaves_no_mask(model, policy):
         )
     assert MASK not in output.sequences
     assert len(calls) <= 3
+
+
+def test_a_criterion_does_not_count_a_rows_padding():
+    def ten_tokens(input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 10)
+
+    model = ScriptedModel(script([1] * 24))
+    options = {"max_new_tokens": 12, "block_length": 4, "stopping_criteria": [ten_tokens], "pad_token_id": 0}
+    alone = generate(model, [[1, 2, 3]], **options).sequences[0, 3:].tolist()
+    beside = generate(model, [[1, 2, 3], [1] * 8], **options).sequences[0, 8:].tolist()
+    assert alone == beside == [1] * 8 + [0] * 4

@@ -71,7 +71,7 @@ class CanvasCache(Cache):
 
     Args:
         model: whose keys and values these are.
-        width: columns of the canvas, and the one behind it, which is nobody's.
+        width: columns to make room for.
     """
 
     def __init__(self, model: PreTrainedModel, width: int):

@@ -227,11 +227,11 @@ class Denoiser:
         if self.end_tokens is not None:
             self.ended |= (self._is_end(canvas.at(block.columns), block.columns) & block.valid).any(-1)
         if self.hooks.criteria:
-            # Row by row, as rows that wait for others would be asked about more than they would be alone.
-            for row, (sequence, masks) in enumerate(zip(canvas.to_sequences(), self._masks(block), strict=True)):
-                undecided = (sequence == self.config.mask_token_id).cumsum(0) > 0
+            # Row by row and without padding: a row is asked about what it would be asked about alone.
+            for row, masks in enumerate(self._masks(block)):
+                sequence = canvas.tokens[row, : canvas.row_lengths[row]]
+                final = sequence[(sequence == self.config.mask_token_id).cumsum(0) == 0][None]
                 if masks:
-                    final = sequence[~undecided][None]
                     self.ended[row] |= self.hooks.criteria(final, None, new_token_length=block.columns.shape[1])[0]
         if self.end_tokens is not None or self.hooks.criteria:
             self.rows_running = (~self.ended).tolist()

@@ -265,12 +265,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                     f"`past_key_values` needs `cache_policy='block'`, but it is {config.cache_policy!r}: only blocks "
                     "that see no later ones have keys that stay valid."
                 )
-            cache = None if config.cache_policy == "none" else CanvasCache(self, canvas.width + 1)
+            cache = None if config.cache_policy == "none" else CanvasCache(self, canvas.width)
             return POLICIES[config.cache_policy](canvas, self.logits_shift), cache
         written = [0] * len(canvas.tokens)
         cache = past_key_values
         if cache is None:
-            cache = CanvasCache(self, canvas.width + 1)
+            cache = CanvasCache(self, canvas.width + 1)  # rows that wait write to the column behind
         else:
             if not hasattr(cache, "resume"):
                 raise ValueError(
