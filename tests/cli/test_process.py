@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import dllm_hf.cli
@@ -35,8 +36,17 @@ def test_ctrl_c_ends_it_with_130_and_a_clean_terminal(folder):
     ours, theirs = pty.openpty()
     arguments = ["generate", folder, "Hi", "--max-new-tokens", "4000"]
     process = subprocess.Popen(
-        [*COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+        [*COMMAND, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+        # A shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    # Whatever happens, nobody waits for the 4,000 tokens.
+    overdue = threading.Timer(120, process.kill)
+    overdue.start()
     os.close(theirs)
     shown = b""
     try:
@@ -50,6 +60,7 @@ def test_ctrl_c_ends_it_with_130_and_a_clean_terminal(folder):
                 break
         assert process.wait(60) == 130
     finally:
+        overdue.cancel()
         process.kill()
         process.wait()
         os.close(ours)
