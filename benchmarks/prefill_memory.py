@@ -1,8 +1,9 @@
 """Peak memory of processing a long prompt with SDAR's block cache, on a GPU.
 
-usage: prefill_memory.py [--lengths 4096 8192 16384] [--layers 36 ...]
-Random bf16 weights in the shape of SDAR-8B. Prints a line per length: the peak above weights and cache, and per token.
-A term in length squared would show as a last column that grows.
+usage: prefill_memory.py [--lengths 4096 8192 16384 32768 65536] [--layers 36 ...]
+Random bf16 weights in the shape of SDAR-8B. Prints a line per length: the peak above weights and cache, and what each
+token beyond the last length added to it. A term in length squared would double that last number with each doubling of
+the length; a linear one leaves it as it is.
 """
 
 import argparse
@@ -18,7 +19,7 @@ def main():
     shape = {"hidden": 4096, "intermediate": 12288, "layers": 36, "heads": 32, "kv_heads": 8, "vocab": 151936}
     for name, default in shape.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     args = parser.parse_args()
 
     config = SDARConfig(
@@ -41,6 +42,7 @@ def main():
         f"weights {weights / 2**30:.2f} GiB, bf16, block 4, 8 new tokens, chunks of 2048"
     )
     options = {"max_new_tokens": 8, "return_dict_in_generate": True}
+    before = None
     for length in args.lengths:
         prompt = torch.randint(0, 1000, (1, length), device="cuda")
         torch.cuda.empty_cache()
@@ -49,11 +51,14 @@ def main():
         peak = torch.cuda.max_memory_allocated()
         cache = sum(t.numel() * t.element_size() for x in output.past_key_values.layers for t in (x.keys, x.values))
         above = peak - weights - cache
+        added = (
+            "" if before is None else f", {(above - before[1]) / (length - before[0]) / 1024:.2f} KiB per token added"
+        )
         print(
-            f"prompt {length:6d}: cache {cache / 2**30:.3f} GiB, above weights and cache {above / 2**30:.3f} GiB, "
-            f"peak - weights per token {(peak - weights) / length / 1024:.1f} KiB",
+            f"prompt {length:6d}: cache {cache / 2**30:.3f} GiB, above weights and cache {above / 2**30:.3f} GiB{added}",
             flush=True,
         )
+        before = length, above
         del output
 
 

@@ -214,3 +214,7 @@ def test_a_llada_moe_repository_is_refused_on_loading(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llada", "num_experts": 64, "hidden_size": 2048}')
     with pytest.raises(ValueError, match="LLaDA-MoE"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_prompt_that_is_too_long_by_itself_is_to_be_shortened(model):
+    refused(model, "no room for new tokens", "shorten the prompt", input_ids=torch.ones(1, POSITIONS, dtype=torch.long))

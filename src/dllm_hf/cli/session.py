@@ -48,7 +48,11 @@ class Session:
         except StrictDataclassError as error:
             raise ValueError(f"the config.json of {name} is wrong: {error}") from error
         except OSError as error:
-            raise error if folder else OSError(f"there is no folder {name}, and no such repository: {error}") from error
+            raise (
+                error
+                if folder
+                else OSError(f"there is no folder {name}, and no repository of that name could be read: {error}")
+            ) from error
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         except Exception as error:  # as many kinds as there are ways for files to be missing

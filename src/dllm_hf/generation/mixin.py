@@ -376,9 +376,13 @@ def _new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, atte
 def _check_fits(model_config, width: int, new_tokens: int, rounding: str = "") -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and width > positions:
+        fits = width - new_tokens < positions
+        remedy = (
+            f"reduce `max_new_tokens={new_tokens}` or shorten" if fits else "there is no room for new tokens, shorten"
+        )
         raise ValueError(
             f"The canvas of {int(width)} positions{rounding} is longer than the {positions} positions of the model: "
-            f"reduce `max_new_tokens={new_tokens}` or shorten the prompt."
+            f"{remedy} the prompt."
         )
 
 
