@@ -140,6 +140,16 @@ def generate(model, rows: list[list[int]], **options):
     return model.diffusion_generate(**left_pad(rows), return_dict_in_generate=True, **options)
 
 
+def assert_each_row_is_what_it_is_alone(model, rows: list[list[int]], **options):
+    """A batch's rows are what each prompt gets alone, with the same generator."""
+    width = max(map(len, rows))
+    together = generate(model, rows, generator=generators(range(len(rows))), **options)
+    for index, row in enumerate(rows):
+        alone = generate(model, [row], generator=generators([index]), **options)
+        assert together.sequences[index, width - len(row) :].tolist() == alone.sequences[0].tolist()
+        assert together.tokens_per_forward[index] == alone.tokens_per_forward[0]
+
+
 def new_tokens(model, row: list[int], **options) -> list[int]:
     """What a single prompt is continued with."""
     return generate(model, [row], **options).sequences[0, len(row) :].tolist()

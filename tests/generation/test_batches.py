@@ -7,7 +7,19 @@ from hypothesis import strategies as st
 
 from dllm_hf import STRATEGIES
 
-from ..builders import END, FAMILIES, MASK, POLICIES, VOCAB, generate, generators, left_pad, new_model, tiny_model
+from ..builders import (
+    END,
+    FAMILIES,
+    MASK,
+    POLICIES,
+    VOCAB,
+    assert_each_row_is_what_it_is_alone,
+    generate,
+    generators,
+    left_pad,
+    new_model,
+    tiny_model,
+)
 
 MANY_ENDS = [END, *range(8)]  # so many that random models end rows early
 
@@ -52,17 +64,9 @@ BOUNDS = {
 
 
 def check_rows(family, cache_policy, strategy, call):
-    """A batch's rows are what each prompt gets alone, with the same generator."""
     rows, options = call
     options = {**options, **BOUNDS.get(strategy, {}), "cache_policy": cache_policy, "remasking_strategy": strategy}
-    model, width = tiny_model(family), max(map(len, rows))
-
-    together = generate(model, rows, generator=generators(range(len(rows))), **options)
-
-    for index, row in enumerate(rows):
-        alone = generate(model, [row], generator=generators([index]), **options)
-        assert together.sequences[index, width - len(row) :].tolist() == alone.sequences[0].tolist()
-        assert together.tokens_per_forward[index] == alone.tokens_per_forward[0]
+    assert_each_row_is_what_it_is_alone(tiny_model(family), rows, **options)
 
 
 every_kind_of_decoding = [

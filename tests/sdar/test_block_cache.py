@@ -12,6 +12,7 @@ from ..builders import (
     END,
     MASK,
     VOCAB,
+    assert_each_row_is_what_it_is_alone,
     generate,
     generators,
     left_pad,
@@ -108,12 +109,7 @@ def test_the_cache_changes_no_token(family, strategy, call):
 def test_a_batch_gives_each_row_what_it_gets_alone(strategy, family, cache_policy, call):
     rows, options = call
     options = {"remasking_strategy": strategy, "cache_policy": cache_policy, **options, **BOUNDS.get(strategy, {})}
-    model, width = tiny_model(family), max(map(len, rows))
-    together = generate(model, rows, generator=generators(range(len(rows))), **options)
-    for index, row in enumerate(rows):
-        alone = generate(model, [row], generator=generators([index]), **options)
-        assert together.sequences[index, width - len(row) :].tolist() == alone.sequences[0].tolist()
-        assert together.tokens_per_forward[index] == alone.tokens_per_forward[0]
+    assert_each_row_is_what_it_is_alone(tiny_model(family), rows, **options)
 
 
 @pytest.mark.parametrize("block_length", BLOCK_LENGTHS)
