@@ -13,6 +13,8 @@ from dllm_hf import (
     DiffusionGenerationMixin,
     DreamConfig,
     DreamModel,
+    GLADreamConfig,
+    GLADreamModel,
     LLaDAConfig,
     LLaDAModelLM,
     SDARConfig,
@@ -56,11 +58,19 @@ def sdar_moe_config(**changes) -> SDARMoeConfig:
     return SDARMoeConfig(**{**sdar_sizes(), **experts, **changes})
 
 
+def gla_dream_config(**changes) -> GLADreamConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": POSITIONS}
+    sizes |= {"block_size": 4, "initializer_range": 0.3}
+    return GLADreamConfig(**{**sizes, **SPECIAL, **changes})
+
+
 BUILDERS = {
     "llada": lambda **changes: LLaDAModelLM(llada_config(**changes)),
     "dream": lambda **changes: DreamModel(dream_config(**changes)),
     "sdar": lambda **changes: SDARForCausalLM(sdar_config(**changes)),
     "sdar_moe": lambda **changes: SDARMoeForCausalLM(sdar_moe_config(**changes)),
+    "gla_dream": lambda **changes: GLADreamModel(gla_dream_config(**changes)),
 }
 
 

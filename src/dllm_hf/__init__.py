@@ -20,6 +20,7 @@ from .generation import (
     DiffusionGenerationConfig,
     DiffusionGenerationMixin,
 )
+from .gla_dream import GLADreamBaseModel, GLADreamCache, GLADreamConfig, GLADreamModel, GLADreamTokenizer
 from .llada import LLaDAConfig, LLaDAModelLM
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
@@ -32,6 +33,7 @@ FAMILIES = (
     (DreamConfig, DreamModel, DreamModel, DreamTokenizer),
     (SDARConfig, SDARModel, SDARForCausalLM, Qwen2Tokenizer),
     (SDARMoeConfig, SDARMoeModel, SDARMoeForCausalLM, Qwen2Tokenizer),
+    (GLADreamConfig, GLADreamModel, GLADreamModel, GLADreamTokenizer),
 )
 
 for _config, _model, _causal_lm, _tokenizer in FAMILIES:
@@ -50,6 +52,11 @@ __all__ = [
     "DreamConfig",
     "DreamModel",
     "DreamTokenizer",
+    "GLADreamBaseModel",
+    "GLADreamCache",
+    "GLADreamConfig",
+    "GLADreamModel",
+    "GLADreamTokenizer",
     "LLaDAConfig",
     "LLaDAModelLM",
     "SDARConfig",

@@ -65,13 +65,16 @@ class MaskedDiffusionLM:
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(self._kept(outputs, logits_to_keep))
         loss = None
         if labels is not None:
             loss = masked_diffusion_loss(logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch)
         output = self._output(loss, logits, outputs, token_mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _kept(self, outputs: BaseModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        return keep_positions(outputs.last_hidden_state, logits_to_keep)
 
     def _output(self, loss, logits, outputs: BaseModelOutputWithPast, token_mask) -> CausalLMOutputWithPast:
         return CausalLMOutputWithPast(

@@ -74,8 +74,10 @@ class CanvasCache(Cache):
         width: columns to make room for.
     """
 
+    layer_class: type[CacheLayerMixin] = CanvasCacheLayer
+
     def __init__(self, model: PreTrainedModel, width: int):
-        super().__init__(layers=[CanvasCacheLayer(width) for _ in range(model.config.num_hidden_layers)])
+        super().__init__(layers=[self.layer_class(width) for _ in range(model.config.num_hidden_layers)])
         self._model = weakref.ref(model)
         self.is_block_causal = False
         self.tokens: torch.Tensor | None = None
@@ -106,10 +108,21 @@ class CanvasCache(Cache):
             layer.widen(tokens.shape[1] + 1)
         shared = min(tokens.shape[1], self.tokens.shape[1])
         same = (tokens[:, :shared] == self.tokens[:, :shared]).long().cumprod(-1).sum(-1).tolist()
-        written = [min(row, end) // block_length * block_length for row, end in zip(same, self.written, strict=True)]
+        written = self.retreat(self.written, same, block_length)
         # What lies behind is written over from now on, also if the call should fail.
         self.remember(tokens.clone(), written, block_length)
         return written
+
+    def retreat(self, written: list[int], columns: list[int], block_length: int) -> list[int]:
+        """Forget what depends on tokens from `columns` on.
+
+        Args:
+            written, columns: for each row, the column up to which it is final, and the first one that changed.
+
+        Returns:
+            For each row, the column up to which it is final now.
+        """
+        return [min(row, end // block_length * block_length) for row, end in zip(written, columns, strict=True)]
 
     def check(self, model: PreTrainedModel, batch: int, block_length: int) -> None:
         """Raises a `ValueError` where this cache cannot serve a call."""
@@ -194,15 +207,24 @@ class BlockCache(CachePolicy):
     whatever is final but not yet in the cache: the prompt before the first block, then each finished block. Exact.
 
     Args:
-        written: for each row, the column up to which the cache holds final keys and values.
+        cache: its cache.
+        written: for each row, the column up to which the cache holds what is final.
         chunk: of what stands before a block, its first step feeds so many columns at most; the rest is computed ahead
             in pieces of this size, so that memory grows with the length of a prompt and not with its square.
         block_length: of the blocks.
     """
 
-    def __init__(self, canvas: Canvas, logits_shift: int, written: list[int], chunk: int, block_length: int):
+    def __init__(
+        self,
+        canvas: Canvas,
+        logits_shift: int,
+        cache: CanvasCache,
+        written: list[int],
+        chunk: int,
+        block_length: int,
+    ):
         super().__init__(canvas, logits_shift)
-        self.written, self.block_length = written, block_length
+        self.cache, self.written, self.block_length = cache, written, block_length
         # A piece must not end inside a block, whose tokens see each other.
         self.chunk = max(chunk // block_length, 1) * block_length
 
@@ -210,7 +232,7 @@ class BlockCache(CachePolicy):
         starts = [start if busy else 0 for busy, (start, _) in zip(self._takes_part(block, running), block.spans)]
         while max(start - written for start, written in zip(starts, self.written)) > self.chunk:
             ends = [min(written + self.chunk, start) for start, written in zip(starts, self.written)]
-            yield self._window([*zip(self.written, ends)])
+            yield self._window([*zip(self.written, ends)], settled=ends)
             self.written = [max(pair) for pair in zip(self.written, ends)]
 
     def first_window(self, block: Block, running: list[bool]) -> Window:
@@ -219,19 +241,18 @@ class BlockCache(CachePolicy):
             (min(written, start), end) if busy else (0, 0)
             for busy, (start, end), written in zip(takes_part, block.spans, self.written)
         ]
-        window = self._window(spans)
         # The block's own keys are not final: the next block's first step writes them again.
         self.written = [
             start if busy else written for busy, (start, _), written in zip(takes_part, block.spans, self.written)
         ]
+        window = self._window(spans, settled=self.written)
         starts = torch.tensor([start for start, _ in spans], device=block.columns.device)
-        keep = (block.columns - starts[:, None]).clamp(0, window.columns.shape[1] - 1)
-        return replace(window, keep=keep)
+        return replace(window, keep=self._keep(block, starts, window))
 
     def next_window(self, block: Block, running: list[bool]) -> Window:
         takes_part = self._takes_part(block, running)
         window = self._window([span if busy else (0, 0) for busy, span in zip(takes_part, block.spans)])
-        keep = torch.arange(window.columns.shape[1], device=block.columns.device).expand_as(window.columns)
+        keep = self._keep(block, block.starts, window)
         ends = {end for busy, (_, end) in zip(takes_part, block.spans) if busy}
         key_mask = None
         if len(ends) > 1:
@@ -240,23 +261,29 @@ class BlockCache(CachePolicy):
 
     def rewind(self, changed: list[int]) -> bool:
         before = self.written
-        self.written = [
-            min(written, column // self.block_length * self.block_length)
-            for written, column in zip(self.written, changed, strict=True)
-        ]
+        self.written = self.cache.retreat(before, changed, self.block_length)
         return self.written != before
 
     def _takes_part(self, block: Block, running: list[bool]) -> list[bool]:
         return [run and end > start for run, (start, end) in zip(running, block.spans)]
 
-    def _window(self, spans: list[tuple[int, int]]) -> Window:
+    def _keep(self, block: Block, starts: torch.Tensor, window: Window) -> torch.Tensor:
+        """Where the logits of the block's positions stand in a window that begins at `starts`; -1 stands for the column
+        before it."""
+        keep = (block.columns - self.logits_shift).clamp(min=0) - starts[:, None]
+        return keep.clamp(-self.logits_shift, window.columns.shape[1] - 1)
+
+    def _window(self, spans: list[tuple[int, int]], settled: list[int] | None = None) -> Window:
         """A block-causal window over (start, end) of each row, without logits. A row that has nothing to compute feeds
         the column behind the canvas, which is nobody's."""
         behind = self.canvas.width
         filled = [(start, end) if end > start else (behind, behind + 1) for start, end in spans]
         starts, ends = torch.tensor(filled, device=self.canvas.tokens.device).unbind(1)
         columns, _ = span_columns(starts, ends, max(end - start for start, end in filled))
-        return Window(columns, columns[:, :0], max(end for _, end in spans), None, is_block_causal=True)
+        if settled is not None:
+            settled = torch.tensor(settled, device=columns.device)[:, None]
+        visible = max(end for _, end in spans)
+        return Window(columns, columns[:, :0], visible, None, is_block_causal=True, settled=settled)
 
 
 POLICIES = {"none": NoCache, "prefix": PrefixCache, "dual": DualCache}

@@ -15,10 +15,12 @@ class Window:
     """The positions fed to one forward pass.
 
     columns: `(batch, window)`, the columns of the canvas; `None` stands for the whole canvas.
-    keep: `(batch, block)`, the indices into the window at which the logits of the block's positions stand.
+    keep: `(batch, block)`, the indices into the window at which the logits of the block's positions stand; -1 for the
+        column before the window, where the model's cache keeps what is needed of it.
     visible: the columns of the cache that any row may see.
     key_mask: `(batch, visible)` bool, those that each row may see; `None` where it is all of them.
     is_block_causal: a position sees the columns up to its own block's end, instead of all visible ones.
+    settled: `(batch, 1)`, the column up to which the canvas is final; `None` where no more is than in the last window.
     """
 
     columns: torch.Tensor | None
@@ -26,6 +28,7 @@ class Window:
     visible: int
     key_mask: torch.Tensor | None
     is_block_causal: bool = False
+    settled: torch.Tensor | None = None
 
 
 @dataclass

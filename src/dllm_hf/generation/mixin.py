@@ -236,7 +236,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                 tokens = torch.cat([tokens, torch.where(is_prompt, config.mask_token_id, tokens)])
             columns = every_column if window.columns is None else window.columns
             if cache is not None:
-                cache.place(replace(window, columns=repeat(window.columns)))
+                cache.place(replace(window, columns=repeat(window.columns), settled=repeat(window.settled)))
             # FlashAttention takes padded queries to be the last ones of their keys; a window stands anywhere.
             unfit = window.columns is not None and window.key_mask is not None
             with without_flash_attention(self.config) if unfit else nullcontext():
@@ -265,12 +265,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                     f"`past_key_values` needs `cache_policy='block'`, but it is {config.cache_policy!r}: only blocks "
                     "that see no later ones have keys that stay valid."
                 )
-            cache = None if config.cache_policy == "none" else CanvasCache(self, canvas.width)
+            cache = None if config.cache_policy == "none" else self.make_cache(canvas.width)
             return POLICIES[config.cache_policy](canvas, self.logits_shift), cache
         written = [0] * len(canvas.tokens)
         cache = past_key_values
         if cache is None:
-            cache = CanvasCache(self, canvas.width + 1)  # rows that wait write to the column behind
+            cache = self.make_cache(canvas.width + 1)  # rows that wait write to the column behind
         else:
             if not hasattr(cache, "resume"):
                 raise ValueError(
@@ -283,8 +283,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                 )
             cache.check(self, len(canvas.tokens), config.block_length)
             written = cache.resume(canvas.at(None), config.block_length)
-        policy = BlockCache(canvas, self.logits_shift, written, config.prefill_chunk_size, config.block_length)
+        policy = BlockCache(canvas, self.logits_shift, cache, written, config.prefill_chunk_size, config.block_length)
         return policy, cache
+
+    def make_cache(self, width: int) -> CanvasCache:
+        """An empty cache for a canvas of `width` columns."""
+        return CanvasCache(self, width)
 
     @contextmanager
     def _evaluating(self):

@@ -1,0 +1,223 @@
+"""Gated linear attention (Yang et al., arXiv:2312.06635): the recurrence, its chunked form, and `fla`'s kernels.
+
+The recurrence reads, for each head, `H_t = diag(exp(a_t)) H_{t-1} + k_t v_t^T` and `o_t = scale * q_t H_t` with
+`scale = key_dim ** -0.5`, from the first token to the last or, with `reverse`, from the last to the first.
+
+All functions take `query`, `key`, `log_decay`: `(batch, length, heads, key_dim)`, `value`: `(batch, length, heads,
+value_dim)`, the layout of `fla`, and return the output, `(batch, length, heads, value_dim)`, and the state after the
+last token of the scan, `(batch, heads, key_dim, value_dim)` in float32.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch.nn import functional as F
+
+# Tokens that the chunked form multiplies out at once, and the lowest log-decay of a step. Relative to the middle of a
+# chunk decays reach exp(CHUNK / 2 * -MIN_LOG_DECAY) = 2e8, and their products 5e16: neither float32 nor bfloat16
+# overflows.
+CHUNK = 32
+MIN_LOG_DECAY = -1.2
+
+# Our own two, and the kernels of flash-linear-attention under the names of its layer.
+TORCH_MODES = ("torch", "naive")
+FLA_MODES = ("chunk", "fused_recurrent")
+MODES = ("auto", *TORCH_MODES, *FLA_MODES)
+
+
+def gated_linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    reverse: bool = False,
+    mode: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gated linear attention by the implementation that `mode` names.
+
+    Args:
+        log_decay: at most 0, and at least `MIN_LOG_DECAY` unless the mode is `naive`.
+        initial_state: `(batch, heads, key_dim, value_dim)`; zeros if not given.
+        mode: `torch` ([`chunk_gla`]), `naive` ([`recurrent_gla`]), `chunk` or `fused_recurrent` (`fla`'s kernels, on a
+            GPU), or `auto`.
+    """
+    return implementation(mode, query)(query, key, value, log_decay, initial_state, reverse)
+
+
+def implementation(mode: str, query: torch.Tensor) -> Callable:
+    """The function behind a mode for inputs such as `query`."""
+    if mode == "auto":
+        mode = fastest_mode(query)
+    if mode == "torch":
+        return chunk_gla
+    if mode == "naive":
+        return recurrent_gla
+    if not query.is_cuda:
+        raise ValueError(
+            f"`attn_mode={mode!r}` runs on a GPU, but the inputs are on {query.device}: "
+            "move the model there, or use `attn_mode='auto'`."
+        )
+    return _fla_chunk if mode == "chunk" else _fla_fused_recurrent
+
+
+def fastest_mode(query: torch.Tensor) -> str:
+    return "torch"
+
+
+def check_mode(mode: str) -> None:
+    """Raises a `ValueError` for a mode that does not exist."""
+    if mode == "fused_chunk":
+        raise ValueError("`attn_mode='fused_chunk'`: flash-linear-attention has withdrawn it, use 'chunk'.")
+    if mode not in MODES:
+        raise ValueError(f"`attn_mode={mode!r}` is unknown: choose one of {', '.join(MODES)}.")
+
+
+def check_installed(mode: str) -> None:
+    """Raises a `ValueError` for a mode that needs what is not installed."""
+    if mode in FLA_MODES and fla_kernels() is None:
+        raise ValueError(
+            f"`attn_mode={mode!r}` needs flash-linear-attention, which cannot be imported here: "
+            "`pip install 'dllm-hf[fla]'` (Linux with a GPU), or use `attn_mode='auto'`."
+        )
+
+
+def recurrent_gla(query, key, value, log_decay, initial_state=None, reverse=False):
+    """The recurrence as it is written, token by token: slow, and what the other forms are tested against. In float32,
+    or float64 if the inputs are."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    q, k, v, decay = (x.to(compute) for x in (query, key, value, log_decay))
+    q, decay = q * q.shape[-1] ** -0.5, decay.exp()
+    state = initial_state
+    if state is None:
+        state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1])
+    state = state.to(compute)
+    length = q.shape[1]
+    outputs = [None] * length
+    for t in reversed(range(length)) if reverse else range(length):
+        state = decay[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
+        outputs[t] = (q[:, t, :, None] @ state).squeeze(-2)
+    return torch.stack(outputs, dim=1).to(value.dtype), state
+
+
+def chunk_gla(query, key, value, log_decay, initial_state=None, reverse=False):
+    """The chunked form (arXiv:2312.06635, section 4): within `CHUNK` tokens two matrix products, from chunk to chunk
+    the state. Decays are clamped at `MIN_LOG_DECAY`. Inputs in bfloat16 are multiplied in it; everything that touches
+    a state is float32."""
+    length = query.shape[1]
+    size = min(CHUNK, length)
+    compute = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
+    if value.dtype == torch.float64:
+        compute = torch.float64
+    wide = torch.promote_types(compute, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        # (batch, heads, chunks, size, dim); what fills the last chunk up neither decays nor adds to the state.
+        q, k, v, g = (_chunks(x, size) for x in (query, key, value, log_decay))
+        q, k = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide)
+        g = g.to(wide).clamp(min=MIN_LOG_DECAY)
+        cumulative = g.cumsum(-2)
+        total = cumulative[..., -1:, :]
+        if reverse:
+            cumulative = total - cumulative + g
+        relative = cumulative - cumulative[..., size // 2 : size // 2 + 1, :]
+        scores = (q * relative.exp()).to(compute) @ (k * (-relative).exp()).to(compute).mT
+        output = (scores.triu() if reverse else scores.tril()) @ v.to(compute)
+        updates = (k * (total - cumulative).exp()).mT @ v.to(wide)
+        if updates.shape[2] == 1 and initial_state is None:
+            state = updates[:, :, 0]
+        else:
+            q, keep = q * cumulative.exp(), total.mT.exp()
+            state = torch.zeros_like(updates[:, :, 0]) if initial_state is None else initial_state.to(wide)
+            order = range(updates.shape[2])
+            states = [None] * len(order)
+            for chunk in reversed(order) if reverse else order:
+                states[chunk] = state
+                state = keep[:, :, chunk] * state + updates[:, :, chunk]
+            output = output + q @ torch.stack(states, dim=2)
+        output = output.flatten(2, 3)[:, :, :length].transpose(1, 2)
+    return output.to(value.dtype), state
+
+
+def _chunks(x: torch.Tensor, size: int) -> torch.Tensor:
+    x = x.transpose(1, 2)
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % size))
+    return x.unflatten(2, (-1, size))
+
+
+@cache
+def fla_kernels() -> tuple[Callable, Callable] | None:
+    """`chunk_gla` and `fused_recurrent_gla` of flash-linear-attention, or None where it cannot be imported. Imported
+    when first asked for: it takes seconds, and most users decode without it."""
+    try:
+        from fla.ops.gla import chunk_gla as fla_chunk_gla
+        from fla.ops.gla import fused_recurrent_gla as fla_fused_recurrent_gla
+    except Exception:  # without triton, or without a driver, the import fails in more ways than one
+        return None
+    return fla_chunk_gla, fla_fused_recurrent_gla
+
+
+def _fla_chunk(query, key, value, log_decay, initial_state=None, reverse=False):
+    inputs = [query, key, value.to(query.dtype), log_decay]
+    if reverse:
+        inputs = [x.flip(1) for x in inputs]
+    output, state = fla_kernels()[0](*inputs, initial_state=initial_state, output_final_state=True)
+    return (output.flip(1) if reverse else output).to(value.dtype), state
+
+
+def _fla_fused_recurrent(query, key, value, log_decay, initial_state=None, reverse=False):
+    output, state = fla_kernels()[1](
+        query,
+        key,
+        value.to(query.dtype),
+        log_decay,
+        initial_state=initial_state,
+        output_final_state=True,
+        reverse=reverse,
+    )
+    return output.to(value.dtype), state
+
+
+def block_states(
+    updates: torch.Tensor,
+    log_decays: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
+    group: int = 16,
+) -> torch.Tensor:
+    """The recurrence over blocks, `S_i = diag(exp(d_i)) S_{i-1} + U_i`, for all blocks at once.
+
+    Within `group` blocks every state is a weighted sum of the updates before it, which is one matrix product; the
+    weights are exponentials of differences that are never positive. Only from group to group it is a loop.
+
+    Args:
+        updates: `(batch, blocks, heads, key_dim, value_dim)`, `U`.
+        log_decays: `(batch, blocks, heads, key_dim)`, `d`, at most 0.
+        initial_state: `(batch, heads, key_dim, value_dim)`, before the first block; zeros if not given.
+        samples: `(batch, blocks)`, the number of the sample that a block belongs to: the first block of a sample
+            starts from zeros, and so does block 0 where its number is not 0.
+        group: blocks in a product.
+
+    Returns:
+        `(batch, blocks + 1, heads, key_dim, value_dim)`: the state before each block, and the one after the last.
+    """
+    state = torch.zeros_like(updates[:, 0]) if initial_state is None else initial_state
+    states, sample = [state[:, None]], None if samples is None else torch.zeros_like(samples[:, :1])
+    with torch.autocast(updates.device.type, enabled=False):
+        for start in range(0, updates.shape[1], group):
+            decays = log_decays[:, start : start + group].permute(0, 2, 3, 1)  # (batch, heads, key_dim, blocks)
+            cumulative = F.pad(decays.cumsum(-1), (1, 0))
+            exponents = cumulative[..., 1:, None] - cumulative[..., None, :]
+            blocks = decays.shape[-1]
+            # Row i: how much of the state before the group, and of each update, is left after block i.
+            is_past = torch.ones(blocks, blocks + 1, dtype=torch.bool, device=updates.device).tril(1)
+            if samples is not None:
+                now = samples[:, start : start + group]
+                is_past = is_past & (now[:, :, None] == torch.cat([sample, now], dim=1)[:, None])[:, None, None]
+                sample = now[:, -1:]
+            weights = torch.where(is_past, exponents, -torch.inf).exp()
+            sources = torch.cat([state[:, None], updates[:, start : start + group]], dim=1).permute(0, 2, 3, 1, 4)
+            after = (weights @ sources).permute(0, 3, 1, 2, 4)
+            states.append(after)
+            state = after[:, -1]
+    return torch.cat(states, dim=1)

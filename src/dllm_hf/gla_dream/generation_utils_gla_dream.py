@@ -1,0 +1,150 @@
+"""What is GLADream's own in decoding: a cache that never grows."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from ..generation.cache import CanvasCache
+from ..generation.canvas import Window
+
+
+class GLADreamCacheLayer(CacheLayerMixin):
+    """The state of one layer before the block that is being decoded, `(batch, heads, key_dim, value_dim)`, float32."""
+
+    is_sliding = False
+
+    def __init__(self, width: int = 0):
+        super().__init__()
+        self.state: torch.Tensor | None = None
+
+    def lazy_initialization(self, state: torch.Tensor, dtype: torch.dtype) -> None:
+        self.state, self.dtype, self.device = state, dtype, state.device
+        self.is_initialized = True
+
+    def update(self, state: torch.Tensor, dtype: torch.dtype) -> None:
+        """Replace the state. `dtype`: that of the model."""
+        if self.is_initialized:
+            self.state.copy_(state)
+        else:
+            self.lazy_initialization(state.clone(), dtype)
+
+    def restart(self, rows: torch.Tensor) -> None:
+        """Start some rows anew. `rows`: `(batch,)` bool."""
+        if self.is_initialized:
+            self.state.masked_fill_(rows.to(self.device)[:, None, None, None], 0)
+
+    def widen(self, width: int) -> None:
+        """A longer canvas needs no more room."""
+
+    def select(self, rows: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.state = self.state.index_select(0, rows.to(self.device))
+
+    def reset(self) -> None:
+        self.state, self.is_initialized = None, False
+
+    def offload(self) -> None:
+        if self.is_initialized:
+            self.state = self.state.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.state = self.state.to(self.device, non_blocking=True)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # The name of the method above before transformers 5.13.
+    get_max_cache_shape = get_max_length
+
+
+class GLADreamCache(CanvasCache):
+    """One state for each layer, whatever the length of the text before it.
+
+    The decoding loop calls [`CanvasCache.place`] before a forward pass and says which of the window's tokens are final:
+    their blocks move the state on, the block that is being decoded reads it and leaves it as it is.
+
+    Without the loop, `model(input_ids, past_key_values=cache, use_cache=True)` goes on where the last call stopped, and
+    all its tokens are final. Whole blocks move the state on; the tokens of a block that is not yet whole wait in
+    `pending` and are computed again, with what completes it, by the next call.
+
+    Args:
+        model: whose states these are.
+
+    Attributes:
+        last_hidden: `(batch, hidden)`, the last hidden state of the token before the block being decoded, from which
+            its first token is predicted where `logits_shift` is 1.
+        pending: `(batch, fewer than block_size, hidden)`, embeddings of the unfinished last block.
+        seen: the tokens that went into the states.
+    """
+
+    layer_class = GLADreamCacheLayer
+
+    def __init__(self, model: PreTrainedModel, width: int = 0):
+        super().__init__(model, width)
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        self.last_hidden: torch.Tensor | None = None
+        self.pending: torch.Tensor | None = None
+        self.seen: int | None = 0
+        self._window: Window | None = None
+
+    def place(self, window: Window) -> None:
+        self._window = window
+        self.seen = self.pending = None
+
+    def take_window(self) -> Window | None:
+        """The window that was placed for this forward pass; None where none was."""
+        window, self._window = self._window, None
+        return window
+
+    def remember(self, tokens: torch.Tensor, written: list[int], block_length: int) -> None:
+        super().remember(tokens, written, block_length)
+        self.seen = written[0] if len(set(written)) == 1 else None
+
+    def resume(self, tokens: torch.Tensor, block_length: int) -> list[int]:
+        written = super().resume(tokens, block_length)
+        # The states move on from here. Should the call fail, nobody knows how far: start anew.
+        self.written = [-1] * len(written)
+        return written
+
+    def retreat(self, written: list[int], columns: list[int], block_length: int) -> list[int]:
+        """A state cannot go back in part: what changes before it starts the row anew."""
+        kept = [row if column >= row >= 0 else 0 for row, column in zip(written, columns, strict=True)]
+        restarted = torch.tensor([new != old for new, old in zip(kept, written, strict=True)])
+        if restarted.any():
+            for layer in self.layers:
+                layer.restart(restarted)
+        return kept
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a forward pass without the loop goes on after."""
+        return (self.seen or 0) + (0 if self.pending is None else self.pending.shape[1])
+
+    def crop(self, max_length: int) -> None:
+        raise ValueError("A recurrent state cannot be cropped: start again with a new cache.")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = self.layers[0].state
+        if rows is not None:
+            self.batch_select_indices(torch.arange(len(rows)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        for layer in self.layers:
+            layer.select(indices)
+        for name in ("last_hidden", "pending", "tokens"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, rows.index_select(0, indices.to(rows.device)))
+        self.written = [self.written[row] for row in indices.tolist()] if self.written else []

@@ -1,0 +1,515 @@
+"""GLADream: block diffusion on gated linear attention.
+
+A layer has three units. Inside a block, a gated linear attention (arXiv:2312.06635) scans the tokens in both directions.
+Between blocks, a unidirectional one carries a state: a matrix for each head that does not grow with the text. Then a
+feed-forward network. The state before a block depends linearly on the one before, so that all blocks of a prompt, or
+of a training sequence, are computed at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2MLP,
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+from transformers.utils import logging
+
+from ..generation.mixin import DiffusionGenerationMixin
+from ..modeling import MaskedDiffusionLM, keep_positions
+from ..training.losses import masked_diffusion_loss
+from ..training.noising import mask_complementary, mask_sequences
+from .configuration_gla_dream import GLADreamConfig
+from .gated_linear_attention import MIN_LOG_DECAY, block_states, check_installed, gated_linear_attention
+from .generation_utils_gla_dream import GLADreamCache
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class BlockLayout:
+    """How the tokens of a forward pass stand in whole blocks.
+
+    blocks: blocks of each row.
+    positions: `(rows or 1, blocks * block_size)`, for the rotary embedding.
+    valid: `(rows or 1, blocks * block_size)` bool, False where no token stands; None where one stands everywhere.
+    slots: `(rows, length)`, where in the blocks each token stands; None where they stand in order from the start.
+    samples: `(rows, blocks)`, which of the samples packed into a row a block belongs to; None where it is one.
+    final: blocks from the first on that move a cache's state on, a number or `(rows,)`.
+    clean_rows: the last rows, if any, whose states the rows before them read.
+    """
+
+    blocks: int
+    positions: torch.Tensor
+    valid: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
+    final: int | torch.Tensor = 0
+    clean_rows: int = 0
+
+    def to_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(rows, length, hidden)` -> `(rows, blocks * block_size, hidden)`."""
+        width = self.positions.shape[1]
+        if self.slots is None:
+            return F.pad(tokens, (0, 0, 0, width - tokens.shape[1]))
+        return _scattered(tokens, self.slots, width)
+
+    def to_tokens(self, blocks: torch.Tensor, length: int) -> torch.Tensor:
+        """`(rows, blocks * block_size, hidden)` -> `(rows, length, hidden)`."""
+        if self.slots is None:
+            return blocks[:, :length]
+        return blocks.take_along_dim(self.slots.clamp(max=blocks.shape[1] - 1)[..., None], dim=1)
+
+
+def _scattered(values: torch.Tensor, slots: torch.Tensor, width: int) -> torch.Tensor:
+    """`values[row, i]` at `slots[row, i]` of `(rows, width, ...)`; what has no place is sent to `width`."""
+    empty = values.new_zeros(len(values), width + 1, *values.shape[2:])
+    index = slots.view(*slots.shape, *[1] * (values.ndim - 2)).expand_as(values)
+    return empty.scatter(1, index, values)[:, :width]
+
+
+def lay_out(position_ids: torch.Tensor, token_mask: torch.Tensor | None, block_size: int) -> BlockLayout:
+    """The layout of rows with padding anywhere, or of several samples packed into a row, each from position 0.
+
+    Args:
+        position_ids: `(rows, length)`; they rise by one from token to token, padding left out.
+        token_mask: `(rows, length)`, 0 on padding.
+    """
+    rows, length = position_ids.shape
+    real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
+    is_first = real & (real.long().cumsum(-1) == 1)
+    restarts = real & (position_ids == 0)
+    # Without padding between them, neighbours are one apart.
+    order = (~real).long().argsort(dim=-1, stable=True)
+    ordered, exists = position_ids.gather(1, order), real.gather(1, order)
+    gaps = exists[:, 1:] & (ordered[:, 1:] != 0) & (ordered.diff(dim=-1) != 1)
+    if gaps.any() or (position_ids < 0).any():
+        raise ValueError(
+            "`position_ids` must rise by one from token to token, or start again from 0 where the next sample of a "
+            "row begins: leave them out, and mark padding in `attention_mask`."
+        )
+    begins = restarts | (real & (position_ids % block_size == 0)) | is_first
+    block = (begins.long().cumsum(-1) - 1).clamp(min=0)
+    blocks = int(block.max()) + 1 if length else 0
+    slots = torch.where(real, block * block_size + position_ids % block_size, blocks * block_size)
+    width = blocks * block_size
+    samples = _scattered((restarts & ~is_first).long().cumsum(-1), torch.where(begins, block, blocks), blocks)
+    return BlockLayout(
+        blocks,
+        _scattered(position_ids, slots, width),
+        _scattered(real, slots, width),
+        slots,
+        samples.cummax(-1).values,
+    )
+
+
+class GLADreamAttention(nn.Module):
+    """The unit inside a block and the unit between blocks. The parameters that `fla.layers.GatedLinearAttention` has as
+    well have its names."""
+
+    def __init__(self, config: GLADreamConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.head_k_dim, self.head_v_dim = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.head_v_dim,
+        )
+        hidden, kv_heads, bias = config.hidden_size, config.num_key_value_heads, config.attention_bias
+        self.groups = self.num_heads // kv_heads
+        value_dim = self.num_heads * self.head_v_dim
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_k_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_k_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_v_dim, bias=bias)
+        self.g_proj = nn.Linear(hidden, value_dim, bias=False)
+        self.gk_proj = nn.Sequential(
+            nn.Linear(hidden, config.gate_low_rank_dim, bias=False),
+            nn.Linear(config.gate_low_rank_dim, kv_heads * self.head_k_dim, bias=True),
+        )
+        self.g_norm_swish_gate = Qwen2RMSNorm(self.head_v_dim, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(value_dim, hidden, bias=False)
+        self.intra_gate_proj = nn.Linear(2 * value_dim, value_dim, bias=False)
+        if not config.share_inter_intra_gate_weights:
+            self.inter_gate_proj = nn.Linear(2 * value_dim, value_dim, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        layout: BlockLayout,
+        cache: GLADreamCache | None = None,
+    ) -> torch.Tensor:
+        """`hidden_states`: `(rows, blocks * block_size, hidden)`."""
+        rows, width = hidden_states.shape[:2]
+        query = self.q_proj(hidden_states).view(rows, width, self.num_heads, self.head_k_dim)
+        key = self.k_proj(hidden_states).view(rows, width, -1, self.head_k_dim)
+        value = self.v_proj(hidden_states).view(rows, width, -1, self.head_v_dim)
+        log_decay = F.logsigmoid(self.gk_proj(hidden_states).float()).view(key.shape)
+        # Clamped for every implementation, so that all of them compute the same.
+        log_decay = (log_decay / self.config.gate_logit_normalizer).clamp(min=MIN_LOG_DECAY)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+        if layout.valid is not None:
+            # Where no token stands, nothing enters a state and nothing decays.
+            empty = ~layout.valid[..., None, None]
+            key, log_decay = key.masked_fill(empty, 0), log_decay.masked_fill(empty, 0)
+        if self.groups > 1:
+            key, value, log_decay = (x.repeat_interleave(self.groups, dim=2) for x in (key, value, log_decay))
+
+        query, key, value, log_decay = (
+            x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
+        )
+        mode = self.config.attn_mode
+        forward, forward_end = gated_linear_attention(query, key, value, log_decay, mode=mode)
+        backward, backward_end = gated_linear_attention(query, key, value, log_decay, reverse=True, mode=mode)
+
+        states = self._states(layout, cache, rows, forward, backward, forward_end, backward_end, log_decay)
+        if states is not None:
+            from_start, from_end = self._injected(query, log_decay, states)
+            forward, backward = forward + from_start, backward + from_end
+        output = self._fused(self.intra_gate_proj, forward, backward)[0]
+        output = output.reshape(rows, width, -1) * F.silu(self.g_proj(hidden_states))
+        return self.o_proj(output)
+
+    def _fused(self, gate_proj: nn.Linear, forward: torch.Tensor, backward: torch.Tensor):
+        """`gate * norm(forward) + (1 - gate) * norm(backward)`, and the gate, for scans `(..., heads, head_v_dim)`."""
+        forward, backward = self.g_norm_swish_gate(forward), self.g_norm_swish_gate(backward)
+        gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
+        return torch.lerp(backward, forward.to(backward.dtype), gate.to(backward.dtype)), gate
+
+    def _states(self, layout, cache, rows, forward, backward, forward_end, backward_end, log_decay):
+        """The state that each block receives, `(rows * blocks, heads, key_dim, value_dim)`; None where it is zero.
+
+        The scans are those that started from zero, `(rows * blocks, block_size, heads, value_dim)`, and their last
+        states.
+        """
+        initial = cache.layers[self.layer_idx].state if cache is not None else None
+        moves_on = cache is not None and not (isinstance(layout.final, int) and layout.final == 0)
+        if layout.blocks == 1 and not moves_on and not layout.clean_rows:
+            return initial
+        gate_proj = self.intra_gate_proj if self.config.share_inter_intra_gate_weights else self.inter_gate_proj
+        read = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
+        unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[read]
+        _, gate = self._fused(gate_proj, unfold(forward[:, -1]), unfold(backward[:, 0]))
+        updates = torch.lerp(unfold(backward_end), unfold(forward_end), gate.to(forward_end.dtype)[..., None, :])
+        decays = unfold(log_decay.sum(1)).to(updates.dtype)
+        states = block_states(updates, decays, initial, None if layout.samples is None else layout.samples[read])
+        if moves_on:
+            if isinstance(layout.final, int):
+                after = states[:, layout.final]
+            else:
+                after = states.take_along_dim(layout.final.view(-1, 1, 1, 1, 1), dim=1)[:, 0]
+            cache.layers[self.layer_idx].update(after, forward.dtype)
+        states = states[:, :-1]
+        if layout.clean_rows:
+            states = states.repeat(rows // layout.clean_rows, 1, 1, 1, 1)
+        return states.flatten(0, 1)
+
+    def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor):
+        """What the scans from the start and from the end read of `states`, each `(rows * blocks, block_size, heads,
+        head_v_dim)`."""
+        wide = states.dtype
+        with torch.autocast(states.device.type, enabled=False):
+            queries = (query * self.head_k_dim**-0.5).to(wide).transpose(1, 2)
+            if self.config.inter_block_injection_mode == "global":
+                read = (queries @ states).transpose(1, 2).to(query.dtype)
+                return read, read
+            decay = log_decay.to(wide).transpose(1, 2)
+            from_start = decay.cumsum(2)
+            from_end = from_start[:, :, -1:] - from_start + decay
+            return tuple(((queries * x.exp()) @ states).transpose(1, 2).to(query.dtype) for x in (from_start, from_end))
+
+
+class GLADreamDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: GLADreamConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = GLADreamAttention(config, layer_idx)
+        self.mlp = Qwen2MLP(config)
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, position_embeddings, layout, cache=None) -> torch.Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, layout, cache)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class GLADreamPreTrainedModel(PreTrainedModel):
+    config: GLADreamConfig
+    config_class = GLADreamConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLADreamDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+
+
+class GLADreamBaseModel(GLADreamPreTrainedModel):
+    """The stack of layers without the head (`GLADreamModel` has the head)."""
+
+    def __init__(self, config: GLADreamConfig):
+        super().__init__(config)
+        check_installed(config.attn_mode)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([GLADreamDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: GLADreamCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        clean_rows: int = 0,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            attention_mask: `(batch, length)`, 0 on padding.
+            position_ids: `(batch, length)`; several samples packed into a row each start from 0. A block is
+                `block_size` positions, from position 0 on.
+            past_key_values: see [`GLADreamCache`].
+            clean_rows: so many of the last rows are the clean text of the rows before them, which take their states
+                from it; there may be several noisy rows for each clean one, in as many runs.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = GLADreamCache(self)
+        if cache is not None and not hasattr(cache, "take_window"):
+            raise ValueError(
+                f"`past_key_values` is a {type(cache).__name__}, which holds keys and values: pass a `GLADreamCache`."
+            )
+        length = inputs_embeds.shape[1]
+        if cache is None:
+            layout = self._plain_layout(inputs_embeds, attention_mask, position_ids)
+        else:
+            inputs_embeds, layout = self._cached_layout(cache, inputs_embeds, attention_mask, position_ids)
+        layout.clean_rows = clean_rows
+
+        hidden_states = layout.to_blocks(inputs_embeds)
+        position_embeddings = self.rotary_emb(hidden_states, layout.positions)
+        every = []
+        for layer in self.layers:
+            every.append(hidden_states)
+            hidden_states = layer(hidden_states, position_embeddings, layout, cache)
+        hidden_states = self.norm(hidden_states)
+        every.append(hidden_states)
+        if cache is not None and self.config.logits_shift:
+            self._keep_last_hidden(cache, hidden_states, layout.final)
+        as_given = lambda x: layout.to_tokens(x, inputs_embeds.shape[1])[:, inputs_embeds.shape[1] - length :]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=as_given(hidden_states),
+            past_key_values=cache,
+            hidden_states=tuple(as_given(x) for x in every) if output_hidden_states else None,
+        )
+
+    def _plain_layout(self, inputs_embeds, attention_mask, position_ids) -> BlockLayout:
+        if attention_mask is not None and (
+            len(attention_mask.shape) != 2 or attention_mask.shape != inputs_embeds.shape[:2]
+        ):
+            raise ValueError(
+                f"`attention_mask` must be `(batch, length)` = {tuple(inputs_embeds.shape[:2])}, but is "
+                f"{tuple(attention_mask.shape)}: there is no attention that a larger mask could shape."
+            )
+        if attention_mask is None and position_ids is None:
+            return self._contiguous_layout(0, inputs_embeds)
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return lay_out(position_ids.expand(inputs_embeds.shape[:2]), attention_mask, self.config.block_size)
+
+    def _contiguous_layout(self, start: int, inputs_embeds: torch.Tensor) -> BlockLayout:
+        length, size, device = inputs_embeds.shape[1], self.config.block_size, inputs_embeds.device
+        blocks = -(-length // size)
+        columns = torch.arange(blocks * size, device=device)[None]
+        return BlockLayout(blocks, columns + start, None if length % size == 0 else columns < length)
+
+    def _cached_layout(self, cache: GLADreamCache, inputs_embeds, attention_mask, position_ids):
+        size = self.config.block_size
+        window = cache.take_window()
+        if window is not None:
+            layout = self._contiguous_layout(0, inputs_embeds)
+            columns = inputs_embeds.new_zeros(1, dtype=torch.long) if window.columns is None else window.columns
+            layout.positions = columns[:, :1] + layout.positions
+            if window.columns is not None and (len(columns) > 1 or layout.valid is not None):
+                # Rows that are done repeat their last column.
+                fed = F.pad(columns, (0, layout.positions.shape[1] - columns.shape[1]), value=-1)
+                layout.valid = fed == layout.positions
+            if window.settled is not None:
+                layout.final = ((window.settled - columns[:, :1]) // size).clamp(min=0)[:, 0]
+            return inputs_embeds, layout
+
+        if cache.seen is None:
+            raise ValueError(
+                "`past_key_values` comes from a call whose rows ended at different columns, or that did not end: "
+                "pass it to `diffusion_generate`, or start with a new cache."
+            )
+        past = cache.get_seq_length()
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                "A cache and padding need the decoding loop, which knows where each row stands: call "
+                "`diffusion_generate`, pass rows of equal length without padding, or `use_cache=False`."
+            )
+        expected = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
+        if position_ids is not None and (position_ids != expected).any():
+            raise ValueError(
+                f"`position_ids` must go on from {past}, where the cache stands: leave them out, or start with a new "
+                "cache."
+            )
+        if cache.pending is not None:
+            if len(cache.pending) != len(inputs_embeds):
+                raise ValueError(
+                    f"`past_key_values` holds {len(cache.pending)} rows, but the batch has {len(inputs_embeds)}."
+                )
+            inputs_embeds = torch.cat([cache.pending, inputs_embeds], dim=1)
+        layout = self._contiguous_layout(cache.seen, inputs_embeds)
+        layout.final = inputs_embeds.shape[1] // size
+        cache.pending = inputs_embeds[:, layout.final * size :]
+        cache.seen += layout.final * size
+        return inputs_embeds, layout
+
+    def _keep_last_hidden(self, cache: GLADreamCache, hidden_states: torch.Tensor, final: int | torch.Tensor) -> None:
+        """Keep the last hidden state before the block that comes next, where this pass has moved on to it."""
+        if isinstance(final, int):
+            if final:
+                cache.last_hidden = hidden_states[:, final * self.config.block_size - 1]
+            return
+        last = (final * self.config.block_size - 1).clamp(min=0)
+        fresh = hidden_states.take_along_dim(last[:, None, None], dim=1)[:, 0]
+        old = fresh if cache.last_hidden is None else cache.last_hidden
+        cache.last_hidden = torch.where((final > 0)[:, None], fresh, old)
+
+
+class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrainedModel):
+    """GLADream with its head."""
+
+    block_grid = "zero"
+    cache_policies = ("block", "none")
+
+    def __init__(self, config: GLADreamConfig):
+        super().__init__(config)
+        self.model = GLADreamBaseModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def logits_shift(self) -> int:
+        return self.config.logits_shift
+
+    @property
+    def default_block_length(self) -> int:
+        return self.config.block_size
+
+    def decoding_kwargs(self, block_length: int | None) -> dict:
+        if block_length != self.config.block_size:
+            raise ValueError(
+                f"`block_length={block_length}` is not the model's `block_size={self.config.block_size}`, in which its "
+                "state moves on: leave `block_length` out."
+            )
+        return {}
+
+    def make_cache(self, width: int) -> GLADreamCache:
+        return GLADreamCache(self, width)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mask_ratio: torch.FloatTensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """As [`MaskedDiffusionLM.forward`].
+
+        With `labels`, all noisy blocks are denoised at once, each from the state that the clean blocks before it leave.
+        The clean text is `input_ids` with the labels in the places of the masks. If no labelled token is masked, the
+        text is clean, and the noise is drawn here: one rate per sequence, the loss weighted by its inverse, or what
+        `use_complementary_mask` says. `logits` are those of the noisy text (of the first of the two masks).
+        """
+        if labels is None:
+            return super().forward(input_ids, attention_mask, position_ids, return_dict=return_dict, **kwargs)
+        if input_ids is None or labels.shape != input_ids.shape:
+            raise ValueError("`labels` needs `input_ids` of the same shape: the clean text is made of both.")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
+        if kwargs.pop("past_key_values", None) is not None:
+            raise ValueError("`past_key_values` and `labels` exclude each other: training reads the whole text.")
+        batch, length = input_ids.shape
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        positions = torch.arange(length, device=input_ids.device)[None] if position_ids is None else position_ids
+        labelled = labels != -100
+        if attention_mask is not None:
+            labelled = labelled & attention_mask.bool()
+        clean, noisy = torch.where(labelled, labels, input_ids), input_ids
+        mask_token_id, size = self.config.mask_token_id, self.config.block_size
+        if mask_ratio is None and bool(labelled.any()) and not bool((labelled & (input_ids == mask_token_id)).any()):
+            if num_items_in_batch is None:
+                num_items_in_batch = labelled.sum()
+            if self.config.use_complementary_mask:
+                noisy, labels = mask_complementary(clean, labelled, mask_token_id, positions // size)
+            else:
+                noisy, labels, mask_ratio = mask_sequences(clean, labelled, mask_token_id)
+        runs = len(noisy) // batch + 1
+        repeat = lambda x: None if x is None else x.expand(batch, -1).repeat(runs, 1)
+        outputs = self.model(
+            torch.cat([noisy, clean]),
+            repeat(attention_mask),
+            repeat(position_ids),
+            use_cache=False,
+            clean_rows=batch,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state[:-batch]
+        if self.logits_shift:
+            # What predicts the first token of the next block has seen its own block clean.
+            ends_block = (positions % size == size - 1).expand(batch, -1).repeat(runs - 1, 1)
+            from_clean = outputs.last_hidden_state[-batch:].repeat(runs - 1, 1, 1)
+            hidden_states = torch.where(ends_block[..., None], from_clean, hidden_states)
+        logits = self.lm_head(hidden_states)
+        token_mask = None if attention_mask is None else attention_mask.repeat(runs - 1, 1)
+        loss = masked_diffusion_loss(logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch)
+        every = outputs.hidden_states
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits[:batch],
+            hidden_states=None if every is None else tuple(x[:batch] for x in every),
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _kept(self, outputs: BaseModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        hidden_states, cache = outputs.last_hidden_state, outputs.past_key_values
+        if not (
+            self.logits_shift and cache is not None and torch.is_tensor(logits_to_keep) and logits_to_keep.ndim == 2
+        ):
+            return keep_positions(hidden_states, logits_to_keep)
+        # Index -1 is the token before the window.
+        before = hidden_states[:, :1] if cache.last_hidden is None else cache.last_hidden[:, None]
+        return keep_positions(torch.cat([before.to(hidden_states.dtype), hidden_states], dim=1), logits_to_keep + 1)
