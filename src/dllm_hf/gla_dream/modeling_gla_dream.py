@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, Cache
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -32,6 +33,10 @@ from .gated_linear_attention import MIN_LOG_DECAY, block_states, check_installed
 from .generation_utils_gla_dream import GLADreamCache
 
 logger = logging.get_logger(__name__)
+
+# Biases of the decays before training go from 0 to this: a token is kept for 23 to 6,500 steps (where it has faded to
+# 1/e), evenly on a logarithmic scale.
+SLOWEST_DECAY = 6.0
 
 
 @dataclass
@@ -252,6 +257,12 @@ class GLADreamPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, GLADreamAttention):
+            # Channels that forget within a block, and channels that keep a token for thousands: without the latter
+            # nothing far away would have a gradient. The slowest rotary pairs keep the longest.
+            bias = module.gk_proj[1].bias
+            slowness = torch.linspace(0, SLOWEST_DECAY, module.head_k_dim // 2, device=bias.device)
+            init.copy_(bias, slowness.repeat(bias.numel() // len(slowness)))
 
 
 class GLADreamBaseModel(GLADreamPreTrainedModel):
@@ -414,6 +425,63 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         self.model = GLADreamBaseModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_ar_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        config: GLADreamConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """A GLADream that starts from an autoregressive Qwen2 or Qwen3: embeddings, projections to queries, keys and
+        values and from the heads back, feed-forward networks, norms and head are copied, `logits_shift` is 1. The
+        decays, the gates and the norm of the heads are new. It has to be trained before it is of use.
+
+        Args:
+            pretrained_model_name_or_path: as for `AutoModelForCausalLM.from_pretrained`.
+            config: instead of the configuration made from the checkpoint's ([`GLADreamConfig.from_ar_config`]).
+            output_loading_info: return the model and a dictionary that lists parameter names: what was `copied`, what
+                is `new`, and what of the checkpoint was `left_out`. It is logged in any case.
+            kwargs: fields of [`GLADreamConfig`], or arguments of `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: the checkpoint is of another kind, or a field makes a parameter's shape another one than the
+                checkpoint's.
+        """
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GLADreamConfig.__annotations__}
+        located = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+        ar_config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **located)
+        if config is None:
+            config = GLADreamConfig.from_ar_config(ar_config, **fields)
+        elif fields:
+            raise ValueError(f"Give {', '.join(f'`{name}`' for name in fields)} in `config`, or leave `config` out.")
+        ar_model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = cls(config).to(device=ar_model.device, dtype=ar_model.dtype)
+        given, own = ar_model.state_dict(), model.state_dict()
+        for name in own.keys() & given.keys():
+            if own[name].shape != given[name].shape:
+                raise ValueError(
+                    f"`{name}` is {tuple(own[name].shape)} here and {tuple(given[name].shape)} in the checkpoint: leave "
+                    "the sizes as the checkpoint has them."
+                )
+        model.load_state_dict({name: given[name] for name in own.keys() & given.keys()}, strict=False)
+        info = {
+            "copied": sorted(own.keys() & given.keys()),
+            "new": sorted(own.keys() - given.keys()),
+            "left_out": sorted(given.keys() - own.keys()),
+        }
+        for name, parameters in info.items():
+            logger.info("%s: %s", name, ", ".join(parameters) or "nothing")
+        logger.warning(
+            "GLADream from %s: %d parameters copied, %d new (%s), %d left out. Train it before use.",
+            pretrained_model_name_or_path,
+            *(len(info[name]) for name in ("copied", "new")),
+            ", ".join(sorted({name.split("self_attn.")[-1] for name in info["new"]})),
+            len(info["left_out"]),
+        )
+        return (model, info) if output_loading_info else model
 
     @property
     def logits_shift(self) -> int:
