@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from dllm_hf.generation.configuration import DiffusionGenerationConfig
 from dllm_hf.llada import LLaDAConfig, LLaDAModelLM
@@ -66,14 +66,16 @@ def noise(tokens: torch.Tensor, ratio: torch.Tensor, mask_id: int, generator: to
 
 
 @torch.no_grad()
-def held_out_loss(model: LLaDAModelLM, tokens: torch.Tensor, levels: int, batch: int = 128) -> float:
-    """Negative evidence bound in nats per character over all of `tokens`, in windows of `CONTEXT`.
+def held_out_loss(
+    model: PreTrainedModel, tokens: torch.Tensor, levels: int, batch: int = 128, context: int = CONTEXT
+) -> float:
+    """Negative evidence bound in nats per character over all of `tokens`, in windows of `context`.
 
     Each window is seen once in each of `levels` equal slices of the noise; the seed is fixed.
     """
     generator = torch.Generator(tokens.device).manual_seed(0)
-    full = len(tokens) // CONTEXT * CONTEXT
-    batches = [*tokens[:full].view(-1, CONTEXT).split(batch), tokens[None, full:]]
+    full = len(tokens) // context * context
+    batches = [*tokens[:full].view(-1, context).split(batch), tokens[None, full:]]
     total = 0.0
     for windows in batches:
         for level in range(levels if windows.numel() else 0):
@@ -84,7 +86,13 @@ def held_out_loss(model: LLaDAModelLM, tokens: torch.Tensor, levels: int, batch:
     return total / (levels * len(tokens))
 
 
-def train(model: LLaDAModelLM, tokens: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
+def train(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    held_out: torch.Tensor,
+    args: argparse.Namespace,
+    context: int = CONTEXT,
+) -> None:
     device = tokens.device
     generator = torch.Generator(device).manual_seed(args.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -101,8 +109,8 @@ def train(model: LLaDAModelLM, tokens: torch.Tensor, held_out: torch.Tensor, arg
     forward = torch.compile(model) if args.compile else model
     mean, began = torch.zeros((), device=device), time.perf_counter()
     for step in range(1, args.steps + 1):
-        starts = torch.randint(len(tokens) - CONTEXT + 1, (args.batch, 1), generator=generator, device=device)
-        clean = tokens[starts + torch.arange(CONTEXT, device=device)]
+        starts = torch.randint(len(tokens) - context + 1, (args.batch, 1), generator=generator, device=device)
+        clean = tokens[starts + torch.arange(context, device=device)]
         ratio = stratified(args.batch, generator)
         noisy, labels = noise(clean, ratio[:, None], model.config.mask_token_id, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -117,7 +125,7 @@ def train(model: LLaDAModelLM, tokens: torch.Tensor, held_out: torch.Tensor, arg
             ms = 1000 * (time.perf_counter() - began) / step
             line = f"step {step}/{args.steps}  train loss {mean.item():.3f}  {ms:.1f} ms per step"
             if step % (10 * args.log_every) == 0:
-                line += f"  held out (4 noise levels) {held_out_loss(model, held_out, levels=4):.3f}"
+                line += f"  held out (4 noise levels) {held_out_loss(model, held_out, 4, context=context):.3f}"
             print(line, flush=True)
             mean.zero_()
 

@@ -1,4 +1,4 @@
 import pytest
 
-# The check that stands there should explain itself like one in a test.
-pytest.register_assert_rewrite("tests.builders")
+# The checks that stand there should explain themselves like those in a test.
+pytest.register_assert_rewrite("tests.builders", "tests.gla_dream.oracles")

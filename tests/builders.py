@@ -84,13 +84,13 @@ def new_model(family: str, **changes) -> PreTrainedModel:
 
 
 @cache
-def tiny_model(family: str) -> PreTrainedModel:
-    """[`new_model`], built once and left as it is, with learnt positions on top of the rotary ones.
+def tiny_model(family: str, **changes) -> PreTrainedModel:
+    """[`new_model`], built once for each configuration and left as it is, with learnt positions on top of the rotary ones.
 
     Attention over equal values is the same wherever one stands: on a canvas of masks alone all positions would have
     equal logits, and rounding would choose between them.
     """
-    model = new_model(family)
+    model = new_model(family, **changes)
     shifts = torch.randn(POSITIONS, model.config.hidden_size)
 
     def embed(stack, args, kwargs):

@@ -1,0 +1,150 @@
+"""Does GLADream learn? Beside an SDAR and a Dream of its size on a text, and on recall across twenty blocks.
+
+usage: gla_dream_learning.py text --text tinyshakespeare.txt [--models boundary global cut sdar dream] [--seeds 0 1 2]
+       gla_dream_learning.py recall [--models boundary global cut] [--seeds 0 1 2]
+
+`text`: character by character, blocks of 32, context 512; prints the negative evidence bound in nats per character on
+the last tenth of the text. `recall`: the first block holds four pairs of a key and a value among filler, a later block asks
+for them; training asks after 1 to 20 blocks, the accuracy printed is that of `diffusion_generate` after 20.
+`cut` is GLADream with the state taken away, so that blocks cannot see each other; its mode of injection is the default.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from dllm_hf import DreamConfig, DreamModel, GLADreamConfig, GLADreamModel, SDARConfig, SDARForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from train_shakespeare import character_tokenizer, held_out_loss, train  # noqa: E402
+
+BLOCK, CONTEXT = 32, 512
+KEYS = VALUES = FILLERS = 32
+PAIRS, DISTANCE = 4, 20
+QUESTION, RECALL_MASK = KEYS + VALUES + FILLERS, KEYS + VALUES + FILLERS + 1
+
+
+def build(name: str, width: int, layers: int, vocab: int, mask: int, context: int):
+    """A model of the family; the feed-forward networks of SDAR and Dream are wider, which makes up for GLADream's gates."""
+    shape = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 4, "max_position_embeddings": context, "mask_token_id": mask}
+    shape |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    narrow, wide = width * 11 // 4, width * 71 // 16
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    if name == "dream":
+        return DreamModel(DreamConfig(intermediate_size=wide, **shape, **rope))
+    if name == "sdar":
+        shape["head_dim"] = width // 4
+        return SDARForCausalLM(SDARConfig(intermediate_size=wide, block_size=BLOCK, **shape, **rope))
+    mode = {} if name == "cut" else {"inter_block_injection_mode": name}
+    model = GLADreamModel(GLADreamConfig(intermediate_size=narrow, block_size=BLOCK, **mode, **shape, **rope))
+    if name == "cut":
+        for layer in model.model.layers:
+            layer.self_attn._states = lambda *args: None
+    return model
+
+
+def learn_text(name: str, seed: int, args) -> str:
+    text = args.text.read_text(encoding="utf-8")
+    tokenizer = character_tokenizer(text)
+    tokens = torch.tensor(tokenizer(text, verbose=False).input_ids, device=args.device)
+    training, held_out = tokens.split([len(tokens) * 9 // 10, len(tokens) - len(tokens) * 9 // 10])
+    torch.manual_seed(seed)
+    model = build(name, 256, 6, len(tokenizer), tokenizer.mask_token_id, CONTEXT).to(args.device)
+    args.seed = seed
+    began = time.perf_counter()
+    train(model, training, held_out, args, CONTEXT)
+    took = time.perf_counter() - began
+    bound = held_out_loss(model.eval(), held_out, args.eval_levels, context=CONTEXT)
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{parameters:,} parameters, bound {bound:.4f} nats per character, trained {took:.0f} s"
+
+
+def recall_batch(rows: int, distance: torch.Tensor, generator: torch.Generator):
+    """Texts in which pairs of the first block are asked for again in block `distance`, `(rows,)`.
+
+    Returns:
+        `(rows, length)` noisy tokens, with masks in the places of the answers, and the labels.
+    """
+    device = generator.device
+    length = (DISTANCE + 1) * BLOCK
+
+    def draw(number: int, kinds: int) -> torch.Tensor:
+        """`(rows, number)` different numbers below `kinds`."""
+        return torch.rand(rows, kinds, generator=generator, device=device).argsort(-1)[:, :number]
+
+    tokens = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLERS, (rows, length), generator=generator, device=device)
+    keys = draw(PAIRS, KEYS)
+    values = KEYS + torch.randint(VALUES, (rows, PAIRS), generator=generator, device=device)
+    # Pairs stand at even places of the first block; questions, of three tokens, at multiples of four of the later one.
+    places = 2 * draw(PAIRS, BLOCK // 2)
+    tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
+    order = draw(PAIRS, PAIRS)
+    places = distance[:, None] * BLOCK + 4 * draw(PAIRS, BLOCK // 4)
+    tokens.scatter_(1, places, QUESTION).scatter_(1, places + 1, keys.gather(1, order))
+    labels = torch.full_like(tokens, -100).scatter_(1, places + 2, values.gather(1, order))
+    return tokens.scatter_(1, places + 2, RECALL_MASK), labels
+
+
+def learn_recall(name: str, seed: int, args) -> str:
+    torch.manual_seed(seed)
+    generator = torch.Generator(args.device).manual_seed(seed)
+    model = build(name, 128, 3, RECALL_MASK + 1, RECALL_MASK, (DISTANCE + 1) * BLOCK).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 200)
+    began, mean = time.perf_counter(), 0.0
+    for step in range(1, args.steps + 1):
+        distance = torch.randint(1, DISTANCE + 1, (args.batch,), generator=generator, device=args.device)
+        noisy, labels = recall_batch(args.batch, distance, generator)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.device != "cpu"):
+            loss = model(input_ids=noisy, labels=labels, mask_ratio=torch.ones(len(noisy), device=args.device)).loss
+        loss = loss * labels.numel() / (labels != -100).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
+        optimizer.zero_grad()
+        mean = loss.detach() if step == 1 else 0.99 * mean + 0.01 * loss.detach()
+        if step % args.log_every == 0:
+            print(f"  {name} seed {seed} step {step}: loss {float(mean):.3f}", flush=True)
+    took = time.perf_counter() - began
+    model.eval()
+    noisy, labels = recall_batch(512, torch.full((512,), DISTANCE, device=args.device), generator)
+    asked = labels != -100
+    correct = 0
+    for texts, answers, places in zip(noisy.split(64), labels.split(64), asked.split(64)):
+        filled = model.diffusion_generate(texts, max_new_tokens=0)
+        correct += int((filled == answers)[places].sum())
+    return f"accuracy after {DISTANCE} blocks {correct / int(asked.sum()):.4f} (chance {1 / VALUES:.4f}), trained {took:.0f} s"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["text", "recall"])
+    parser.add_argument("--text", type=Path, help="a UTF-8 text file; its last tenth is held out")
+    parser.add_argument("--models", nargs="+", default=["boundary", "global", "cut", "sdar", "dream"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    parser.add_argument("--log-every", type=int, default=200)
+    parser.add_argument("--eval-levels", type=int, default=64, help="noise levels of the held-out bound")
+    args = parser.parse_args()
+    if args.task == "text" and (args.text is None or not args.text.is_file()):
+        parser.error(f"--text {args.text} is not a file.")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}: {' '.join(sys.argv[1:])}")
+    for name in args.models:
+        for seed in args.seeds:
+            found = learn_text(name, seed, args) if args.task == "text" else learn_recall(name, seed, args)
+            print(f"{args.task} {name} seed {seed}: {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
