@@ -57,7 +57,9 @@ def turn(model, output, blocks: int, steps: int):
 
 def measure_block(model, context: int, steps: int, repeats: int = 5) -> dict:
     weights = torch.cuda.memory_allocated()
-    prompt = torch.randint(0, 31000, (1, context), device="cuda", generator=torch.Generator("cuda").manual_seed(context))
+    prompt = torch.randint(
+        0, 31000, (1, context), device="cuda", generator=torch.Generator("cuda").manual_seed(context)
+    )
     options = {"max_new_tokens": BLOCK, "denoising_steps": steps, "return_dict_in_generate": True}
     began = time.perf_counter()
     output = model.diffusion_generate(prompt, **options)

@@ -5,7 +5,7 @@ The recurrence reads, for each head, `H_t = diag(exp(a_t)) H_{t-1} + k_t v_t^T` 
 
 All functions take `query`, `key`, `log_decay`: `(batch, length, heads, key_dim)`, `value`: `(batch, length, heads,
 value_dim)`, the layout of `fla`, and return the output, `(batch, length, heads, value_dim)`, and the state after the
-last token of the scan, `(batch, heads, key_dim, value_dim)` in float32.
+last token of the scan, `(batch, heads, key_dim, value_dim)` in float32, or None without `output_final_state`.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,9 @@ from torch.nn import functional as F
 CHUNK = 32
 MIN_LOG_DECAY = -1.2
 
+# Up to so many scans (sequences times heads) `fla`'s recurrence is faster than its chunked form, measured on an H200.
+MOST_RECURRENT_SCANS = 512
+
 # Our own two, and the kernels of flash-linear-attention under the names of its layer.
 TORCH_MODES = ("torch", "naive")
 FLA_MODES = ("chunk", "fused_recurrent")
@@ -33,17 +36,18 @@ def gated_linear_attention(
     log_decay: torch.Tensor,
     initial_state: torch.Tensor | None = None,
     reverse: bool = False,
+    output_final_state: bool = True,
     mode: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated linear attention by the implementation that `mode` names.
 
     Args:
         log_decay: at most 0, and at least `MIN_LOG_DECAY` unless the mode is `naive`.
         initial_state: `(batch, heads, key_dim, value_dim)`; zeros if not given.
         mode: `torch` ([`chunk_gla`]), `naive` ([`recurrent_gla`]), `chunk` or `fused_recurrent` (`fla`'s kernels, on a
-            GPU), or `auto`.
+            GPU), or `auto`, see [`fastest_mode`].
     """
-    return implementation(mode, query)(query, key, value, log_decay, initial_state, reverse)
+    return implementation(mode, query)(query, key, value, log_decay, initial_state, reverse, output_final_state)
 
 
 def implementation(mode: str, query: torch.Tensor) -> Callable:
@@ -63,7 +67,12 @@ def implementation(mode: str, query: torch.Tensor) -> Callable:
 
 
 def fastest_mode(query: torch.Tensor) -> str:
-    return "torch"
+    """What `auto` means for inputs such as `query`. On a GPU with `fla`, its recurrence for the few scans of a decoding
+    step and its chunked form for many (`benchmarks/gla_kernels.py`). Its chunked form computes float32 in tf32, and
+    `torch.compile` cannot fuse either: there, and elsewhere, the torch form."""
+    if not query.is_cuda or query.dtype != torch.bfloat16 or torch.compiler.is_compiling() or fla_kernels() is None:
+        return "torch"
+    return "fused_recurrent" if query.shape[0] * query.shape[2] <= MOST_RECURRENT_SCANS else "chunk"
 
 
 def check_mode(mode: str) -> None:
@@ -83,7 +92,7 @@ def check_installed(mode: str) -> None:
         )
 
 
-def recurrent_gla(query, key, value, log_decay, initial_state=None, reverse=False):
+def recurrent_gla(query, key, value, log_decay, initial_state=None, reverse=False, output_final_state=True):
     """The recurrence as it is written, token by token: slow, and what the other forms are tested against. In float32,
     or float64 if the inputs are."""
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -98,10 +107,10 @@ def recurrent_gla(query, key, value, log_decay, initial_state=None, reverse=Fals
     for t in reversed(range(length)) if reverse else range(length):
         state = decay[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
         outputs[t] = (q[:, t, :, None] @ state).squeeze(-2)
-    return torch.stack(outputs, dim=1).to(value.dtype), state
+    return torch.stack(outputs, dim=1).to(value.dtype), state if output_final_state else None
 
 
-def chunk_gla(query, key, value, log_decay, initial_state=None, reverse=False):
+def chunk_gla(query, key, value, log_decay, initial_state=None, reverse=False, output_final_state=True):
     """The chunked form (arXiv:2312.06635, section 4): within `CHUNK` tokens two matrix products, from chunk to chunk
     the state. Decays are clamped at `MIN_LOG_DECAY`. Inputs in bfloat16 are multiplied in it; everything that touches
     a state is float32."""
@@ -123,12 +132,14 @@ def chunk_gla(query, key, value, log_decay, initial_state=None, reverse=False):
         relative = cumulative - cumulative[..., size // 2 : size // 2 + 1, :]
         scores = (q * relative.exp()).to(compute) @ (k * (-relative).exp()).to(compute).mT
         output = (scores.triu() if reverse else scores.tril()) @ v.to(compute)
-        updates = (k * (total - cumulative).exp()).mT @ v.to(wide)
-        if updates.shape[2] == 1 and initial_state is None:
+        several = output.shape[2] > 1 or initial_state is not None
+        updates = state = None
+        if several or output_final_state:
+            updates = (k * (total - cumulative).exp()).mT @ v.to(wide)
             state = updates[:, :, 0]
-        else:
+        if several:
             q, keep = q * cumulative.exp(), total.mT.exp()
-            state = torch.zeros_like(updates[:, :, 0]) if initial_state is None else initial_state.to(wide)
+            state = torch.zeros_like(state) if initial_state is None else initial_state.to(wide)
             order = range(updates.shape[2])
             states = [None] * len(order)
             for chunk in reversed(order) if reverse else order:
@@ -136,7 +147,7 @@ def chunk_gla(query, key, value, log_decay, initial_state=None, reverse=False):
                 state = keep[:, :, chunk] * state + updates[:, :, chunk]
             output = output + q @ torch.stack(states, dim=2)
         output = output.flatten(2, 3)[:, :, :length].transpose(1, 2)
-    return output.to(value.dtype), state
+    return output.to(value.dtype), state if output_final_state else None
 
 
 def _chunks(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -157,25 +168,24 @@ def fla_kernels() -> tuple[Callable, Callable] | None:
     return fla_chunk_gla, fla_fused_recurrent_gla
 
 
-def _fla_chunk(query, key, value, log_decay, initial_state=None, reverse=False):
-    inputs = [query, key, value.to(query.dtype), log_decay]
+def _fla_chunk(query, key, value, log_decay, initial_state=None, reverse=False, output_final_state=True):
+    inputs = query, key, value, log_decay
     if reverse:
         inputs = [x.flip(1) for x in inputs]
-    output, state = fla_kernels()[0](*inputs, initial_state=initial_state, output_final_state=True)
-    return (output.flip(1) if reverse else output).to(value.dtype), state
+    output, state = fla_kernels()[0](*inputs, initial_state=initial_state, output_final_state=output_final_state)
+    return output.flip(1) if reverse else output, state
 
 
-def _fla_fused_recurrent(query, key, value, log_decay, initial_state=None, reverse=False):
-    output, state = fla_kernels()[1](
+def _fla_fused_recurrent(query, key, value, log_decay, initial_state=None, reverse=False, output_final_state=True):
+    return fla_kernels()[1](
         query,
         key,
-        value.to(query.dtype),
+        value,
         log_decay,
         initial_state=initial_state,
-        output_final_state=True,
+        output_final_state=output_final_state,
         reverse=reverse,
     )
-    return output.to(value.dtype), state
 
 
 def block_states(

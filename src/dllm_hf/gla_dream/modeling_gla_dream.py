@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2MLP,
-    Qwen2RMSNorm,
     Qwen2RotaryEmbedding,
     apply_rotary_pos_emb,
 )
@@ -139,7 +138,7 @@ class GLADreamAttention(nn.Module):
             nn.Linear(hidden, config.gate_low_rank_dim, bias=False),
             nn.Linear(config.gate_low_rank_dim, kv_heads * self.head_k_dim, bias=True),
         )
-        self.g_norm_swish_gate = Qwen2RMSNorm(self.head_v_dim, eps=config.rms_norm_eps)
+        self.g_norm_swish_gate = nn.RMSNorm(self.head_v_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden, bias=False)
         self.intra_gate_proj = nn.Linear(2 * value_dim, value_dim, bias=False)
         if not config.share_inter_intra_gate_weights:
@@ -161,6 +160,7 @@ class GLADreamAttention(nn.Module):
         # Clamped for every implementation, so that all of them compute the same.
         log_decay = (log_decay / self.config.gate_logit_normalizer).clamp(min=MIN_LOG_DECAY)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the positions are wider
         if layout.valid is not None:
             # Where no token stands, nothing enters a state and nothing decays.
             empty = ~layout.valid[..., None, None]
@@ -171,11 +171,28 @@ class GLADreamAttention(nn.Module):
         query, key, value, log_decay = (
             x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
         )
-        mode = self.config.attn_mode
-        forward, forward_end = gated_linear_attention(query, key, value, log_decay, mode=mode)
-        backward, backward_end = gated_linear_attention(query, key, value, log_decay, reverse=True, mode=mode)
-
-        states = self._states(layout, cache, rows, forward, backward, forward_end, backward_end, log_decay)
+        moves_on = cache is not None and not (isinstance(layout.final, int) and layout.final == 0)
+        needs_ends = moves_on or layout.blocks > 1 or layout.clean_rows > 0
+        options = {"output_final_state": needs_ends, "mode": self.config.attn_mode}
+        scans = [
+            gated_linear_attention(query, key, value, log_decay, reverse=reverse, **options)
+            for reverse in (False, True)
+        ]
+        (forward, _), (backward, _) = scans
+        states = cache.layers[self.layer_idx].state if cache is not None else None
+        if needs_ends:
+            states = self._states(layout, states, rows, scans, log_decay)
+            if moves_on:
+                final = layout.final
+                if isinstance(final, int):
+                    after = states[:, final]
+                else:
+                    after = states.take_along_dim(final.view(-1, 1, 1, 1, 1), dim=1)[:, 0]
+                cache.layers[self.layer_idx].update(after, forward.dtype)
+            states = states[:, :-1]
+            if layout.clean_rows:
+                states = states.repeat(rows // layout.clean_rows, 1, 1, 1, 1)
+            states = states.flatten(0, 1)
         if states is not None:
             from_start, from_end = self._injected(query, log_decay, states)
             forward, backward = forward + from_start, backward + from_end
@@ -189,33 +206,23 @@ class GLADreamAttention(nn.Module):
         gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
         return torch.lerp(backward, forward.to(backward.dtype), gate.to(backward.dtype)), gate
 
-    def _states(self, layout, cache, rows, forward, backward, forward_end, backward_end, log_decay):
-        """The state that each block receives, `(rows * blocks, heads, key_dim, value_dim)`; None where it is zero.
+    def _states(self, layout, initial, rows, scans, log_decay) -> torch.Tensor:
+        """The unit between blocks: the state before each block and the one after the last, `(rows, blocks + 1, heads,
+        key_dim, value_dim)`, of the clean rows where there are any.
 
-        The scans are those that started from zero, `(rows * blocks, block_size, heads, value_dim)`, and their last
-        states.
+        Args:
+            initial: the state before the first block, or None.
+            scans: from the start and from the end, both from zero: output `(rows * blocks, block_size, heads,
+                value_dim)` and last state.
         """
-        initial = cache.layers[self.layer_idx].state if cache is not None else None
-        moves_on = cache is not None and not (isinstance(layout.final, int) and layout.final == 0)
-        if layout.blocks == 1 and not moves_on and not layout.clean_rows:
-            return initial
+        (forward, forward_end), (backward, backward_end) = scans
         gate_proj = self.intra_gate_proj if self.config.share_inter_intra_gate_weights else self.inter_gate_proj
-        read = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
-        unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[read]
+        clean = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
+        unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[clean]
         _, gate = self._fused(gate_proj, unfold(forward[:, -1]), unfold(backward[:, 0]))
         updates = torch.lerp(unfold(backward_end), unfold(forward_end), gate.to(forward_end.dtype)[..., None, :])
         decays = unfold(log_decay.sum(1)).to(updates.dtype)
-        states = block_states(updates, decays, initial, None if layout.samples is None else layout.samples[read])
-        if moves_on:
-            if isinstance(layout.final, int):
-                after = states[:, layout.final]
-            else:
-                after = states.take_along_dim(layout.final.view(-1, 1, 1, 1, 1), dim=1)[:, 0]
-            cache.layers[self.layer_idx].update(after, forward.dtype)
-        states = states[:, :-1]
-        if layout.clean_rows:
-            states = states.repeat(rows // layout.clean_rows, 1, 1, 1, 1)
-        return states.flatten(0, 1)
+        return block_states(updates, decays, initial, None if layout.samples is None else layout.samples[clean])
 
     def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor):
         """What the scans from the start and from the end read of `states`, each `(rows * blocks, block_size, heads,
@@ -237,8 +244,8 @@ class GLADreamDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = GLADreamAttention(config, layer_idx)
         self.mlp = Qwen2MLP(config)
-        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states, position_embeddings, layout, cache=None) -> torch.Tensor:
         attended = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, layout, cache)
@@ -273,7 +280,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         check_installed(config.attn_mode)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GLADreamDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
