@@ -4,8 +4,8 @@ usage: gla_dream_learning.py text --text tinyshakespeare.txt [--models boundary 
        gla_dream_learning.py recall [--models boundary global cut] [--seeds 0 1 2]
 
 `text`: character by character, blocks of 32, context 512; prints the negative evidence bound in nats per character on
-the last tenth of the text. `recall`: the first block holds four pairs of a key and a value among filler, a later block asks
-for them; training asks after 1 to 20 blocks, the accuracy printed is that of `diffusion_generate` after 20.
+the last tenth of the text. `recall`: the first block holds a pair of a key and a value (or several) among filler, a later block
+asks for the value; training asks after 1 to 20 blocks, the accuracy printed is that of `diffusion_generate` after 20.
 `cut` is GLADream with the state taken away, so that blocks cannot see each other; its mode of injection is the default.
 """
 
@@ -24,7 +24,7 @@ from train_shakespeare import character_tokenizer, held_out_loss, train  # noqa:
 
 BLOCK, CONTEXT = 32, 512
 KEYS = VALUES = FILLERS = 32
-PAIRS, DISTANCE = 4, 20
+DISTANCE = 20
 QUESTION, RECALL_MASK = KEYS + VALUES + FILLERS, KEYS + VALUES + FILLERS + 1
 
 
@@ -64,7 +64,7 @@ def learn_text(name: str, seed: int, args) -> str:
     return f"{parameters:,} parameters, bound {bound:.4f} nats per character, trained {took:.0f} s"
 
 
-def recall_batch(rows: int, distance: torch.Tensor, generator: torch.Generator):
+def recall_batch(rows: int, pairs: int, distance: torch.Tensor, generator: torch.Generator):
     """Texts in which pairs of the first block are asked for again in block `distance`, `(rows,)`.
 
     Returns:
@@ -78,13 +78,13 @@ def recall_batch(rows: int, distance: torch.Tensor, generator: torch.Generator):
         return torch.rand(rows, kinds, generator=generator, device=device).argsort(-1)[:, :number]
 
     tokens = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLERS, (rows, length), generator=generator, device=device)
-    keys = draw(PAIRS, KEYS)
-    values = KEYS + torch.randint(VALUES, (rows, PAIRS), generator=generator, device=device)
+    keys = draw(pairs, KEYS)
+    values = KEYS + torch.randint(VALUES, (rows, pairs), generator=generator, device=device)
     # Pairs stand at even places of the first block; questions, of three tokens, at multiples of four of the later one.
-    places = 2 * draw(PAIRS, BLOCK // 2)
+    places = 2 * draw(pairs, BLOCK // 2)
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
-    order = draw(PAIRS, PAIRS)
-    places = distance[:, None] * BLOCK + 4 * draw(PAIRS, BLOCK // 4)
+    order = draw(pairs, pairs)
+    places = distance[:, None] * BLOCK + 4 * draw(pairs, BLOCK // 4)
     tokens.scatter_(1, places, QUESTION).scatter_(1, places + 1, keys.gather(1, order))
     labels = torch.full_like(tokens, -100).scatter_(1, places + 2, values.gather(1, order))
     return tokens.scatter_(1, places + 2, RECALL_MASK), labels
@@ -96,12 +96,13 @@ def learn_recall(name: str, seed: int, args) -> str:
     model = build(name, 128, 3, RECALL_MASK + 1, RECALL_MASK, (DISTANCE + 1) * BLOCK).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 200)
+    forward = torch.compile(model) if args.compile else model
     began, mean = time.perf_counter(), 0.0
     for step in range(1, args.steps + 1):
         distance = torch.randint(1, DISTANCE + 1, (args.batch,), generator=generator, device=args.device)
-        noisy, labels = recall_batch(args.batch, distance, generator)
+        noisy, labels = recall_batch(args.batch, args.pairs, distance, generator)
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.device != "cpu"):
-            loss = model(input_ids=noisy, labels=labels, mask_ratio=torch.ones(len(noisy), device=args.device)).loss
+            loss = forward(input_ids=noisy, labels=labels, mask_ratio=torch.ones(len(noisy), device=args.device)).loss
         loss = loss * labels.numel() / (labels != -100).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -113,7 +114,7 @@ def learn_recall(name: str, seed: int, args) -> str:
             print(f"  {name} seed {seed} step {step}: loss {float(mean):.3f}", flush=True)
     took = time.perf_counter() - began
     model.eval()
-    noisy, labels = recall_batch(512, torch.full((512,), DISTANCE, device=args.device), generator)
+    noisy, labels = recall_batch(512, args.pairs, torch.full((512,), DISTANCE, device=args.device), generator)
     asked = labels != -100
     correct = 0
     for texts, answers, places in zip(noisy.split(64), labels.split(64), asked.split(64)):
@@ -129,6 +130,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=["boundary", "global", "cut", "sdar", "dream"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--pairs", type=int, default=1, help="of a key and a value, in a text of the recall task")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -142,6 +144,7 @@ def main():
     print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}: {' '.join(sys.argv[1:])}")
     for name in args.models:
         for seed in args.seeds:
+            torch.compiler.reset()
             found = learn_text(name, seed, args) if args.task == "text" else learn_recall(name, seed, args)
             print(f"{args.task} {name} seed {seed}: {found}", flush=True)
 

@@ -1,11 +1,12 @@
-"""What every family that runs on attention promises of its forward pass."""
+"""What every family promises of its forward pass, and what those promise that run on attention without a direction."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from .builders import END, MASK, VOCAB, left_pad, new_model, recorded
+from .builders import END, FAMILIES, MASK, VOCAB, left_pad, new_model, recorded
 
+also_gla_dream = pytest.mark.parametrize("family", [*FAMILIES, "gla_dream"])
 ROWS = [[3, 4, MASK, 6, 7, MASK, 9], [11, MASK, 13], [21, 22, 23, 24, MASK]]
 
 
@@ -64,6 +65,7 @@ def test_left_padding_changes_no_real_position(model, attention):
         torch.testing.assert_close(logits, model(input_ids=torch.tensor([row])).logits[0], atol=1e-5, rtol=0)
 
 
+@also_gla_dream
 @torch.no_grad()
 def test_what_the_padding_holds_changes_no_real_position(model):
     one, other = left_pad(ROWS, pad=END), left_pad(ROWS, pad=5)
@@ -71,6 +73,7 @@ def test_what_the_padding_holds_changes_no_real_position(model):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
+@also_gla_dream
 @torch.no_grad()
 def test_position_ids_count_real_tokens(model):
     batch = left_pad(ROWS)
@@ -81,6 +84,7 @@ def test_position_ids_count_real_tokens(model):
     torch.testing.assert_close(model(**batch).logits, model(**batch, position_ids=counted).logits, atol=0, rtol=0)
 
 
+@also_gla_dream
 @torch.no_grad()
 def test_a_mask_of_ones_is_no_mask(model):
     tokens = torch.tensor([ROWS[0]])
@@ -88,6 +92,7 @@ def test_a_mask_of_ones_is_no_mask(model):
     torch.testing.assert_close(with_mask, model(input_ids=tokens).logits, atol=1e-5, rtol=0)
 
 
+@also_gla_dream
 @torch.no_grad()
 def test_only_the_positions_to_keep_reach_the_head(model):
     tokens = torch.tensor([ROWS[0], ROWS[0][::-1]])
@@ -104,6 +109,7 @@ def test_only_the_positions_to_keep_reach_the_head(model):
         torch.testing.assert_close(kept, expected, atol=1e-6, rtol=0)
 
 
+@also_gla_dream
 @torch.no_grad()
 def test_embeddings_stand_in_for_tokens(model):
     tokens = torch.tensor([ROWS[0]])
@@ -111,6 +117,7 @@ def test_embeddings_stand_in_for_tokens(model):
     torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(input_ids=tokens).logits, atol=0, rtol=0)
 
 
+@also_gla_dream
 @torch.no_grad()
 def test_a_tuple_and_the_inner_states_are_given_on_request(model):
     tokens = torch.tensor([ROWS[0]])
@@ -136,12 +143,14 @@ def test_gradient_checkpointing_changes_no_gradient(model):
         torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
 
 
+@also_gla_dream
 def test_the_embedding_of_the_padding_token_learns(model):
     tokens = torch.tensor([[3, END, MASK]])
     model(input_ids=tokens, labels=torch.tensor([[-100, -100, 8]])).loss.backward()
     assert model.get_input_embeddings().weight.grad[END].abs().sum() > 0
 
 
+@also_gla_dream
 def test_a_resized_vocabulary_is_saved_and_loaded(model, tmp_path):
     model.resize_token_embeddings(VOCAB + 8)
     model.save_pretrained(tmp_path)
@@ -153,6 +162,7 @@ def test_a_resized_vocabulary_is_saved_and_loaded(model, tmp_path):
         torch.testing.assert_close(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits, atol=0, rtol=0)
 
 
+@also_gla_dream
 def test_it_runs_in_bfloat16(model):
     model.to(torch.bfloat16)
     tokens = torch.tensor([ROWS[0]])

@@ -1,8 +1,19 @@
 """The ways in which a GLADream may differ from another."""
 
 import pytest
+from hypothesis import strategies as st
+
+from ..builders import tiny_model
 
 INJECTIONS = ("global", "boundary")
+# Changes to the configuration of a model that decodes.
+models = st.fixed_dictionaries(
+    {
+        "block_size": st.sampled_from([1, 3, 4]),
+        "inter_block_injection_mode": st.sampled_from(INJECTIONS),
+        "logits_shift": st.sampled_from([0, 1]),
+    }
+)
 
 
 @pytest.fixture(params=INJECTIONS)
@@ -18,3 +29,11 @@ def shared(request) -> bool:
 @pytest.fixture(params=[0, 1], ids="shift {}".format)
 def shift(request) -> int:
     return request.param
+
+
+@pytest.fixture(params=["global", "boundary and shifted"])
+def model(request):
+    """Models that decode in blocks of 4, shared by all tests: leave them as they are."""
+    if request.param == "global":
+        return tiny_model("gla_dream")
+    return tiny_model("gla_dream", inter_block_injection_mode="boundary", logits_shift=1)

@@ -1,5 +1,7 @@
 """Every form of gated linear attention computes the recurrence: outputs, final states and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,6 +87,15 @@ def outputs(scan, inputs, **options) -> dict[str, torch.Tensor]:
     return {name: found[name] for name in ("output", "state")}
 
 
+@pytest.mark.parametrize("scan", [chunk_gla, recurrent_gla])
+@with_and_without_state
+def test_a_final_state_that_nobody_wants_is_none(scan, with_state):
+    inputs = scan_inputs(5, with_state=with_state)
+    output, state = scan(**inputs, output_final_state=False)
+    assert state is None
+    torch.testing.assert_close(output, scan(**inputs)[0], atol=0, rtol=0)
+
+
 @both_directions
 @pytest.mark.parametrize("dtype", [torch.float16, *TOLERANCES], ids=str)
 def test_a_decay_below_the_clamp_is_the_clamp_and_overflows_nowhere(dtype, reverse):
@@ -168,6 +179,22 @@ def test_what_is_chosen_by_itself_runs_on_a_cpu():
     inputs = scan_inputs(5)
     expected = dict(zip(("output", "state"), recurrent_gla(**inputs)))
     assert_near(dict(zip(("output", "state"), gated_linear_attention(**inputs))), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "scans, dtype, is_installed, function",
+    [
+        (8, torch.bfloat16, True, module._fla_fused_recurrent),
+        (4096, torch.bfloat16, True, module._fla_chunk),
+        (8, torch.float32, True, chunk_gla),
+        (8, torch.bfloat16, False, chunk_gla),
+    ],
+    ids=["few scans", "many scans", "float32", "not installed"],
+)
+def test_what_is_chosen_by_itself_on_a_gpu(monkeypatch, scans, dtype, is_installed, function):
+    monkeypatch.setattr(module, "fla_kernels", lambda: object() if is_installed else None)
+    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(scans // 4, 32, 4, 64))
+    assert implementation("auto", on_a_gpu) is function
 
 
 @pytest.mark.parametrize("mode", ["chunk", "fused_recurrent"])

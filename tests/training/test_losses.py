@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from dllm_hf.training import masked_diffusion_loss
 
-from ..builders import MASK, VOCAB, new_model
+from ..builders import FAMILIES, MASK, VOCAB, new_model
 
 BATCH, LENGTH = 2, 6
 
@@ -101,6 +101,7 @@ def test_wrong_shapes_are_refused_by_name(model, batch):
             model(input_ids=tokens, labels=labels, mask_ratio=ratio)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "gla_dream"])
 def test_the_trainer_reduces_the_loss(family, tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments

@@ -229,7 +229,11 @@ class BlockCache(CachePolicy):
         self.chunk = max(chunk // block_length, 1) * block_length
 
     def prefill(self, block: Block, running: list[bool]) -> Iterator[Window]:
-        starts = [start if busy else 0 for busy, (start, _) in zip(self._takes_part(block, running), block.spans)]
+        takes_part = self._takes_part(block, running)
+        starts = [start if busy else 0 for busy, (start, _) in zip(takes_part, block.spans)]
+        # A hook may have put masks back into a finished block, before the column that the cache has come to.
+        ends = [start if busy else written for busy, start, written in zip(takes_part, starts, self.written)]
+        self.written = self.cache.retreat(self.written, ends, self.block_length)
         while max(start - written for start, written in zip(starts, self.written)) > self.chunk:
             ends = [min(written + self.chunk, start) for start, written in zip(starts, self.written)]
             yield self._window([*zip(self.written, ends)], settled=ends)

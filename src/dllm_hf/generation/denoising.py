@@ -250,6 +250,8 @@ class Denoiser:
             is_end = self._is_end(tokens, columns)
             after |= is_end.cumsum(-1) - is_end.long() > 0
         canvas.tokens = tokens.masked_fill(after, self.config.pad_token_id)
+        # A cache must not be taken to hold what has only now been put there.
+        self.policy.rewind((canvas.tokens == tokens).long().cumprod(-1).sum(-1).tolist())
 
     def _noise(self, block: Block, takes_part: torch.Tensor) -> Noise:
         """The random numbers of a step. `takes_part`: `(batch,)` bool, the rows that may receive tokens."""

@@ -95,12 +95,14 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
             )
         for name in ("expand_k", "expand_v"):
             width = self.hidden_size * getattr(self, name)
-            if width <= 0 or width % self.num_attention_heads:
+            # Widths that do not divide evenly are given as rounded quotients.
+            is_whole = abs(width - round(width)) < 1e-6 * self.hidden_size
+            if width <= 0 or not is_whole or round(width) % self.num_attention_heads:
                 raise ValueError(
                     f"`num_attention_heads={self.num_attention_heads}` must divide `hidden_size * {name}` = "
                     f"{self.hidden_size} * {getattr(self, name)}: change one of the three."
                 )
-        head_dim = int(self.hidden_size * self.expand_k) // self.num_attention_heads
+        head_dim = round(self.hidden_size * self.expand_k) // self.num_attention_heads
         if self.head_dim not in (None, head_dim):
             raise ValueError(
                 f"`head_dim={self.head_dim}` is not `hidden_size * expand_k / num_attention_heads` = {head_dim}: "
@@ -145,4 +147,4 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
     @property
     def head_v_dim(self) -> int:
         """Width of a head's values."""
-        return int(self.hidden_size * self.expand_v) // self.num_attention_heads
+        return round(self.hidden_size * self.expand_v) // self.num_attention_heads

@@ -15,8 +15,7 @@ import torch
 from torch.nn import functional as F
 
 # Tokens that the chunked form multiplies out at once, and the lowest log-decay of a step. Relative to the middle of a
-# chunk decays reach exp(CHUNK / 2 * -MIN_LOG_DECAY) = 2e8, and their products 5e16: neither float32 nor bfloat16
-# overflows.
+# chunk decays reach exp(CHUNK / 2 * -MIN_LOG_DECAY) = 2e8, and their products 5e16: float32 does not overflow.
 CHUNK = 32
 MIN_LOG_DECAY = -1.2
 
@@ -112,30 +111,27 @@ def recurrent_gla(query, key, value, log_decay, initial_state=None, reverse=Fals
 
 def chunk_gla(query, key, value, log_decay, initial_state=None, reverse=False, output_final_state=True):
     """The chunked form (arXiv:2312.06635, section 4): within `CHUNK` tokens two matrix products, from chunk to chunk
-    the state. Decays are clamped at `MIN_LOG_DECAY`. Inputs in bfloat16 are multiplied in it; everything that touches
-    a state is float32."""
+    the state. Decays are clamped at `MIN_LOG_DECAY`. It multiplies in float32, or float64 if the inputs are: in bfloat16
+    the gradients of strong decays would be differences of rounded numbers."""
     length = query.shape[1]
     size = min(CHUNK, length)
-    compute = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
-    if value.dtype == torch.float64:
-        compute = torch.float64
-    wide = torch.promote_types(compute, torch.float32)
+    wide = torch.promote_types(value.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         # (batch, heads, chunks, size, dim); what fills the last chunk up neither decays nor adds to the state.
         q, k, v, g = (_chunks(x, size) for x in (query, key, value, log_decay))
-        q, k = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide)
+        q, k, v = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide), v.to(wide)
         g = g.to(wide).clamp(min=MIN_LOG_DECAY)
         cumulative = g.cumsum(-2)
         total = cumulative[..., -1:, :]
         if reverse:
             cumulative = total - cumulative + g
         relative = cumulative - cumulative[..., size // 2 : size // 2 + 1, :]
-        scores = (q * relative.exp()).to(compute) @ (k * (-relative).exp()).to(compute).mT
-        output = (scores.triu() if reverse else scores.tril()) @ v.to(compute)
+        scores = (q * relative.exp()) @ (k * (-relative).exp()).mT
+        output = (scores.triu() if reverse else scores.tril()) @ v
         several = output.shape[2] > 1 or initial_state is not None
         updates = state = None
         if several or output_final_state:
-            updates = (k * (total - cumulative).exp()).mT @ v.to(wide)
+            updates = (k * (total - cumulative).exp()).mT @ v
             state = updates[:, :, 0]
         if several:
             q, keep = q * cumulative.exp(), total.mT.exp()
@@ -230,4 +226,8 @@ def block_states(
             after = (weights @ sources).permute(0, 3, 1, 2, 4)
             states.append(after)
             state = after[:, -1]
-    return torch.cat(states, dim=1)
+    states = torch.cat(states, dim=1)
+    if samples is not None:
+        starts = samples != F.pad(samples[:, :-1], (1, 0))
+        states = states.masked_fill(F.pad(starts, (0, 1))[..., None, None, None], 0)
+    return states

@@ -31,6 +31,7 @@ class GLADreamCacheLayer(CacheLayerMixin):
     def restart(self, rows: torch.Tensor) -> None:
         """Start some rows anew. `rows`: `(batch,)` bool."""
         if self.is_initialized:
+            rows = rows.repeat(len(self.state) // len(rows))  # with guidance, a second run of the same rows
             self.state.masked_fill_(rows.to(self.device)[:, None, None, None], 0)
 
     def widen(self, width: int) -> None:
@@ -136,9 +137,21 @@ class GLADreamCache(CanvasCache):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = self.layers[0].state
-        if rows is not None:
-            self.batch_select_indices(torch.arange(len(rows)).repeat_interleave(repeats))
+        if self.rows is not None:
+            self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
+
+    @property
+    def rows(self) -> int | None:
+        """Rows that the cache holds; None before the first."""
+        for tensor in (self.pending, self.layers[0].state):
+            if tensor is not None:
+                return len(tensor)
+        return None
+
+    def move_on(self, tokens: int, pending: torch.Tensor) -> None:
+        """Take note of a forward pass without the loop: `tokens` more went into the states, `pending` wait."""
+        self.seen, self.pending = self.seen + tokens, pending
+        self.written = [-1] * len(self.written)  # what the loop remembers of the text is not all of it any more
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         for layer in self.layers:

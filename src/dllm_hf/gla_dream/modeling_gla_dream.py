@@ -33,9 +33,9 @@ from .generation_utils_gla_dream import GLADreamCache
 
 logger = logging.get_logger(__name__)
 
-# Biases of the decays before training go from 0 to this: a token is kept for 23 to 6,500 steps (where it has faded to
-# 1/e), evenly on a logarithmic scale.
-SLOWEST_DECAY = 6.0
+# For how many steps a head keeps a token before training (when it has faded to 1/e): three quarters of the heads for a
+# few, the others for many, spread evenly on a logarithmic scale between these two.
+SHORT_MEMORY, LONG_MEMORIES = 4.0, (64.0, 8192.0)
 
 
 @dataclass
@@ -115,6 +115,34 @@ def lay_out(position_ids: torch.Tensor, token_mask: torch.Tensor | None, block_s
     )
 
 
+def previous_tokens(position_ids: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """`(rows, length)`: where the token before each one stands; the first token of a sample has none, and gets itself,
+    as in decoding."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    real = index if token_mask is None else index.masked_fill(token_mask == 0, -1)
+    before = F.pad(real.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    return torch.where((position_ids == 0) | (before < 0), index, before)
+
+
+class DecayProjection(nn.Linear):
+    """Projection to the logits of the decays, of which every `head_dim` belong to a head."""
+
+    def __init__(self, in_features: int, out_features: int, head_dim: int):
+        super().__init__(in_features, out_features)
+        self.head_dim = head_dim
+
+    def memory_bias(self, gate_logit_normalizer: float) -> torch.Tensor:
+        """The biases before training. Most heads see their neighbours, which is quick to learn from, and some keep a
+        token for thousands of steps: without them nothing far away would have a gradient."""
+        heads = self.out_features // self.head_dim
+        long = max(heads // 4, 1) if heads > 1 else 0
+        shortest, longest = LONG_MEMORIES
+        places = (torch.arange(long, device=self.bias.device) + 0.5) / max(long, 1)
+        steps = F.pad(shortest * (longest / shortest) ** places, (heads - long, 0), value=SHORT_MEMORY)
+        # What is kept in each step, exp(logsigmoid(bias) / gate_logit_normalizer), is exp(-1 / steps).
+        return torch.exp(-gate_logit_normalizer / steps).logit().repeat_interleave(self.head_dim)
+
+
 class GLADreamAttention(nn.Module):
     """The unit inside a block and the unit between blocks. The parameters that `fla.layers.GatedLinearAttention` has as
     well have its names."""
@@ -136,7 +164,7 @@ class GLADreamAttention(nn.Module):
         self.g_proj = nn.Linear(hidden, value_dim, bias=False)
         self.gk_proj = nn.Sequential(
             nn.Linear(hidden, config.gate_low_rank_dim, bias=False),
-            nn.Linear(config.gate_low_rank_dim, kv_heads * self.head_k_dim, bias=True),
+            DecayProjection(config.gate_low_rank_dim, kv_heads * self.head_k_dim, self.head_k_dim),
         )
         self.g_norm_swish_gate = nn.RMSNorm(self.head_v_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden, bias=False)
@@ -202,9 +230,10 @@ class GLADreamAttention(nn.Module):
 
     def _fused(self, gate_proj: nn.Linear, forward: torch.Tensor, backward: torch.Tensor):
         """`gate * norm(forward) + (1 - gate) * norm(backward)`, and the gate, for scans `(..., heads, head_v_dim)`."""
-        forward, backward = self.g_norm_swish_gate(forward), self.g_norm_swish_gate(backward)
+        norm = self.g_norm_swish_gate
+        forward, backward = (norm(x.to(norm.weight.dtype)) for x in (forward, backward))
         gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
-        return torch.lerp(backward, forward.to(backward.dtype), gate.to(backward.dtype)), gate
+        return torch.lerp(backward, forward, gate.to(backward.dtype)), gate
 
     def _states(self, layout, initial, rows, scans, log_decay) -> torch.Tensor:
         """The unit between blocks: the state before each block and the one after the last, `(rows, blocks + 1, heads,
@@ -264,12 +293,8 @@ class GLADreamPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, GLADreamAttention):
-            # Channels that forget within a block, and channels that keep a token for thousands: without the latter
-            # nothing far away would have a gradient. The slowest rotary pairs keep the longest.
-            bias = module.gk_proj[1].bias
-            slowness = torch.linspace(0, SLOWEST_DECAY, module.head_k_dim // 2, device=bias.device)
-            init.copy_(bias, slowness.repeat(bias.numel() // len(slowness)))
+        if isinstance(module, DecayProjection):
+            init.copy_(module.bias, module.memory_bias(self.config.gate_logit_normalizer))
 
 
 class GLADreamBaseModel(GLADreamPreTrainedModel):
@@ -310,8 +335,12 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             raise ValueError("Give either `input_ids` or `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("`input_ids` holds no token: pass at least one.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+            if attention_mask is not None:
+                use_cache = use_cache and bool(attention_mask.all())
         cache = past_key_values
         if cache is None and use_cache:
             cache = GLADreamCache(self)
@@ -368,16 +397,14 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
     def _cached_layout(self, cache: GLADreamCache, inputs_embeds, attention_mask, position_ids):
         size = self.config.block_size
         window = cache.take_window()
-        if window is not None:
+        # The loop always says where the window stands: else the placement is left over from a call that failed.
+        if window is not None and position_ids is not None:
+            # Windows are whole blocks. Rows that have fewer repeat their last column, in blocks that nobody reads.
+            start = window.columns[:, :1]
             layout = self._contiguous_layout(0, inputs_embeds)
-            columns = inputs_embeds.new_zeros(1, dtype=torch.long) if window.columns is None else window.columns
-            layout.positions = columns[:, :1] + layout.positions
-            if window.columns is not None and (len(columns) > 1 or layout.valid is not None):
-                # Rows that are done repeat their last column.
-                fed = F.pad(columns, (0, layout.positions.shape[1] - columns.shape[1]), value=-1)
-                layout.valid = fed == layout.positions
+            layout.positions = start + layout.positions
             if window.settled is not None:
-                layout.final = ((window.settled - columns[:, :1]) // size).clamp(min=0)[:, 0]
+                layout.final = ((window.settled - start) // size).clamp(min=0)[:, 0]
             return inputs_embeds, layout
 
         if cache.seen is None:
@@ -397,16 +424,16 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
                 f"`position_ids` must go on from {past}, where the cache stands: leave them out, or start with a new "
                 "cache."
             )
+        if cache.rows not in (None, len(inputs_embeds)):
+            raise ValueError(
+                f"`past_key_values` holds {cache.rows} rows, but the batch has {len(inputs_embeds)}: pass the rows that "
+                "it was made with, or start with a new cache."
+            )
         if cache.pending is not None:
-            if len(cache.pending) != len(inputs_embeds):
-                raise ValueError(
-                    f"`past_key_values` holds {len(cache.pending)} rows, but the batch has {len(inputs_embeds)}."
-                )
             inputs_embeds = torch.cat([cache.pending, inputs_embeds], dim=1)
         layout = self._contiguous_layout(cache.seen, inputs_embeds)
         layout.final = inputs_embeds.shape[1] // size
-        cache.pending = inputs_embeds[:, layout.final * size :]
-        cache.seen += layout.final * size
+        cache.move_on(layout.final * size, inputs_embeds[:, layout.final * size :])
         return inputs_embeds, layout
 
     def _keep_last_hidden(self, cache: GLADreamCache, hidden_states: torch.Tensor, final: int | torch.Tensor) -> None:
@@ -465,7 +492,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         elif fields:
             raise ValueError(f"Give {', '.join(f'`{name}`' for name in fields)} in `config`, or leave `config` out.")
         ar_model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        model = cls(config).to(device=ar_model.device, dtype=ar_model.dtype)
+        model = cls._from_config(config, dtype=ar_model.dtype).to(ar_model.device)
         given, own = ar_model.state_dict(), model.state_dict()
         for name in own.keys() & given.keys():
             if own[name].shape != given[name].shape:
@@ -535,6 +562,9 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
             raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
         if kwargs.pop("past_key_values", None) is not None:
             raise ValueError("`past_key_values` and `labels` exclude each other: training reads the whole text.")
+        if torch.is_tensor(kwargs.get("logits_to_keep")) or kwargs.pop("logits_to_keep", 0):
+            raise ValueError("A loss needs the logits of every position: leave `logits_to_keep` out.")
+        kwargs.pop("use_cache", None)
         batch, length = input_ids.shape
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -545,6 +575,10 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         clean, noisy = torch.where(labelled, labels, input_ids), input_ids
         mask_token_id, size = self.config.mask_token_id, self.config.block_size
         if mask_ratio is None and bool(labelled.any()) and not bool((labelled & (input_ids == mask_token_id)).any()):
+            if mask_token_id is None:
+                raise ValueError(
+                    "The text is clean, and the model's configuration has no `mask_token_id` to noise it with."
+                )
             if num_items_in_batch is None:
                 num_items_in_batch = labelled.sum()
             if self.config.use_complementary_mask:
@@ -567,9 +601,12 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
             ends_block = (positions % size == size - 1).expand(batch, -1).repeat(runs - 1, 1)
             from_clean = outputs.last_hidden_state[-batch:].repeat(runs - 1, 1, 1)
             hidden_states = torch.where(ends_block[..., None], from_clean, hidden_states)
-        logits = self.lm_head(hidden_states)
+        logits = predictions = self.lm_head(hidden_states)
+        if self.logits_shift:
+            previous = previous_tokens(positions.expand(batch, -1), attention_mask).repeat(runs - 1, 1)
+            predictions = logits.take_along_dim(previous[..., None], dim=1)
         token_mask = None if attention_mask is None else attention_mask.repeat(runs - 1, 1)
-        loss = masked_diffusion_loss(logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch)
+        loss = masked_diffusion_loss(predictions, labels, 0, mask_ratio, token_mask, num_items_in_batch)
         every = outputs.hidden_states
         output = CausalLMOutputWithPast(
             loss=loss,

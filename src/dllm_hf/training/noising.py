@@ -36,7 +36,9 @@ def mask_complementary(
         The noisy tokens and the labels, `(2 * batch, length)`: first the masks, then the inverted ones.
     """
     rates = EPS + (1 - EPS) * torch.rand(len(tokens), tokens.shape[1], device=tokens.device)
-    drawn = torch.rand(tokens.shape, device=tokens.device) < rates.gather(1, blocks.expand_as(tokens))
+    # Blocks follow each other, so that no two of a row share a rate; the first need not be number 0.
+    rates = rates.gather(1, blocks.expand_as(tokens) % tokens.shape[1])
+    drawn = torch.rand(tokens.shape, device=tokens.device) < rates
     masked = torch.cat([drawn, ~drawn]) & maskable.repeat(2, 1)
     return _apply(tokens.repeat(2, 1), masked, mask_token_id)
 
