@@ -82,10 +82,12 @@ def test_shared_gates_are_one_matrix():
     assert "intra_gate_proj" in names and "inter_gate_proj" not in names
 
 
-def test_before_training_some_channels_see_their_neighbours_and_others_keep_a_token_for_thousands_of_steps():
-    for layer in new_model("gla_dream").model.layers:
-        steps = (-16 / F.logsigmoid(layer.self_attn.gk_proj[1].bias)).view(2, 8)  # heads of keys, channels
-        assert (steps.amin(-1) < 32).all() and (steps.amax(-1) > 4000).all()
+@pytest.mark.parametrize("heads, many", [(1, 0), (2, 1), (4, 1), (8, 2)])
+def test_before_training_a_quarter_of_the_heads_keeps_a_token_for_many_steps_and_the_others_for_four(heads, many):
+    for layer in new_model("gla_dream", num_attention_heads=heads, num_key_value_heads=heads).model.layers:
+        steps = (-16 / F.logsigmoid(layer.self_attn.gk_proj[1].bias)).view(heads, -1)
+        assert torch.allclose(steps[: heads - many], torch.tensor(4.0), rtol=1e-3)
+        assert (steps[heads - many :] > 64).all() and (steps[heads - many :] < 8192).all()
 
 
 @pytest.mark.parametrize("mode", ["naive", "auto"])
