@@ -3,16 +3,10 @@
 Importing this package registers every family with the Auto classes.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .dream import DreamConfig, DreamModel, DreamTokenizer
+from .families import FAMILIES
 from .generation import (
     STRATEGIES,
     CanvasCache,
@@ -21,26 +15,19 @@ from .generation import (
     DiffusionGenerationMixin,
 )
 from .gla_dream import GLADreamBaseModel, GLADreamCache, GLADreamConfig, GLADreamModel, GLADreamTokenizer
+from .hub import add_saving_with_code
 from .llada import LLaDAConfig, LLaDAModelLM
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
 __version__ = "0.1.0"
-
-# One line for each family: configuration, what `AutoModel` gives (as the published repositories have it), what
-# `AutoModelForCausalLM` gives, tokenizer.
-FAMILIES = (
-    (LLaDAConfig, LLaDAModelLM, LLaDAModelLM, PreTrainedTokenizerFast),
-    (DreamConfig, DreamModel, DreamModel, DreamTokenizer),
-    (SDARConfig, SDARModel, SDARForCausalLM, Qwen2Tokenizer),
-    (SDARMoeConfig, SDARMoeModel, SDARMoeForCausalLM, Qwen2Tokenizer),
-    (GLADreamConfig, GLADreamModel, GLADreamModel, GLADreamTokenizer),
-)
 
 for _config, _model, _causal_lm, _tokenizer in FAMILIES:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)
     AutoTokenizer.register(_config, fast_tokenizer_class=_tokenizer, exist_ok=True)
+    for _class in {_model, _causal_lm}:
+        add_saving_with_code(_class)
 
 __all__ = [
     "FAMILIES",

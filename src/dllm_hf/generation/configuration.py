@@ -39,6 +39,10 @@ STRATEGY_OF_OPTION = {
     "factor": "factor",
 }
 
+# What the library's text-generation pipeline fills in where nobody has said anything. It is meant for autoregressive
+# models: here, saying nothing means the model's own default.
+PIPELINE_DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
+
 _METADATA = ("transformers_version", "_commit_hash", "_from_model_config", "_original_object_hash")
 # What users of the library's autoregressive `generate` reach for first, and what to use here.
 _REMEDIES = {
@@ -248,23 +252,34 @@ class DiffusionGenerationConfig(GenerationConfig):
         return cls(_from_model_config=True, **{name: values.get(name) for name in names})
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs) -> dict[str, Any]:
-        """Set the attributes that `kwargs` name and return the rest, as the library's method does."""
+        """Set the attributes that `kwargs` name and return the rest, as the library's method does.
+
+        With `defaults_only` the library gives defaults of its own, and nothing is set: `None` has a meaning here.
+        """
         unused = {}
         for name, value in kwargs.items():
             if name not in self.DEFAULTS:
                 unused[name] = value
-            elif not defaults_only or getattr(self, name) is None:
+            elif not defaults_only:
                 setattr(self, name, value)
         self.validate()
         return unused
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults: the content of `generation_config.json`."""
+        """What differs from the defaults, and whatever stands in the places of `PIPELINE_DEFAULTS`: from transformers
+        5.23 on the pipelines take for unset, and fill in, what is not named here."""
         return {
             name: value
             for name, value in self.to_dict().items()
-            if value is not None and (name not in self.DEFAULTS or value != self.DEFAULTS[name])
+            if name in PIPELINE_DEFAULTS or (value is not None and value != self.DEFAULTS.get(name))
         }
+
+    def to_json_string(
+        self, use_diff: bool = True, ignore_metadata: bool = False, keys_to_pop: list[str] | None = None
+    ) -> str:
+        """The content of `generation_config.json`: with `use_diff`, what differs from the defaults."""
+        unsaid = [name for name, default in self.DEFAULTS.items() if use_diff and getattr(self, name) in (None, default)]
+        return super().to_json_string(use_diff, ignore_metadata, [*(keys_to_pop or []), *unsaid])
 
     def get_generation_mode(self, *args, **kwargs):
         raise ValueError("A masked-diffusion model has one way to decode: there is no generation mode to choose.")

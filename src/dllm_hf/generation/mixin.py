@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, logging
 from .attention import without_flash_attention
 from .cache import POLICIES, BlockCache, CanvasCache
 from .canvas import Canvas, Window
-from .configuration import DiffusionGenerationConfig, as_token_list
+from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .denoising import Denoiser, Hooks
 from .sampling import guide
 
@@ -216,8 +216,17 @@ class DiffusionGenerationMixin(GenerationMixin):
         return config
 
     def _prepare_generation_config(self, generation_config: DiffusionGenerationConfig, **kwargs):
-        """Called by the pipelines of transformers before 5.23, which have merged their defaults already."""
-        return generation_config, kwargs
+        """Called by the pipelines of transformers before 5.23: with a configuration of the caller's or the model's, or
+        with their own defaults, which must not replace the model's."""
+        if not hasattr(generation_config, "updated"):
+            said = {
+                name: value
+                for name, value in generation_config.to_diff_dict().items()
+                if name in self.generation_config_class.DEFAULTS and value != PIPELINE_DEFAULTS.get(name)
+            }
+            generation_config = self.generation_config.updated(**said)
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in (*generation_config.DEFAULTS, *ALIASES)}
+        return generation_config.updated(**options), kwargs
 
     def _make_forward(self, canvas: Canvas, config: DiffusionGenerationConfig, cache: CanvasCache | None):
         """One forward pass over a window: `Window -> (batch, block, vocab)`."""

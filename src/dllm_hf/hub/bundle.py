@@ -1,0 +1,99 @@
+"""The code of a remote-code repository: the modules of this package that a class needs, as one flat folder.
+
+The library finds the files of such a repository by searching their text for imports of the form `.name`, so that these
+are the rules: a module of the package is imported at the top of a file, relatively and by its own name. Everything else
+is refused, with file and line, before it can fail on somebody else's machine.
+"""
+
+import ast
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+# What `transformers.dynamic_module_utils.get_relative_imports` takes for an import, wherever it stands.
+LOOKS_LIKE_AN_IMPORT = re.compile(r"^\s*(from\s+\.\S+\s+import|import\s+\.\S+\s*$)")
+
+
+class BundleError(ValueError):
+    """A module that would not survive in a repository."""
+
+
+def bundle(*classes: type, root: Path = PACKAGE) -> dict[str, str]:
+    """The files of a repository in which `classes` of this package are defined.
+
+    Args:
+        root: the folder of the package.
+
+    Returns:
+        The text of each file, by its name.
+    """
+    root = Path(root)
+    paths = [root.joinpath(*cls.__module__.split(".")[1:]).with_suffix(".py") for cls in classes]
+    names, texts = {}, {}
+    while paths:
+        path = paths.pop(0)
+        if path in names.values():
+            continue
+        name = flat_name(path, root)
+        if name in names:
+            raise BundleError(f"{path} and {names[name]} would both be {name}: rename one of them.")
+        names[name] = path
+        texts[name], imported = flattened(path, root)
+        paths.extend(imported)
+    return dict(sorted(texts.items()))
+
+
+def flat_name(path: Path, root: Path = PACKAGE) -> str:
+    """`generation/cache.py` is `generation_cache.py`; a name that has its folder's in it stays, as
+    `sdar/modeling_sdar.py` does."""
+    *folders, name = path.relative_to(root).parts
+    return name if all(folder in path.stem for folder in folders) else "_".join([*folders, name])
+
+
+def flattened(path: Path, root: Path = PACKAGE) -> tuple[str, list[Path]]:
+    """A module's text with its imports rewritten, and the modules of the package that it imports."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    tree = ast.parse(text)
+    guarded = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+
+    def refuse(line: int, why: str):
+        raise BundleError(f"{path}:{line}: {why}")
+
+    imported, rewritten = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            outside = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            outside = [node.module]
+        elif isinstance(node, ast.ImportFrom):
+            if node not in tree.body:
+                refuse(node.lineno, "a module of the package is imported at the top of a file only.")
+            if node.module is None:
+                refuse(node.lineno, "`from . import x` does not survive: write `from .x import y`.")
+            target = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+            if not target.is_file():
+                refuse(node.lineno, f"there is no module {target.relative_to(root)}: name the module, not its folder.")
+            found = re.match(r"from\s+\.+[\w.]+(?=\s+import)", lines[node.lineno - 1])
+            if found is None:
+                refuse(node.lineno, "write `from .x import` on one line.")
+            flat = f"from .{flat_name(target, root).removesuffix('.py')}"
+            lines[node.lineno - 1] = flat + lines[node.lineno - 1][found.end() :]
+            rewritten.add(node.lineno)
+            imported.append(target)
+            continue
+        else:
+            continue
+        for module in outside:
+            top = module.split(".")[0]
+            if top == root.name:
+                refuse(node.lineno, f"`{module}` is this package, which will not be there: import it relatively.")
+            if node not in tree.body and id(node) not in guarded and top not in sys.stdlib_module_names:
+                refuse(node.lineno, f"`{module}` is imported inside a function: put it at the top, or into a `try`.")
+    for number, line in enumerate(lines, start=1):
+        if number not in rewritten and LOOKS_LIKE_AN_IMPORT.match(line):
+            refuse(number, "a text line that begins like an import would be taken for one: break it elsewhere.")
+    origin = path.relative_to(root.parent).as_posix()
+    return f"# {origin} of dllm_hf {version('dllm-hf')}, Apache-2.0.\n" + "".join(lines), imported

@@ -1,0 +1,81 @@
+"""Model cards of repositories."""
+
+from pathlib import Path
+
+import yaml
+
+DESCRIPTIONS = {
+    "llada": "[LLaDA](https://arxiv.org/abs/2502.09992): a Llama whose attention has no direction, which fills in masked tokens.",
+    "Dream": "[Dream](https://arxiv.org/abs/2508.15487): a Qwen2 whose attention has no direction, which fills in masked tokens.",
+    "sdar": "[SDAR](https://arxiv.org/abs/2510.06303): a Qwen3 that decodes block after block, the tokens of a block by denoising.",
+    "sdar_moe": "[SDAR](https://arxiv.org/abs/2510.06303)-MoE: a Qwen3-MoE that decodes block after block, the tokens of a "
+    "block by denoising.",
+    "gla_dream": "GLADream: block diffusion on gated linear attention, with a state that does not grow with the text.",
+}
+
+CARD = """---
+{header}---
+
+# {title}
+
+{description}
+
+The code in this repository is that of `dllm_hf` {version} (Apache-2.0); it needs `transformers` 5.12 or newer and nothing else.
+{origin}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+tokens = model.diffusion_generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+```
+
+`generation_config.json` holds the recommended options; any of them can be given to `diffusion_generate`. Batches are padded on the left. With `import dllm_hf` no `trust_remote_code` is needed.
+"""
+
+
+def card_header(folder: Path) -> dict:
+    """The header of a folder's card; empty where there is none that can be read."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        _, header, _ = text.split("---\n", 2)
+        found = yaml.safe_load(header)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def make_card(model_type: str, name: str, version: str, source: str | None, header: dict) -> str:
+    """The card of a repository.
+
+    Args:
+        name: what `from_pretrained` will be called with.
+        source: where the weights come from, unchanged; None where they are the model's own.
+        header: that of the source's card, for its licence and language.
+    """
+    values = {
+        "license": header.get("license", "unknown"),
+        **{key: header[key] for key in ("license_name", "license_link", "language") if key in header},
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    base = source if source and "/" in source and not Path(source).exists() else header.get("base_model")
+    if base:
+        values["base_model"] = base
+    values["tags"] = ["dllm-hf", "diffusion", "text-diffusion", model_type.lower().replace("_", "-"), "custom_code"]
+    licence = f"their licence: {values['license']}" if "license" in header else "their licence is not known here"
+    origin = f"The weights are those of {source}, unchanged; {licence}." if source else f"The weights: {licence}."
+    return CARD.format(
+        header=yaml.safe_dump(values, sort_keys=False),
+        title=name.rstrip("/").split("/")[-1],
+        description=DESCRIPTIONS[model_type],
+        version=version,
+        origin=origin,
+        name=name,
+    )
