@@ -4,7 +4,7 @@ import os
 import sys
 from importlib.metadata import version
 
-from .options import Parser, add_options, parse
+from .options import Parser, add_options, export_parser, parse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,12 +28,15 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     parser = Parser(
         prog="dllm-hf",
-        description="Run masked-diffusion language models.",
+        description="Run masked-diffusion language models, and make repositories of them.",
         epilog="`dllm-hf COMMAND --help` lists a command's options.",
     )
     parser.add_argument("--version", action="store_true", help="show the version")
     parser.add_argument(
-        "command", nargs="?", choices=["generate", "chat"], help="continue or infill a prompt; converse"
+        "command",
+        nargs="?",
+        choices=["generate", "chat", "export"],
+        help="continue or infill a prompt; converse; write a repository that runs without dllm_hf",
     )
     arguments = parser.parse_args(argv[:1])
     if arguments.version:
@@ -42,6 +45,12 @@ def _run(argv: list[str]) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+
+    if arguments.command == "export":
+        options = export_parser().parse_args(argv[1:])
+        from .export import export
+
+        return export(options)
 
     positionals = "MODEL [PROMPT | -]" if arguments.command == "generate" else "MODEL"
     prog = f"dllm-hf {arguments.command}"

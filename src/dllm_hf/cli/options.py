@@ -89,3 +89,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     given = {name: value for name, value in vars(arguments).items() if name in GENERATION_OPTIONS and value is not None}
     arguments.generation = given
     return arguments
+
+
+def export_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dllm-hf export",
+        allow_abbrev=False,
+        description="Write a checkpoint, ours or an original, as a repository that runs without dllm_hf: weights, "
+        "configuration, tokenizer, the code they need, and a card. The weights are linked or copied, not loaded.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a folder, or a repository of the Hugging Face Hub")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist, or be empty")
+    parser.add_argument("--config-only", action="store_true", help="without weights and tokenizer")
+    parser.add_argument("--push", metavar="REPO", help="publish it on the Hub as well, under this name")
+    parser.add_argument("--private", action="store_true", help="--push: a repository that others cannot see")
+    return parser

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
 
 DESCRIPTIONS = {
     "llada": "[LLaDA](https://arxiv.org/abs/2502.09992): a Llama whose attention has no direction, which fills in masked tokens.",
@@ -43,12 +44,9 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 def card_header(folder: Path) -> dict:
     """The header of a folder's card; empty where there is none that can be read."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        _, header, _ = text.split("---\n", 2)
-        found = yaml.safe_load(header)
-    except (OSError, ValueError, yaml.YAMLError):
+        return metadata_load(folder / "README.md") or {}
+    except Exception:  # a card is written by hand: there are as many kinds as ways to get YAML wrong
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def make_card(model_type: str, name: str, version: str, source: str | None, header: dict) -> str:
@@ -72,7 +70,7 @@ def make_card(model_type: str, name: str, version: str, source: str | None, head
     licence = f"their licence: {values['license']}" if "license" in header else "their licence is not known here"
     origin = f"The weights are those of {source}, unchanged; {licence}." if source else f"The weights: {licence}."
     return CARD.format(
-        header=yaml.safe_dump(values, sort_keys=False),
+        header=ModelCardData(**values).to_yaml() + "\n",
         title=name.rstrip("/").split("/")[-1],
         description=DESCRIPTIONS[model_type],
         version=version,
