@@ -98,7 +98,12 @@ def export_parser() -> argparse.ArgumentParser:
         description="Write a checkpoint, ours or an original, as a repository that runs without dllm_hf: weights, "
         "configuration, tokenizer, the code they need, and a card. The weights are linked or copied, not loaded.",
     )
-    parser.add_argument("source", metavar="SOURCE", help="a folder, or a repository of the Hugging Face Hub")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder, or a repository of the Hugging Face Hub; or `custom_generate`, the "
+        "denoising loop alone, for `generate(custom_generate=...)` of other models",
+    )
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist, or be empty")
     parser.add_argument("--config-only", action="store_true", help="without weights and tokenizer")
     parser.add_argument("--push", metavar="REPO", help="publish it on the Hub as well, under this name")

@@ -278,7 +278,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         self, use_diff: bool = True, ignore_metadata: bool = False, keys_to_pop: list[str] | None = None
     ) -> str:
         """The content of `generation_config.json`: with `use_diff`, what differs from the defaults."""
-        unsaid = [name for name, default in self.DEFAULTS.items() if use_diff and getattr(self, name) in (None, default)]
+        unsaid = [
+            name for name, default in self.DEFAULTS.items() if use_diff and getattr(self, name) in (None, default)
+        ]
         return super().to_json_string(use_diff, ignore_metadata, [*(keys_to_pop or []), *unsaid])
 
     def get_generation_mode(self, *args, **kwargs):

@@ -40,6 +40,32 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 `generation_config.json` holds the recommended options; any of them can be given to `diffusion_generate`. Batches are padded on the left. With `import dllm_hf` no `trust_remote_code` is needed.
 """
 
+LOOP_CARD = """---
+license: apache-2.0
+library_name: transformers
+tags:
+- custom_generate
+- dllm-hf
+- diffusion
+---
+
+# Decoding by diffusion, for `custom_generate`
+
+The denoising loop of `dllm_hf` {version} for masked language models of other origin: any whose `forward(input_ids, attention_mask)` returns `logits`, sees both ways and has the library's `generate`.
+
+```python
+tokens = model.generate(
+    input_ids, custom_generate="{name}", trust_remote_code=True, mask_token_id=tokenizer.mask_token_id, max_new_tokens=32
+)
+```
+
+Options are those of `diffusion_generate` (`block_length`, `steps`, `remasking_strategy`, `temperature`, ...), and `logits_shift=1` for a model whose position i - 1 predicts position i. It keeps no cache: every step is a forward pass over the whole text.
+"""
+
+
+def make_loop_card(name: str, version: str) -> str:
+    return LOOP_CARD.format(name=name, version=version)
+
 
 def card_header(folder: Path) -> dict:
     """The header of a folder's card; empty where there is none that can be read."""

@@ -13,8 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ..families import family
+from ..generation.custom_generate import generate
 from .bundle import bundle
-from .card import card_header, make_card
+from .card import card_header, make_card, make_loop_card
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,9 +44,7 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
     Raises:
         ValueError, OSError: the source is not one that can be exported, and why. Nothing is written then.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: give a folder that does not exist, or an empty one.")
+    out = _free(out)
     folder = _fetched(source, config_only)
     values, config = _checked_config(folder)
     weights = [] if config_only else _checked_weights(folder, config)
@@ -91,6 +90,23 @@ def add_code(folder: Path, config) -> None:
         path.unlink()  # it may be a link to the source's
         _write_json(path, settings)
     _write_json(folder / "config.json", values)
+
+
+def export_loop(out: str | os.PathLike) -> Path:
+    """Write the denoising loop as a repository for `model.generate(custom_generate=...)` of the library.
+
+    Args:
+        out: the folder to write; it must not exist, or be empty.
+    """
+    out = _free(out)
+    texts = bundle(generate)
+    # The library calls `generate` of a file of this name.
+    texts["generate.py"] = texts.pop("generation_custom_generate.py")
+    (out / "custom_generate").mkdir(parents=True)
+    for name, text in texts.items():
+        (out / "custom_generate" / name).write_text(text, encoding="utf-8")
+    (out / "README.md").write_text(make_loop_card(str(out), version("dllm-hf")), encoding="utf-8")
+    return out
 
 
 def push(
@@ -164,6 +180,13 @@ def add_saving_with_code(model_class: type) -> None:
             return push(folder, repo_id, token, private, **options)
 
     model_class.save_pretrained, model_class.push_to_hub = save_pretrained, push_to_hub
+
+
+def _free(out: str | os.PathLike) -> Path:
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already: give a folder that does not exist, or an empty one.")
+    return out
 
 
 def _fetched(source: str, config_only: bool) -> Path:
