@@ -79,7 +79,7 @@ def new_model(family: str, **changes) -> PreTrainedModel:
 
     `changes`: to its configuration.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     return BUILDERS[family](**changes).eval().float()
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from .builders import END, FAMILIES, MASK, VOCAB, left_pad, new_model, recorded
+from .builders import BUILDERS, END, FAMILIES, MASK, VOCAB, left_pad, new_model, recorded
 
+every_family = pytest.mark.parametrize("family", BUILDERS)
 also_gla_dream = pytest.mark.parametrize("family", [*FAMILIES, "gla_dream"])
 ROWS = [[3, 4, MASK, 6, 7, MASK, 9], [11, MASK, 13], [21, 22, 23, 24, MASK]]
 
@@ -126,6 +127,17 @@ def test_a_tuple_and_the_inner_states_are_given_on_request(model):
     torch.testing.assert_close(model(input_ids=tokens, return_dict=False)[0], output.logits, atol=0, rtol=0)
 
 
+@every_family
+@pytest.mark.parametrize("labels", [None, torch.tensor([[-100, -100, 8, -100, -100, 8, -100]])])
+@torch.no_grad()
+def test_a_configuration_may_ask_for_tuples(family, labels):
+    tokens, tuples = torch.tensor([ROWS[0]]), new_model(family, return_dict=False)
+    expected = new_model(family)(input_ids=tokens, labels=labels).to_tuple()
+    for given, value in zip(tuples(input_ids=tokens, labels=labels), expected):
+        torch.testing.assert_close(given, value)
+    assert isinstance(tuples.model(input_ids=tokens), tuple)
+
+
 def test_gradient_checkpointing_changes_no_gradient(model):
     tokens = torch.tensor([ROWS[0]])
     labels = torch.where(tokens == MASK, 8, -100)
@@ -141,6 +153,11 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     assert model.is_gradient_checkpointing
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
+
+
+@every_family
+def test_the_embedding_of_the_padding_token_starts_like_any_other(model):
+    assert model.get_input_embeddings().weight[END].abs().sum() > 0
 
 
 @also_gla_dream

@@ -5,6 +5,8 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .training.losses import masked_diffusion_loss
 
@@ -34,7 +36,7 @@ class MaskedDiffusionLM:
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         token_mask: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # the library reads here that `output_attentions` is understood
     ) -> CausalLMOutputWithPast | tuple:
         """
         Args:
@@ -55,7 +57,7 @@ class MaskedDiffusionLM:
             token_mask = attention_mask
             if position_ids is None:
                 length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+                position_ids = self._positions(attention_mask, length)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -63,6 +65,7 @@ class MaskedDiffusionLM:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever the configuration says, which is about the output of this method
             **kwargs,
         )
         logits = self.lm_head(self._kept(outputs, logits_to_keep))
@@ -72,6 +75,10 @@ class MaskedDiffusionLM:
         output = self._output(loss, logits, outputs, token_mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _positions(self, attention_mask: torch.Tensor, length: int) -> torch.Tensor | None:
+        """The tokens counted, padding left out: `(batch, length)`."""
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
     def _kept(self, outputs: BaseModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         return keep_positions(outputs.last_hidden_state, logits_to_keep)
@@ -96,12 +103,14 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
 
 
 def attend_both_ways(model: PreTrainedModel) -> None:
-    """Turn a decoder of the library's into a bidirectional encoder.
+    """Turn a decoder of the library's into a bidirectional encoder. The last thing that `__init__` of a stack does.
 
     Its masks follow `config.is_causal`; where no mask is needed at all, SDPA and FlashAttention ask the layer. The
-    embedding of the padding token is trained like any other: in these checkpoints it also ends the sequence.
+    embedding of the padding token starts and is trained like any other: in these checkpoints it also ends the sequence.
     """
     for layer in model.layers:
         layer.self_attn.is_causal = False
     if isinstance(model.embed_tokens, nn.Embedding):
         model.embed_tokens.padding_idx = None
+        model.embed_tokens._is_hf_initialized = False  # it was, with a row of zeros for padding
+    model.post_init()

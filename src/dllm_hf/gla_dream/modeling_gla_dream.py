@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RotaryEmbedding,
     apply_rotary_pos_emb,
 )
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, keep_positions
@@ -80,29 +80,26 @@ def _scattered(values: torch.Tensor, slots: torch.Tensor, width: int) -> torch.T
     return empty.scatter(1, index, values)[:, :width]
 
 
-def lay_out(position_ids: torch.Tensor, token_mask: torch.Tensor | None, block_size: int) -> BlockLayout:
+def lay_out(
+    position_ids: torch.Tensor, token_mask: torch.Tensor | None, block_size: int, counted: bool = False
+) -> BlockLayout:
     """The layout of rows with padding anywhere, or of several samples packed into a row, each from position 0.
 
     Args:
         position_ids: `(rows, length)`; they rise by one from token to token, padding left out.
         token_mask: `(rows, length)`, 0 on padding.
+        counted: the positions are the tokens counted from 0, so that it is known without a look at them how many
+            blocks there are. `torch.compile` cannot follow a look.
     """
     rows, length = position_ids.shape
     real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
     is_first = real & (real.long().cumsum(-1) == 1)
     restarts = real & (position_ids == 0)
-    # Without padding between them, neighbours are one apart.
-    order = (~real).long().argsort(dim=-1, stable=True)
-    ordered, exists = position_ids.gather(1, order), real.gather(1, order)
-    gaps = exists[:, 1:] & (ordered[:, 1:] != 0) & (ordered.diff(dim=-1) != 1)
-    if gaps.any() or (position_ids < 0).any():
-        raise ValueError(
-            "`position_ids` must rise by one from token to token, or start again from 0 where the next sample of a "
-            "row begins: leave them out, and mark padding in `attention_mask`."
-        )
+    if not counted:
+        _check_positions(position_ids, real)
     begins = restarts | (real & (position_ids % block_size == 0)) | is_first
     block = (begins.long().cumsum(-1) - 1).clamp(min=0)
-    blocks = int(block.max()) + 1 if length else 0
+    blocks = -(-length // block_size) if counted else int(block.max()) + 1
     slots = torch.where(real, block * block_size + position_ids % block_size, blocks * block_size)
     width = blocks * block_size
     samples = _scattered((restarts & ~is_first).long().cumsum(-1), torch.where(begins, block, blocks), blocks)
@@ -113,6 +110,18 @@ def lay_out(position_ids: torch.Tensor, token_mask: torch.Tensor | None, block_s
         slots,
         samples.cummax(-1).values,
     )
+
+
+def _check_positions(position_ids: torch.Tensor, real: torch.Tensor) -> None:
+    # Without padding between them, neighbours are one apart.
+    order = (~real).long().argsort(dim=-1, stable=True)
+    ordered, exists = position_ids.gather(1, order), real.gather(1, order)
+    gaps = exists[:, 1:] & (ordered[:, 1:] != 0) & (ordered.diff(dim=-1) != 1)
+    if gaps.any() or (position_ids < 0).any():
+        raise ValueError(
+            "`position_ids` must rise by one from token to token, or start again from 0 where the next sample of a "
+            "row begins: leave them out, and mark padding in `attention_mask`."
+        )
 
 
 def previous_tokens(position_ids: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
@@ -310,6 +319,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -384,9 +394,10 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             )
         if attention_mask is None and position_ids is None:
             return self._contiguous_layout(0, inputs_embeds)
-        if position_ids is None:
+        counted = position_ids is None
+        if counted:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return lay_out(position_ids.expand(inputs_embeds.shape[:2]), attention_mask, self.config.block_size)
+        return lay_out(position_ids.expand(inputs_embeds.shape[:2]), attention_mask, self.config.block_size, counted)
 
     def _contiguous_layout(self, start: int, inputs_embeds: torch.Tensor) -> BlockLayout:
         length, size, device = inputs_embeds.shape[1], self.config.block_size, inputs_embeds.device
@@ -541,6 +552,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         mask_ratio: torch.FloatTensor | None = None,
         return_dict: bool | None = None,
@@ -555,8 +567,15 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         `use_complementary_mask` says. `logits` are those of the noisy text (of the first of the two masks).
         """
         if labels is None:
-            return super().forward(input_ids, attention_mask, position_ids, return_dict=return_dict, **kwargs)
-        if input_ids is None or labels.shape != input_ids.shape:
+            return super().forward(
+                input_ids,
+                attention_mask,
+                position_ids,
+                inputs_embeds=inputs_embeds,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
             raise ValueError("`labels` needs `input_ids` of the same shape: the clean text is made of both.")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
@@ -566,9 +585,11 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
             raise ValueError("A loss needs the logits of every position: leave `logits_to_keep` out.")
         kwargs.pop("use_cache", None)
         batch, length = input_ids.shape
-        if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        positions = torch.arange(length, device=input_ids.device)[None] if position_ids is None else position_ids
+        positions = position_ids
+        if positions is None:
+            positions = torch.arange(length, device=input_ids.device)[None]
+            if attention_mask is not None:
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         labelled = labels != -100
         if attention_mask is not None:
             labelled = labelled & attention_mask.bool()
@@ -592,6 +613,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
             repeat(attention_mask),
             repeat(position_ids),
             use_cache=False,
+            return_dict=True,
             clean_rows=batch,
             **kwargs,
         )
@@ -615,6 +637,9 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
+        """None: the stack counts them itself, and knows then that a row is one text."""
 
     def _kept(self, outputs: BaseModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         hidden_states, cache = outputs.last_hidden_state, outputs.past_key_values

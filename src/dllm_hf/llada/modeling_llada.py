@@ -9,20 +9,21 @@ from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, attend_both_ways
 from .configuration_llada import LLaDAConfig
 
-# On disk the weights keep the names of the original checkpoints: renamed on loading, and back on saving.
+# On disk the weights keep the names of the original checkpoints: renamed on loading, and back on saving. The stack of
+# layers alone has them without `model.`. Adapters are saved with the names here, which must stay as they are.
 _NAMES = {
-    "model.transformer.wte.": "model.embed_tokens.",
-    "model.transformer.ln_f.": "model.norm.",
     "model.transformer.ff_out.": "lm_head.",
-    "model.transformer.blocks.": "model.layers.",
+    r"(^|model\.)transformer\.wte\.": r"\1embed_tokens.",
+    r"(^|model\.)transformer\.ln_f\.": r"\1norm.",
+    r"(^|model\.)transformer\.blocks\.": r"\1layers.",
     ".attn_norm.": ".input_layernorm.",
     ".ff_norm.": ".post_attention_layernorm.",
-    ".q_proj.": ".self_attn.q_proj.",
-    ".k_proj.": ".self_attn.k_proj.",
-    ".v_proj.": ".self_attn.v_proj.",
+    r"(?<!\.self_attn)\.q_proj\.": ".self_attn.q_proj.",
+    r"(?<!\.self_attn)\.k_proj\.": ".self_attn.k_proj.",
+    r"(?<!\.self_attn)\.v_proj\.": ".self_attn.v_proj.",
     ".attn_out.": ".self_attn.o_proj.",
     ".ff_proj.": ".mlp.gate_proj.",
-    ".up_proj.": ".mlp.up_proj.",
+    r"(?<!\.mlp)\.up_proj\.": ".mlp.up_proj.",
     ".ff_out.": ".mlp.down_proj.",
 }
 register_checkpoint_conversion_mapping(
@@ -44,7 +45,6 @@ class LLaDAModel(LLaDAPreTrainedModel, LlamaModel):
             for layer in self.layers:
                 layer.self_attn.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         attend_both_ways(self)
-        self.post_init()
 
 
 class LLaDAModelLM(MaskedDiffusionLM, DiffusionGenerationMixin, LLaDAPreTrainedModel):

@@ -6,8 +6,15 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from ..generation.attention import uses_flash_attention, without_flash_attention
 from ..generation.mixin import DiffusionGenerationMixin
@@ -27,8 +34,8 @@ class BlockCausalModel:
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         block_size: int | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
         """
         Args:
             attention_mask: `(batch, keys)`, 0 on padding, or a mask made elsewhere, `(batch, 1, length, keys)`, which
@@ -82,13 +89,14 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         mask_ratio: torch.FloatTensor | None = None,
         block_size: int | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast | tuple:
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple:
         """As [`MaskedDiffusionLM.forward`]; `block_size` is `config.block_size` if not given.
 
         With `labels` the loss is that of block diffusion (Arriola et al., arXiv:2503.09573): each noisy block sees
@@ -97,9 +105,15 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         """
         if labels is None:
             return super().forward(
-                input_ids, attention_mask, position_ids, block_size=block_size, return_dict=return_dict, **kwargs
+                input_ids,
+                attention_mask,
+                position_ids,
+                inputs_embeds=inputs_embeds,
+                block_size=block_size,
+                return_dict=return_dict,
+                **kwargs,
             )
-        if input_ids is None or labels.shape != input_ids.shape:
+        if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
             raise ValueError("`labels` needs `input_ids` of the same shape: the clean sequence is made of both.")
         if attention_mask is not None and len(attention_mask.shape) != 2:
             raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
