@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 # What `transformers.dynamic_module_utils.get_relative_imports` takes for an import, wherever it stands.
-LOOKS_LIKE_AN_IMPORT = re.compile(r"^\s*(from\s+\.\S+\s+import|import\s+\.\S+\s*$)")
+LOOKS_LIKE_AN_IMPORT = re.compile(r"^\s*(from\s+\.\S+\s+import|import\s+\.\S+\s*$)", re.MULTILINE)
 
 
 class BundleError(ValueError):
@@ -73,12 +73,14 @@ def flattened(path: Path, root: Path = PACKAGE) -> tuple[str, list[Path]]:
                 refuse(node.lineno, "a module of the package is imported at the top of a file only.")
             if node.module is None:
                 refuse(node.lineno, "`from . import x` does not survive: write `from .x import y`.")
+            if node.level > len(path.relative_to(root).parts):
+                refuse(node.lineno, f"this leads out of {root.name}.")
             target = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
             if not target.is_file():
                 refuse(node.lineno, f"there is no module {target.relative_to(root)}: name the module, not its folder.")
             found = re.match(r"from\s+\.+[\w.]+(?=\s+import)", lines[node.lineno - 1])
-            if found is None:
-                refuse(node.lineno, "write `from .x import` on one line.")
+            if found is None or node.lineno in rewritten:
+                refuse(node.lineno, "write `from .x import` on a line of its own.")
             flat = f"from .{flat_name(target, root).removesuffix('.py')}"
             lines[node.lineno - 1] = flat + lines[node.lineno - 1][found.end() :]
             rewritten.add(node.lineno)
@@ -92,8 +94,10 @@ def flattened(path: Path, root: Path = PACKAGE) -> tuple[str, list[Path]]:
                 refuse(node.lineno, f"`{module}` is this package, which will not be there: import it relatively.")
             if node not in tree.body and id(node) not in guarded and top not in sys.stdlib_module_names:
                 refuse(node.lineno, f"`{module}` is imported inside a function: put it at the top, or into a `try`.")
-    for number, line in enumerate(lines, start=1):
-        if number not in rewritten and LOOKS_LIKE_AN_IMPORT.match(line):
+    flat_text = "".join(lines)
+    for found in LOOKS_LIKE_AN_IMPORT.finditer(flat_text):
+        number = flat_text.count("\n", 0, found.start(1)) + 1
+        if number not in rewritten:
             refuse(number, "a text line that begins like an import would be taken for one: break it elsewhere.")
     origin = path.relative_to(root.parent).as_posix()
-    return f"# {origin} of dllm_hf {version('dllm-hf')}, Apache-2.0.\n" + "".join(lines), imported
+    return f"# {origin} of dllm_hf {version('dllm-hf')}, Apache-2.0.\n" + flat_text, imported

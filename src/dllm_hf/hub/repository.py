@@ -1,6 +1,7 @@
 """Self-contained repositories: what is in them, from a model in memory or from a checkpoint's files, and publishing."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -8,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig, PreTrainedModel
 
 from ..families import family
 from ..generation.custom_generate import generate
@@ -39,17 +40,21 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
         name: what the card tells to load; `out` if not given.
 
     Returns:
-        `out`. Weights and tokenizer files are hard links to the source's where the file system allows it, else copies.
+        `out`. Weights are hard links to the source's where the file system allows it, else copies.
 
     Raises:
         ValueError, OSError: the source is not one that can be exported, and why. Nothing is written then.
     """
     out = _free(out)
     folder = _fetched(source, config_only)
-    values, config = _checked_config(folder)
-    weights = [] if config_only else _checked_weights(folder, config)
+    values, model = _checked_config(folder)
+    config = model.config
+    for beside in ("generation_config.json", *(() if config_only else ("tokenizer_config.json",))):
+        if (folder / beside).is_file():
+            _read_json(folder / beside)
+    weights = [] if config_only else _checked_weights(folder, model)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as made:
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as made:
         made = Path(made) / "repository"
         made.mkdir()
         for file in [*weights, *([] if config_only else TOKENIZER_FILES)]:
@@ -64,8 +69,10 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
         (made / "README.md").write_text(card, encoding="utf-8")
         made.chmod(0o755)
         if out.exists():
-            out.rmdir()
-        made.rename(out)
+            for file in made.iterdir():
+                file.rename(out / file.name)
+        else:
+            made.rename(out)
     return out
 
 
@@ -81,7 +88,7 @@ def add_code(folder: Path, config) -> None:
     values["auto_map"] = {auto: reference(cls) for auto, cls in classes.items()}
     values["architectures"] = [causal_lm.__name__]
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = _read_json(path) if path.is_file() else {}
     settings.pop("auto_map", None)
     if own_tokenizer:
         values["auto_map"]["AutoTokenizer"] = [reference(tokenizer), None]
@@ -115,7 +122,7 @@ def push(
     """Publish a folder as one commit: what fails before the commit is made has published nothing.
 
     Args:
-        options: of `HfApi.upload_folder`.
+        options: of `HfApi.create_commit`.
 
     Returns:
         The address of the commit.
@@ -125,11 +132,26 @@ def push(
     """
     api = HfApi(token=token)
     options = {"commit_message": "Upload with dllm_hf", **options}
+    folder = Path(folder)
+    files = [
+        CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    committing = False
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
+        # `upload_folder` would make several commits of many files.
+        api.preupload_lfs_files(repo_id, files, free_memory=False)
+        committing = True
+        return api.create_commit(repo_id, files, **options).commit_url
     except Exception as error:  # of the HTTP library below, which is another one in each version of huggingface_hub
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if committing and not isinstance(error, HfHubHTTPError):
+            raise OSError(
+                f"{repo_id} may not have been published: {reason}. The connection was lost while the commit was made: "
+                "look whether it is there, or push again."
+            ) from error
         raise OSError(
             f"{repo_id} was not published: {reason}. The files go in one commit, so nothing of this upload is visible "
             "there. Check the token (`hf auth login`), its right to write, and the network, then push again: what has "
@@ -170,7 +192,7 @@ def add_saving_with_code(model_class: type) -> None:
         **options,
     ) -> str:
         """Publish the model as one commit, with the code that it needs (`include_code=False`: without) and, if given,
-        its tokenizer. `options`: of `HfApi.upload_folder`. Raises an `OSError` if it was not published."""
+        its tokenizer. `options`: of `HfApi.create_commit`. Raises an `OSError` if it was not published."""
         with tempfile.TemporaryDirectory() as folder:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -204,19 +226,17 @@ def _fetched(source: str, config_only: bool) -> Path:
         raise OSError(f"There is no folder {source}, and no repository of that name could be read: {error}") from error
 
 
-def _checked_config(folder: Path) -> tuple[dict, object]:
-    """The values of `config.json` and the configuration that they make."""
+def _checked_config(folder: Path) -> tuple[dict, PreTrainedModel]:
+    """The values of `config.json` and the model that they describe, without weights."""
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OSError(f"{folder} holds no checkpoint: it has no config.json.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} does not hold a configuration.")
-    config_class, model, causal_lm, _ = family(values.get("model_type"))
-    for name in values.get("architectures") or []:
+    if not path.is_file():
+        raise OSError(f"{folder} holds no checkpoint: it has no config.json.")
+    values = _read_json(path)
+    _, model, causal_lm, _ = family(values.get("model_type"))
+    architectures = values.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"{path} says `architectures={architectures!r}`: it must be a list of names.")
+    for name in architectures:
         if name not in (model.__name__, causal_lm.__name__):
             raise ValueError(
                 f"{path} asks for `{name}`, which dllm_hf does not have: it has {causal_lm.__name__} for "
@@ -225,20 +245,31 @@ def _checked_config(folder: Path) -> tuple[dict, object]:
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            causal_lm(config)
-    except (StrictDataclassError, ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
+            built = causal_lm(config)
+    except Exception as error:  # there are as many kinds as ways for values to be wrong
         raise ValueError(f"{path} describes no model that can be built: {error}") from error
-    return values, config
+    return values, built
 
 
-def _checked_weights(folder: Path, config) -> list[str]:
-    """The weight files, all there and whole, with an embedding of the configuration's size."""
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold a JSON object.")
+    return values
+
+
+def _checked_weights(folder: Path, model: PreTrainedModel) -> list[str]:
+    """The weight files, all there and whole, with as many numbers as the model has."""
     if (folder / INDEX).is_file():
         try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            files = sorted(set(index["weight_map"].values()))
+            files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / INDEX} is not the index of a checkpoint: {error!r}.") from error
+        if not files:
+            raise ValueError(f"{folder / INDEX} is an index that names no file.")
         outside = [file for file in files if not isinstance(file, str) or Path(file).name != file]
         if outside:
             raise ValueError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of this folder.")
@@ -255,13 +286,16 @@ def _checked_weights(folder: Path, config) -> list[str]:
         if not (folder / file).is_file():
             raise OSError(f"{folder} lacks {file}, which its index names: fetch the missing shard.")
         shapes |= _header(folder / file)
-    for tensor, shape in shapes.items():
-        is_embedding = tensor.endswith(("embed_tokens.weight", "wte.weight"))
-        if is_embedding and shape != [config.vocab_size, config.hidden_size]:
-            raise ValueError(
-                f"`{tensor}` is {shape}, but config.json says `vocab_size={config.vocab_size}` and a width of "
-                f"{config.hidden_size}: one of the files is of another model."
-            )
+    # Names and shapes are the original's, and differ: their sum does not. A tied head may be in the file or not.
+    found = sum(math.prod(shape) for tensor, shape in shapes.items() if not tensor.endswith("inv_freq"))
+    expected = [
+        sum(tensor.numel() for _, tensor in model.named_parameters(remove_duplicate=once)) for once in (True, False)
+    ]
+    if found not in expected:
+        raise ValueError(
+            f"The weights in {folder} hold {found:,} numbers, but config.json describes a model of {expected[0]:,}: one "
+            "of the files is of another model."
+        )
     return names
 
 
@@ -277,15 +311,19 @@ def _header(path: Path) -> dict[str, list[int]]:
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
             shapes = {name: list(entry["shape"]) for name, entry in tensors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            whole = 8 + length + end == size
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"{path} has no header that can be read: fetch it again.") from error
-    if 8 + length + end != size:
+    if not whole:
         raise ValueError(f"{path} has {size} bytes where its header speaks of {8 + length + end}: fetch it again.")
     return shapes
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
     source = source.resolve()  # the cache of the library has links to its files
+    if target.suffix != ".safetensors":  # tokenizers write into their files, and the source is not theirs
+        shutil.copyfile(source, target)
+        return
     try:
         os.link(source, target)
     except OSError:

@@ -26,3 +26,10 @@ class SDARMoeConfig(BlockDiffusionConfigMixin, Qwen3MoeConfig):
     pad_token_id: int | None = 151643
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
+
+    def __post_init__(self, **kwargs):
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok={self.num_experts_per_tok}` must be from 1 to `num_experts={self.num_experts}`."
+            )
+        super().__post_init__(**kwargs)

@@ -1,0 +1,86 @@
+"""What a user does with a repository, in a process that cannot import dllm_hf: `python fresh.py TASKS` prints a JSON
+list, for each task of the JSON list in the file TASKS what it gave, or `{"error": traceback}`."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+import traceback
+from pathlib import Path
+
+sys.modules["dllm_hf"] = None
+
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def classes(name: str) -> dict:
+    """Where each Auto class finds its class."""
+    loaded = {
+        "AutoConfig": AutoConfig.from_pretrained(name, trust_remote_code=True),
+        "AutoModel": AutoModel.from_pretrained(name, trust_remote_code=True),
+        "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True),
+    }
+    return {auto: [type(thing).__module__, type(thing).__name__] for auto, thing in loaded.items()}
+
+
+def tokenizer(name: str, text: str) -> dict:
+    loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    found = {attribute: getattr(loaded, attribute) for attribute in ("mask_token", "eos_token", "padding_side")}
+    return {"ids": loaded(text)["input_ids"], "class": type(loaded).__name__, **found}
+
+
+def tokens(name: str, ids: list, options: dict, seed: int | None = None) -> list:
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    if seed is not None:
+        options = {**options, "generator": torch.Generator().manual_seed(seed)}
+    return model.diffusion_generate(torch.tensor([ids]), **options).tolist()[0]
+
+
+def text(name: str, prompt: str, options: dict) -> str:
+    write = pipeline("text-generation", model=name, trust_remote_code=True)
+    return write(prompt, **options)[0]["generated_text"]
+
+
+def hidden(name: str, ids: list) -> list:
+    """What `AutoModel` answers: the shape of its first output."""
+    with torch.no_grad():
+        return list(AutoModel.from_pretrained(name, trust_remote_code=True)(torch.tensor([ids]))[0].shape)
+
+
+def saved_again(name: str, folder: str) -> list:
+    """Save what was loaded, as its user would. Returns the names of the files."""
+    AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).save_pretrained(folder)
+    with contextlib.suppress(OSError, ValueError):  # some have no tokenizer
+        AutoTokenizer.from_pretrained(name, trust_remote_code=True).save_pretrained(folder)
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def card(name: str, folder: str) -> str:
+    """What the usage code in the card prints."""
+    code = re.search(r"```python\n(.*?)```", (Path(folder) / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {"__name__": "a_users_script"})
+    return printed.getvalue()
+
+
+def from_config(name: str) -> list:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return [type(model).__module__, type(model).__name__]
+
+
+if __name__ == "__main__":
+    answers = []
+    for task, arguments in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                answers.append({"gave": globals()[task](**arguments)})
+        except BaseException:
+            answers.append({"error": traceback.format_exc()})
+    assert not [name for name in sys.modules if name.startswith("dllm_hf.")]
+    print(json.dumps(answers))

@@ -1,0 +1,406 @@
+"""What cannot be exported is refused with what to do about it, before anything is written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dllm_hf.hub import export, repository
+from dllm_hf.hub.bundle import BundleError
+
+from ..builders import BUILDERS, character_tokenizer, new_model
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A small checkpoint of each family, and one in shards. They are not to be changed."""
+    top = tmp_path_factory.mktemp("sources")
+    for family in BUILDERS:
+        new_model(family).save_pretrained(top / family)
+        character_tokenizer().save_pretrained(top / family)
+    new_model("llada").save_pretrained(top / "sharded", max_shard_size="20KB")
+    return top
+
+
+@pytest.fixture
+def source(sources, tmp_path):
+    return shutil.copytree(sources / "llada", tmp_path / "source")
+
+
+@pytest.fixture
+def sharded(sources, tmp_path):
+    return shutil.copytree(sources / "sharded", tmp_path / "source")
+
+
+def change(file: Path, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def refusal(source, out=None, **options) -> str:
+    """The message with which it is refused; nothing has been written then."""
+    top = Path(source).parent
+    before = everything(top)
+    with pytest.raises((ValueError, OSError)) as refused:
+        export(str(source), top / "out" if out is None else out, **options)
+    assert everything(top) == before
+    message = str(refused.value)
+    assert message and "Traceback" not in message
+    return message
+
+
+# Weights
+
+
+@pytest.mark.parametrize("part", [0, 1, 7, 8, 9, 0.01, 0.1, 0.5, 0.99, -1])
+def test_a_weights_file_that_is_cut_short_is_refused(source, part):
+    data = (source / WEIGHTS).read_bytes()
+    (source / WEIGHTS).write_bytes(data[: int(part * len(data)) if isinstance(part, float) else part])
+    message = refusal(source)
+    assert WEIGHTS in message and "fetch it again" in message
+
+
+def test_so_is_one_that_is_too_long(source):
+    with (source / WEIGHTS).open("ab") as file:
+        file.write(b"\0")
+    assert "fetch it again" in refusal(source)
+
+
+def with_header(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def entry(offsets=(0, 4), shape=(1,)) -> bytes:
+    return json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+
+
+GARBAGE = {
+    "nothing": b"",
+    "a web page": b"<!DOCTYPE html><html>Not found</html>",
+    "a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 16060556376\n",
+    "a header longer than memory": b"\xff" * 16,
+    "a header that is no JSON": with_header(b"{" * 40),
+    "a header that is no text": with_header(b"\xff\xfe\xfd" * 9),
+    "a header that is a list": with_header(b"[1, 2]"),
+    "a header that is a number": with_header(b"12"),
+    "a header of deep lists": with_header(b"[" * 100_000),
+    "tensors that are numbers": with_header(b'{"x": 5}'),
+    "tensors that say nothing": with_header(b'{"x": {}}'),
+    "offsets that are none": with_header(entry(None)),
+    "offsets that are words": with_header(entry(("a", "b"))),
+    "offsets that are not whole": with_header(entry((0, 0.5))),
+    "one offset": with_header(entry((0,))),
+    "offsets beyond the end": with_header(entry((0, 400)), b"0000"),
+    "a shape that is a number": with_header(entry((0, 4), 5), b"0000"),
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_a_weights_file_that_is_something_else_is_refused(source, kind):
+    (source / WEIGHTS).write_bytes(GARBAGE[kind])
+    assert WEIGHTS in refusal(source)
+
+
+@given(st.binary(max_size=64), st.booleans())
+@example(b'{"__metadata__": 5}', True)
+@example(b'{"x": null}', True)
+def test_no_bytes_at_all_bring_it_down(tmp_path_factory, sources, data, framed):
+    file = tmp_path_factory.mktemp("bytes") / WEIGHTS
+    file.write_bytes(with_header(data) if framed else data)
+    try:
+        repository._header(file)
+    except (ValueError, OSError) as error:
+        assert WEIGHTS in str(error)
+
+
+def test_a_shard_that_is_missing_is_named(sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    message = refusal(sharded)
+    assert shard.name in message and "fetch the missing shard" in message
+
+
+def test_a_shard_that_is_cut_short_is_named(sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-5])
+    message = refusal(sharded)
+    assert shard.name in message and "fetch it again" in message
+
+
+OUTSIDE = ["../secret.safetensors", "/etc/hostname", "sub/x.safetensors", "..", ".", "", "a\\..\\..\\b/../c", "./x"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_that_names_a_file_outside_of_its_folder_is_refused(sharded, name):
+    shutil.copy(next(sharded.glob("*.safetensors")), sharded.parent / "secret.safetensors")
+    (sharded / "sub").mkdir()
+    shutil.copy(next(sharded.glob("*.safetensors")), sharded / "sub" / "x.safetensors")
+    shutil.copy(next(sharded.glob("*.safetensors")), sharded / "x")
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    (sharded / INDEX).write_text(json.dumps(index))
+    refusal(sharded)
+
+
+INDICES = ["", "[]", "5", "null", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"a": 5}}']
+INDICES += ['{"weight_map": {"a": ["x"]}}', '{"weight_map": {"a": "x", "b": 5}}', '{"weight_map": {"a": "\\u0000"}}']
+INDICES += ['{"weight_map": {}}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", INDICES, ids=lambda text: text[:40])
+def test_an_index_that_is_none_is_refused(sharded, text):
+    (sharded / INDEX).write_text(text)
+    assert "index" in refusal(sharded)
+
+
+def test_an_index_that_names_a_file_that_is_no_weights_is_refused(sharded):
+    (sharded / INDEX).write_text('{"weight_map": {"a": "config.json"}}')
+    assert "config.json" in refusal(sharded)
+
+
+def test_a_folder_without_weights_is_refused(source):
+    (source / WEIGHTS).unlink()
+    assert f"has no {WEIGHTS}" in refusal(source)
+
+
+def test_pickled_weights_are_not_taken_and_the_way_out_is_named(source):
+    (source / WEIGHTS).unlink()
+    torch.save({}, source / "pytorch_model.bin")
+    message = refusal(source)
+    assert "pickled" in message and "convert them to safetensors" in message
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", '"x"', "\x00", "[" * 100_000], ids=lambda text: text[:9])
+def test_a_configuration_that_is_none_is_refused(source, text):
+    (source / "config.json").write_text(text)
+    assert "config.json" in refusal(source)
+
+
+def test_a_configuration_that_is_no_text_is_refused(source):
+    (source / "config.json").write_bytes(b"\xff\xfe{")
+    assert "config.json" in refusal(source)
+
+
+def test_a_folder_without_a_configuration_is_refused(source):
+    (source / "config.json").unlink()
+    assert "has no config.json" in refusal(source)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "", None, 5, ["llada"], {"a": 1}, "LLaDA", "auto", "../llada"])
+def test_a_model_type_that_is_none_of_ours_is_refused_with_the_list_of_ours(source, model_type):
+    change(source / "config.json", model_type=model_type)
+    message = refusal(source)
+    assert all(name in message for name in ("llada", "Dream", "sdar", "sdar_moe", "gla_dream"))
+
+
+def test_a_model_type_that_is_not_given_is_refused_as_well(source):
+    config = json.loads((source / "config.json").read_text())
+    del config["model_type"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert "none of the families" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    "names", [["LLaDAMoEModelLM"], ["Evil"], ["LLaDAModelLM", "Evil"], "LLaDAMoEModelLM", [None], [["x"]], 5, {"a": 1}]
+)
+def test_an_architecture_that_we_do_not_have_is_refused(source, names):
+    change(source / "config.json", architectures=names)
+    message = refusal(source)
+    assert "config.json" in message
+
+
+def test_a_mixture_of_experts_of_llada_is_refused_by_name(source):
+    experts = {"num_experts": 64, "num_experts_per_tok": 8, "expert_intermediate_size": 1024}
+    change(source / "config.json", model_type="llada", architectures=["LLaDAMoEModelLM"], **experts)
+    assert "LLaDAMoEModelLM" in refusal(source)
+    change(source / "config.json", model_type="llada_moe")
+    assert "llada_moe" in refusal(source)
+
+
+IMPOSSIBLE = [
+    ("llada", {"d_model": -32}),
+    ("llada", {"d_model": 0}),
+    ("llada", {"d_model": 33}),
+    ("llada", {"d_model": 10**30}),
+    ("llada", {"d_model": "32"}),
+    ("llada", {"d_model": None}),
+    ("llada", {"d_model": 32.5}),
+    ("llada", {"d_model": [32]}),
+    ("llada", {"n_heads": 0}),
+    ("llada", {"n_heads": -4}),
+    ("llada", {"n_heads": 5}),
+    ("llada", {"n_kv_heads": 0}),
+    ("llada", {"n_kv_heads": 3}),
+    ("llada", {"n_layers": -1}),
+    ("llada", {"mlp_hidden_size": -1}),
+    ("llada", {"embedding_size": -1}),
+    ("llada", {"embedding_size": 0}),
+    ("llada", {"embedding_size": 65}),
+    ("llada", {"embedding_size": None, "vocab_size": 65}),
+    ("llada", {"embedding_size": None, "vocab_size": 63}),
+    ("llada", {"n_layers": 3}),
+    ("llada", {"mlp_hidden_size": 50}),
+    ("llada", {"max_sequence_length": "long"}),
+    ("llada", {"alibi": True}),
+    ("dream", {"hidden_size": -32}),
+    ("dream", {"hidden_size": 64}),
+    ("dream", {"num_attention_heads": 0}),
+    ("dream", {"num_attention_heads": 5}),
+    ("dream", {"num_key_value_heads": 0}),
+    ("dream", {"num_key_value_heads": 3}),
+    ("dream", {"vocab_size": 65}),
+    ("dream", {"hidden_act": "nothing"}),
+    ("dream", {"rope_scaling": {"rope_type": "nothing"}}),
+    ("sdar", {"num_attention_heads": 0}),
+    ("sdar", {"num_key_value_heads": 0}),
+    ("sdar", {"num_key_value_heads": 3}),
+    ("sdar", {"head_dim": -1}),
+    ("sdar", {"head_dim": 0}),
+    ("sdar", {"block_size": 0}),
+    ("sdar", {"block_size": -4}),
+    ("sdar", {"vocab_size": 65}),
+    ("sdar_moe", {"num_experts": -1}),
+    ("sdar_moe", {"num_experts_per_tok": 5}),
+    ("sdar_moe", {"num_experts_per_tok": 0}),
+    ("sdar_moe", {"moe_intermediate_size": -1}),
+    ("sdar_moe", {"vocab_size": 65}),
+    ("gla_dream", {"num_attention_heads": 0}),
+    ("gla_dream", {"num_key_value_heads": 3}),
+    ("gla_dream", {"block_size": 0}),
+    ("gla_dream", {"hidden_size": -32}),
+    ("gla_dream", {"vocab_size": 65}),
+]
+
+
+@pytest.mark.parametrize("family, changes", IMPOSSIBLE, ids=lambda value: str(value).replace(" ", "")[:60])
+def test_sizes_of_which_no_model_can_be_built_are_refused(sources, tmp_path, family, changes):
+    source = shutil.copytree(sources / family, tmp_path / "source")
+    change(source / "config.json", **changes)
+    assert "config.json" in refusal(source)
+
+
+STRANGE = [None, True, -1, 0, 3, 1e300, float("inf"), float("nan"), 10**30, "", "x", [], [1], {}, {"x": 1}]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("family", BUILDERS)
+def test_no_value_of_any_setting_brings_it_down(sources, tmp_path, family):
+    """Each is refused, or gives a repository."""
+    source = shutil.copytree(sources / family, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    fallen = {}
+    for number, name in enumerate(config):
+        for turn in range(3):
+            value = STRANGE[(5 * turn + number) % len(STRANGE)]
+            if "layers" in name and isinstance(value, (int, float)) and value > 100:
+                continue  # it would be built, and that takes long
+            (source / "config.json").write_text(json.dumps({**config, name: value}))
+            try:
+                export(str(source), tmp_path / "out", config_only=True)
+                shutil.rmtree(tmp_path / "out")
+            except (ValueError, OSError):
+                pass
+            except Exception as error:
+                fallen[name, str(value)] = repr(error)[:120]
+            assert {path.name for path in tmp_path.iterdir()} == {"source"}
+    assert not fallen
+
+
+# The files beside them
+
+OTHERS = ["", "{", "[]", "5", "null", "\x00"]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_file_beside_them_that_is_broken_is_refused_by_name(source, name, text):
+    (source / name).write_text(text)
+    assert name in refusal(source)
+
+
+# Places
+
+
+def test_a_source_that_is_no_folder_is_refused(source):
+    assert "is not a folder" in refusal(source / "config.json", out=source.parent / "out")
+    assert "is not a folder" in refusal(source.parent / "nowhere")
+
+
+def test_a_repository_that_cannot_be_reached_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="no repository of that name could be read"):
+        export("org/nowhere", tmp_path / "out")
+    with pytest.raises(OSError, match="no repository of that name could be read"):
+        export("not a name!", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_not_written_to(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "give a folder that does not exist" in refusal(source)
+
+
+def test_a_file_is_not_written_over(source, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert "give a folder that does not exist" in refusal(source)
+
+
+def test_the_source_is_not_written_over(source):
+    assert "give a folder that does not exist" in refusal(source, out=source)
+
+
+def test_a_place_below_a_file_is_refused(source, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refusal(source, out=tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_where_one_may_not_write_is_refused(source, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    refusal(source, out=closed / "out")
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
+def test_what_ends_it_in_the_middle_leaves_nothing_behind(source, tmp_path, monkeypatch, error, made_before):
+    if made_before:
+        (tmp_path / "out").mkdir()
+    before = everything(tmp_path)
+    copies = []
+
+    def stop(*files):
+        copies.append(shutil.copyfile(*files))
+        if len(copies) == 2:
+            raise error
+
+    monkeypatch.setattr(repository, "_link_or_copy", stop)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError):
+        export(str(source), tmp_path / "out")
+    assert len(copies) == 2 and everything(tmp_path) == before
+    monkeypatch.undo()
+    assert (export(str(source), tmp_path / "out") / "config.json").is_file()
+
+
+def test_so_does_a_module_that_cannot_be_bundled(source, tmp_path, monkeypatch):
+    def refuse(*classes):
+        raise BundleError("x.py:3: no")
+
+    monkeypatch.setattr(repository, "bundle", refuse)
+    assert "x.py:3" in refusal(source)

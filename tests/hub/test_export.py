@@ -1,0 +1,509 @@
+"""A repository that was exported, or saved with its code, runs where dllm_hf cannot be imported, and gives the same."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from dllm_hf import (
+    DreamModel,
+    GLADreamModel,
+    LLaDAModelLM,
+    SDARForCausalLM,
+    SDARModel,
+    SDARMoeForCausalLM,
+    SDARMoeModel,
+)
+from dllm_hf.hub import export
+
+from ..builders import BUILDERS, END, character_tokenizer, new_model
+from .conftest import Fresh
+
+HERE = Path(__file__).parents[2]
+GOLDEN = sorted(path.parent for path in (HERE / "tests" / "golden").glob("*/cases.json"))
+SHAKESPEARE = HERE / "hub_configs" / "llada-tiny-shakespeare"
+PROMPT = "to be"
+IDS = character_tokenizer()(PROMPT)["input_ids"]
+# Nothing is drawn, and nothing ends early.
+FIRM = {"max_new_tokens": 12, "remasking_strategy": "low_confidence_static", "suppress_tokens": [END], "temperature": 0}
+DRAWN = {**FIRM, "temperature": 0.9}
+SEED = 11
+# What `AutoModel` gives, and what `AutoModelForCausalLM` gives.
+CLASSES = {
+    "llada": (LLaDAModelLM, LLaDAModelLM),
+    "dream": (DreamModel, DreamModel),
+    "sdar": (SDARModel, SDARForCausalLM),
+    "sdar_moe": (SDARMoeModel, SDARMoeForCausalLM),
+    "gla_dream": (GLADreamModel, GLADreamModel),
+}
+COMMON = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in content(folder).items() if name.endswith(".safetensors")}
+
+
+def in_hub_cache(folder: Path, cache: Path, name: str) -> Path:
+    """Put a folder into a cache as `huggingface_hub` would have downloaded it."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    commit = hashlib.sha1(name.encode()).hexdigest()
+    snapshot = place / "snapshots" / commit
+    for made in (place / "refs", place / "blobs", snapshot):
+        made.mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    for path in (path for path in folder.iterdir() if path.is_file()):
+        blob = place / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, blob)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+def drawn(model) -> list[int]:
+    return model.diffusion_generate(
+        torch.tensor([IDS]), generator=torch.Generator().manual_seed(SEED), **DRAWN
+    ).tolist()[0]
+
+
+@dataclass
+class Made:
+    """A family's source, what was made of it, and what a fresh process said about each of these."""
+
+    family: str
+    source: Path
+    before: dict[str, bytes]
+    model: object
+    fresh: Fresh
+    places: dict[str, str] = field(default_factory=dict)  # kind -> what `from_pretrained` is given
+    folders: dict[str, Path] = field(default_factory=dict)
+
+    def answer(self, kind, task):
+        return self.fresh.answer((kind, task))
+
+
+# The kinds of repository that are tried: an export in a folder and in the hub's cache, and what was saved with its code.
+KINDS = ("exported", "cached", "saved")
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def made(request, tmp_path_factory, fresh_processes):
+    family = request.param
+    top = tmp_path_factory.mktemp(family)
+    source = top / "source"
+    model = new_model(family)
+    model.save_pretrained(source)
+    tokenizer = character_tokenizer()
+    tokenizer.save_pretrained(source)
+    made = Made(family, source, content(source), model, fresh_processes())
+
+    name = f"org/some.{family}-v1.5"
+    made.folders["exported"] = export(str(source), top / "exported-v1.5")
+    made.folders["cached"] = in_hub_cache(export(str(source), top / "to-push", name=name), top / "hub", name)
+    made.folders["saved"] = top / "saved"
+    tokenizer.save_pretrained(made.folders["saved"])
+    model.save_pretrained(made.folders["saved"], include_code=True)
+    made.places = {kind: str(folder) for kind, folder in made.folders.items()} | {"cached": name}
+
+    ask = made.fresh.ask
+    for kind, place in made.places.items():
+        ask((kind, "classes"), "classes", name=place)
+        ask((kind, "tokenizer"), "tokenizer", name=place, text=PROMPT)
+        ask((kind, "firm"), "tokens", name=place, ids=IDS, options=FIRM)
+        ask((kind, "drawn"), "tokens", name=place, ids=IDS, options=DRAWN, seed=SEED)
+        ask((kind, "hidden"), "hidden", name=place, ids=IDS)
+        ask((kind, "text"), "text", name=place, prompt=PROMPT, options=FIRM)
+        ask((kind, "card"), "card", name=place, folder=made.folders[kind])
+        again = top / f"{kind}-again"
+        ask((kind, "saved again"), "saved_again", name=place, folder=again)
+        ask((kind, "again classes"), "classes", name=again)
+        ask((kind, "again tokenizer"), "tokenizer", name=again, text=PROMPT)
+        ask((kind, "again firm"), "tokens", name=again, ids=IDS, options=FIRM)
+        ask((kind, "again text"), "text", name=again, prompt=PROMPT, options=FIRM)
+    made.fresh.run(HF_HUB_CACHE=top / "hub")
+    return made
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+def expected_classes(made, place: str) -> dict:
+    """The classes by the names they have here, in modules that come from that repository."""
+    config = type(made.model.config)
+    by_auto = dict(zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), (config, *CLASSES[made.family])))
+    return {auto: (Path(place).name, cls.__module__.split(".")[-1], cls.__name__) for auto, cls in by_auto.items()}
+
+
+def place_and_class(module: str, name: str) -> tuple[str, str, str]:
+    """`transformers_modules.org.NAME.hash.modeling_x` or, of a folder, `transformers_modules.NAME.hash.modeling_x`."""
+    library, *_, place, _, file = module.split(".")
+    assert library == "transformers_modules"
+    return place.replace("_dot_", ".").replace("_hyphen_", "-"), file, name
+
+
+# In a process that cannot import dllm_hf
+
+
+def test_the_auto_classes_find_the_repositorys_own(made, kind):
+    found = {auto: place_and_class(*where) for auto, where in made.answer(kind, "classes").items()}
+    assert found == expected_classes(made, made.places[kind])
+
+
+def test_the_tokenizer_is_the_sources(made, kind):
+    answer = made.answer(kind, "tokenizer")
+    assert answer["ids"] == IDS
+    assert (answer["mask_token"], answer["eos_token"], answer["padding_side"]) == ("<mask>", "<end>", "left")
+
+
+def test_the_familys_own_tokenizer_is_used(made):
+    own = {"dream": "DreamTokenizer", "gla_dream": "GLADreamTokenizer"}
+    if made.family in own:
+        assert made.answer("exported", "tokenizer")["class"] == own[made.family]
+
+
+def test_diffusion_generate_gives_the_same_tokens(made, kind):
+    expected = made.model.diffusion_generate(torch.tensor([IDS]), **FIRM).tolist()[0]
+    assert made.answer(kind, "firm") == expected and len(expected) == len(IDS) + 12
+
+
+def test_it_gives_the_same_drawn_tokens_with_the_same_seed(made, kind):
+    assert made.answer(kind, "drawn") == drawn(made.model)
+
+
+def test_the_pipeline_writes_the_same_text(made, kind):
+    here = pipeline("text-generation", model=made.model, tokenizer=character_tokenizer())
+    expected = here(PROMPT, **FIRM)[0]["generated_text"]
+    assert made.answer(kind, "text") == expected and expected.startswith(PROMPT) and len(expected) > len(PROMPT)
+
+
+def test_auto_model_runs(made, kind):
+    width = made.model.config.hidden_size if made.family.startswith("sdar") else made.model.config.vocab_size
+    assert made.answer(kind, "hidden") == [1, len(IDS), width]
+
+
+def test_the_usage_code_of_the_card_runs_as_it_is_written(made, kind):
+    assert made.answer(kind, "card").startswith("Once upon a time")
+
+
+def test_what_is_saved_there_has_the_same_files(made, kind):
+    expected = {*content(made.folders[kind])} - {"README.md"}
+    assert {*made.answer(kind, "saved again")} == expected
+
+
+def test_what_is_saved_there_loads_by_its_own_code(made, kind):
+    found = {auto: place_and_class(*where) for auto, where in made.answer(kind, "again classes").items()}
+    assert found == expected_classes(made, f"{kind}-again")
+
+
+def test_what_is_saved_there_gives_the_same_again(made, kind):
+    assert made.answer(kind, "again firm") == made.answer(kind, "firm")
+    assert made.answer(kind, "again text") == made.answer(kind, "text")
+    assert made.answer(kind, "again tokenizer") == made.answer(kind, "tokenizer")
+
+
+# What is in it
+
+
+def test_an_export_holds_the_models_files_its_code_and_a_card_and_nothing_else(made):
+    there = {*content(made.folders["exported"])}
+    code = {name for name in there if name.endswith(".py")}
+    assert there - code == COMMON | TOKENIZER
+    assert code == {name for name in content(made.folders["saved"]) if name.endswith(".py")}
+    assert not [path for path in made.folders["exported"].iterdir() if path.is_dir()]
+
+
+def test_the_weights_are_those_of_the_source_byte_by_byte(made):
+    assert weights(made.folders["exported"]) == weights(made.source)
+
+
+def test_the_source_stays_as_it_was(made):
+    assert content(made.source) == made.before
+
+
+def test_only_what_says_where_the_code_is_changes_in_the_configurations(made):
+    source, exported = (json.loads((f / "config.json").read_text()) for f in (made.source, made.folders["exported"]))
+    assert exported.pop("auto_map").keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} | (
+        {"AutoTokenizer"} if made.family in ("dream", "gla_dream") else set()
+    )
+    assert exported == source
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert content(made.folders["exported"])[name] == made.before[name]
+    settings = json.loads(content(made.folders["exported"])["tokenizer_config.json"])
+    settings.pop("auto_map", None)
+    assert settings == json.loads(made.before["tokenizer_config.json"])
+
+
+def test_saving_the_model_with_its_code_gives_what_an_export_gives(made):
+    saved, exported = content(made.folders["saved"]), content(made.folders["exported"])
+    assert saved.keys() == exported.keys()
+    assert {name for name in saved if saved[name] != exported[name]} <= {
+        "README.md",
+        "config.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads(saved["config.json"])["auto_map"] == json.loads(exported["config.json"])["auto_map"]
+
+
+def test_it_loads_here_as_well_with_the_classes_of_this_package(made):
+    model = AutoModelForCausalLM.from_pretrained(made.folders["exported"])
+    assert type(model) is CLASSES[made.family][1]
+    assert model.diffusion_generate(torch.tensor([IDS]), **FIRM).tolist()[0] == made.answer("exported", "firm")
+
+
+def test_the_header_of_the_card_tells_the_hub_what_it_is(made):
+    for kind in KINDS:
+        data = ModelCard.load(made.folders[kind] / "README.md").data
+        assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "unknown")
+        assert {"dllm-hf", "diffusion", "custom_code", made.model.config.model_type.lower().replace("_", "-")} <= {
+            *data.tags
+        }
+        assert data.base_model is None
+
+
+# Sources of other kinds. They are exported to folders of one name, and tried in one fresh process.
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory, fresh_processes):
+    """`(exports by name, the fresh process that tried them)`: the originals' tiny checkpoints, and ours of the docs."""
+    top = tmp_path_factory.mktemp("originals")
+    fresh = fresh_processes()
+    folders = {}
+    for source in [*GOLDEN, SHAKESPEARE]:
+        folders[source.name] = folder = export(str(source), top / source.name / "out")
+        fresh.ask((source.name, "classes"), "classes", name=folder)
+        fresh.ask((source.name, "firm"), "tokens", name=folder, ids=[5, 6, 7], options=FIRM)
+    fresh.ask("card", "card", name="", folder=folders[SHAKESPEARE.name])
+    fresh.ask("text", "text", name=folders[SHAKESPEARE.name], prompt="ROMEO:", options=FIRM)
+
+    sharded = top / "sharded"
+    model = new_model("sdar")
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    folders["sharded"] = export(str(sharded), top / "of-shards")
+    fresh.ask(("sharded", "firm"), "tokens", name=folders["sharded"], ids=IDS, options=FIRM)
+    for family in BUILDERS:
+        source = top / f"config-{family}"
+        new_model(family).save_pretrained(source)
+        character_tokenizer().save_pretrained(source)
+        folders[f"config-{family}"] = export(str(source), top / "config-only" / family, config_only=True)
+        fresh.ask(("config", family), "from_config", name=folders[f"config-{family}"])
+    return folders, fresh.run()
+
+
+@pytest.mark.parametrize("source", [*GOLDEN, SHAKESPEARE], ids=lambda source: source.name)
+def test_an_originals_files_give_what_they_give_here(originals, source):
+    folders, fresh = originals
+    expected = AutoModelForCausalLM.from_pretrained(source).diffusion_generate(torch.tensor([[5, 6, 7]]), **FIRM)
+    assert fresh.answer((source.name, "firm")) == expected.tolist()[0]
+    assert weights(folders[source.name]) == {"model.safetensors": (source / "model.safetensors").read_bytes()}
+    modules = {where[0].split(".")[0] for where in fresh.answer((source.name, "classes")).values()}
+    assert modules == {"transformers_modules"}
+
+
+@pytest.mark.parametrize("source", GOLDEN, ids=lambda source: source.name)
+def test_nothing_else_of_an_originals_folder_is_taken(originals, source):
+    there = {name for name in content(originals[0][source.name]) if not name.endswith(".py")}
+    assert there == COMMON - {"generation_config.json"}
+
+
+def test_the_small_model_of_the_documentation_writes_after_its_export(originals):
+    _, fresh = originals
+    assert fresh.answer("card").startswith("Once upon a time")
+    here = AutoModelForCausalLM.from_pretrained(SHAKESPEARE)
+    write = pipeline("text-generation", model=here, tokenizer=AutoTokenizer.from_pretrained(SHAKESPEARE))
+    assert fresh.answer("text") == write("ROMEO:", **FIRM)[0]["generated_text"]
+
+
+def test_shards_and_their_index_are_taken_as_they_are(originals, tmp_path_factory):
+    folders, fresh = originals
+    source = folders["sharded"].parent / "sharded"
+    assert len(weights(source)) > 1 and weights(folders["sharded"]) == weights(source)
+    index = "model.safetensors.index.json"
+    assert content(folders["sharded"])[index] == content(source)[index]
+    expected = new_model("sdar").diffusion_generate(torch.tensor([IDS]), **FIRM).tolist()[0]
+    assert fresh.answer(("sharded", "firm")) == expected
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_configuration_alone_builds_the_model(originals, family):
+    folders, fresh = originals
+    there = {name for name in content(folders[f"config-{family}"]) if not name.endswith(".py")}
+    assert there == COMMON - {"model.safetensors"}
+    module, name = fresh.answer(("config", family))
+    assert module.startswith("transformers_modules.") and name == CLASSES[family][1].__name__
+
+
+# From here on in this process
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A small checkpoint of one's own."""
+    folder = tmp_path / "source"
+    new_model("llada").save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_files_that_the_model_does_not_use_are_not_taken(source, tmp_path):
+    clean = content(export(str(source), tmp_path / "clean"))
+    others = ["modeling_llada.py", "setup.py", "pytorch_model.bin", "optimizer.pt", "notes.txt", ".gitattributes"]
+    others += ["consolidated.safetensors", "training_args.bin", "evil.sh"]
+    for name in others:
+        (source / name).write_text("raise SystemExit('not yours')\n")
+    for folder in (".git", "onnx", "custom_generate"):
+        (source / folder).mkdir()
+        (source / folder / "config").write_text("x")
+    out = export(str(source), tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == clean.keys()
+    assert content(out)["modeling_llada.py"] == clean["modeling_llada.py"]
+
+
+def test_a_chat_template_and_the_parts_of_a_slow_tokenizer_are_taken(source, tmp_path):
+    texts = {"chat_template.jinja": "{{ x }}", "vocab.json": "{}", "merges.txt": "", "special_tokens_map.json": "{}"}
+    for name, text in {**texts, "added_tokens.json": "{}"}.items():
+        (source / name).write_text(text)
+    out = export(str(source), tmp_path / "out")
+    assert {*texts, "added_tokens.json"} <= {*content(out)}
+
+
+def test_the_code_that_a_source_names_is_not_asked_for(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoModel": "somewhere/else--modeling_evil.Evil",
+        "AutoModelForMaskedLM": "modeling_evil.Evil",
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_evil.Evil", None]}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = content(export(str(source), tmp_path / "out"))
+    assert not [name for name, data in out.items() if b"evil" in data]
+
+
+def test_what_was_exported_can_be_exported_again(source, tmp_path):
+    first = export(str(source), tmp_path / "first", name="org/name")
+    second = export(str(first), tmp_path / "second", name="org/name")
+    one, other = content(first), content(second)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] in ([], ["README.md"])
+
+
+def test_an_empty_folder_can_be_exported_to(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert "config.json" in content(export(str(source), tmp_path / "out"))
+
+
+def test_the_folder_one_is_in_can_be_exported_to_if_it_is_empty(source, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export(str(source), ".")
+    assert "config.json" in content(tmp_path / "out")
+
+
+def test_a_path_that_is_relative_or_goes_through_new_folders_can_be_exported_to(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "config.json" in content(export("source", "new/deep/out"))
+    assert {path.name for path in (tmp_path / "new" / "deep").iterdir()} == {"out"}
+
+
+def test_saving_over_an_export_leaves_the_source_as_it_was(source, tmp_path):
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    before = content(source)
+    out = export(str(source), tmp_path / "out")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(out)
+    tokenizer.add_tokens(["new"])
+    tokenizer.chat_template = "another"
+    tokenizer.save_pretrained(out)
+    assert content(source) == before
+
+
+def test_weights_that_cannot_be_linked_are_copied(source, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert weights(export(str(source), tmp_path / "out")) == weights(source)
+
+
+def test_saving_with_code_keeps_a_card_that_is_there(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    new_model("llada").save_pretrained(tmp_path, include_code=True)
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+def test_saving_without_code_is_as_the_librarys(tmp_path):
+    new_model("llada").save_pretrained(tmp_path)
+    assert {*content(tmp_path)} == COMMON - {"README.md"}
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+# Cards
+
+
+def header(folder: Path):
+    return ModelCard.load(folder / "README.md").data
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A hub's cache, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_a_repository_is_the_base_model_of_its_export_and_lends_it_its_licence(source, cache, tmp_path):
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\nbase_model: some/other\n---\n# Theirs\n")
+    in_hub_cache(source, cache, "org/original")
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    out = export("org/original", tmp_path / "out", name="me/mine")
+    data = header(out)
+    assert (data.license, data.base_model, data.language) == ("mit", "org/original", "en")
+    text = (out / "README.md").read_text()
+    assert "org/original" in text and "mit" in text and 'name = "me/mine"' in text and "# mine" in text
+    assert weights(out) == weights(source)
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+    assert not [path for path in out.iterdir() if path.is_symlink()]
+
+
+def test_saving_over_an_export_leaves_the_hubs_cache_as_it_was(source, cache, tmp_path):
+    in_hub_cache(source, cache, "org/original")
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    tokenizer = AutoTokenizer.from_pretrained(export("org/original", tmp_path / "out"))
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(tmp_path / "out")
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_keeps_the_base_model_and_licence_of_its_card(source, tmp_path):
+    (source / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model: a/b\n---\n"
+    )
+    data = header(export(str(source), tmp_path / "out"))
+    assert (data.license, data.license_name, data.base_model) == ("other", "own", "a/b")
+
+
+@pytest.mark.parametrize("text", ["", "# No header\n", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nx\n---\n"])
+def test_a_card_without_a_readable_header_is_no_obstacle(source, tmp_path, text):
+    (source / "README.md").write_text(text)
+    assert header(export(str(source), tmp_path / "out")).license == "unknown"
+
+
+def test_the_card_says_what_the_model_is_and_does_not_promise_a_licence(source, tmp_path):
+    text = (export(str(source), tmp_path / "out") / "README.md").read_text()
+    assert "LLaDA" in text and "licence is not known" in text and "Apache-2.0" in text
