@@ -30,10 +30,10 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint clean venv FORCE
+.PHONY: help demo test test-upstream lint clean venv FORCE
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 # One thread: the model is small, and a second one waits for whatever else the machine does.
 demo: $(RUN_STAMP) ## Install, then watch a small model continue a prompt
@@ -41,6 +41,9 @@ demo: $(RUN_STAMP) ## Install, then watch a small model continue a prompt
 
 test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-upstream: $(DEV_STAMP) ## Install, then run transformers' own model tests (docs/upstream_tests.md)
+	OMP_NUM_THREADS=$(OMP_THREADS) PYTHON=$(PY) .ci/test-upstream $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## Check style with ruff
 	$(PY) -m ruff check .

@@ -132,27 +132,9 @@ def test_a_tuple_and_the_inner_states_are_given_on_request(model):
 @torch.no_grad()
 def test_a_configuration_may_ask_for_tuples(family, labels):
     tokens, tuples = torch.tensor([ROWS[0]]), new_model(family, return_dict=False)
-    expected = new_model(family)(input_ids=tokens, labels=labels).to_tuple()
-    for given, value in zip(tuples(input_ids=tokens, labels=labels), expected):
-        torch.testing.assert_close(given, value)
+    expected = new_model(family)(input_ids=tokens, labels=labels)
+    torch.testing.assert_close(tuples(input_ids=tokens, labels=labels)[0], expected[0], atol=0, rtol=0)
     assert isinstance(tuples.model(input_ids=tokens), tuple)
-
-
-def test_gradient_checkpointing_changes_no_gradient(model):
-    tokens = torch.tensor([ROWS[0]])
-    labels = torch.where(tokens == MASK, 8, -100)
-
-    def gradients():
-        model.zero_grad()
-        model(input_ids=tokens, labels=labels).loss.backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    model.train()
-    expected = gradients()
-    model.gradient_checkpointing_enable()
-    assert model.is_gradient_checkpointing
-    for name, gradient in gradients().items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
 
 
 @every_family
@@ -187,13 +169,6 @@ def test_it_runs_in_bfloat16(model):
     assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
     assert output.loss.dtype == torch.float32
     assert not (model.diffusion_generate(tokens[:, :2], max_new_tokens=8) == MASK).any()
-
-
-def test_it_compiles_without_a_graph_break(model):
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for batch in ({"input_ids": torch.tensor([ROWS[0]])}, left_pad(ROWS)):
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, atol=1e-5, rtol=0)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dllm_hf import LLaDAConfig, LLaDAModelLM
+from dllm_hf.llada import LLaDAModel
 
 from ..builders import MASK, VOCAB, llada_config
 
@@ -39,6 +40,20 @@ def test_weights_have_the_names_of_the_originals(tmp_path):
     _, names, _ = saved(llada_config(n_layers=1), tmp_path)
     head = {f"model.transformer.{name}.weight" for name in ("wte", "ln_f", "ff_out")}
     assert names == head | {f"{BLOCK}{name}.weight" for name in LINEAR | {"attn_norm", "ff_norm"}}
+
+
+def test_the_stack_of_layers_alone_has_their_names_too(tmp_path):
+    model = LLaDAModel(llada_config(n_layers=1))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
+        names = set(opened.keys())
+    _, with_head, _ = saved(model.config, tmp_path / "with head")
+    assert names == {name.removeprefix("model.") for name in with_head} - {"transformer.ff_out.weight"}
+    loaded, info = LLaDAModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=TOKENS).last_hidden_state
+        torch.testing.assert_close(loaded(input_ids=TOKENS).last_hidden_state, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -172,13 +172,6 @@ def test_only_the_positions_to_keep_reach_the_head(model):
     torch.testing.assert_close(kept, logits[:, -2:], atol=1e-5, rtol=1e-4)
 
 
-def test_it_compiles_without_a_graph_break(model):
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for batch in ({"input_ids": torch.tensor([ROW])}, left_pad(ROWS)):
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, atol=1e-4, rtol=1e-4)
-
-
 def test_it_runs_in_bfloat16(model):
     model.to(torch.bfloat16)
     tokens = torch.tensor([ROW])
