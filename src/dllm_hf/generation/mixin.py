@@ -255,6 +255,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                     position_ids=repeat(columns),
                     past_key_values=cache,
                     use_cache=cache is not None,
+                    return_dict=True,
                     logits_to_keep=repeat(window.keep),
                     **decoding_kwargs,
                 ).logits
