@@ -78,7 +78,7 @@ class MaskedDiffusionLM:
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> torch.Tensor | None:
         """The tokens counted, padding left out: `(batch, length)`."""
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return counted_positions(attention_mask)[:, -length:]
 
     def _kept(self, outputs: BaseModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         return keep_positions(outputs.last_hidden_state, logits_to_keep)
@@ -91,6 +91,11 @@ class MaskedDiffusionLM:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def counted_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The positions of tokens under a `(batch, length)` mask: counted, padding left out."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,6 @@ feed-forward network. The state before a block depends linearly on the one befor
 of a training sequence, are computed at once.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -24,9 +22,10 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.utils import can_return_tuple, logging
 
 from ..generation.mixin import DiffusionGenerationMixin
-from ..modeling import MaskedDiffusionLM, keep_positions
+from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
+from .block_layout import BlockLayout, lay_out, previous_tokens
 from .configuration_gla_dream import GLADreamConfig
 from .gated_linear_attention import MIN_LOG_DECAY, block_states, check_installed, gated_linear_attention
 from .generation_utils_gla_dream import GLADreamCache
@@ -36,101 +35,6 @@ logger = logging.get_logger(__name__)
 # For how many steps a head keeps a token before training (when it has faded to 1/e): three quarters of the heads for a
 # few, the others for many, spread evenly on a logarithmic scale between these two.
 SHORT_MEMORY, LONG_MEMORIES = 4.0, (64.0, 8192.0)
-
-
-@dataclass
-class BlockLayout:
-    """How the tokens of a forward pass stand in whole blocks.
-
-    blocks: blocks of each row.
-    positions: `(rows or 1, blocks * block_size)`, for the rotary embedding.
-    valid: `(rows or 1, blocks * block_size)` bool, False where no token stands; None where one stands everywhere.
-    slots: `(rows, length)`, where in the blocks each token stands; None where they stand in order from the start.
-    samples: `(rows, blocks)`, which of the samples packed into a row a block belongs to; None where it is one.
-    final: blocks from the first on that move a cache's state on, a number or `(rows,)`.
-    clean_rows: the last rows, if any, whose states the rows before them read.
-    """
-
-    blocks: int
-    positions: torch.Tensor
-    valid: torch.Tensor | None = None
-    slots: torch.Tensor | None = None
-    samples: torch.Tensor | None = None
-    final: int | torch.Tensor = 0
-    clean_rows: int = 0
-
-    def to_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(rows, length, hidden)` -> `(rows, blocks * block_size, hidden)`."""
-        width = self.positions.shape[1]
-        if self.slots is None:
-            return F.pad(tokens, (0, 0, 0, width - tokens.shape[1]))
-        return _scattered(tokens, self.slots, width)
-
-    def to_tokens(self, blocks: torch.Tensor, length: int) -> torch.Tensor:
-        """`(rows, blocks * block_size, hidden)` -> `(rows, length, hidden)`."""
-        if self.slots is None:
-            return blocks[:, :length]
-        return blocks.take_along_dim(self.slots.clamp(max=blocks.shape[1] - 1)[..., None], dim=1)
-
-
-def _scattered(values: torch.Tensor, slots: torch.Tensor, width: int) -> torch.Tensor:
-    """`values[row, i]` at `slots[row, i]` of `(rows, width, ...)`; what has no place is sent to `width`."""
-    empty = values.new_zeros(len(values), width + 1, *values.shape[2:])
-    index = slots.view(*slots.shape, *[1] * (values.ndim - 2)).expand_as(values)
-    return empty.scatter(1, index, values)[:, :width]
-
-
-def lay_out(
-    position_ids: torch.Tensor, token_mask: torch.Tensor | None, block_size: int, counted: bool = False
-) -> BlockLayout:
-    """The layout of rows with padding anywhere, or of several samples packed into a row, each from position 0.
-
-    Args:
-        position_ids: `(rows, length)`; they rise by one from token to token, padding left out.
-        token_mask: `(rows, length)`, 0 on padding.
-        counted: the positions are the tokens counted from 0, so that it is known without a look at them how many
-            blocks there are. `torch.compile` cannot follow a look.
-    """
-    rows, length = position_ids.shape
-    real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
-    is_first = real & (real.long().cumsum(-1) == 1)
-    restarts = real & (position_ids == 0)
-    if not counted:
-        _check_positions(position_ids, real)
-    begins = restarts | (real & (position_ids % block_size == 0)) | is_first
-    block = (begins.long().cumsum(-1) - 1).clamp(min=0)
-    blocks = -(-length // block_size) if counted else int(block.max()) + 1
-    slots = torch.where(real, block * block_size + position_ids % block_size, blocks * block_size)
-    width = blocks * block_size
-    samples = _scattered((restarts & ~is_first).long().cumsum(-1), torch.where(begins, block, blocks), blocks)
-    return BlockLayout(
-        blocks,
-        _scattered(position_ids, slots, width),
-        _scattered(real, slots, width),
-        slots,
-        samples.cummax(-1).values,
-    )
-
-
-def _check_positions(position_ids: torch.Tensor, real: torch.Tensor) -> None:
-    # Without padding between them, neighbours are one apart.
-    order = (~real).long().argsort(dim=-1, stable=True)
-    ordered, exists = position_ids.gather(1, order), real.gather(1, order)
-    gaps = exists[:, 1:] & (ordered[:, 1:] != 0) & (ordered.diff(dim=-1) != 1)
-    if gaps.any() or (position_ids < 0).any():
-        raise ValueError(
-            "`position_ids` must rise by one from token to token, or start again from 0 where the next sample of a "
-            "row begins: leave them out, and mark padding in `attention_mask`."
-        )
-
-
-def previous_tokens(position_ids: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """`(rows, length)`: where the token before each one stands; the first token of a sample has none, and gets itself,
-    as in decoding."""
-    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-    real = index if token_mask is None else index.masked_fill(token_mask == 0, -1)
-    before = F.pad(real.cummax(-1).values[:, :-1], (1, 0), value=-1)
-    return torch.where((position_ids == 0) | (before < 0), index, before)
 
 
 class DecayProjection(nn.Linear):
@@ -367,17 +271,19 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
 
         hidden_states = layout.to_blocks(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, layout.positions)
-        every = []
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        every = []  # only where asked for: it would hold every layer's output until the last
         for layer in self.layers:
-            every.append(hidden_states)
+            if output_hidden_states:
+                every.append(hidden_states)
             hidden_states = layer(hidden_states, position_embeddings, layout, cache)
         hidden_states = self.norm(hidden_states)
-        every.append(hidden_states)
+        if output_hidden_states:
+            every.append(hidden_states)
         if cache is not None and self.config.logits_shift:
             self._keep_last_hidden(cache, hidden_states, layout.final)
         as_given = lambda x: layout.to_tokens(x, inputs_embeds.shape[1])[:, inputs_embeds.shape[1] - length :]
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=as_given(hidden_states),
             past_key_values=cache,
@@ -396,7 +302,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             return self._contiguous_layout(0, inputs_embeds)
         counted = position_ids is None
         if counted:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            position_ids = counted_positions(attention_mask)
         return lay_out(position_ids.expand(inputs_embeds.shape[:2]), attention_mask, self.config.block_size, counted)
 
     def _contiguous_layout(self, start: int, inputs_embeds: torch.Tensor) -> BlockLayout:
@@ -589,7 +495,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         if positions is None:
             positions = torch.arange(length, device=input_ids.device)[None]
             if attention_mask is not None:
-                positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                positions = counted_positions(attention_mask)
         labelled = labels != -100
         if attention_mask is not None:
             labelled = labelled & attention_mask.bool()

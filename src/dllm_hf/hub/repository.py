@@ -84,7 +84,7 @@ def add_code(folder: Path, config) -> None:
     for name, text in bundle(*classes.values(), *([tokenizer] if own_tokenizer else [])).items():
         (folder / name).write_text(text, encoding="utf-8")
     reference = lambda cls: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = _read_json(folder / "config.json")
     values["auto_map"] = {auto: reference(cls) for auto, cls in classes.items()}
     values["architectures"] = [causal_lm.__name__]
     path = folder / "tokenizer_config.json"
@@ -94,7 +94,6 @@ def add_code(folder: Path, config) -> None:
         values["auto_map"]["AutoTokenizer"] = [reference(tokenizer), None]
         settings["auto_map"] = {"AutoTokenizer": [reference(tokenizer), None]}
     if path.is_file():
-        path.unlink()  # it may be a link to the source's
         _write_json(path, settings)
     _write_json(folder / "config.json", values)
 

@@ -18,7 +18,7 @@ from transformers.utils import TransformersKwargs
 
 from ..generation.attention import uses_flash_attention, without_flash_attention
 from ..generation.mixin import DiffusionGenerationMixin
-from ..modeling import MaskedDiffusionLM, attend_both_ways
+from ..modeling import MaskedDiffusionLM, attend_both_ways, counted_positions
 from ..training.losses import masked_diffusion_loss
 from .configuration_sdar import SDARConfig
 
@@ -121,7 +121,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device).expand(batch, -1)
             if attention_mask is not None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                position_ids = counted_positions(attention_mask)
         position_ids = position_ids.expand(batch, -1)
         clean = torch.where(labels == -100, input_ids, labels)
         both = torch.cat([input_ids, clean], dim=1)
@@ -190,7 +190,7 @@ def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_
             keys = past_key_values.get_mask_sizes(length, 0)[0]
             key_positions = torch.arange(keys, device=inputs_embeds.device).expand(batch, -1)
         else:
-            key_positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            key_positions = counted_positions(attention_mask)
     query_blocks, key_blocks = query_positions // block_size, key_positions // block_size
 
     def sees(batch_index, head_index, query_index, key_index):

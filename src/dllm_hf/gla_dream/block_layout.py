@@ -1,0 +1,101 @@
+"""How tokens stand in whole blocks: padding, several samples packed into a row, a last block that is not full."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass
+class BlockLayout:
+    """How the tokens of a forward pass stand in whole blocks.
+
+    blocks: blocks of each row.
+    positions: `(rows or 1, blocks * block_size)`, for the rotary embedding.
+    valid: `(rows or 1, blocks * block_size)` bool, False where no token stands; None where one stands everywhere.
+    slots: `(rows, length)`, where in the blocks each token stands; None where they stand in order from the start.
+    samples: `(rows, blocks)`, which of the samples packed into a row a block belongs to; None where it is one.
+    final: blocks from the first on that move a cache's state on, a number or `(rows,)`.
+    clean_rows: the last rows, if any, whose states the rows before them read.
+    """
+
+    blocks: int
+    positions: torch.Tensor
+    valid: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
+    final: int | torch.Tensor = 0
+    clean_rows: int = 0
+
+    def to_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(rows, length, hidden)` -> `(rows, blocks * block_size, hidden)`."""
+        width = self.positions.shape[1]
+        if self.slots is None:
+            return F.pad(tokens, (0, 0, 0, width - tokens.shape[1]))
+        return _scattered(tokens, self.slots, width)
+
+    def to_tokens(self, blocks: torch.Tensor, length: int) -> torch.Tensor:
+        """`(rows, blocks * block_size, hidden)` -> `(rows, length, hidden)`."""
+        if self.slots is None:
+            return blocks[:, :length]
+        return blocks.take_along_dim(self.slots.clamp(max=blocks.shape[1] - 1)[..., None], dim=1)
+
+
+def _scattered(values: torch.Tensor, slots: torch.Tensor, width: int) -> torch.Tensor:
+    """`values[row, i]` at `slots[row, i]` of `(rows, width, ...)`; what has no place is sent to `width`."""
+    empty = values.new_zeros(len(values), width + 1, *values.shape[2:])
+    index = slots.view(*slots.shape, *[1] * (values.ndim - 2)).expand_as(values)
+    return empty.scatter(1, index, values)[:, :width]
+
+
+def lay_out(
+    position_ids: torch.Tensor, token_mask: torch.Tensor | None, block_size: int, counted: bool = False
+) -> BlockLayout:
+    """The layout of rows with padding anywhere, or of several samples packed into a row, each from position 0.
+
+    Args:
+        position_ids: `(rows, length)`; they rise by one from token to token, padding left out.
+        token_mask: `(rows, length)`, 0 on padding.
+        counted: the positions are the tokens counted from 0, so that it is known without a look at them how many
+            blocks there are. `torch.compile` cannot follow a look.
+    """
+    rows, length = position_ids.shape
+    real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
+    is_first = real & (real.long().cumsum(-1) == 1)
+    restarts = real & (position_ids == 0)
+    if not counted:
+        _check_positions(position_ids, real)
+    begins = restarts | (real & (position_ids % block_size == 0)) | is_first
+    block = (begins.long().cumsum(-1) - 1).clamp(min=0)
+    blocks = -(-length // block_size) if counted else int(block.max()) + 1
+    slots = torch.where(real, block * block_size + position_ids % block_size, blocks * block_size)
+    width = blocks * block_size
+    samples = _scattered((restarts & ~is_first).long().cumsum(-1), torch.where(begins, block, blocks), blocks)
+    return BlockLayout(
+        blocks,
+        _scattered(position_ids, slots, width),
+        _scattered(real, slots, width),
+        slots,
+        samples.cummax(-1).values,
+    )
+
+
+def _check_positions(position_ids: torch.Tensor, real: torch.Tensor) -> None:
+    # Without padding between them, neighbours are one apart.
+    order = (~real).long().argsort(dim=-1, stable=True)
+    ordered, exists = position_ids.gather(1, order), real.gather(1, order)
+    gaps = exists[:, 1:] & (ordered[:, 1:] != 0) & (ordered.diff(dim=-1) != 1)
+    if gaps.any() or (position_ids < 0).any():
+        raise ValueError(
+            "`position_ids` must rise by one from token to token, or start again from 0 where the next sample of a "
+            "row begins: leave them out, and mark padding in `attention_mask`."
+        )
+
+
+def previous_tokens(position_ids: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """`(rows, length)`: where the token before each one stands; the first token of a sample has none, and gets itself,
+    as in decoding."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    real = index if token_mask is None else index.masked_fill(token_mask == 0, -1)
+    before = F.pad(real.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    return torch.where((position_ids == 0) | (before < 0), index, before)
