@@ -2,12 +2,14 @@
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .generation.attention import uses_flash_attention
 from .training.losses import masked_diffusion_loss
 
 
@@ -42,7 +44,8 @@ class MaskedDiffusionLM:
         Args:
             input_ids: `(batch, length)`, or `inputs_embeds`: `(batch, length, hidden)`.
             attention_mask: `(batch, keys)`, 0 on padding, or `(batch, 1, length, keys)`.
-            position_ids: `(batch, length)`; by default the tokens are counted, padding left out.
+            position_ids: `(batch, length)`; by default the tokens are counted, padding left out. With labels, several
+                samples packed into a row each start from 0 and do not see each other.
             past_key_values: a cache to read and to write.
             labels: `(batch, length)`, the clean token at masked positions, -100 elsewhere.
             mask_ratio: `(batch,)` or `(batch, length)`, see [`training.losses.masked_diffusion_loss`].
@@ -53,6 +56,11 @@ class MaskedDiffusionLM:
         Returns:
             `logits` of the kept positions, as the head gives them: `logits_shift` is left to the reader.
         """
+        is_made = attention_mask is not None and len(attention_mask.shape) == 4
+        packed = attention_mask
+        if labels is not None and position_ids is not None and not is_made:
+            packed = packed_mask(self.config, labels, self.dtype, attention_mask, position_ids)
+        samples = position_ids
         if attention_mask is not None and len(attention_mask.shape) == 2:
             token_mask = attention_mask
             if position_ids is None:
@@ -60,7 +68,7 @@ class MaskedDiffusionLM:
                 position_ids = self._positions(attention_mask, length)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=packed,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -71,7 +79,9 @@ class MaskedDiffusionLM:
         logits = self.lm_head(self._kept(outputs, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = masked_diffusion_loss(logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch)
+            loss = masked_diffusion_loss(
+                logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, samples
+            )
         output = self._output(loss, logits, outputs, token_mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -96,6 +106,49 @@ class MaskedDiffusionLM:
 def counted_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """The positions of tokens under a `(batch, length)` mask: counted, padding left out."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def sample_ids(position_ids: torch.Tensor) -> torch.Tensor:
+    """`(batch, length)`: which of the samples packed into a row a token belongs to; each starts at position 0."""
+    restarts = position_ids[:, 1:] == 0
+    if not torch.compiler.is_compiling() and ((position_ids.diff(dim=-1) < 0) & ~restarts).any():
+        raise ValueError(
+            "`position_ids` go backwards inside a sample: they must rise from 0 in each of the samples of a row."
+        )
+    return torch.nn.functional.pad(restarts.long().cumsum(-1), (1, 0))
+
+
+def packed_mask(
+    config: PreTrainedConfig,
+    tokens: torch.Tensor,
+    dtype: torch.dtype,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+) -> torch.Tensor | None:
+    """The mask of the back end in use under which samples packed into a row of `tokens` do not see each other.
+
+    Returns:
+        `attention_mask` where no row holds more than one.
+    """
+    # Padding stands at position 0 too, and belongs to no sample.
+    positions = position_ids.expand_as(tokens)
+    if attention_mask is not None:
+        positions = torch.where(attention_mask.bool(), positions, torch.arange(tokens.shape[1], device=tokens.device))
+    samples = sample_ids(positions)
+    if not torch.compiler.is_compiling() and not samples.any():
+        return attention_mask
+    if uses_flash_attention(config):
+        raise ValueError(
+            "FlashAttention cannot keep packed samples apart: load the model with `attn_implementation='sdpa'` or, on "
+            "a GPU, `'flex_attention'`, or give each sample a row."
+        )
+
+    def sees(batch_index, head_index, query_index, key_index):
+        return samples[batch_index, key_index] == samples[batch_index, query_index]
+
+    # Only shape, dtype and device of the embeddings are read.
+    shaped_like = torch.empty(*tokens.shape, 1, dtype=dtype, device=tokens.device)
+    return create_bidirectional_mask(config, shaped_like, attention_mask, and_mask_function=sees)
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

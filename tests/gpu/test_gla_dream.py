@@ -23,6 +23,23 @@ def exact_float32():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_configuration_of_each_kernel():
+    """Instead of compiling and timing dozens for each shape, which takes an hour. What a kernel computes does not
+    depend on it."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    every = autotuner.prune_configs
+
+    def fewest(self, kwargs):
+        # The least shared memory, so that it fits in float32 too.
+        size = lambda config: (config.num_stages, sum(v for v in config.kwargs.values() if isinstance(v, int)))
+        return sorted(every(self, kwargs), key=size)[:1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotuner, "prune_configs", fewest)
+        yield
+
+
 def model_on_the_gpu(mode: str, **changes):
     if mode in FLA_MODES:
         pytest.importorskip("fla")

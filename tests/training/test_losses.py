@@ -59,9 +59,17 @@ def test_a_mask_ratio_for_each_token_weighs_it(model, batch, losses):
     torch.testing.assert_close(loss(model, batch, mask_ratio=ratio), expected)
 
 
-def test_a_ratio_of_zero_where_nothing_is_labelled_does_no_harm(model, batch, losses):
+def test_what_could_not_be_masked_has_a_ratio_of_zero_and_is_not_counted(model, batch, losses):
     ratio = torch.where(batch[1] == -100, 0.0, 0.5)
-    torch.testing.assert_close(loss(model, batch, mask_ratio=ratio), losses.sum() / 0.5 / (BATCH * LENGTH))
+    torch.testing.assert_close(loss(model, batch, mask_ratio=ratio), losses.sum() / 0.5 / 5)
+
+
+def test_a_label_whose_ratio_is_infinite_is_counted_and_weighs_nothing(model, batch, losses):
+    tokens, labels = batch
+    clean, ratio = torch.where(labels == -100, tokens, labels), torch.where(labels == -100, torch.inf, 0.5)
+    torch.testing.assert_close(
+        loss(model, (tokens, clean), mask_ratio=ratio), losses.sum() / 0.5 / (BATCH * LENGTH)
+    )
 
 
 def test_padding_is_not_counted_as_tokens(batch):

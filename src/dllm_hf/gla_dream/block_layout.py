@@ -90,12 +90,3 @@ def _check_positions(position_ids: torch.Tensor, real: torch.Tensor) -> None:
             "`position_ids` must rise by one from token to token, or start again from 0 where the next sample of a "
             "row begins: leave them out, and mark padding in `attention_mask`."
         )
-
-
-def previous_tokens(position_ids: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """`(rows, length)`: where the token before each one stands; the first token of a sample has none, and gets itself,
-    as in decoding."""
-    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-    real = index if token_mask is None else index.masked_fill(token_mask == 0, -1)
-    before = F.pad(real.cummax(-1).values[:, :-1], (1, 0), value=-1)
-    return torch.where((position_ids == 0) | (before < 0), index, before)

@@ -25,7 +25,7 @@ from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
-from .block_layout import BlockLayout, lay_out, previous_tokens
+from .block_layout import BlockLayout, lay_out
 from .configuration_gla_dream import GLADreamConfig
 from .gated_linear_attention import MIN_LOG_DECAY, block_states, check_installed, gated_linear_attention
 from .generation_utils_gla_dream import GLADreamCache
@@ -512,29 +512,31 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
                 noisy, labels = mask_complementary(clean, labelled, mask_token_id, positions // size)
             else:
                 noisy, labels, mask_ratio = mask_sequences(clean, labelled, mask_token_id)
-        runs = len(noisy) // batch + 1
-        repeat = lambda x: None if x is None else x.expand(batch, -1).repeat(runs, 1)
+        views = len(noisy) // batch  # two where each text is seen twice
+        # One block has no clean block before it, whose state it could read.
+        clean_rows = 0 if position_ids is None and length <= size else batch
+        repeat = lambda x, times: None if x is None else x.expand(batch, -1).repeat(times, 1)
+        runs = views + (clean_rows > 0)
         outputs = self.model(
-            torch.cat([noisy, clean]),
-            repeat(attention_mask),
-            repeat(position_ids),
+            torch.cat([noisy, clean[:clean_rows]]),
+            repeat(attention_mask, runs),
+            repeat(position_ids, runs),
             use_cache=False,
             return_dict=True,
-            clean_rows=batch,
+            clean_rows=clean_rows,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state[:-batch]
-        if self.logits_shift:
+        hidden_states = outputs.last_hidden_state[: len(noisy)]
+        if self.logits_shift and clean_rows:
             # What predicts the first token of the next block has seen its own block clean.
-            ends_block = (positions % size == size - 1).expand(batch, -1).repeat(runs - 1, 1)
-            from_clean = outputs.last_hidden_state[-batch:].repeat(runs - 1, 1, 1)
+            ends_block = repeat(positions % size == size - 1, views)
+            from_clean = outputs.last_hidden_state[-batch:].repeat(views, 1, 1)
             hidden_states = torch.where(ends_block[..., None], from_clean, hidden_states)
-        logits = predictions = self.lm_head(hidden_states)
-        if self.logits_shift:
-            previous = previous_tokens(positions.expand(batch, -1), attention_mask).repeat(runs - 1, 1)
-            predictions = logits.take_along_dim(previous[..., None], dim=1)
-        token_mask = None if attention_mask is None else attention_mask.repeat(runs - 1, 1)
-        loss = masked_diffusion_loss(predictions, labels, 0, mask_ratio, token_mask, num_items_in_batch)
+        logits = self.lm_head(hidden_states)
+        token_mask = repeat(attention_mask, views)
+        loss = masked_diffusion_loss(
+            logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, repeat(positions, views)
+        )
         every = outputs.hidden_states
         output = CausalLMOutputWithPast(
             loss=loss,

@@ -18,7 +18,7 @@ from transformers.utils import TransformersKwargs
 
 from ..generation.attention import uses_flash_attention, without_flash_attention
 from ..generation.mixin import DiffusionGenerationMixin
-from ..modeling import MaskedDiffusionLM, attend_both_ways, counted_positions
+from ..modeling import MaskedDiffusionLM, attend_both_ways, counted_positions, sample_ids
 from ..training.losses import masked_diffusion_loss
 from .configuration_sdar import SDARConfig
 
@@ -118,28 +118,31 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         if attention_mask is not None and len(attention_mask.shape) != 2:
             raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
         batch, length = input_ids.shape
-        if position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device).expand(batch, -1)
-            if attention_mask is not None:
-                position_ids = counted_positions(attention_mask)
-        position_ids = position_ids.expand(batch, -1)
-        clean = torch.where(labels == -100, input_ids, labels)
-        both = torch.cat([input_ids, clean], dim=1)
-        twice = None if attention_mask is None else torch.cat([attention_mask, attention_mask], dim=1)
-        # Only shape, dtype and device of the embeddings are read.
-        shaped_like = torch.empty(batch, 2 * length, 1, dtype=self.dtype, device=input_ids.device)
-        output = super().forward(
-            both,
-            block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size),
-            torch.cat([position_ids, position_ids], dim=1),
-            token_mask=twice,
-            use_cache=False,
-            logits_to_keep=torch.arange(length, device=input_ids.device),
-            return_dict=True,
-            **kwargs,
-        )
+        options = {"use_cache": False, "return_dict": True, **kwargs}
+        if position_ids is None and length <= checked_block_size(self.config, block_size):
+            # One block has no clean block before it to see.
+            output = super().forward(input_ids, attention_mask, block_size=block_size, **options)
+        else:
+            if position_ids is None:
+                position_ids = torch.arange(length, device=input_ids.device).expand(batch, -1)
+                if attention_mask is not None:
+                    position_ids = counted_positions(attention_mask)
+            position_ids = position_ids.expand(batch, -1)
+            clean = torch.where(labels == -100, input_ids, labels)
+            both = torch.cat([input_ids, clean], dim=1)
+            twice = None if attention_mask is None else torch.cat([attention_mask, attention_mask], dim=1)
+            # Only shape, dtype and device of the embeddings are read.
+            shaped_like = torch.empty(batch, 2 * length, 1, dtype=self.dtype, device=input_ids.device)
+            output = super().forward(
+                both,
+                block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size),
+                torch.cat([position_ids, position_ids], dim=1),
+                token_mask=twice,
+                logits_to_keep=torch.arange(length, device=input_ids.device),
+                **options,
+            )
         loss = masked_diffusion_loss(
-            output.logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch
+            output.logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch, position_ids
         )
         if output.get("aux_loss") is not None:
             loss = loss + self.config.router_aux_loss_coef * output.aux_loss
@@ -235,13 +238,3 @@ def checked_block_size(config: SDARConfig, block_size: int | None) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"`block_size` must be an integer of at least 1, but is {size!r}.")
     return size
-
-
-def sample_ids(position_ids: torch.Tensor) -> torch.Tensor:
-    """`(batch, length)`: which of the samples packed into a row a token belongs to; each starts at position 0."""
-    restarts = position_ids[:, 1:] == 0
-    if not torch.compiler.is_compiling() and ((position_ids.diff(dim=-1) < 0) & ~restarts).any():
-        raise ValueError(
-            "`position_ids` go backwards inside a sample: they must rise from 0 in each of the samples of a row."
-        )
-    return torch.nn.functional.pad(restarts.long().cumsum(-1), (1, 0))

@@ -11,20 +11,24 @@ def masked_diffusion_loss(
     mask_ratio: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy at the masked positions.
 
     Without `mask_ratio`, the mean over the labelled positions. With it, LLaDA's bound on the negative log-likelihood
     per token (arXiv:2502.09992, equation 3): each position weighs 1 / its ratio, and the sum is divided by the number
-    of tokens.
+    of tokens that could have been masked.
 
     Args:
         logits: `(batch, length, vocab)`, as the model returns them.
         labels: `(batch, length)`, the clean token at masked positions, -100 elsewhere.
         logits_shift: the logits of a position stand that many columns before it.
-        mask_ratio: `(batch,)` or `(batch, length)`, the probability with which a position was masked.
+        mask_ratio: `(batch,)` or `(batch, length)`, the probability with which a position was masked; 0 where it could
+            not be, as in a prompt. Infinite where a label is to be counted and to weigh nothing: with labels on all of
+            a text, masked or not, `num_items_in_batch` is the number of its tokens.
         token_mask: `(batch, length)`, 0 on padding, which is not counted as tokens.
         num_items_in_batch: divides the sum instead, as `transformers.Trainer` asks under gradient accumulation.
+        position_ids: `(batch, length)`; several samples packed into a row each start from 0.
 
     Returns:
         The loss, a float32 scalar.
@@ -36,8 +40,7 @@ def masked_diffusion_loss(
         )
     labels = labels.to(logits.device)
     if logits_shift:
-        # What has no logits before it cannot be predicted: it reads its own, as decoding does.
-        logits = torch.cat([logits[:, :logits_shift], logits[:, :-logits_shift]], dim=1)
+        logits = logits.take_along_dim(previous_tokens(labels, position_ids, token_mask)[..., None], dim=1)
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     losses = losses.view(labels.shape)
     labelled = labels != -100
@@ -50,7 +53,26 @@ def masked_diffusion_loss(
             )
         ratio = mask_ratio.to(losses).view(len(labels), -1)
         losses = losses / torch.where(labelled, ratio, 1.0)
-        number = labels.numel() if token_mask is None else token_mask.sum()
+        counted = (ratio > 0).expand_as(labels)
+        number = (counted if token_mask is None else counted & token_mask.bool()).sum()
     number = number if num_items_in_batch is None else num_items_in_batch
     number = torch.as_tensor(number, device=losses.device)
     return losses.sum() / number.clamp(min=1)
+
+
+def previous_tokens(
+    tokens: torch.Tensor, position_ids: torch.Tensor | None = None, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(batch, length)`: the column of the token before each one, padding passed over. The first token of a sample has
+    none, and gets its own, as in decoding.
+
+    Args:
+        tokens: `(batch, length)`.
+        position_ids: `(batch or 1, length)`; several samples packed into a row each start from 0.
+        token_mask: `(batch, length)`, 0 on padding.
+    """
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    real = index if token_mask is None else index.masked_fill(token_mask == 0, -1)
+    before = F.pad(real.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    first = before < 0 if position_ids is None else (before < 0) | (position_ids == 0)
+    return torch.where(first, index, before)
