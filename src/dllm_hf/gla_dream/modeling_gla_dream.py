@@ -22,7 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.utils import can_return_tuple, logging
 
 from ..generation.mixin import DiffusionGenerationMixin
-from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions
+from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sample_ids
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
 from .block_layout import BlockLayout, lay_out
@@ -469,8 +469,8 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
 
         With `labels`, all noisy blocks are denoised at once, each from the state that the clean blocks before it leave.
         The clean text is `input_ids` with the labels in the places of the masks. If no labelled token is masked, the
-        text is clean, and the noise is drawn here: one rate per sequence, the loss weighted by its inverse, or what
-        `use_complementary_mask` says. `logits` are those of the noisy text (of the first of the two masks).
+        text is clean, and the noise is drawn here: one rate per sequence (packed: per sample), the loss weighted by its
+        inverse, or what `use_complementary_mask` says. `logits` are those of the noisy text (of the first of the two masks).
         """
         if labels is None:
             return super().forward(
@@ -511,7 +511,9 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
             if self.config.use_complementary_mask:
                 noisy, labels = mask_complementary(clean, labelled, mask_token_id, positions // size)
             else:
-                noisy, labels, mask_ratio = mask_sequences(clean, labelled, mask_token_id)
+                packed = position_ids is not None and attention_mask is None
+                samples = sample_ids(positions.expand(batch, -1)) if packed else None
+                noisy, labels, mask_ratio = mask_sequences(clean, labelled, mask_token_id, samples)
         views = len(noisy) // batch  # two where each text is seen twice
         # One block has no clean block before it, whose state it could read.
         clean_rows = 0 if position_ids is None and length <= size else batch

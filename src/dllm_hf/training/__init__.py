@@ -1,5 +1,16 @@
 """Training masked-diffusion models with `transformers.Trainer`."""
 
+from importlib import import_module
+
 from .losses import masked_diffusion_loss
 
-__all__ = ["masked_diffusion_loss"]
+# Imported when they are asked for: the models need the losses only, and the library's trainer takes a second.
+_LATER = {"DataCollatorForMaskedDiffusion": ".collator", "chat_texts": ".data", "pack": ".data"}
+
+__all__ = ["DataCollatorForMaskedDiffusion", "chat_texts", "masked_diffusion_loss", "pack"]
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(import_module(_LATER[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,248 @@
+"""Train a masked-diffusion language model with `transformers.Trainer`, from a configuration or from a checkpoint.
+
+python examples/train.py --model hub_configs/llada-tiny-shakespeare/config.json --dataset text.txt --output_dir out \
+    --max_steps 2000 --eval_strategy steps --eval_steps 500 --sample_prompt "ROMEO:"
+
+Every option of `TrainingArguments` can be given. `--resume_from_checkpoint last` goes on after an interruption.
+
+The dataset is a text file, a JSON-lines file or the name of a dataset (with the `datasets` package), whose rows have
+  text                  a document; documents follow each other in windows of `--context` tokens
+  text, masked          `masked` is the text with mask tokens in the places that are to be learnt (infilling)
+  prompt, completion    the completion is learnt
+  messages              a chat, by the tokenizer's chat template; the answers are learnt
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from dllm_hf import DiffusionGenerationConfig
+from dllm_hf.training import DataCollatorForMaskedDiffusion, chat_texts, pack
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "a configuration, `.../config.json`, for new weights; else a checkpoint"})
+    dataset: str = field(
+        metadata={"help": "a .txt or .jsonl file, or the name of a dataset; what it holds is said above"}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "like --dataset; else its last part is held out"})
+    eval_fraction: float = field(default=0.1, metadata={"help": "how much of --dataset is held out"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a named dataset"})
+    tokenizer: str | None = field(default=None, metadata={"help": "the model's if not given"})
+    context: int = field(default=256, metadata={"help": "tokens of a row at most"})
+    stride: int | None = field(
+        default=None, metadata={"help": "from a window of a text to the next in training, --context if not given"}
+    )
+    packing: bool = field(default=False, metadata={"help": "several completions or chats in a row, without padding"})
+    schedule: str = field(default="llada", metadata={"help": "llada, dream or complementary"})
+    weighting: str = field(default="1/t", metadata={"help": "of schedule dream: 1/t, 1-t, cart or none"})
+    cart_p: float = field(default=0.1, metadata={"help": "of weighting cart"})
+    eos_padding: bool = field(default=False, metadata={"help": "learn the end-of-sequence tokens that pad an answer"})
+    save_dtype: str = field(default="bfloat16", metadata={"help": "of the weights in --output_dir at the end"})
+    sample_prompt: str | None = field(default=None, metadata={"help": "continued after each evaluation"})
+
+
+class Rows(Dataset):
+    """Rows of equal length in tensors `(rows, length)`, or windows of one long text `(tokens,)`."""
+
+    def __init__(self, tokens: torch.Tensor, labels: torch.Tensor | None = None, length: int = 0, stride: int = 1):
+        self.tokens, self.labels, self.length, self.stride = tokens, labels, length, stride
+
+    def __len__(self) -> int:
+        if self.tokens.ndim == 2:
+            return len(self.tokens)
+        return (len(self.tokens) - self.length) // self.stride + 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self.tokens.ndim == 1:
+            start = range(len(self))[index] * self.stride
+            return {"input_ids": self.tokens[start : start + self.length]}
+        row = {"input_ids": self.tokens[index]}
+        return row if self.labels is None else {**row, "labels": self.labels[index]}
+
+
+class Samples(TrainerCallback):
+    """Prints what the model makes of a prompt, or of the first held-out row with masks to fill, after each evaluation."""
+
+    def __init__(self, tokenizer, prompt: torch.Tensor, new_tokens: int | None):
+        self.tokenizer, self.prompt, self.options = tokenizer, prompt, {}
+        if new_tokens is not None:
+            self.options["max_new_tokens"] = new_tokens
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        was_training = model.training
+        generator = torch.Generator(model.device).manual_seed(0)
+        filled = model.eval().diffusion_generate(self.prompt.to(model.device), generator=generator, **self.options)
+        model.train(was_training)
+        print(f"--- step {state.global_step}\n{self.tokenizer.decode(filled[0])}\n---", flush=True)
+
+
+def read_rows(name: str, config: str | None) -> list[dict] | str:
+    """A text, or the rows of a dataset."""
+    path = Path(name)
+    if path.suffix == ".txt" and path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    if path.exists() or path.suffix in (".txt", ".jsonl", ".json"):
+        raise SystemExit(f"--dataset {name}: there is no .txt or .jsonl file of this name.")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise SystemExit(f"--dataset {name} is no file; for datasets by name, `pip install datasets`.") from None
+    return list(load_dataset(name, config, split="train"))
+
+
+def tokenized(tokenizer, texts: list[str], **options) -> list[list[int]]:
+    return tokenizer(texts, verbose=False, return_attention_mask=False, **options).input_ids
+
+
+def make_dataset(rows: list[dict] | str, tokenizer, args: Arguments, stride: int) -> Dataset | list[dict]:
+    """What the collator reads: see [`~dllm_hf.training.DataCollatorForMaskedDiffusion`]."""
+    if isinstance(rows, str):
+        rows = [{"text": rows}]
+    elif not rows:
+        raise SystemExit("The dataset has no rows.")
+    names = rows[0].keys()
+    if "messages" in names:
+        texts = [text for row in rows for text in chat_texts(row["messages"], tokenizer)]
+    elif {"prompt", "completion"} <= names:
+        prompts = tokenized(tokenizer, [row["prompt"] for row in rows])
+        answers = tokenized(tokenizer, [row["completion"] for row in rows], add_special_tokens=False)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        texts = [
+            {"input_ids": prompt + answer + end, "labels": [-100] * len(prompt) + answer + end}
+            for prompt, answer in zip(prompts, answers)
+        ]
+    elif {"text", "masked"} <= names:
+        return infilling(rows, tokenizer, args.context)
+    elif "text" in names:
+        documents = tokenized(tokenizer, [row["text"] for row in rows])
+        end = [tokenizer.eos_token_id] if len(documents) > 1 and tokenizer.eos_token_id is not None else []
+        tokens = torch.tensor([token for document in documents for token in document + end])
+        if len(tokens) < args.context:
+            raise SystemExit(
+                f"A part of the dataset has {len(tokens)} tokens, less than one window: --context {args.context}."
+            )
+        return Rows(tokens, None, args.context, stride)
+    else:
+        raise SystemExit(f"The rows of the dataset have {', '.join(names)}; what they may have is said in --help.")
+    texts = [{name: tokens[: args.context] for name, tokens in text.items()} for text in texts]
+    return pack(texts, args.context) if args.packing else texts
+
+
+def infilling(rows: list[dict], tokenizer, context: int) -> Dataset | list[dict]:
+    texts = []
+    for start in range(0, len(rows), 100_000):  # in parts: a million lists of numbers would take gigabytes
+        part = rows[start : start + 100_000]
+        whole, masked = (tokenized(tokenizer, [row[name] for row in part]) for name in ("text", "masked"))
+        for number, (one, other) in enumerate(zip(whole, masked), start):
+            if len(one) != len(other) or len(one) > context:
+                raise SystemExit(
+                    f"Row {number}: `text` has {len(one)} tokens and `masked` {len(other)}; both must have the same "
+                    f"number, at most --context {context}."
+                )
+        one = len({len(row) for row in whole}) == 1
+        convert = (lambda rows: torch.tensor(rows)) if one else (lambda rows: [torch.tensor(row) for row in rows])
+        texts.append((convert(whole), convert(masked)))
+    learnt = lambda whole, masked: torch.where(masked == tokenizer.mask_token_id, whole, -100)
+    if all(torch.is_tensor(whole) for whole, _ in texts) and len({whole.shape[1] for whole, _ in texts}) == 1:
+        whole, masked = (torch.cat(part) for part in zip(*texts))
+        return Rows(whole, learnt(whole, masked))
+    pairs = [pair for whole, masked in texts for pair in zip(whole, masked)]
+    return [{"input_ids": whole, "labels": learnt(whole, masked)} for whole, masked in pairs]
+
+
+def load(args: Arguments, training: TrainingArguments):
+    """Model and tokenizer."""
+    path = Path(args.model)
+    is_new = path.suffix == ".json"
+    if is_new and not path.is_file():
+        raise SystemExit(f"--model {args.model}: there is no such file.")
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or (path.parent if is_new else args.model))
+    if not is_new:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), tokenizer
+    config = AutoConfig.from_pretrained(path)
+    if len(tokenizer) > config.vocab_size:
+        raise SystemExit(f"The tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} (`vocab_size`).")
+    torch.manual_seed(training.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (path.parent / "generation_config.json").is_file():
+        model.generation_config = DiffusionGenerationConfig.from_pretrained(path.parent)
+    return model, tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    args, training = parser.parse_args_into_dataclasses(argv)
+    if not hasattr(torch, args.save_dtype):
+        raise SystemExit(f"--save_dtype {args.save_dtype} is no type of PyTorch's: bfloat16, float16 or float32.")
+    if not 0 < args.eval_fraction < 1:
+        raise SystemExit(f"--eval_fraction {args.eval_fraction} must be between 0 and 1.")
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint in ("last", "True", "true"):
+        checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        if checkpoint is None:
+            raise SystemExit(f"--resume_from_checkpoint: {training.output_dir} holds no checkpoint yet.")
+
+    model, tokenizer = load(args, training)
+    rows = read_rows(args.dataset, args.dataset_config)
+    if args.eval_dataset is not None:
+        held_out = read_rows(args.eval_dataset, args.dataset_config)
+    else:
+        cut = len(rows) - int(len(rows) * args.eval_fraction)
+        rows, held_out = rows[:cut], rows[cut:]
+    train_set = make_dataset(rows, tokenizer, args, args.stride or args.context)
+    eval_set = make_dataset(held_out, tokenizer, args, args.context)
+    collator = DataCollatorForMaskedDiffusion(
+        tokenizer,
+        args.schedule,
+        weighting=args.weighting,
+        cart_p=args.cart_p,
+        block_size=model.config.block_size if args.schedule == "complementary" else None,
+        eos_padding=args.eos_padding,
+        mask_token_id=model.config.mask_token_id,
+        seed=training.seed,
+    )
+    if args.sample_prompt is not None:
+        samples = Samples(tokenizer, tokenizer(args.sample_prompt, return_tensors="pt").input_ids, None)
+    else:
+        row = collator([eval_set[0]] if "labels" in eval_set[0] else [eval_set[0]])["input_ids"]
+        samples = Samples(tokenizer, row, 0)
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        callbacks=[collator, samples],
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.to(getattr(torch, args.save_dtype)).save_pretrained(training.output_dir)
+        tokenizer.save_pretrained(training.output_dir)
+        print(f"Saved in {training.output_dir} after {result.metrics['train_runtime']:.0f} s.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,81 @@
+"""Texts to train on: chats, of which the answer is learnt, and several texts in a row."""
+
+import bisect
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+def chat_texts(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **template_options
+) -> list[dict[str, list[int]]]:
+    """One text for each answer of a chat, which is learnt; what stands before it is its prompt (as in LLaDA's
+    fine-tuning, arXiv:2502.09992, section 2.3).
+
+    Args:
+        messages: `{"role": ..., "content": ...}`, of which `assistant` answers.
+        template_options: passed to `tokenizer.apply_chat_template`.
+
+    Returns:
+        `input_ids`, and `labels`, -100 on the prompt.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("The tokenizer has no chat template: set `tokenizer.chat_template`.")
+    texts = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        apply = lambda part, **kwargs: tokenizer.apply_chat_template(
+            part, tokenize=True, return_dict=False, **kwargs, **template_options
+        )
+        prompt = apply(messages[:turn], add_generation_prompt=True)
+        whole = apply(messages[: turn + 1])
+        if whole[: len(prompt)] != prompt:
+            raise ValueError(
+                f"The chat template gives message {turn} another beginning than the prompt for it has: what is prompt "
+                "and what is answer cannot be told apart. Use a template that only appends."
+            )
+        texts.append({"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]})
+    if not texts:
+        raise ValueError("The chat holds no message whose role is 'assistant': there is nothing to learn from it.")
+    return texts
+
+
+def pack(texts: Iterable[dict[str, Any]], length: int) -> list[dict[str, list[int]]]:
+    """Several texts in a row of at most `length` tokens, instead of padding: the longest first, each where the least
+    room is left (best fit).
+
+    Args:
+        texts: `input_ids` and, where not all is learnt, `labels`.
+
+    Returns:
+        Rows of `input_ids`, `labels` and `position_ids`, which start from 0 in each text; the models keep the texts of
+        a row apart.
+    """
+    if length < 1:
+        raise ValueError(f"`length={length}` must be at least 1.")
+    texts = sorted((dict(text) for text in texts), key=lambda text: len(text["input_ids"]), reverse=True)
+    if texts and len(texts[0]["input_ids"]) > length:
+        raise ValueError(
+            f"A text of {len(texts[0]['input_ids'])} tokens does not fit into rows of `length={length}`: truncate it, or "
+            "make rows longer."
+        )
+    rows: list[dict[str, list[int]]] = []
+    room: list[tuple[int, int]] = []  # sorted: what is left, and in which row
+    for text in texts:
+        ids = list(text["input_ids"])
+        if not ids:
+            continue
+        place = bisect.bisect_left(room, (len(ids), 0))
+        if place == len(room):
+            rows.append({"input_ids": [], "labels": [], "position_ids": []})
+            left, row = length, len(rows) - 1
+        else:
+            left, row = room.pop(place)
+        labels = text.get("labels")
+        rows[row]["input_ids"] += ids
+        rows[row]["labels"] += ids if labels is None else list(labels)
+        rows[row]["position_ids"] += range(len(ids))
+        bisect.insort(room, (left - len(ids), row))
+    return rows
