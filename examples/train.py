@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import (
@@ -150,25 +151,24 @@ def make_dataset(rows: list[dict] | str, tokenizer, args: Arguments, stride: int
 
 
 def infilling(rows: list[dict], tokenizer, context: int) -> Dataset | list[dict]:
-    texts = []
-    for start in range(0, len(rows), 100_000):  # in parts: a million lists of numbers would take gigabytes
-        part = rows[start : start + 100_000]
-        whole, masked = (tokenized(tokenizer, [row[name] for row in part]) for name in ("text", "masked"))
-        for number, (one, other) in enumerate(zip(whole, masked), start):
-            if len(one) != len(other) or len(one) > context:
-                raise SystemExit(
-                    f"Row {number}: `text` has {len(one)} tokens and `masked` {len(other)}; both must have the same "
-                    f"number, at most --context {context}."
-                )
-        one = len({len(row) for row in whole}) == 1
-        convert = (lambda rows: torch.tensor(rows)) if one else (lambda rows: [torch.tensor(row) for row in rows])
-        texts.append((convert(whole), convert(masked)))
-    learnt = lambda whole, masked: torch.where(masked == tokenizer.mask_token_id, whole, -100)
-    if all(torch.is_tensor(whole) for whole, _ in texts) and len({whole.shape[1] for whole, _ in texts}) == 1:
-        whole, masked = (torch.cat(part) for part in zip(*texts))
-        return Rows(whole, learnt(whole, masked))
-    pairs = [pair for whole, masked in texts for pair in zip(whole, masked)]
-    return [{"input_ids": whole, "labels": learnt(whole, masked)} for whole, masked in pairs]
+    whole, masked = (as_numbers(tokenizer, [row[name] for row in rows]) for name in ("text", "masked"))
+    for number, (one, other) in enumerate(zip(whole, masked)):
+        if len(one) != len(other) or len(one) > context:
+            raise SystemExit(
+                f"Row {number}: `text` has {len(one)} tokens and `masked` {len(other)}; both must have the same number, "
+                f"at most --context {context}."
+            )
+    learnt = lambda whole, masked: np.where(masked == tokenizer.mask_token_id, whole, -100)
+    if len({len(row) for row in whole}) == 1:
+        whole, masked = np.stack(whole), np.stack(masked)
+        return Rows(torch.from_numpy(whole), torch.from_numpy(learnt(whole, masked)))
+    return [{"input_ids": one, "labels": learnt(one, other)} for one, other in zip(whole, masked)]
+
+
+def as_numbers(tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """In parts: a million lists of numbers would take gigabytes."""
+    parts = (tokenized(tokenizer, texts[start : start + 50_000]) for start in range(0, len(texts), 50_000))
+    return [np.array(row, dtype=np.int32) for part in parts for row in part]
 
 
 def load(args: Arguments, training: TrainingArguments):
