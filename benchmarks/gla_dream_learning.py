@@ -28,10 +28,10 @@ DISTANCE = 20
 QUESTION, RECALL_MASK = KEYS + VALUES + FILLERS, KEYS + VALUES + FILLERS + 1
 
 
-def build(name: str, width: int, layers: int, vocab: int, mask: int, context: int):
+def build(name: str, width: int, layers: int, vocab: int, mask: int, context: int, heads: int = 4, tied: bool = False):
     """A model of the family; the feed-forward networks of SDAR and Dream are wider, which makes up for GLADream's gates."""
-    shape = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 4, "max_position_embeddings": context, "mask_token_id": mask}
+    shape = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    shape |= {"num_key_value_heads": heads, "max_position_embeddings": context, "mask_token_id": mask}
     shape |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     narrow, wide = width * 11 // 4, width * 71 // 16
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -41,6 +41,9 @@ def build(name: str, width: int, layers: int, vocab: int, mask: int, context: in
         shape["head_dim"] = width // 4
         return SDARForCausalLM(SDARConfig(intermediate_size=wide, block_size=BLOCK, **shape, **rope))
     mode = {} if name == "cut" else {"inter_block_injection_mode": name}
+    if tied:
+        mode["share_inter_intra_gate_weights"] = True
+        narrow += width * 2 // 3
     model = GLADreamModel(GLADreamConfig(intermediate_size=narrow, block_size=BLOCK, **mode, **shape, **rope))
     if name == "cut":
         for layer in model.model.layers:
@@ -54,7 +57,7 @@ def learn_text(name: str, seed: int, args) -> str:
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids, device=args.device)
     training, held_out = tokens.split([len(tokens) * 9 // 10, len(tokens) - len(tokens) * 9 // 10])
     torch.manual_seed(seed)
-    model = build(name, 256, 6, len(tokenizer), tokenizer.mask_token_id, CONTEXT).to(args.device)
+    model = build(name, 256, 6, len(tokenizer), tokenizer.mask_token_id, CONTEXT, args.heads, args.tied).to(args.device)
     args.seed = seed
     began = time.perf_counter()
     train(model, training, held_out, args, CONTEXT)
@@ -131,6 +134,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--pairs", type=int, default=1, help="of a key and a value, in a text of the recall task")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--tied", action="store_true")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -248,21 +248,28 @@ def read_solutions(path: Path) -> set[bytes]:
     return grids
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per cell. Line breaks, spaces and the box lines | - + are skipped, and 0 is a blank as well."""
+def tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:
+    """One token per cell. Line breaks, spaces and the box lines | - + are skipped, and 0 is a blank as well.
+
+    Args:
+        begin: an end-of-sequence token stands before the grid, as before every text of a Dream, which predicts a token
+            from what stands before it.
+    """
     ids = {token: i for i, token in enumerate([*"123456789", END, MASK])}
     backend = Tokenizer(models.WordLevel(ids))
     skip, zero = normalizers.Replace(Regex(r"[\s|+-]"), ""), normalizers.Replace("0", MASK)
     backend.normalizer = normalizers.Sequence([skip, zero])
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
+    if begin:
+        backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, ids[END])])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         mask_token=MASK,
         eos_token=END,
         pad_token=END,
         padding_side="left",
-        model_max_length=81,
+        model_max_length=81 + begin,
         clean_up_tokenization_spaces=False,
     )
 
@@ -295,14 +302,15 @@ class Board:
         puzzle: 81 characters.
         tokens: the character of each token id.
         delay: seconds after each frame.
+        before: tokens that stand before the grid.
     """
 
     COLOURS = {"clue": "1", "old": "36", "new": "7;32", "wrong": "7;31"}
     SIDES = {"clue": "  ", "old": "  ", "new": "[]", "wrong": "!!"}  # where there are no colours
 
-    def __init__(self, puzzle: str, tokens: list[str], delay: float = 0.0):
+    def __init__(self, puzzle: str, tokens: list[str], delay: float = 0.0, before: int = 0):
         self.puzzle, self.tokens, self.delay = puzzle, tokens, delay
-        self.cells, self.final, self.step, self.rows = list(puzzle), 0, 0, 0
+        self.cells, self.final, self.step, self.rows = list(puzzle), -before, 0, 0
         self.in_place = sys.stdout.isatty()
         self.in_colour = self.in_place and not os.environ.get("NO_COLOR")
 
@@ -348,14 +356,15 @@ def solve(args: argparse.Namespace, puzzle: str, solution: str) -> bool:
     except Exception as error:  # `tokenizers` raises nothing more specific
         raise ValueError(f"{args.checkpoint} cannot be used: {error}") from error
     mask_id = tokenizer.convert_tokens_to_ids(MASK)
-    if tokenizer.convert_ids_to_tokens(ids) != list(puzzle) or model.config.mask_token_id != mask_id:
+    before = len(ids) - 81
+    if before not in (0, 1) or tokenizer.convert_ids_to_tokens(ids)[before:] != list(puzzle) or model.config.mask_token_id != mask_id:
         raise ValueError(
             f"{args.checkpoint} is no Sudoku model: its tokenizer does not make 81 tokens of 81 cells, with . as its "
             "mask. Train one with the tokenizer that `sudoku.py tokenizer` saves."
         )
     characters = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
     blanks = puzzle.count(MASK)
-    board = Board(puzzle, characters, args.delay)
+    board = Board(puzzle, characters, args.delay, before)
     board.draw(f"{81 - blanks} clues, {blanks} blanks")
     options = {name: getattr(args, name) for name in GENERATION_OPTIONS}
     output = model.diffusion_generate(
@@ -378,7 +387,7 @@ def solve(args: argparse.Namespace, puzzle: str, solution: str) -> bool:
 def run(args: argparse.Namespace) -> int:
     """The exit status. ValueError says what is wrong with the arguments."""
     if args.command == "tokenizer":
-        tokenizer().save_pretrained(args.out)
+        tokenizer(args.begin).save_pretrained(args.out)
         return 0
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)
@@ -408,6 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     making.add_argument("--exclude", type=Path, help="a .jsonl file whose solutions must not occur: the held-out ones")
     saving = commands.add_parser("tokenizer", help="save the tokenizer")
     saving.add_argument("--out", type=Path, required=True, help="the folder to write")
+    saving.add_argument("--begin", action="store_true", help="for a Dream: a token stands before the grid")
     solving = commands.add_parser("solve", help="show how a model fills in a puzzle; the exit status is 0 if it can")
     solving.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a repository of the Hugging Face Hub")
     source = solving.add_mutually_exclusive_group()

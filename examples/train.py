@@ -16,6 +16,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,17 +30,21 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import sort_checkpoints
 
 from dllm_hf import DiffusionGenerationConfig
+from dllm_hf.families import family
 from dllm_hf.training import DataCollatorForMaskedDiffusion, chat_texts, pack
+
+KINDS = {"text", "masked", "prompt", "completion", "messages"}  # the columns that are read
 
 
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "a configuration, `.../config.json`, for new weights; else a checkpoint"})
     dataset: str = field(
-        metadata={"help": "a .txt or .jsonl file, or the name of a dataset; what it holds is said above"}
+        metadata={"help": "a .txt or .jsonl file, or the name or folder of a dataset; what it holds is said above"}
     )
     eval_dataset: str | None = field(default=None, metadata={"help": "like --dataset; else its last part is held out"})
     eval_fraction: float = field(default=0.1, metadata={"help": "how much of --dataset is held out"})
@@ -50,11 +55,13 @@ class Arguments:
         default=None, metadata={"help": "from a window of a text to the next in training, --context if not given"}
     )
     packing: bool = field(default=False, metadata={"help": "several completions or chats in a row, without padding"})
-    schedule: str = field(default="llada", metadata={"help": "llada, dream or complementary"})
-    weighting: str = field(default="1/t", metadata={"help": "of schedule dream: 1/t, 1-t, cart or none"})
+    schedule: Literal["llada", "dream", "complementary"] = field(default="llada", metadata={"help": "of the noise"})
+    weighting: Literal["1/t", "1-t", "cart", "none"] = field(default="1/t", metadata={"help": "of schedule dream"})
     cart_p: float = field(default=0.1, metadata={"help": "of weighting cart"})
     eos_padding: bool = field(default=False, metadata={"help": "learn the end-of-sequence tokens that pad an answer"})
-    save_dtype: str = field(default="bfloat16", metadata={"help": "of the weights in --output_dir at the end"})
+    save_dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "of the weights in --output_dir at the end"}
+    )
     sample_prompt: str | None = field(default=None, metadata={"help": "continued after each evaluation"})
 
 
@@ -102,14 +109,24 @@ def read_rows(name: str, config: str | None) -> list[dict] | str:
         return path.read_text(encoding="utf-8")
     if path.suffix in (".jsonl", ".json") and path.is_file():
         with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    if path.exists() or path.suffix in (".txt", ".jsonl", ".json"):
+            return [read_line(line, f"{name}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
         raise SystemExit(f"--dataset {name}: there is no .txt or .jsonl file of this name.")
     try:
         from datasets import load_dataset
     except ImportError:
-        raise SystemExit(f"--dataset {name} is no file; for datasets by name, `pip install datasets`.") from None
+        raise SystemExit(f"--dataset {name} is no file; for other datasets, `pip install datasets`.") from None
     return list(load_dataset(name, config, split="train"))
+
+
+def read_line(line: str, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{place}: this is no JSON ({error}).") from None
+    if not isinstance(row, dict):
+        raise SystemExit(f'{place}: a row must be an object like {{"text": "..."}}.')
+    return row
 
 
 def tokenized(tokenizer, texts: list[str], **options) -> list[list[int]]:
@@ -123,6 +140,10 @@ def make_dataset(rows: list[dict] | str, tokenizer, args: Arguments, stride: int
     elif not rows:
         raise SystemExit("The dataset has no rows.")
     names = rows[0].keys()
+    for number, row in enumerate(rows):
+        for name in KINDS & names:
+            if row.get(name) is None:
+                raise SystemExit(f"Row {number} has no `{name}`, which the first row has.")
     if "messages" in names:
         texts = [text for row in rows for text in chat_texts(row["messages"], tokenizer)]
     elif {"prompt", "completion"} <= names:
@@ -147,6 +168,11 @@ def make_dataset(rows: list[dict] | str, tokenizer, args: Arguments, stride: int
     else:
         raise SystemExit(f"The rows of the dataset have {', '.join(names)}; what they may have is said in --help.")
     texts = [{name: tokens[: args.context] for name, tokens in text.items()} for text in texts]
+    whole, texts = len(texts), [text for text in texts if set(text["labels"]) != {-100}]
+    if not texts:
+        raise SystemExit(f"Every prompt fills --context {args.context}: no answer is left to learn.")
+    if len(texts) < whole:
+        print(f"{whole - len(texts)} of {whole} texts are left out: their prompts fill --context {args.context}.")
     return pack(texts, args.context) if args.packing else texts
 
 
@@ -177,12 +203,17 @@ def load(args: Arguments, training: TrainingArguments):
     is_new = path.suffix == ".json"
     if is_new and not path.is_file():
         raise SystemExit(f"--model {args.model}: there is no such file.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise SystemExit(f"--model {args.model}: the folder holds no config.json.")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or (path.parent if is_new else args.model))
-    if not is_new:
-        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), tokenizer
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(args.model)
+    family(config.model_type)  # refuses others
     if len(tokenizer) > config.vocab_size:
         raise SystemExit(f"The tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} (`vocab_size`).")
+    if args.schedule == "complementary" and not hasattr(config, "block_size"):
+        raise SystemExit(f"--schedule complementary is for models in blocks, which `{config.model_type}` has none of.")
+    if not is_new:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), tokenizer
     torch.manual_seed(training.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if (path.parent / "generation_config.json").is_file():
@@ -190,19 +221,33 @@ def load(args: Arguments, training: TrainingArguments):
     return model, tokenizer
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
-    args, training = parser.parse_args_into_dataclasses(argv)
-    if not hasattr(torch, args.save_dtype):
-        raise SystemExit(f"--save_dtype {args.save_dtype} is no type of PyTorch's: bfloat16, float16 or float32.")
+def last_checkpoint(folder: str) -> str | None:
+    """The last that was written to its end: a run may be killed while it writes one, the state last."""
+    for checkpoint in reversed(sort_checkpoints(folder)):
+        try:
+            TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            return checkpoint
+        except (OSError, ValueError):
+            print(f"{checkpoint} is not complete: it is passed over.")
+    return None
+
+
+def check(args: Arguments, training: TrainingArguments) -> None:
     if not 0 < args.eval_fraction < 1:
         raise SystemExit(f"--eval_fraction {args.eval_fraction} must be between 0 and 1.")
+    for name in ("context", "stride"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise SystemExit(f"--{name} {getattr(args, name)} must be at least 1.")
     checkpoint = training.resume_from_checkpoint
     if checkpoint in ("last", "True", "true"):
-        checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-        if checkpoint is None:
+        training.resume_from_checkpoint = last_checkpoint(training.output_dir)
+        if training.resume_from_checkpoint is None:
             raise SystemExit(f"--resume_from_checkpoint: {training.output_dir} holds no checkpoint yet.")
+    elif checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise SystemExit(f"--resume_from_checkpoint {checkpoint} is no folder of a checkpoint.")
 
+
+def make_trainer(args: Arguments, training: TrainingArguments) -> Trainer:
     model, tokenizer = load(args, training)
     rows = read_rows(args.dataset, args.dataset_config)
     if args.eval_dataset is not None:
@@ -210,6 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         cut = len(rows) - int(len(rows) * args.eval_fraction)
         rows, held_out = rows[:cut], rows[cut:]
+        if not held_out:
+            raise SystemExit(f"--eval_fraction {args.eval_fraction} of {cut} rows holds out none.")
     train_set = make_dataset(rows, tokenizer, args, args.stride or args.context)
     eval_set = make_dataset(held_out, tokenizer, args, args.context)
     collator = DataCollatorForMaskedDiffusion(
@@ -225,9 +272,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.sample_prompt is not None:
         samples = Samples(tokenizer, tokenizer(args.sample_prompt, return_tensors="pt").input_ids, None)
     else:
-        row = collator([eval_set[0]] if "labels" in eval_set[0] else [eval_set[0]])["input_ids"]
-        samples = Samples(tokenizer, row, 0)
-    trainer = Trainer(
+        row = collator([eval_set[0]])
+        # Of packed texts the first; of complementary masks one.
+        end = len(row["input_ids"][0])
+        if "position_ids" in row:
+            end = (row["position_ids"][0, 1:].tolist() + [0]).index(0) + 1
+        samples = Samples(tokenizer, row["input_ids"][:1, :end], 0)
+    return Trainer(
         model,
         training,
         data_collator=collator,
@@ -236,11 +287,21 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         callbacks=[collator, samples],
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    args, training = parser.parse_args_into_dataclasses(argv)
+    try:
+        check(args, training)
+        trainer = make_trainer(args, training)
+    except (OSError, ValueError) as error:  # of the library, which says what is wrong with the input
+        raise SystemExit(str(error)) from error
+    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.to(getattr(torch, args.save_dtype)).save_pretrained(training.output_dir)
-        tokenizer.save_pretrained(training.output_dir)
+        trainer.processing_class.save_pretrained(training.output_dir)
         print(f"Saved in {training.output_dir} after {result.metrics['train_runtime']:.0f} s.")
 
 

@@ -1,5 +1,7 @@
 """What every family that runs on attention shares: the head, the loss, and attention without a direction."""
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
@@ -85,6 +87,23 @@ class MaskedDiffusionLM:
         output = self._output(loss, logits, outputs, token_mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As PyTorch's, for the names on disk as well: `Trainer` reads its checkpoints with it, and would pass over
+        every weight that has another name there.
+        """
+        if not state_dict.keys() <= self.state_dict().keys():
+            read, info = type(self).from_pretrained(
+                None,
+                config=deepcopy(self.config),
+                state_dict=dict(state_dict),
+                dtype=self.dtype,
+                output_loading_info=True,
+            )
+            unknown = {name: state_dict[name] for name in info["unexpected_keys"]}
+            found = {name: value for name, value in read.state_dict().items() if name not in info["missing_keys"]}
+            state_dict = {**found, **unknown}
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> torch.Tensor | None:
         """The tokens counted, padding left out: `(batch, length)`."""

@@ -104,6 +104,48 @@ def test_the_loss_of_packed_samples_is_that_of_the_samples(model):
     assert_same_loss(model, loss, all_cross_entropies(model).mean())
 
 
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_a_text_of_one_block_goes_without_its_clean_half_and_loses_the_same(model, length):
+    tokens = torch.tensor([[3, MASK, 5, MASK][:length], [MASK, 6, 7, 8][:length]])
+    labels = torch.where(tokens == MASK, 9, -100)
+    ratio = torch.tensor([0.5, 0.25])
+    with recorded(model.model.embed_tokens) as seen:
+        short = model(tokens, labels=labels, mask_ratio=ratio)
+        long = model(tokens, labels=labels, mask_ratio=ratio, position_ids=torch.arange(length)[None])
+    assert [tuple(ids.shape) for ids in seen] == [(2, length), (4, length)]
+    # What follows the block would be predicted from the clean text: with a shift the last logits are of no use here.
+    used = length - model.logits_shift
+    torch.testing.assert_close(short.logits[:, :used], long.logits[:, :used], atol=1e-5, rtol=1e-4)
+    # Parameters that the state between blocks alone has get no gradient, or one of zeros.
+    torch.testing.assert_close(short.loss, long.loss, atol=1e-6, rtol=1e-5)
+    one, other = gradients(model, short.loss), gradients(model, long.loss)
+    for name, gradient in other.items():
+        expected = one.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: name + text)
+
+
+def test_padded_texts_of_one_block_lose_the_same_as_with_their_clean_half(model):
+    batch = {"input_ids": [[0, 0, MASK, 5], [3, MASK, 6, 7]], "attention_mask": [[0, 0, 1, 1], [1, 1, 1, 1]]}
+    batch = {name: torch.tensor(rows) for name, rows in batch.items()}
+    batch["labels"] = torch.where(batch["input_ids"] == MASK, 9, -100)
+    positions = torch.tensor([[0, 0, 0, 1], [0, 1, 2, 3]])
+    short, long = model(**batch), model(**batch, position_ids=positions)
+    torch.testing.assert_close(short.loss, long.loss, atol=1e-6, rtol=1e-5)
+    real = (batch["attention_mask"] == 1) & (positions < 4 - model.logits_shift)
+    torch.testing.assert_close(short.logits[real], long.logits[real], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+def test_noise_drawn_for_a_text_of_one_block_loses_the_same_as_with_its_clean_half(model, complementary):
+    model.config.use_complementary_mask = complementary
+    text, positions = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]]), torch.arange(4)[None]
+    losses = []
+    for options in ({}, {"position_ids": positions, "attention_mask": torch.ones_like(text)}):
+        torch.manual_seed(0)
+        losses.append(model(text, labels=text.clone(), **options).loss)
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-5)
+
+
 def test_a_masking_probability_weighs_the_tokens(model):
     ratio = torch.tensor([0.5, 0.25, 0.8])
     losses = [cross_entropies(model, *pair) for pair in zip(CLEAN, MASKED, strict=True)]

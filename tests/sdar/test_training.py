@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from ..builders import MASK, VOCAB, left_pad, new_model
+from ..builders import MASK, VOCAB, left_pad, new_model, recorded
 from .conftest import SDAR_FAMILIES
 
 
@@ -127,6 +127,39 @@ def test_flex_attention_gives_the_router_s_loss_too():
         output = model(**batch_of(), output_router_logits=True)
     torch.testing.assert_close(output.aux_loss, expected.aux_loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_a_text_of_one_block_goes_without_its_clean_half_and_loses_the_same(model, length):
+    tokens = torch.tensor([[3, MASK, 5, MASK][:length], [MASK, 6, 7, 8][:length]])
+    labels = torch.where(tokens == MASK, 9, -100)
+    ratio = torch.tensor([0.5, 0.25])
+    with recorded(model.model.embed_tokens) as seen:
+        short = model(tokens, labels=labels, mask_ratio=ratio)
+        long = model(tokens, labels=labels, mask_ratio=ratio, position_ids=torch.arange(length)[None])
+    assert [tuple(ids.shape) for ids in seen] == [(2, length), (2, 2 * length)]
+    torch.testing.assert_close(short.loss, long.loss, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(short.logits, long.logits, atol=1e-5, rtol=1e-4)
+    assert_same_gradients(gradients(model, short.loss), gradients(model, long.loss))
+
+
+def test_padded_texts_of_one_block_lose_the_same_as_with_their_clean_half(model):
+    batch = {"input_ids": [[0, 0, MASK, 5], [3, MASK, 6, 7]], "attention_mask": [[0, 0, 1, 1], [1, 1, 1, 1]]}
+    batch = {name: torch.tensor(rows) for name, rows in batch.items()}
+    batch["labels"] = torch.where(batch["input_ids"] == MASK, 9, -100)
+    positions = torch.tensor([[0, 0, 0, 1], [0, 1, 2, 3]])
+    short, long = model(**batch), model(**batch, position_ids=positions)
+    torch.testing.assert_close(short.loss, long.loss, atol=1e-6, rtol=1e-5)
+    real = batch["attention_mask"] == 1
+    torch.testing.assert_close(short.logits[real], long.logits[real], atol=1e-5, rtol=1e-4)
+
+
+def test_a_block_size_that_is_given_says_what_one_block_is(model):
+    noisy, labels = (torch.tensor([row]) for row in PAIRS[0])
+    for size, columns in ((11, 11), (10, 22)):
+        with recorded(model.model.embed_tokens) as seen:
+            model(noisy, labels=labels, block_size=size)
+        assert seen[0].shape == (1, columns)
 
 
 def test_a_masking_probability_weighs_the_tokens(model):

@@ -67,9 +67,7 @@ def test_what_could_not_be_masked_has_a_ratio_of_zero_and_is_not_counted(model, 
 def test_a_label_whose_ratio_is_infinite_is_counted_and_weighs_nothing(model, batch, losses):
     tokens, labels = batch
     clean, ratio = torch.where(labels == -100, tokens, labels), torch.where(labels == -100, torch.inf, 0.5)
-    torch.testing.assert_close(
-        loss(model, (tokens, clean), mask_ratio=ratio), losses.sum() / 0.5 / (BATCH * LENGTH)
-    )
+    torch.testing.assert_close(loss(model, (tokens, clean), mask_ratio=ratio), losses.sum() / 0.5 / (BATCH * LENGTH))
 
 
 def test_padding_is_not_counted_as_tokens(batch):

@@ -77,6 +77,11 @@ class BlockDiffusionLM(MaskedDiffusionLM):
     block_grid = "zero"
     cache_policies = ("block", "none")
 
+    def __init__(self, config):
+        super().__init__(config)
+        # The library takes it from the class's name; `Trainer` would not count the labels of the first column.
+        self.loss_type = None
+
     @property
     def default_block_length(self) -> int:
         return self.config.block_size

@@ -89,18 +89,21 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
         tokens, maskable, real, positions = self._padded(features)
         generator = None
         if self.seed is not None:
-            # Of the text, so that no two batches of an epoch share their noise.
-            text = zlib.crc32(tokens.numpy().tobytes())
-            generator = torch.Generator().manual_seed((self.seed << 64 | int(self._epoch) << 32 | text) % (2**63 - 25))
+            # Of the text too, so that no two batches of an epoch share their noise. All in 32 bits: of a longer seed
+            # PyTorch's generator on the CPU reads no more.
+            start = zlib.crc32(f"{self.seed} {int(self._epoch)}".encode())
+            generator = torch.Generator().manual_seed(zlib.crc32(tokens.numpy().tobytes(), start))
         packed = positions is not None
-        begins = torch.zeros_like(tokens) if not packed else (positions == 0) & real
-        samples = (begins.long().cumsum(1) - 1).clamp(min=0) if packed else None
+        samples = None
+        if packed:
+            begun = ((positions == 0) & real).long().cumsum(1)
+            samples = begun - begun[:, :1]
         if self.schedule == "complementary":
             places = positions if packed else torch.arange(tokens.shape[1]).expand_as(tokens)
             # Counted through the row, so that packed samples have blocks of their own.
             blocks = ((places % self.block_size == 0) & real).long().cumsum(1)
             noisy, labels = mask_complementary(tokens, maskable, self.mask_token_id, blocks, generator)
-            ratio = torch.where(maskable.repeat(2, 1), 1.0, 0.0)
+            ratio = torch.ones(())
             real, positions = real.repeat(2, 1), None if positions is None else positions.repeat(2, 1)
         else:
             noisy, labels, rates = mask_sequences(tokens, maskable, self.mask_token_id, samples, generator)
@@ -111,7 +114,7 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
                 labels = torch.where(maskable, tokens, -100)
             else:
                 ratio = 1 / self._weights(rates, real & (labels == -100), samples)
-            ratio = torch.where(labels != -100, ratio, 0.0)
+        ratio = torch.where(labels != -100, ratio, 0.0)
         batch = {"input_ids": noisy, "labels": labels, "mask_ratio": ratio}
         if not real.all():
             batch["attention_mask"] = real.long()

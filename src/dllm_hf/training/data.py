@@ -29,7 +29,8 @@ def chat_texts(
         apply = lambda part, **kwargs: tokenizer.apply_chat_template(
             part, tokenize=True, return_dict=False, **kwargs, **template_options
         )
-        prompt = apply(messages[:turn], add_generation_prompt=True)
+        # Templates take no chat without messages.
+        prompt = apply(messages[:turn], add_generation_prompt=True) if turn else []
         whole = apply(messages[: turn + 1])
         if whole[: len(prompt)] != prompt:
             raise ValueError(
@@ -65,6 +66,9 @@ def pack(texts: Iterable[dict[str, Any]], length: int) -> list[dict[str, list[in
     room: list[tuple[int, int]] = []  # sorted: what is left, and in which row
     for text in texts:
         ids = list(text["input_ids"])
+        labels = ids if text.get("labels") is None else list(text["labels"])
+        if len(labels) != len(ids):
+            raise ValueError(f"A text has {len(ids)} `input_ids` and {len(labels)} `labels`: both must be as many.")
         if not ids:
             continue
         place = bisect.bisect_left(room, (len(ids), 0))
@@ -73,9 +77,8 @@ def pack(texts: Iterable[dict[str, Any]], length: int) -> list[dict[str, list[in
             left, row = length, len(rows) - 1
         else:
             left, row = room.pop(place)
-        labels = text.get("labels")
         rows[row]["input_ids"] += ids
-        rows[row]["labels"] += ids if labels is None else list(labels)
+        rows[row]["labels"] += labels
         rows[row]["position_ids"] += range(len(ids))
         bisect.insort(room, (left - len(ids), row))
     return rows

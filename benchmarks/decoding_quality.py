@@ -1,0 +1,287 @@
+"""What parallel decoding and caches cost in quality: strategies, thresholds, quotas and cache policies side by side.
+
+usage: decoding_quality.py measure CHECKPOINT ... --out results.jsonl [--text tinyshakespeare.txt]
+       decoding_quality.py report results.jsonl --docs docs
+
+A Sudoku checkpoint solves 1,000 held-out puzzles at each of three levels; the share solved is counted. A text checkpoint
+continues held-out text, 64 characters by 192, and pays for the true text: where a step transfers a token, the true one
+goes in its place, and its negative log-probability under the model at that step is added up. The order follows the
+strategy, which sees the model's own confidences. So the loss is that of the held-out text in the order, and with the
+parallelism, of the decoder: tokens transferred together are paid for as if they were independent.
+
+`measure` appends a JSON line for each setting; `report` writes docs/decoding_quality.md and its plots.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dllm_hf  # noqa: F401  registers the models
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from sudoku import MASK, generate  # noqa: E402
+
+LEVELS = {"33-36 clues": (33, 36), "29-32 clues": (29, 32), "25-28 clues": (25, 28)}
+HELD_OUT_SEED = 1  # of `sudoku.py generate`: what the training data leaves out
+PROMPT, NEW = 64, 192
+STATIC, DYNAMIC = "low_confidence_static", "low_confidence_dynamic"
+
+
+def sudoku_settings(policies: tuple[str, ...]) -> list[dict]:
+    settings = [{"remasking_strategy": STATIC, "steps": steps} for steps in (None, 24, 16, 12, 8, 4, 2, 1)]
+    settings += [
+        {"remasking_strategy": DYNAMIC, "confidence_threshold": threshold}
+        for threshold in (0.9, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999)
+    ]
+    settings += [{"remasking_strategy": "entropy_bounded", "entropy_bound": bound} for bound in (0.001, 0.01, 0.1)]
+    settings += [{"remasking_strategy": "factor", "factor": factor} for factor in (0.01, 0.1, 1.0)]
+    settings += [{"remasking_strategy": name} for name in ("sequential", "random")]
+    if "dual" in policies:  # in blocks of three rows, so that there is something before and after a block
+        options = {"block_length": 27}
+        for policy in ("none", "prefix", "dual"):
+            options = {"block_length": 27, "cache_policy": policy}
+            settings += [{"remasking_strategy": STATIC, **options}]
+            settings += [{"remasking_strategy": DYNAMIC, "confidence_threshold": 0.999, **options}]
+    return settings
+
+
+def text_settings(policies: tuple[str, ...]) -> list[dict]:
+    steps = [{"remasking_strategy": STATIC, "denoising_steps": number} for number in (32, 16, 8, 4, 2, 1)]
+    thresholds = (0.3, 0.5, 0.7, 0.9, 0.98)
+    dynamic = [{"remasking_strategy": DYNAMIC, "confidence_threshold": threshold} for threshold in thresholds]
+    others = [{"remasking_strategy": name} for name in ("sequential", "random", "entropy", "topk_margin")]
+    return [{**each, "cache_policy": policy} for policy in policies for each in steps + dynamic] + [
+        {**each, "cache_policy": policies[0]} for each in others
+    ]
+
+
+class TruePrice:
+    """A `generation_logits_hook_func` that puts the true token in the place of each proposal, with the proposal's
+    confidence, and adds up what the true tokens cost where they are transferred.
+
+    Args:
+        truth: `(rows, length)`, the prompt included; rows are equally long.
+        block: the block length, which divides the prompt.
+    """
+
+    def __init__(self, truth: torch.Tensor, mask_token_id: int, block: int):
+        self.truth, self.mask, self.block = truth, mask_token_id, block
+        self.price = torch.zeros(truth.shape, device=truth.device)
+        self.before: torch.Tensor | None = None
+        self.total = torch.zeros((), dtype=torch.float64, device=truth.device)
+
+    def __call__(self, step: int, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        self.settle(sequences)
+        self.before = sequences.clone()
+        start = int((sequences == self.mask).any(0).nonzero()[0]) // self.block * self.block
+        columns = slice(start, start + logits.shape[1])
+        logits = logits.float().clone()
+        logits[..., self.mask] = -math.inf
+        truth = self.truth[:, columns, None]
+        true = logits.gather(-1, truth)
+        self.price[:, columns] = (logits.logsumexp(-1, keepdim=True) - true).squeeze(-1)
+        best, place = logits.max(-1, keepdim=True)
+        # The two change places: the probabilities, and with them every kind of confidence, stay what they were.
+        return logits.scatter(-1, place, true).scatter(-1, truth, best)
+
+    def settle(self, sequences: torch.Tensor) -> None:
+        if self.before is not None:
+            transferred = (self.before == self.mask) & (sequences != self.mask)
+            self.total += self.price[transferred].sum()
+
+
+def measure_sudoku(model, tokenizer, args):
+    """Yields a dict for each level and setting."""
+    for level, clues in LEVELS.items():
+        puzzles, grids = generate(1000, clues, torch.Generator().manual_seed(HELD_OUT_SEED))
+        puzzles, grids = puzzles[: args.rows], grids[: args.rows]
+        write = lambda row: "".join(map(str, row)).replace("0", MASK)
+        ids, solutions = (
+            torch.tensor(tokenizer([write(row) for row in part.tolist()]).input_ids, device=args.device)
+            for part in (puzzles, grids)
+        )
+        for setting in sudoku_settings(model.cache_policies):
+            began = time.perf_counter()
+            output = decode(model, ids, 0, setting)
+            seconds = time.perf_counter() - began
+            blanks = ids == tokenizer.mask_token_id
+            right = output.sequences == solutions
+            found = {"solved": right.all(1).float().mean().item(), "cells": right[blanks].float().mean().item()}
+            yield {"task": level, **setting, **found, **costs(output, blanks.sum(1), seconds)}
+
+
+def measure_text(model, tokenizer, args):
+    """Yields a dict for each setting."""
+    text = args.text.read_text(encoding="utf-8")
+    tokens = torch.tensor(tokenizer(text[len(text) * 9 // 10 :], verbose=False).input_ids, device=args.device)
+    windows = tokens[: len(tokens) // (PROMPT + NEW) * (PROMPT + NEW)].view(-1, PROMPT + NEW)[: args.rows]
+    for setting in text_settings(model.cache_policies):
+        price = TruePrice(windows, tokenizer.mask_token_id, 32)
+        began = time.perf_counter()
+        output = decode(model, windows[:, :PROMPT], NEW, setting, generation_logits_hook_func=price)
+        seconds = time.perf_counter() - began
+        price.settle(output.sequences)
+        if not torch.equal(output.sequences, windows):
+            raise RuntimeError(f"{setting}: the true text was not what was transferred.")
+        loss = price.total.item() / (len(windows) * NEW)
+        number = torch.full((len(windows),), NEW)
+        yield {"task": "text", **setting, "loss": loss, **costs(output, number, seconds)}
+
+
+def decode(model, ids: torch.Tensor, new_tokens: int, setting: dict, **kwargs):
+    options = {name: value for name, value in setting.items() if value is not None}
+    generator = torch.Generator(ids.device).manual_seed(0)
+    fixed = {"temperature": 0.0, "eos_token_id": [], "return_dict_in_generate": True, "generator": generator}
+    # What the checkpoint's own configuration recommends for another strategy is not meant for this one.
+    strategy = setting["remasking_strategy"]
+    if strategy != DYNAMIC:
+        fixed["confidence_threshold"] = 0.9
+    return model.diffusion_generate(ids, max_new_tokens=new_tokens, **fixed, **options, **kwargs)
+
+
+def costs(output, tokens: torch.Tensor, seconds: float) -> dict:
+    """NFE: the mean over rows."""
+    passes = tokens.to(output.tokens_per_forward) / output.tokens_per_forward
+    per_forward = tokens.sum().item() / passes.sum().item()
+    return {"nfe": passes.mean().item(), "tokens_per_forward": per_forward, "seconds": seconds, "rows": len(tokens)}
+
+
+def measure(args: argparse.Namespace) -> None:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    for folder in args.checkpoints:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+        is_sudoku = tokenizer.mask_token == MASK
+        if not is_sudoku and args.text is None:
+            sys.exit(f"{folder} is a text checkpoint: --text must name the text that it was trained on.")
+        run = {"checkpoint": folder.name, "device": device, "torch": torch.__version__}
+        run |= {"transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}
+        for found in (measure_sudoku if is_sudoku else measure_text)(model, tokenizer, args):
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**run, **found}) + "\n")
+            print(describe(found), f"{folder.name}", found.get("solved", found.get("loss")), f"NFE {found['nfe']:.2f}")
+
+
+def describe(row: dict) -> str:
+    """A setting in a few words."""
+    names = {"steps": "steps", "denoising_steps": "steps a block", "confidence_threshold": "threshold"}
+    names |= {"entropy_bound": "bound", "factor": "factor", "block_length": "blocks of", "cache_policy": "cache"}
+    parts = [f"{names[key]} {row[key]}" for key in names if row.get(key) is not None]
+    return ", ".join([f"`{row['remasking_strategy']}`", *parts])
+
+
+def report(args: argparse.Namespace) -> None:
+    rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+    checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
+    sudoku = [name for name in checkpoints if any(row["checkpoint"] == name and "solved" in row for row in rows)]
+    text = [name for name in checkpoints if name not in sudoku]
+    lines = ["# What parallel decoding and caches cost", ""]
+    machine = sorted({(row["device"], row["torch"], row["transformers"], row["date"]) for row in rows})
+    lines += [f"{d}, torch {t}, transformers {v}, {day}, float32." for d, t, v, day in machine]
+    lines += [
+        "`python benchmarks/decoding_quality.py measure ...`, written by `... report`. NFE: forward passes per row,"
+    ]
+    lines += ["seconds: of all rows in one batch.", "", *INTRODUCTION, ""]
+    plot(rows, sudoku, text, args.docs)
+    if sudoku:
+        lines += ["## Sudoku", "", "![solved against forward passes](decoding_quality_sudoku.png)", ""]
+    for name in sudoku:
+        lines += [f"### {name}", ""]
+        own = [row for row in rows if row["checkpoint"] == name]
+        lines += ["| setting | " + " | ".join(f"{level}: solved, NFE, tokens a pass, s" for level in LEVELS) + " |"]
+        lines += ["|---" * (1 + len(LEVELS)) + "|"]
+        for setting in dict.fromkeys(map(describe, own)):
+            cells = []
+            for level in LEVELS:
+                row = next((r for r in own if describe(r) == setting and r["task"] == level), None)
+                cells.append("" if row is None else f"{100 * row['solved']:.1f}%, {cost(row)}")
+            lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if text:
+        lines += ["## Text", "", "![loss against forward passes](decoding_quality_text.png)", ""]
+    for name in text:
+        lines += [f"### {name}", "", "| setting | nats a character, NFE, tokens a pass, s |", "|---|---|"]
+        own = [row for row in rows if row["checkpoint"] == name]
+        lines += [f"| {describe(row)} | {row['loss']:.3f}, {cost(row)} |" for row in own] + [""]
+    (args.docs / "decoding_quality.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+INTRODUCTION = [
+    "A Sudoku checkpoint solves 1,000 puzzles whose solutions were never trained on, at each of three levels. A text",
+    "checkpoint continues held-out text, 64 characters by 192, and pays for the true characters in the order, and with",
+    "the parallelism, that the strategy chooses; it is the negative log-likelihood of the text under that decoder.",
+]
+
+
+def cost(row: dict) -> str:
+    return f"{row['nfe']:.1f}, {row['tokens_per_forward']:.1f}, {row['seconds']:.1f}"
+
+
+def plot(rows: list[dict], sudoku: list[str], text: list[str], docs: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    styles = {STATIC: "o-", DYNAMIC: "s-", "entropy_bounded": "^-", "factor": "v-", "sequential": "x", "random": "+"}
+    for names, value, label, file in (
+        (sudoku, "solved", "puzzles of 33 to 36 clues solved", "decoding_quality_sudoku.png"),
+        (text, "loss", "nats a character", "decoding_quality_text.png"),
+    ):
+        if not names:
+            continue
+        figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), sharey=True, squeeze=False)
+        for axis, name in zip(axes[0], names):
+            own = [row for row in rows if row["checkpoint"] == name and row["task"] in (next(iter(LEVELS)), "text")]
+            own = [row for row in own if row.get("block_length") is None]
+            for policy in dict.fromkeys(row.get("cache_policy") for row in own):
+                for strategy in dict.fromkeys(row["remasking_strategy"] for row in own):
+                    points = [
+                        (row["nfe"], row[value])
+                        for row in own
+                        if row["remasking_strategy"] == strategy and row.get("cache_policy") == policy
+                    ]
+                    if points:
+                        title = strategy if policy is None else f"{strategy}, {policy}"
+                        axis.plot(*zip(*sorted(points)), styles.get(strategy, "d"), label=title, markersize=4)
+            axis.set(title=name, xlabel="forward passes", xscale="log")
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel(label)
+        axes[0][-1].legend(fontsize=6)
+        figure.tight_layout()
+        figure.savefig(docs / file, dpi=110)
+        pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    measuring = commands.add_parser("measure", help="decode with each setting")
+    measuring.add_argument("checkpoints", nargs="+", type=Path)
+    measuring.add_argument("--out", type=Path, required=True, help="a .jsonl file, which is appended to")
+    measuring.add_argument("--text", type=Path, help="the training text; its last tenth is held out")
+    measuring.add_argument("--rows", type=int, default=1000, help="puzzles of a level, or windows of text, at most")
+    measuring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    measuring.set_defaults(run=measure)
+    reporting = commands.add_parser("report", help="write tables and plots")
+    reporting.add_argument("results", type=Path)
+    reporting.add_argument("--docs", type=Path, required=True)
+    reporting.set_defaults(run=report)
+    args = parser.parse_args(argv)
+    missing = [
+        path for path in [*getattr(args, "checkpoints", []), getattr(args, "text", None)] if path and not path.exists()
+    ]
+    if missing:
+        parser.error(f"{missing[0]} does not exist.")
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
