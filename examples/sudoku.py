@@ -357,7 +357,11 @@ def solve(args: argparse.Namespace, puzzle: str, solution: str) -> bool:
         raise ValueError(f"{args.checkpoint} cannot be used: {error}") from error
     mask_id = tokenizer.convert_tokens_to_ids(MASK)
     before = len(ids) - 81
-    if before not in (0, 1) or tokenizer.convert_ids_to_tokens(ids)[before:] != list(puzzle) or model.config.mask_token_id != mask_id:
+    if (
+        before not in (0, 1)
+        or tokenizer.convert_ids_to_tokens(ids)[before:] != list(puzzle)
+        or model.config.mask_token_id != mask_id
+    ):
         raise ValueError(
             f"{args.checkpoint} is no Sudoku model: its tokenizer does not make 81 tokens of 81 cells, with . as its "
             "mask. Train one with the tokenizer that `sudoku.py tokenizer` saves."
