@@ -35,9 +35,10 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-# One thread: the model is small, and a second one waits for whatever else the machine does.
-demo: $(RUN_STAMP) ## Install, then watch a small model continue a prompt
+# One thread: the models are small, and a second one waits for whatever else the machine does.
+demo: $(RUN_STAMP) ## Install, then watch small models continue a prompt and solve a Sudoku
 	OMP_NUM_THREADS=$(OMP_THREADS) $(VENV)/bin/dllm-hf generate hub_configs/llada-tiny-shakespeare "$(DEMO_PROMPT)" $(DEMO_ARGS)
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) examples/sudoku.py solve hub_configs/llada-tiny-sudoku --delay 0.2
 
 test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

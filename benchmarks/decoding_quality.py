@@ -9,7 +9,8 @@ goes in its place, and its negative log-probability under the model at that step
 strategy, which sees the model's own confidences. So the loss is that of the held-out text in the order, and with the
 parallelism, of the decoder: tokens transferred together are paid for as if they were independent.
 
-`measure` appends a JSON line for each setting; `report` writes docs/decoding_quality.md and its plots.
+`measure` appends a JSON line for each setting; `report` writes the tables of docs/decoding_quality.md and its plots
+(with matplotlib). What docs/decoding_quality.jsonl holds has been measured.
 """
 
 import argparse
@@ -57,9 +58,12 @@ def text_settings(policies: tuple[str, ...]) -> list[dict]:
     thresholds = (0.3, 0.5, 0.7, 0.9, 0.98)
     dynamic = [{"remasking_strategy": DYNAMIC, "confidence_threshold": threshold} for threshold in thresholds]
     others = [{"remasking_strategy": name} for name in ("sequential", "random", "entropy", "topk_margin")]
-    return [{**each, "cache_policy": policy} for policy in policies for each in steps + dynamic] + [
-        {**each, "cache_policy": policies[0]} for each in others
-    ]
+    settings = [{**each, "cache_policy": policies[0]} for each in steps + dynamic + others]
+    for policy in policies[1:]:
+        # `block` and `none` are both exact: two settings show it.
+        each_of = [steps[0], dynamic[3]] if policies[0] == "block" else steps + dynamic
+        settings += [{**each, "cache_policy": policy} for each in each_of]
+    return settings
 
 
 class TruePrice:
@@ -154,6 +158,7 @@ def costs(output, tokens: torch.Tensor, seconds: float) -> dict:
 
 
 def measure(args: argparse.Namespace) -> None:
+    torch.set_float32_matmul_precision("high")  # TF32: the weights have fewer digits
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     for folder in args.checkpoints:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -178,24 +183,20 @@ def describe(row: dict) -> str:
 
 
 def report(args: argparse.Namespace) -> None:
+    """Replaces what follows the marker in decoding_quality.md; what stands before it is written by hand."""
     rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     sudoku = [name for name in checkpoints if any(row["checkpoint"] == name and "solved" in row for row in rows)]
     text = [name for name in checkpoints if name not in sudoku]
-    lines = ["# What parallel decoding and caches cost", ""]
-    machine = sorted({(row["device"], row["torch"], row["transformers"], row["date"]) for row in rows})
-    lines += [f"{d}, torch {t}, transformers {v}, {day}, float32." for d, t, v, day in machine]
-    lines += [
-        "`python benchmarks/decoding_quality.py measure ...`, written by `... report`. NFE: forward passes per row,"
-    ]
-    lines += ["seconds: of all rows in one batch.", "", *INTRODUCTION, ""]
     plot(rows, sudoku, text, args.docs)
-    if sudoku:
-        lines += ["## Sudoku", "", "![solved against forward passes](decoding_quality_sudoku.png)", ""]
+    lines = [MARKER, ""]
+    for where, names in (("sudoku", sudoku), ("text", text)):
+        if names:
+            lines += [f"![quality against forward passes](decoding_quality_{where}.png)", ""]
     for name in sudoku:
-        lines += [f"### {name}", ""]
         own = [row for row in rows if row["checkpoint"] == name]
-        lines += ["| setting | " + " | ".join(f"{level}: solved, NFE, tokens a pass, s" for level in LEVELS) + " |"]
+        lines += [f"## {name}", "", machine(own), ""]
+        lines += [f"Solved, forward passes, tokens a pass{SECONDS}:", "", "| setting | " + " | ".join(LEVELS) + " |"]
         lines += ["|---" * (1 + len(LEVELS)) + "|"]
         for setting in dict.fromkeys(map(describe, own)):
             cells = []
@@ -204,29 +205,35 @@ def report(args: argparse.Namespace) -> None:
                 cells.append("" if row is None else f"{100 * row['solved']:.1f}%, {cost(row)}")
             lines.append(f"| {setting} | " + " | ".join(cells) + " |")
         lines.append("")
-    if text:
-        lines += ["## Text", "", "![loss against forward passes](decoding_quality_text.png)", ""]
     for name in text:
-        lines += [f"### {name}", "", "| setting | nats a character, NFE, tokens a pass, s |", "|---|---|"]
         own = [row for row in rows if row["checkpoint"] == name]
+        lines += [f"## {name}", "", machine(own), ""]
+        lines += [f"| setting | nats a character, forward passes, tokens a pass{SECONDS} |", "|---|---|"]
         lines += [f"| {describe(row)} | {row['loss']:.3f}, {cost(row)} |" for row in own] + [""]
-    (args.docs / "decoding_quality.md").write_text("\n".join(lines), encoding="utf-8")
+    path = args.docs / "decoding_quality.md"
+    before = path.read_text(encoding="utf-8").partition(MARKER)[0] if path.is_file() else ""
+    path.write_text(before + "\n".join(lines), encoding="utf-8")
 
 
-INTRODUCTION = [
-    "A Sudoku checkpoint solves 1,000 puzzles whose solutions were never trained on, at each of three levels. A text",
-    "checkpoint continues held-out text, 64 characters by 192, and pays for the true characters in the order, and with",
-    "the parallelism, that the strategy chooses; it is the negative log-likelihood of the text under that decoder.",
-]
+MARKER = "<!-- written by `benchmarks/decoding_quality.py report` from here on -->"
+SECONDS = ", seconds of all rows in one batch"  # said of a GPU only: an absolute time on a shared CPU is worth nothing
+
+
+def machine(rows: list[dict]) -> str:
+    versions = sorted({(row["device"], row["torch"], row["transformers"], row["date"], row["rows"]) for row in rows})
+    return "; ".join(f"{n} rows on {d}, torch {t}, transformers {v}, {day}" for d, t, v, day, n in versions) + "."
 
 
 def cost(row: dict) -> str:
-    return f"{row['nfe']:.1f}, {row['tokens_per_forward']:.1f}, {row['seconds']:.1f}"
+    seconds = "" if row["device"] == "CPU" else f", {row['seconds']:.1f}"
+    return f"{row['nfe']:.1f}, {row['tokens_per_forward']:.1f}{seconds}"
 
 
 def plot(rows: list[dict], sudoku: list[str], text: list[str], docs: Path) -> None:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("The plots need matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

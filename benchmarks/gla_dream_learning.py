@@ -10,6 +10,7 @@ asks for the value; training asks after 1 to 20 blocks, the accuracy printed is 
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 import transformers
 
 from dllm_hf import DreamConfig, DreamModel, GLADreamConfig, GLADreamModel, SDARConfig, SDARForCausalLM
+from dllm_hf.training.noising import mask_sequences
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from train_shakespeare import character_tokenizer, held_out_loss, train  # noqa: E402
+from shakespeare import character_tokenizer, negative_evidence_bound  # noqa: E402
 
 BLOCK, CONTEXT = 32, 512
 KEYS = VALUES = FILLERS = 32
@@ -51,6 +53,43 @@ def build(name: str, width: int, layers: int, vocab: int, mask: int, context: in
     return model
 
 
+def train(model, tokens: torch.Tensor, args: argparse.Namespace) -> None:
+    """Kept apart from `transformers.Trainer` for its noise, which is drawn on the GPU: it is the same for every model."""
+    device = tokens.device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.98),
+        fused=device.type == "cuda",
+    )
+    warmup = min(200, max(1, args.steps // 10))
+    decay = lambda step: 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (s + 1) / warmup if s < warmup else decay(s))
+    forward = torch.compile(model) if args.compile else model
+    mean, began = torch.zeros((), device=device), time.perf_counter()
+    for step in range(1, args.steps + 1):
+        starts = torch.randint(len(tokens) - CONTEXT + 1, (args.batch, 1), generator=generator, device=device)
+        clean = tokens[starts + torch.arange(CONTEXT, device=device)]
+        noisy, labels, ratio = mask_sequences(
+            clean, torch.ones_like(clean, dtype=torch.bool), model.config.mask_token_id, generator=generator
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = forward(input_ids=noisy, labels=labels, mask_ratio=ratio).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        mean += loss.detach() / args.log_every
+        if step % args.log_every == 0:
+            ms = 1000 * (time.perf_counter() - began) / step
+            print(f"step {step}/{args.steps}  train loss {mean.item():.3f}  {ms:.1f} ms per step", flush=True)
+            mean.zero_()
+
+
 def learn_text(name: str, seed: int, args) -> str:
     text = args.text.read_text(encoding="utf-8")
     tokenizer = character_tokenizer(text)
@@ -60,9 +99,9 @@ def learn_text(name: str, seed: int, args) -> str:
     model = build(name, 256, 6, len(tokenizer), tokenizer.mask_token_id, CONTEXT, args.heads, args.tied).to(args.device)
     args.seed = seed
     began = time.perf_counter()
-    train(model, training, held_out, args, CONTEXT)
+    train(model, training, args)
     took = time.perf_counter() - began
-    bound = held_out_loss(model.eval(), held_out, args.eval_levels, context=CONTEXT)
+    bound = negative_evidence_bound(model.eval(), held_out, args.eval_levels, context=CONTEXT)
     parameters = sum(p.numel() for p in model.parameters())
     return f"{parameters:,} parameters, bound {bound:.4f} nats per character, trained {took:.0f} s"
 
