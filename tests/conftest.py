@@ -1,5 +1,11 @@
 """Fixtures that several test modules share. What they build comes from `builders.py`."""
 
+import os
+
+# Read when Triton is first imported, which may be by any of the packages below. A GPU compiles the kernels instead.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings

@@ -1,0 +1,1 @@
+"""Triton kernels of a decoding step. Each stands beside a plain torch twin of the same name with `_torch`, its oracle."""

@@ -1,0 +1,161 @@
+"""Attention of a few queries against the keys of a canvas, which are split over the processors of the GPU.
+
+Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html) with two differences: the query heads that share
+a key head are rows of one product, so that each key is read once, and every query has its own number of visible keys.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # on a CPU
+    triton = None
+
+LOG2E = 1.4426950408889634
+
+
+def canvas_attention_torch(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The twin of [`canvas_attention`]."""
+    width = keys.shape[2]
+    unseen = torch.arange(width, device=keys.device) >= lengths[:, None, :, None]
+    # What lies behind the visible keys may be anything, also not a number.
+    behind = (torch.arange(width, device=keys.device) >= lengths.amax(-1)[:, None])[:, None, :, None]
+    groups = query.shape[2] // keys.shape[1]
+    keys, values = (each.masked_fill(behind, 0).repeat_interleave(groups, dim=1) for each in (keys, values))
+    scores = query.transpose(1, 2) @ keys.transpose(2, 3) * scale
+    probs = scores.float().masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return (probs.to(values.dtype) @ values).transpose(1, 2)
+
+
+def canvas_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Args:
+        query: `(batch, window, heads, head_dim)`, the last dimension contiguous, as of `keys` and `values`.
+        keys, values: `(batch, kv_heads, width, head_dim)`; heads i * groups to (i + 1) * groups - 1 read key head i.
+        lengths: `(batch, window)` int32: a query sees the columns before this one. With none the result is 0.
+        scale: of the scores.
+
+    Returns:
+        `(batch, window, heads, head_dim)`, contiguous.
+    """
+    batch, window, heads, head_dim = query.shape
+    kv_heads, width = keys.shape[1:3]
+    groups = heads // kv_heads
+    rows = window * groups
+    block_m = max(16, min(64, triton.next_power_of_2(rows)))
+    block_n = 64 if query.element_size() < 4 else 32
+    tiles = triton.cdiv(rows, block_m)
+    splits = number_of_splits(tiles * batch * kv_heads, width, query.device)
+    chunk = triton.cdiv(triton.cdiv(width, splits), block_n) * block_n
+    splits = triton.cdiv(width, chunk)
+    out = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
+    parts, sums = out, lengths  # not touched where there is one part
+    if splits > 1:
+        parts = torch.empty(splits, batch, window, heads, head_dim, dtype=torch.float32, device=query.device)
+        sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
+    block_d = triton.next_power_of_2(head_dim)
+    _attend[(tiles, batch * kv_heads, splits)](
+        query, keys, values, lengths, out, parts, sums, scale * LOG2E,
+        window, kv_heads, chunk, batch * window * heads,
+        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        number = batch * window * heads
+        _combine[(number,)](
+            out, parts, sums, number,
+            SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=2,
+        )  # fmt: skip
+    return out
+
+
+def number_of_splits(programs: int, width: int, device: torch.device) -> int:
+    """So many parts of the keys that every processor has two programs, and a part at least 128 keys."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return max(1, min(2 * processors // programs, width // 128, 32))
+
+
+if triton is not None:
+
+    @triton.jit
+    def _attend(
+        query, keys, values, lengths, out, parts, sums, scale,
+        window, kv_heads, chunk, number,
+        query_batch, query_token, query_head,
+        key_batch, key_head, key_column,
+        value_batch, value_head, value_column,
+        GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
+        batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+        split = tl.program_id(2)
+        rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        exists = rows < window * GROUPS
+        token, head = rows // GROUPS, kv_head * GROUPS + rows % GROUPS
+        dims = tl.arange(0, BLOCK_D)
+        real = dims < HEAD_DIM
+        length = tl.load(lengths + batch * window + token, mask=exists, other=0)
+        place = batch.to(tl.int64) * query_batch + token * query_token + head * query_head
+        tile = tl.load(query + place[:, None] + dims, mask=exists[:, None] & real, other=0.0)
+        keys += batch.to(tl.int64) * key_batch + kv_head * key_head
+        values += batch.to(tl.int64) * value_batch + kv_head * value_head
+
+        end = tl.minimum(tl.max(length, 0), (split + 1) * chunk)
+        highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(split * chunk, end, BLOCK_N):
+            column = start + tl.arange(0, BLOCK_N)
+            inside = (column < end)[:, None] & real
+            key = tl.load(keys + column[:, None] * key_column + dims, mask=inside, other=0.0)
+            score = tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale
+            score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
+            higher = tl.maximum(highest, tl.max(score, 1))
+            # A row may see none of these keys: infinity minus infinity would be no number.
+            base = tl.where(higher == -float("inf"), 0.0, higher)
+            prob = tl.exp2(score - base[:, None])
+            fade = tl.exp2(highest - base)
+            total = total * fade + tl.sum(prob, 1)
+            value = tl.load(values + column[:, None] * value_column + dims, mask=inside, other=0.0)
+            result = result * fade[:, None]
+            result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
+            highest = higher
+
+        sees = total > 0
+        result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
+        heads = kv_heads * GROUPS
+        row = (batch * window + token).to(tl.int64) * heads + head
+        if SPLITS == 1:
+            place = out + row[:, None] * HEAD_DIM + dims
+            tl.store(place, result.to(out.dtype.element_ty), mask=exists[:, None] & real)
+        else:
+            row += split.to(tl.int64) * number
+            tl.store(parts + row[:, None] * HEAD_DIM + dims, result, mask=exists[:, None] & real)
+            logsum = tl.where(sees, highest + tl.log2(tl.where(sees, total, 1.0)), -float("inf"))
+            tl.store(sums + row, logsum, mask=exists)
+
+    @triton.jit
+    def _combine(
+        out, parts, sums, number,
+        SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """The parts of one row, weighted by what they saw."""
+        row = tl.program_id(0).to(tl.int64)
+        split, dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+        place = split.to(tl.int64) * number + row
+        logsum = tl.load(sums + place, mask=split < SPLITS, other=-float("inf"))
+        saw = logsum > -float("inf")
+        highest = tl.max(logsum, 0)
+        weight = tl.where(saw, tl.exp2(logsum - tl.where(highest > -float("inf"), highest, 0.0)), 0.0)
+        inside = saw[:, None] & (dims < HEAD_DIM)
+        part = tl.load(parts + place[:, None] * HEAD_DIM + dims, mask=inside, other=0.0)
+        total = tl.sum(weight, 0)
+        result = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+        tl.store(out + row * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)

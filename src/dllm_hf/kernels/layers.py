@@ -1,0 +1,207 @@
+"""What stands between the matrix products of a layer: norms, rotary positions, the cache's columns, the gate.
+
+They round where the layers of `transformers` round, so that both paths give the same in bfloat16 as well, but for the
+rotation, which is rounded once instead of three times.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # on a CPU
+    triton = None
+
+
+def add_rms_norm_torch(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin of [`add_rms_norm`]."""
+    total = x if residual is None else residual + x
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype), total
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`total = x + residual` and its RMS norm (arXiv:1910.07467).
+
+    Args:
+        x, residual: `(..., size)`, contiguous; without a residual the total is `x` itself.
+        weight: `(size,)`.
+
+    Returns:
+        The norm times `weight`, and the total.
+    """
+    size = x.shape[-1]
+    normed = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    _add_rms_norm[(x.numel() // size,)](
+        x, x if residual is None else residual, weight, normed, total, size, eps,
+        HAS_RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4,
+    )  # fmt: skip
+    return normed, total
+
+
+def swiglu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The twin of [`swiglu`]."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` (arXiv:2002.05202), all contiguous and of one shape."""
+    out = torch.empty_like(gate)
+    block = 1024
+    _swiglu[(triton.cdiv(gate.numel(), block),)](gate, up, out, gate.numel(), BLOCK=block, num_warps=4)
+    return out
+
+
+def rotate_and_store_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    columns: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """The twin of [`rotate_and_store`]."""
+    batch, window = query.shape[:2]
+    head_dim = keys.shape[-1]
+
+    def rotated(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        x = x.view(batch, window, -1, head_dim)
+        if weight is not None:
+            x = add_rms_norm_torch(x, None, weight, eps)[0]
+        first, second = x.float().chunk(2, dim=-1)
+        half = torch.cat([-second, first], dim=-1)
+        return (x.float() * cos[:, :, None].float() + half * sin[:, :, None].float()).to(x.dtype)
+
+    index = columns[:, None, :, None].expand(-1, keys.shape[1], -1, head_dim)
+    keys.scatter_(2, index, rotated(key, key_norm).transpose(1, 2))
+    values.scatter_(2, index, value.view(batch, window, -1, head_dim).transpose(1, 2))
+    return rotated(query, query_norm)
+
+
+def rotate_and_store(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    columns: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Norm (where there is one) and rotary position (arXiv:2104.09864, the halves as in the library) of queries and
+    keys; keys and values go into their columns of the cache.
+
+    Args:
+        query: `(batch, window, heads * head_dim)`, contiguous, as `key` and `value`: `(batch, window, kv_heads * head_dim)`.
+        cos, sin: `(batch, window, head_dim)`, contiguous.
+        columns: `(batch, window)` int64. Where one repeats, so must its key and value.
+        keys, values: `(batch, kv_heads, width, head_dim)`, written in place.
+        query_norm, key_norm: `(head_dim,)`, the weights of norms over each head; `eps` is theirs.
+
+    Returns:
+        The queries, `(batch, window, heads, head_dim)`.
+    """
+    batch, window = query.shape[:2]
+    kv_heads, _, head_dim = keys.shape[1:]
+    heads = query.shape[2] // head_dim
+    rotated = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
+    _rotate_and_store[(batch * window, heads + 2 * kv_heads)](
+        query, key, value, cos, sin, columns, rotated, keys, values,
+        query if query_norm is None else query_norm, key if key_norm is None else key_norm, eps,
+        window, heads, kv_heads, *keys.stride()[:3], *values.stride()[:3],
+        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HAS_NORM=query_norm is not None, num_warps=1,
+    )  # fmt: skip
+    return rotated
+
+
+if triton is not None:
+
+    @triton.jit
+    def _add_rms_norm(x, residual, weight, normed, total, size, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64) * size
+        index = tl.arange(0, BLOCK)
+        inside = index < size
+        values = tl.load(x + row + index, mask=inside, other=0.0)
+        dtype = values.dtype
+        if HAS_RESIDUAL:
+            other = tl.load(residual + row + index, mask=inside, other=0.0)
+            values = (other.to(tl.float32) + values.to(tl.float32)).to(dtype)
+            tl.store(total + row + index, values, mask=inside)
+        values = values.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
+        factor = tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
+        result = (values * scale).to(dtype).to(tl.float32) * factor
+        tl.store(normed + row + index, result.to(dtype), mask=inside)
+
+    @triton.jit
+    def _swiglu(gate, up, out, number, BLOCK: tl.constexpr):
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < number
+        left = tl.load(gate + index, mask=inside, other=0.0)
+        right = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
+        wide = left.to(tl.float32)
+        activated = (wide / (1.0 + tl.exp(-wide))).to(left.dtype).to(tl.float32)
+        tl.store(out + index, (activated * right).to(left.dtype), mask=inside)
+
+    @triton.jit
+    def _rotate_and_store(
+        query, key, value, cos, sin, columns, rotated, keys, values, query_norm, key_norm, eps,
+        window, heads, kv_heads,
+        key_batch, key_head, key_column, value_batch, value_head, value_column,
+        HALF: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
+    ):  # fmt: skip
+        """One head of one token: of the queries, then of the keys, then of the values."""
+        token, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        index = tl.arange(0, BLOCK)
+        inside = index < HALF
+        column = tl.load(columns + token)
+        batch = token // window
+        if number >= heads + kv_heads:
+            head = number - heads - kv_heads
+            source = value + (token * kv_heads + head) * 2 * HALF
+            target = values + batch * value_batch + head * value_head + column * value_column
+            tl.store(target + index, tl.load(source + index, mask=inside), mask=inside)
+            tl.store(target + HALF + index, tl.load(source + HALF + index, mask=inside), mask=inside)
+        else:
+            is_query = number < heads
+            head = tl.where(is_query, number, number - heads)
+            if is_query:
+                source = query + (token * heads + head) * 2 * HALF
+                weight = query_norm
+                target = rotated + (token * heads + head) * 2 * HALF
+            else:
+                source = key + (token * kv_heads + head) * 2 * HALF
+                weight = key_norm
+                target = keys + batch * key_batch + head * key_head + column * key_column
+            first = tl.load(source + index, mask=inside, other=0.0)
+            second = tl.load(source + HALF + index, mask=inside, other=0.0)
+            dtype = first.dtype
+            first, second = first.to(tl.float32), second.to(tl.float32)
+            if HAS_NORM:
+                square = tl.sum(first * first, 0) + tl.sum(second * second, 0)
+                scale = tl.rsqrt(square / (2 * HALF) + eps)
+                left = tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
+                right = tl.load(weight + HALF + index, mask=inside, other=0.0).to(tl.float32)
+                first = ((first * scale).to(dtype).to(tl.float32) * left).to(dtype).to(tl.float32)
+                second = ((second * scale).to(dtype).to(tl.float32) * right).to(dtype).to(tl.float32)
+            angle = token * 2 * HALF + index
+            cos1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+            cos2 = tl.load(cos + HALF + angle, mask=inside, other=0.0).to(tl.float32)
+            sin1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+            sin2 = tl.load(sin + HALF + angle, mask=inside, other=0.0).to(tl.float32)
+            tl.store(target + index, (first * cos1 - second * sin1).to(dtype), mask=inside)
+            tl.store(target + HALF + index, (second * cos2 + first * sin2).to(dtype), mask=inside)

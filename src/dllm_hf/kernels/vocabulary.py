@@ -1,0 +1,107 @@
+"""The best token of each position and how sure it is, in one pass over the logits and without a copy of them."""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # on a CPU
+    triton = None
+
+BLOCK = 4096
+
+
+def best_tokens_torch(
+    logits: torch.Tensor, mask_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The twin of [`best_tokens`]."""
+    log_probs = logits.float().log_softmax(-1)
+    probs = log_probs.exp()
+    entropy = torch.special.entr(probs).sum(-1)
+    allowed = log_probs.clone()
+    allowed[..., mask_token_id] = -torch.inf
+    best = allowed.argmax(-1)
+    probability = probs.gather(-1, best[..., None])
+    second = probs.scatter(-1, best[..., None], 0.0).amax(-1)
+    return best, probability.squeeze(-1), probability.squeeze(-1) - second, entropy
+
+
+def best_tokens(
+    logits: torch.Tensor, mask_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Args:
+        logits: `(..., vocab)`, contiguous.
+        mask_token_id: never the best; it counts in the distribution all the same.
+
+    Returns:
+        For each position the best token (the first of equals), its probability, what it is ahead of the second best in
+        probability, and the entropy of the distribution in nats. Not a number where the distribution is none.
+    """
+    vocab = logits.shape[-1]
+    rows, chunks = logits.numel() // vocab, triton.cdiv(vocab, BLOCK)
+    parts = torch.empty(5, rows, chunks, dtype=torch.float32, device=logits.device)
+    places = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    best = torch.empty(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    probability, margin, entropy = torch.empty(3, *logits.shape[:-1], dtype=torch.float32, device=logits.device)
+    _scan[(rows, chunks)](logits, parts, places, vocab, mask_token_id, rows * chunks, BLOCK=BLOCK, num_warps=8)
+    _merge[(rows,)](
+        parts, places, best, probability, margin, entropy, chunks, rows * chunks,
+        BLOCK=triton.next_power_of_2(chunks), num_warps=1,
+    )  # fmt: skip
+    return best, probability, margin, entropy
+
+
+if triton is not None:
+
+    @triton.jit
+    def _scan(logits, parts, places, vocab, mask_token_id, number, BLOCK: tl.constexpr):
+        """A chunk of a row: its maximum, sum of exponentials, their sum weighted by the logits' distance from the
+        maximum, and the two best."""
+        row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        token = chunk * BLOCK + tl.arange(0, BLOCK)
+        logit = tl.load(logits + row * vocab + token, mask=token < vocab, other=-float("inf")).to(tl.float32)
+        highest = tl.max(logit, 0)
+        base = tl.where(highest == -float("inf"), 0.0, highest)
+        distance = logit - base
+        weight = tl.exp(distance)
+        total = tl.sum(weight, 0)
+        spread = tl.sum(tl.where(weight > 0, weight * distance, 0.0), 0)
+        allowed = tl.where(token == mask_token_id, -float("inf"), logit)
+        best = tl.max(allowed, 0)
+        place = tl.argmax(allowed, 0)
+        place = tl.where(best > -float("inf"), chunk * BLOCK + place, -1)  # a chunk may hold the mask alone
+        second = tl.max(tl.where(token == place, -float("inf"), logit), 0)
+        index = row * tl.num_programs(1) + chunk
+        tl.store(parts + index, base)
+        tl.store(parts + number + index, total)
+        tl.store(parts + 2 * number + index, spread)
+        tl.store(parts + 3 * number + index, best)
+        tl.store(parts + 4 * number + index, second)
+        tl.store(places + index, place)
+
+    @triton.jit
+    def _merge(parts, places, best, probability, margin, entropy, chunks, number, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        chunk = tl.arange(0, BLOCK)
+        inside = chunk < chunks
+        index = row * chunks + chunk
+        base = tl.load(parts + index, mask=inside, other=-float("inf"))
+        total = tl.load(parts + number + index, mask=inside, other=0.0)
+        spread = tl.load(parts + 2 * number + index, mask=inside, other=0.0)
+        first = tl.load(parts + 3 * number + index, mask=inside, other=-float("inf"))
+        second = tl.load(parts + 4 * number + index, mask=inside, other=-float("inf"))
+        place = tl.load(places + index, mask=inside, other=0)
+        highest = tl.max(tl.where(total != 0, base, -float("inf")), 0)
+        weight = tl.where(total != 0, tl.exp(base - highest), 0.0)
+        sums = tl.sum(total * weight, 0)
+        # Sum of p * (x - highest), from distances to each chunk's own maximum.
+        shifted = tl.sum(tl.where(total != 0, weight * (spread + total * (base - highest)), 0.0), 0)
+        logsum = highest + tl.log(sums)
+        winner = tl.argmax(first, 0)
+        is_winner = chunk == winner
+        top = tl.max(first, 0)
+        runner = tl.max(tl.where(is_winner, second, tl.maximum(first, second)), 0)
+        tl.store(best + row, tl.sum(tl.where(is_winner, place, 0), 0).to(tl.int64))
+        tl.store(probability + row, tl.exp(top - logsum))
+        tl.store(margin + row, tl.exp(top - logsum) - tl.exp(runner - logsum))
+        tl.store(entropy + row, tl.log(sums) - shifted / sums)

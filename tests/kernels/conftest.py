@@ -1,0 +1,18 @@
+"""Without a GPU the kernels run in Triton's interpreter: tests/conftest.py chooses it."""
+
+import torch
+
+try:
+    from triton.runtime import interpreter
+except ImportError:  # the tests are skipped
+    interpreter = None
+
+if interpreter is not None and not torch.cuda.is_available():
+    plain = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        """Triton 3.6 turns arrays of one element into numbers in a way that NumPy 2.4 refuses."""
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched

@@ -1,0 +1,191 @@
+"""Each kernel against its torch twin: on a GPU as it is compiled, elsewhere in Triton's interpreter (tests/conftest.py)."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch
+from dllm_hf.kernels.layers import (
+    add_rms_norm,
+    add_rms_norm_torch,
+    rotate_and_store,
+    rotate_and_store_torch,
+    swiglu,
+    swiglu_torch,
+)
+from dllm_hf.kernels.vocabulary import BLOCK, best_tokens, best_tokens_torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="the interpreter would take minutes")
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(got, expected, dtype):
+    error = (got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
+    # The interpreter cuts off what bfloat16 has no room for, instead of rounding.
+    assert error < (2e-6 if dtype == torch.float32 else 8e-3 if ON_GPU else 2e-2), float(error)
+
+
+def attention_case(batch, window, kv_heads, groups, head_dim, width, lengths, dtype=torch.float32):
+    query = random(batch, window, kv_heads * groups, head_dim, dtype=dtype)
+    keys, values = (random(batch, kv_heads, width, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    lengths = torch.as_tensor(lengths, dtype=torch.int32, device=DEVICE).expand(batch, window).contiguous()
+    for row, length in enumerate(lengths.amax(-1).tolist()):
+        # What is not visible is not read: poison.
+        keys[row, :, length:] = values[row, :, length:] = float("nan")
+    expected = canvas_attention_torch(query.double(), keys.double(), values.double(), lengths, head_dim**-0.5)
+    got = canvas_attention(query, keys, values, lengths, head_dim**-0.5)
+    assert got.shape == (batch, window, kv_heads * groups, head_dim) and got.is_contiguous()
+    close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 7, 8])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_attention_of_every_head_size_and_group(head_dim, groups):
+    attention_case(1, 4, 2, groups, head_dim, 150, 131)
+
+
+@pytest.mark.parametrize("window", [1, 3, 16, 33, 64])
+def test_attention_of_windows(window):
+    attention_case(2, window, 1, 2, 64, 130, 97)
+
+
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 129, 300, 700])
+def test_attention_over_canvases(width):
+    attention_case(1, 4, 1, 1, 64, width, width)
+
+
+def test_rows_of_a_batch_see_their_own_lengths():
+    attention_case(3, 4, 2, 2, 64, 300, torch.tensor([[300], [1], [130]]))
+
+
+def test_each_query_sees_its_own_length():
+    """The window that writes a finished block and reads for the next one: two ranges."""
+    attention_case(1, 8, 2, 2, 64, 200, torch.tensor([[132] * 4 + [136] * 4]))
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    query, keys, values = random(1, 2, 2, 64), random(1, 2, 140, 64), random(1, 2, 140, 64, seed=1)
+    lengths = torch.tensor([[0, 140]], dtype=torch.int32, device=DEVICE)
+    got = canvas_attention(query, keys, values, lengths, 0.1)
+    assert (got[:, 0] == 0).all()
+    close(got, canvas_attention_torch(query, keys, values, lengths, 0.1), torch.float32)
+
+
+def test_large_scores_do_not_overflow():
+    query, keys, values = 300 * random(1, 2, 2, 64), 300 * random(1, 2, 140, 64), random(1, 2, 140, 64, seed=1)
+    lengths = torch.full((1, 2), 140, dtype=torch.int32, device=DEVICE)
+    got = canvas_attention(query, keys, values, lengths, 1.0)
+    close(got, canvas_attention_torch(query, keys, values, lengths, 1.0), torch.float32)
+
+
+def test_keys_of_a_wider_buffer():
+    """As the cache gives them: the buffer goes on behind the columns that are passed."""
+    query, keys, values = random(2, 4, 2, 64), random(2, 2, 400, 64), random(2, 2, 400, 64, seed=1)
+    lengths = torch.full((2, 4), 250, dtype=torch.int32, device=DEVICE)
+    got = canvas_attention(query, keys[:, :, :300], values[:, :, :300], lengths, 0.1)
+    close(got, canvas_attention_torch(query, keys, values, lengths, 0.1), torch.float32)
+
+
+@gpu_only
+@pytest.mark.parametrize("width", [1024, 8192, 32768])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "groups"), [(32, 1), (8, 4), (4, 7), (4, 8)])
+def test_attention_of_real_shapes(width, dtype, kv_heads, groups):
+    for batch, window in ((1, 32), (8, 32), (2, 4)):
+        attention_case(batch, window, kv_heads, groups, 128, width, width - 5, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 16, 100, 4096])
+def test_norm_with_and_without_a_residual(size, dtype):
+    x, residual = (random(3, 2, size, dtype=dtype, seed=seed) for seed in range(2))
+    weight = random(size, dtype=dtype)
+    for other in (None, residual):
+        for got, expected in zip(add_rms_norm(x, other, weight, 1e-6), add_rms_norm_torch(x, other, weight, 1e-6)):
+            close(got, expected, dtype)
+
+
+def test_the_norm_is_the_library_s():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x = random(5, 64)
+    norm = LlamaRMSNorm(64, eps=1e-5).to(DEVICE)
+    norm.weight.data = random(64)
+    close(add_rms_norm_torch(x, None, norm.weight, 1e-5)[0], norm(x), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate(dtype):
+    gate, up = 4 * random(3, 700, dtype=dtype), random(3, 700, dtype=dtype, seed=1)
+    close(swiglu(gate, up), swiglu_torch(gate, up), dtype)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 64), (4, 1, 96), (7, 1, 128), (2, 2, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_and_the_columns_of_the_cache(heads, kv_heads, head_dim, has_norm, dtype):
+    batch, window, width = 2, 3, 20
+    query = random(batch, window, heads * head_dim, dtype=dtype)
+    key, value = (random(batch, window, kv_heads * head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    cos, sin = (random(batch, window, head_dim, dtype=dtype, seed=seed) for seed in (3, 4))
+    columns = torch.tensor([[0, 7, 19], [4, 5, 6]], device=DEVICE)
+    norms = [random(head_dim, dtype=dtype, seed=seed) if has_norm else None for seed in (5, 6)]
+    results = []
+    for function in (rotate_and_store, rotate_and_store_torch):
+        keys, values = torch.zeros(2, batch, kv_heads, width, head_dim, dtype=dtype, device=DEVICE)
+        rotated = function(query, key, value, cos, sin, columns, keys, values, *norms, 1e-6)
+        results.append((rotated, keys, values))
+    for got, expected in zip(*results):
+        close(got, expected, dtype)
+    written = torch.zeros(batch, width, dtype=torch.bool, device=DEVICE).scatter_(1, columns, True)
+    assert (results[0][1].abs().sum((1, 3)) > 0).equal(written)
+
+
+@pytest.mark.parametrize("vocab", [2, 11, 300, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_best_token_probability_margin_and_entropy(vocab, dtype):
+    logits = (3 * random(2, 3, vocab, dtype=dtype)).contiguous()
+    mask = vocab - 1
+    logits[0, 0, mask] = 20.0  # the mask may be the most probable
+    for got, expected in zip(best_tokens(logits, mask), best_tokens_torch(logits, mask)):
+        if got.dtype == torch.long:
+            assert torch.equal(logits.gather(-1, got[..., None]), logits.gather(-1, expected[..., None]))
+            assert (got != mask).all()
+        else:
+            torch.testing.assert_close(got, expected, atol=3e-6, rtol=3e-5)
+
+
+def test_of_equal_tokens_the_first_is_the_best():
+    logits = torch.zeros(1, 2, 2 * BLOCK + 3, device=DEVICE)
+    logits[0, 1, [5, 70, BLOCK + 9]] = 1.0
+    assert best_tokens(logits, 0)[0].tolist() == [[1, 5]]
+
+
+def test_suppressed_tokens_do_not_count():
+    logits = random(1, 2, 2 * BLOCK)
+    logits[..., :BLOCK] = -torch.inf  # a whole chunk
+    for got, expected in zip(best_tokens(logits, 3), best_tokens_torch(logits, 3)):
+        torch.testing.assert_close(got, expected, atol=3e-6, rtol=3e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_overflowed_give_no_number(value):
+    logits = random(1, 2, 2 * BLOCK)
+    logits[0, 0, 5] = value
+    _, probability, margin, entropy = best_tokens(logits, 3)
+    for score in (probability, margin, entropy):
+        assert score[0, 0].isnan() and not score[0, 1].isnan()
+
+
+@gpu_only
+def test_a_vocabulary_of_the_real_size():
+    logits = 2 * random(8, 32, 152_064, dtype=torch.bfloat16)
+    for got, expected in zip(best_tokens(logits, 151_666)[1:], best_tokens_torch(logits, 151_666)[1:]):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
