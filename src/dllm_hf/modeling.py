@@ -12,6 +12,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .generation.attention import uses_flash_attention
+from .generation.fused import FusedStack
 from .training.losses import masked_diffusion_loss
 
 
@@ -87,6 +88,10 @@ class MaskedDiffusionLM:
         output = self._output(loss, logits, outputs, token_mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def step_forward(self) -> FusedStack | None:
+        """See [`DiffusionGenerationMixin.step_forward`]."""
+        return FusedStack.of(self)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As PyTorch's, for the names on disk as well: `Trainer` reads its checkpoints with it, and would pass over

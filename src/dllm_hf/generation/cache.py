@@ -83,6 +83,7 @@ class CanvasCache(Cache):
         self.tokens: torch.Tensor | None = None
         self.written: list[int] = []
         self.block_length: int | None = None
+        self.graphs = None  # the `StepGraphs` that read it, from one call to the next
 
     def place(self, window: Window) -> None:
         """Say where the next window stands and what it sees."""
@@ -95,17 +96,22 @@ class CanvasCache(Cache):
         the call that goes on from here computes them with what is new."""
         self.tokens, self.written, self.block_length = tokens, written, block_length
 
-    def resume(self, tokens: torch.Tensor, block_length: int) -> list[int]:
+    def restart(self) -> None:
+        """Make the cache ready for a text that has nothing to do with the last one, in the same buffers."""
+        self.tokens, self.written, self.block_length = None, [], None
+
+    def resume(self, tokens: torch.Tensor, block_length: int, width: int) -> list[int]:
         """Make the cache ready for a canvas that begins as the last one did.
 
         Args:
             tokens: `(batch, width)`, the new canvas.
+            width: columns to make room for.
 
         Returns:
             For each row, the column up to which it need not be computed again.
         """
         for layer in self.layers:
-            layer.widen(tokens.shape[1] + 1)
+            layer.widen(width)
         shared = min(tokens.shape[1], self.tokens.shape[1])
         same = (tokens[:, :shared] == self.tokens[:, :shared]).long().cumprod(-1).sum(-1).tolist()
         written = self.retreat(self.written, same, block_length)

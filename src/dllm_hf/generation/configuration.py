@@ -106,6 +106,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         suppress_tokens (`list[int]`): never proposed.
         confidence_suppress_tokens (`list[int]`): a position where one of them is proposed is transferred last.
         num_return_sequences (`int`, defaults to 1): completions of each prompt.
+        steps_per_look (`int`, defaults to 1): where the logits decide when a block is done, the host looks after so many
+            steps. More steps than needed are forward passes that transfer nothing.
+        disable_compile (`bool`): no CUDA graphs and no fused kernels.
         output_history (`bool`): return the canvas after each step; implies `return_dict_in_generate`.
         return_dict_in_generate (`bool`): return a [`DiffusionGenerateOutput`] instead of the sequences alone.
         mask_token_id, pad_token_id, bos_token_id (`int`), eos_token_id (`int` or `list[int]`): special tokens.
@@ -135,6 +138,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         "logits_eos_inf": False,
         "confidence_eos_eot_inf": False,
         "num_return_sequences": 1,
+        "steps_per_look": 1,
+        "disable_compile": False,
         "output_history": False,
         "return_dict_in_generate": False,
         "mask_token_id": None,
@@ -191,6 +196,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             "denoising_steps",
             "prefill_chunk_size",
             "num_return_sequences",
+            "steps_per_look",
         ):
             _check(self, name, int, lambda v: v >= 1, "an integer of at least 1")
         _check(self, "top_k", int, lambda v: v >= 0, "an integer of at least 0 (0 turns it off)")
@@ -201,7 +207,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in ("confidence_threshold", "top_p"):
             _check(self, name, float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
         _check(self, "eps", float, lambda v: 0 < v < 1, "a number between 0 and 1")
-        for name in ("do_sample", "output_history", "return_dict_in_generate", *LLADA_SWITCHES):
+        for name in ("do_sample", "disable_compile", "output_history", "return_dict_in_generate", *LLADA_SWITCHES):
             _check(self, name, bool, lambda v: True, "True or False")
         for name in ("mask_token_id", "pad_token_id", "bos_token_id"):
             _check(self, name, int, lambda v: v >= 0, "a token id")

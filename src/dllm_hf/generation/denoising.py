@@ -10,8 +10,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from .cache import CachePolicy
 from .canvas import Block, Canvas, Window
 from .configuration import DiffusionGenerationConfig, as_token_list
+from .graphs import FastPath
 from .remasking import STRATEGIES, bernoulli_plan, bernoulli_quotas, select, transfer_quotas
-from .sampling import Noise, confidence, make_warpers, process, propose
+from .sampling import Noise, confidence, make_warpers, process, propose, read_best
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Denoiser:
         policy: what each step feeds.
         config: resolved: `mask_token_id`, `pad_token_id` and `remasking_strategy` are set.
         confidence_source: `"raw"` reads confidence from the logits before the warpers, `"processed"` after them.
+        fast: runs the steps whose windows it takes.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Denoiser:
         hooks: Hooks,
         generator: torch.Generator | list[torch.Generator] | None = None,
         streamer: Any = None,
+        fast: FastPath | None = None,
     ):
         self.forward, self.canvas, self.policy, self.config, self.hooks = forward, canvas, policy, config, hooks
         self.strategy = STRATEGIES[config.remasking_strategy]
@@ -65,12 +68,28 @@ class Denoiser:
         self.end_tokens = _token_tensor(config.eos_token_id, device)
         self.suppressed = _token_tensor(config.suppress_tokens, device)
         self.confidence_suppressed = _token_tensor(config.confidence_suppress_tokens, device)
-        self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.fast = fast
+        # What `decide` depends on, besides its arguments.
+        self.constants = (self.suppressed, self.confidence_suppressed)
+        self.settings = (
+            self.strategy,
+            self.temperature,
+            self.reads_raw_logits,
+            *(
+                str(getattr(config, name))
+                for name in ("mask_token_id", "top_k", "top_p", "confidence_threshold", "entropy_bound", "factor")
+            ),
+            *(str(getattr(config, name)) for name in ("alg_temp", "cfg_scale", "suppress_tokens")),
+            str(config.confidence_suppress_tokens),
+        )
+        # The fast path has them where its graphs find them.
+        home = fast.graphs if fast is not None else None
+        self.ended = home.ended if home else torch.zeros(batch, dtype=torch.bool, device=device)
         self.rows_running = [True] * batch  # the host's copy of ~ended, as old as the last block
         self.step = 0
         self.num_forward_passes = 0
-        self.row_forward_passes = torch.zeros(batch, dtype=torch.long, device=device)
-        self.row_transfers = torch.zeros(batch, dtype=torch.long, device=device)
+        counts = (home.row_forward_passes, home.row_transfers) if home else torch.zeros(2, batch, dtype=torch.long)
+        self.row_forward_passes, self.row_transfers = (count.to(device) for count in counts)
         self.history: list[torch.Tensor] | None = [] if config.output_history else None
 
     @torch.no_grad()
@@ -134,83 +153,119 @@ class Denoiser:
         for window in self.policy.prefill(block, self.rows_running):
             self.forward(window)
             self.num_forward_passes += 1
-        is_first, next_window = True, None
+        is_first, next_window, taken = True, None, 0
         for index, wanted in enumerate(needs_forward):
             logits = None
             if wanted:
-                masked = canvas.masked(block) & ~self.ended[:, None]
-                if looks_at_canvas and not bool(masked.any()):
+                may_be_done = looks_at_canvas and taken % self.config.steps_per_look == 0
+                if may_be_done and (taken or self.hooks.tokens) and not bool(self._left(block).any()):
                     break
-                transferable = masked if plan is None else masked & (plan <= index)
+                taken += 1
                 if is_first:
                     window = self.policy.first_window(block, self.rows_running)
                 else:
                     window = next_window = next_window or self.policy.next_window(block, self.rows_running)
                 is_first = False
-                logits = self._denoise(block, window, masked, transferable, quotas[:, index])
-            is_first |= self._after_step(block, logits)
+                allowed = block.valid if plan is None else block.valid & (plan <= index)
+                logits = self._denoise(block, window, allowed, quotas[:, index])
+            is_first |= self._after_step(block, wanted, logits)
 
-    def _denoise(self, block: Block, window: Window, masked, transferable, quota) -> torch.Tensor:
-        """One forward pass and the transfer of what it proposes. Returns the logits, `(batch, block, vocab)`.
+    def _left(self, block: Block) -> torch.Tensor:
+        """`(batch, block)` bool, what is still to be decoded."""
+        return self.canvas.masked(block) & ~self.ended[:, None]
 
-        masked, transferable: `(batch, block)` bool, what is still a mask, and what of it this step may transfer.
-        quota: `(batch,)`.
+    def _denoise(self, block: Block, window: Window, allowed, quota) -> torch.Tensor | None:
+        """One forward pass and the transfer of what it proposes.
+
+        Args:
+            allowed: `(batch, block)` bool, the positions that may receive a token if they are masks.
+            quota: `(batch,)`.
+
+        Returns:
+            The logits, `(batch, block, vocab)`; None on the fast path.
         """
-        config, canvas = self.config, self.canvas
+        canvas = self.canvas
+        takes_part = None
+        if isinstance(self.generator, (list, tuple)):
+            takes_part = (self._left(block) & allowed).any(-1) & (quota > 0)
+        noise = self._noise(block, takes_part)
+        self.num_forward_passes += 1
+        if self.fast is not None and self.fast.takes(window):
+            self.fast.denoise(self, block, window, allowed, quota, noise)
+            return None
         logits = self.forward(window)
         if self.hooks.logits is not None:
             logits = self.hooks.logits(self.step, canvas.to_sequences(), logits)
         if self.hooks.processors:
             logits = process(self.hooks.processors, canvas.to_sequences(), logits)
+        proposals, transfer = self.decide(logits, self._left(block) & allowed, quota, noise)
+        canvas.write(block, torch.where(transfer, proposals, canvas.at(block.columns)))
+        transferred = transfer.sum(-1)
+        self.row_forward_passes += transferred > 0
+        self.row_transfers += transferred
+        return logits
+
+    def decide(self, logits: torch.Tensor, transferable: torch.Tensor, quota: torch.Tensor, noise):
+        """What a step proposes, `(batch, block)` tokens, and which of it is transferred, `(batch, block)` bool.
+
+        Nothing in it looks at the device, and all shapes are fixed, so that it can be captured in a graph.
+
+        Args:
+            logits: `(batch, block, vocab)`; those of suppressed tokens are changed.
+            transferable: `(batch, block)` bool, the masks that may receive a token.
+            quota: `(batch,)`.
+        """
+        config = self.config
         if self.suppressed is not None:
             logits[..., self.suppressed] = -torch.inf
-        processed = logits
-        if self.warpers:
-            # The warpers count and rank tokens: the mask must not be among them.
-            processed = logits.clone()
-            processed[..., config.mask_token_id] = -torch.inf
-            processed = process(self.warpers, None, processed)
-        noise = self._noise(block, transferable.any(-1) & (quota > 0))
-        proposals = propose(processed, config.mask_token_id, self.temperature, noise)
-        scores = confidence(
-            self.strategy.confidence,
-            logits if self.reads_raw_logits else processed,
-            proposals,
-            config.mask_token_id,
-            noise,
-        )
+        if (
+            self.fast is not None
+            and not self.warpers
+            and self.temperature == 0
+            and self.strategy.confidence != "random"
+        ):
+            proposals, scores = read_best(self.strategy.confidence, logits, config.mask_token_id)
+        else:
+            processed = logits
+            if self.warpers:
+                # The warpers count and rank tokens: the mask must not be among them.
+                processed = logits.clone()
+                processed[..., config.mask_token_id] = -torch.inf
+                processed = process(self.warpers, None, processed)
+            proposals = propose(processed, config.mask_token_id, self.temperature, noise)
+            scores = confidence(
+                self.strategy.confidence,
+                logits if self.reads_raw_logits else processed,
+                proposals,
+                config.mask_token_id,
+                noise,
+            )
         lowest = torch.finfo(torch.float32).min
         if self.confidence_suppressed is not None:
             scores = scores.masked_fill(torch.isin(proposals, self.confidence_suppressed), lowest)
         # Logits that overflowed give no number, and nothing to prefer: such positions go last, but they go.
         scores = scores.nan_to_num(nan=lowest)
         if self.strategy.selection == "bernoulli":
-            transfer = transferable
-        else:
-            transfer = select(
-                self.strategy,
-                scores,
-                transferable,
-                quota,
-                threshold=config.confidence_threshold,
-                entropy_bound=config.entropy_bound,
-                factor=config.factor,
-                gumbel=noise.gumbel(scores.shape).float() if config.alg_temp else None,
-                alg_temp=config.alg_temp or 0.0,
-            )
-        canvas.write(block, torch.where(transfer, proposals, canvas.at(block.columns)))
-        transferred = transfer.sum(-1)
-        self.num_forward_passes += 1
-        self.row_forward_passes += transferred > 0
-        self.row_transfers += transferred
-        return logits
+            return proposals, transferable
+        transfer = select(
+            self.strategy,
+            scores,
+            transferable,
+            quota,
+            threshold=config.confidence_threshold,
+            entropy_bound=config.entropy_bound,
+            factor=config.factor,
+            gumbel=noise.gumbel(scores.shape).float() if config.alg_temp else None,
+            alg_temp=config.alg_temp or 0.0,
+        )
+        return proposals, transfer
 
-    def _after_step(self, block: Block, logits: torch.Tensor | None) -> bool:
+    def _after_step(self, block: Block, was_forward: bool, logits: torch.Tensor | None) -> bool:
         """Whether a hook changed what the policy's cache holds."""
         is_stale = self.hooks.tokens is not None and self._run_tokens_hook(self.step, logits)
         if self.history is not None:
             self.history.append(self.canvas.to_sequences())
-        if self.stream and logits is not None:
+        if self.stream and was_forward:
             self.stream.draft(block)
         self.step += 1
         return is_stale
@@ -253,8 +308,9 @@ class Denoiser:
         # A cache must not be taken to hold what has only now been put there.
         self.policy.rewind((canvas.tokens == tokens).long().cumprod(-1).sum(-1).tolist())
 
-    def _noise(self, block: Block, takes_part: torch.Tensor) -> Noise:
-        """The random numbers of a step. `takes_part`: `(batch,)` bool, the rows that may receive tokens."""
+    def _noise(self, block: Block, takes_part: torch.Tensor | None) -> Noise:
+        """The random numbers of a step. `takes_part`: `(batch,)` bool, the rows that may receive tokens, read where there
+        is a generator for each row."""
         widths = None
         if isinstance(self.generator, (list, tuple)):
             spans = zip(block.spans, takes_part.tolist(), strict=True)

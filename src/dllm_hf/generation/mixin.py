@@ -9,10 +9,11 @@ from transformers import Cache, GenerationMixin, LogitsProcessorList, StoppingCr
 from transformers.utils import ModelOutput, logging
 
 from .attention import without_flash_attention
-from .cache import POLICIES, BlockCache, CanvasCache
+from .cache import POLICIES, BlockCache, CachePolicy, CanvasCache
 from .canvas import Canvas, Window
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .denoising import Denoiser, Hooks
+from .graphs import FastPath, StepGraphs, are_possible, capacity_for, lend, put_back, release, take, weights_of
 from .sampling import guide
 
 logger = logging.get_logger(__name__)
@@ -136,29 +137,48 @@ class DiffusionGenerationMixin(GenerationMixin):
         _check_fits(
             self.config, canvas.width, new_tokens, f", in whole blocks of `block_length={config.block_length}`,"
         )
-        policy, cache = self._make_policy(canvas, config, past_key_values)
+        hooks = Hooks(
+            generation_tokens_hook_func,
+            generation_logits_hook_func,
+            LogitsProcessorList(logits_processor or []),
+            StoppingCriteriaList(stopping_criteria or []),
+        )
+        fused = None
+        if are_possible(canvas.tokens.device) and not (config.disable_compile or config.cache_policy == "none"):
+            # What these hooks do is unknown: they run between the parts of a step, which a graph has not.
+            if not (hooks.tokens or hooks.logits or hooks.processors):
+                fused = self.step_forward()
+        policy, cache, graphs = self._make_policy(canvas, config, past_key_values, fused is not None)
+        fast = None
+        if graphs is not None:
+            forward = self._make_fused_forward(fused, config, cache)
+            fast = FastPath(graphs, forward, canvas, config.block_length or 1, fused.moves_on)
         denoiser = Denoiser(
-            self._make_forward(canvas, config, cache),
+            self._make_forward(canvas, config, cache, fast),
             canvas,
             policy,
             config,
             self.confidence_source,
-            Hooks(
-                generation_tokens_hook_func,
-                generation_logits_hook_func,
-                LogitsProcessorList(logits_processor or []),
-                StoppingCriteriaList(stopping_criteria or []),
-            ),
+            hooks,
             generator,
             streamer,
+            fast,
         )
         with self._evaluating():
             denoiser.run()
         sequences = canvas.to_sequences()
+        returns_dict = config.return_dict_in_generate or config.output_history
         is_reusable = config.cache_policy == "block" and not config.cfg_scale
         if is_reusable:
             cache.remember(canvas.at(None).clone(), policy.written, config.block_length)
-        if not (config.return_dict_in_generate or config.output_history):
+        if graphs is not None:
+            if past_key_values is not None:
+                cache.graphs = graphs
+            elif is_reusable and returns_dict:
+                cache = lend(self, graphs)
+            else:
+                put_back(self, graphs)
+        if not returns_dict:
             return sequences
         return DiffusionGenerateOutput(
             sequences=sequences,
@@ -228,7 +248,22 @@ class DiffusionGenerationMixin(GenerationMixin):
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in (*generation_config.DEFAULTS, *ALIASES)}
         return generation_config.updated(**options), kwargs
 
-    def _make_forward(self, canvas: Canvas, config: DiffusionGenerationConfig, cache: CanvasCache | None):
+    def _make_fused_forward(self, fused, config: DiffusionGenerationConfig, cache: CanvasCache):
+        """The forward pass of [`FastPath`]."""
+        guided = config.cfg_scale > 0
+
+        def forward(tokens, columns, lengths, keep, given):
+            if guided:
+                tokens = torch.cat([tokens, torch.where(given, config.mask_token_id, tokens)])
+                columns, lengths, keep = (x.repeat(2, 1) for x in (columns, lengths, keep))
+            logits = fused(tokens, columns, lengths, keep, cache)
+            return guide(logits, config.cfg_scale) if guided else logits
+
+        return forward
+
+    def _make_forward(
+        self, canvas: Canvas, config: DiffusionGenerationConfig, cache: CanvasCache | None, fast: FastPath | None
+    ):
         """One forward pass over a window: `Window -> (batch, block, vocab)`."""
         guided = config.cfg_scale > 0
         repeats = 2 if guided else 1
@@ -239,6 +274,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             return tensor if tensor is None or repeats == 1 else tensor.repeat(repeats, 1)
 
         def forward(window: Window) -> torch.Tensor:
+            if fast is not None and fast.covers(window):
+                return fast.logits(window)
             tokens = canvas.at(window.columns)
             if guided:
                 is_prompt = canvas.given[:, :-1] if window.columns is None else canvas.given.gather(1, window.columns)
@@ -267,20 +304,40 @@ class DiffusionGenerationMixin(GenerationMixin):
         """What the model's forward pass needs to know besides the window."""
         return {}
 
-    def _make_policy(self, canvas: Canvas, config: DiffusionGenerationConfig, past_key_values: CanvasCache | None):
-        """The policy and, where it keeps one, its cache."""
+    def release_graphs(self) -> None:
+        """Give back the memory that the fast path keeps for the next calls: the caches and CUDA graphs of the last ones."""
+        release(self)
+
+    def step_forward(self) -> Callable | None:
+        """What [`FastPath`] runs in the place of `forward`, without guidance: `(tokens, columns, lengths, keep, cache) ->
+        (batch, kept, vocab)`, with an attribute `moves_on`. None where the model has no such thing."""
+        return None
+
+    def _make_policy(
+        self,
+        canvas: Canvas,
+        config: DiffusionGenerationConfig,
+        past_key_values: CanvasCache | None,
+        with_graphs: bool,
+    ) -> tuple[CachePolicy, CanvasCache | None, StepGraphs | None]:
+        """The policy and, where it keeps one, its cache; with its graphs if asked for."""
+        rows, width = len(canvas.tokens), canvas.width + 1  # rows that wait write to the column behind
+        repeats = 2 if config.cfg_scale else 1
+        graphs = None
+        if with_graphs and past_key_values is None:
+            graphs = take(self, rows, repeats, width, self.make_cache)
         if config.cache_policy != "block":
             if past_key_values is not None:
                 raise ValueError(
                     f"`past_key_values` needs `cache_policy='block'`, but it is {config.cache_policy!r}: only blocks "
                     "that see no later ones have keys that stay valid."
                 )
-            cache = None if config.cache_policy == "none" else self.make_cache(canvas.width)
-            return POLICIES[config.cache_policy](canvas, self.logits_shift), cache
-        written = [0] * len(canvas.tokens)
+            cache = graphs.cache if graphs else None if config.cache_policy == "none" else self.make_cache(canvas.width)
+            return POLICIES[config.cache_policy](canvas, self.logits_shift), cache, graphs
+        written = [0] * rows
         cache = past_key_values
         if cache is None:
-            cache = self.make_cache(canvas.width + 1)  # rows that wait write to the column behind
+            cache = graphs.cache if graphs else self.make_cache(width)
         else:
             if not hasattr(cache, "resume"):
                 raise ValueError(
@@ -291,10 +348,17 @@ class DiffusionGenerationMixin(GenerationMixin):
                     "`cfg_scale` masks the whole prompt, the earlier turns too, so that nothing of `past_key_values` "
                     "would stay valid: start without it."
                 )
-            cache.check(self, len(canvas.tokens), config.block_length)
-            written = cache.resume(canvas.at(None), config.block_length)
+            cache.check(self, rows, config.block_length)
+            graphs, cache.graphs = cache.graphs, None  # a call that fails leaves none behind
+            if graphs is not None:
+                fits = graphs.capacity >= width and graphs.weights == weights_of(self)
+                if not (with_graphs and fits):
+                    graphs = graphs.retire()
+            if with_graphs and graphs is None:
+                graphs = StepGraphs(cache, rows, repeats, capacity_for(width), self.device, weights_of(self))
+            written = cache.resume(canvas.at(None), config.block_length, graphs.capacity if with_graphs else width)
         policy = BlockCache(canvas, self.logits_shift, cache, written, config.prefill_chunk_size, config.block_length)
-        return policy, cache
+        return policy, cache, graphs if with_graphs else None
 
     def make_cache(self, width: int) -> CanvasCache:
         """An empty cache for a canvas of `width` columns."""

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ..kernels.vocabulary import best_tokens, best_tokens_torch
+
 
 class Noise:
     """The random numbers of one step.
@@ -120,3 +122,12 @@ def confidence(kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, 
     probs[..., mask_token_id] = 0
     best, second = probs.topk(2, dim=-1).values.unbind(-1)
     return best - torch.maximum(second, mask_prob)
+
+
+def read_best(kind: str | None, logits: torch.Tensor, mask_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`propose`] at temperature 0 and [`confidence`] in one pass over the logits. `kind` is not `random`."""
+    read = best_tokens if logits.is_cuda else best_tokens_torch
+    proposals, probability, margin, entropy = read(logits, mask_token_id)
+    if kind is None:
+        return proposals, torch.zeros_like(probability)
+    return proposals, {"probability": probability, "margin": margin, "neg_entropy": -entropy}[kind]

@@ -111,8 +111,17 @@ class GLADreamCache(CanvasCache):
         super().remember(tokens, written, block_length)
         self.seen = written[0] if len(set(written)) == 1 else None
 
-    def resume(self, tokens: torch.Tensor, block_length: int) -> list[int]:
-        written = super().resume(tokens, block_length)
+    def restart(self) -> None:
+        super().restart()
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.state.zero_()
+        if self.last_hidden is not None:
+            self.last_hidden.zero_()
+        self.pending, self.seen, self._window = None, 0, None
+
+    def resume(self, tokens: torch.Tensor, block_length: int, width: int) -> list[int]:
+        written = super().resume(tokens, block_length, width)
         # The states move on from here. Should the call fail, nobody knows how far: start anew.
         self.written = [-1] * len(written)
         return written

@@ -21,6 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 from transformers.utils import can_return_tuple, logging
 
+from ..generation.canvas import Window
 from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sample_ids
 from ..training.losses import masked_diffusion_loss
@@ -361,8 +362,10 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             return
         last = (final * self.config.block_size - 1).clamp(min=0)
         fresh = hidden_states.take_along_dim(last[:, None, None], dim=1)[:, 0]
-        old = fresh if cache.last_hidden is None else cache.last_hidden
-        cache.last_hidden = torch.where((final > 0)[:, None], fresh, old)
+        if cache.last_hidden is None:
+            cache.last_hidden = fresh.clone()
+        else:  # in its place, where a graph finds it
+            cache.last_hidden.copy_(torch.where((final > 0)[:, None], fresh, cache.last_hidden))
 
 
 class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrainedModel):
@@ -548,6 +551,10 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
+    def step_forward(self) -> "ReadingForward":
+        """See [`DiffusionGenerationMixin.step_forward`]."""
+        return ReadingForward(self)
+
     def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
         """None: the stack counts them itself, and knows then that a row is one text."""
 
@@ -560,3 +567,18 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         # Index -1 is the token before the window.
         before = hidden_states[:, :1] if cache.last_hidden is None else cache.last_hidden[:, None]
         return keep_positions(torch.cat([before.to(hidden_states.dtype), hidden_states], dim=1), logits_to_keep + 1)
+
+
+class ReadingForward:
+    """The forward pass over a block that reads the states and leaves them as they are."""
+
+    moves_on = False
+
+    def __init__(self, model: GLADreamModel):
+        self.model = model
+
+    def __call__(self, tokens, columns, lengths, keep, cache: GLADreamCache) -> torch.Tensor:
+        cache.place(Window(columns, keep, 0, None))
+        return self.model(
+            input_ids=tokens, position_ids=columns, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        ).logits

@@ -1,0 +1,109 @@
+"""A decoder of the library's run on our kernels, for the forward passes of decoding on a GPU."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+from ..kernels.attention import canvas_attention, canvas_attention_torch
+from ..kernels.layers import (
+    add_rms_norm,
+    add_rms_norm_torch,
+    rotate_and_store,
+    rotate_and_store_torch,
+    swiglu,
+    swiglu_torch,
+)
+from .cache import CanvasCache
+
+LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+
+
+class FusedStack:
+    """Embeddings, layers, last norm and head of a model, whose matrix products stay those of its modules.
+
+    Holds the parts of the model and not the model, so that something kept for a model may hold it.
+    """
+
+    moves_on = True  # keys are written wherever the window stands
+
+    def __init__(self, stack: PreTrainedModel, head: nn.Module):
+        self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
+        self.head, self.config = head, stack.config
+        # The twins serve a machine without a GPU: the tests.
+        fused = next(head.parameters()).is_cuda
+        self.add_norm = add_rms_norm if fused else add_rms_norm_torch
+        self.rotate = rotate_and_store if fused else rotate_and_store_torch
+        self.attend = canvas_attention if fused else canvas_attention_torch
+        self.gate = swiglu if fused else swiglu_torch
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "FusedStack | None":
+        """None where the model has something that the kernels do not know: adapters, hooks, other attention than
+        SDPA (which nobody asked for in particular), parts on several devices."""
+        stack, config = model.model, model.config
+        if config._attn_implementation != "sdpa" or len({p.device for p in model.parameters()}) > 1:
+            return None
+        rope = config.rope_parameters or {}
+        if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
+            return None  # they look at the positions, on the host, or rotate a part
+        for layer in stack.layers:
+            attention = layer.self_attn
+            projections = (getattr(attention, f"{name}_proj") for name in "qkvo")
+            if not isinstance(layer, LAYERS) or getattr(attention, "sliding_window", None) is not None:
+                return None
+            if not all(isinstance(projection, nn.Linear) for projection in projections):
+                return None
+        for module in model.modules():
+            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+                return None
+        return cls(stack, model.lm_head)
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        columns: torch.Tensor,
+        lengths: torch.Tensor,
+        keep: torch.Tensor,
+        cache: CanvasCache,
+    ) -> torch.Tensor:
+        """Args:
+            tokens, columns: `(batch, window)`. Keys and values of the window go into these columns of the cache.
+            lengths: `(batch, window)` int32, the columns that each token sees.
+            keep: `(batch, kept)`, indices into the window.
+
+        Returns:
+            Logits, `(batch, kept, vocab)`.
+        """
+        batch, window = tokens.shape
+        total = self.embed(tokens)
+        cos, sin = (x.expand(batch, -1, -1).contiguous() for x in self.rotary(total, columns))
+        first = self.layers[0].input_layernorm
+        normed, total = self.add_norm(total, None, first.weight, first.variance_epsilon)
+        for index, layer in enumerate(self.layers):
+            attention, slot = layer.self_attn, cache.layers[index]
+            query, key, value = (getattr(attention, f"{name}_proj")(normed) for name in "qkv")
+            if not slot.is_initialized:
+                shaped = (x.view(batch, window, -1, attention.head_dim).transpose(1, 2) for x in (key, value))
+                slot.lazy_initialization(*shaped)
+            norms = ()
+            if hasattr(attention, "q_norm"):
+                norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
+            query = self.rotate(query, key, value, cos, sin, columns, slot.keys, slot.values, *norms)
+            seen = self.attend(query, slot.keys, slot.values, lengths, attention.scaling)
+            out = attention.o_proj(seen.reshape(batch, window, -1))
+            norm = layer.post_attention_layernorm
+            normed, total = self.add_norm(out, total, norm.weight, norm.variance_epsilon)
+            out = self._feed_forward(layer.mlp, normed)
+            norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
+            normed, total = self.add_norm(out, total, norm.weight, norm.variance_epsilon)
+        return self.head(normed.take_along_dim(keep[..., None], dim=1))
+
+    def _feed_forward(self, mlp: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        if hasattr(mlp, "gate_proj") and self.config.hidden_act == "silu":
+            return mlp.down_proj(self.gate(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        out = mlp(normed)
+        return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,280 @@
+"""Denoising steps as CUDA graphs: a launch for a whole step, from the canvas back to the canvas.
+
+A graph repeats what was recorded with the tensors that were recorded. So tokens, cache and what a step is told stand in
+buffers that outlive the call: [`StepGraphs`]. A model keeps a few of them for its next calls, as long as it lives.
+"""
+
+import copy
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import logging
+
+from .cache import CanvasCache
+from .canvas import Block, Canvas, Window
+from .sampling import Noise
+
+logger = logging.get_logger(__name__)
+
+# Tokens of a forward pass. Above, the GPU is busy long enough for the host to keep ahead of it without a graph.
+MOST_ROWS = 1024
+GRAPHS_OF_A_CACHE = 16
+CACHES_OF_A_MODEL = 2
+
+_idle: "weakref.WeakKeyDictionary[torch.nn.Module, list[StepGraphs]]" = weakref.WeakKeyDictionary()
+
+
+def are_possible(device: torch.device) -> bool:
+    return device.type == "cuda" and os.environ.get("DLLM_HF_CUDA_GRAPHS", "0") == "1"
+
+
+def capacity_for(width: int) -> int:
+    """Columns to make room for: calls of about the same length share their graphs."""
+    return -(-width // 256) * 256
+
+
+@dataclass
+class StepInputs:
+    """What a step is told.
+
+    columns, targets: `(batch, block)`, the block's columns, and where its tokens are written: what only repeats a column
+        goes to the one that is nobody's.
+    allowed: `(batch, block)` bool, the positions that may receive a token.
+    quota: `(batch,)`.
+    window, keep: as in [`Window`].
+    lengths: `(batch, window)` int32, the columns that each token of the window sees.
+    given: `(batch, window)` bool, the tokens that came with the prompt.
+    """
+
+    columns: torch.Tensor
+    targets: torch.Tensor
+    allowed: torch.Tensor
+    quota: torch.Tensor
+    window: torch.Tensor
+    keep: torch.Tensor
+    lengths: torch.Tensor
+    given: torch.Tensor
+
+
+class RecordedNoise:
+    """The random numbers of a step in buffers: the first run of a step says which it needs."""
+
+    def __init__(self):
+        self.buffers: list[tuple[str, torch.Tensor]] = []
+
+    def draw(self, source: Noise) -> None:
+        """Before each run: what the step by itself would draw."""
+        for kind, buffer in self.buffers:
+            buffer.copy_(getattr(source, kind)(buffer.shape))
+        self.source, self.next = source, 0
+
+    def uniform(self, shape) -> torch.Tensor:
+        return self._take("uniform", shape)
+
+    def gumbel(self, shape) -> torch.Tensor:
+        return self._take("gumbel", shape)
+
+    def _take(self, kind: str, shape) -> torch.Tensor:
+        if self.next == len(self.buffers):
+            self.buffers.append((kind, getattr(self.source, kind)(shape)))
+        self.next += 1
+        return self.buffers[self.next - 1][1]
+
+
+class Step:
+    """A step of one shape: run as it is the first time, which warms it up, captured the second, replayed from then on."""
+
+    def __init__(self, inputs: StepInputs):
+        self.inputs = StepInputs(**{name: tensor.clone() for name, tensor in vars(inputs).items()})
+        self.latest = inputs
+        self.noise = RecordedNoise()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.runs = 0
+        self.constants: tuple = ()  # tensors of the call that was captured
+
+    def run(self, compute: Callable[[StepInputs, RecordedNoise], None], inputs: StepInputs, noise: Noise, pool) -> None:
+        for name, buffer in vars(self.inputs).items():
+            # Most of them change from block to block only.
+            if getattr(inputs, name) is not getattr(self.latest, name):
+                buffer.copy_(getattr(inputs, name))
+        self.latest = inputs
+        self.noise.draw(noise)
+        self.runs += 1
+        if self.graph is None and self.runs > 1:
+            self.graph = capture(lambda: compute(self.inputs, self.noise), pool)
+        if self.graph is None:
+            compute(self.inputs, self.noise)
+        else:
+            self.graph.replay()
+
+
+def capture(run: Callable[[], None], pool) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    return graph
+
+
+class StepGraphs:
+    """The graphs of one cache, and the other buffers that they read and write.
+
+    Args:
+        cache: with room for `capacity` columns.
+        rows, repeats: of the canvas, and how many of the cache for each of them.
+        weights: which weights the graphs read, see [`weights_of`].
+    """
+
+    def __init__(
+        self, cache: CanvasCache, rows: int, repeats: int, capacity: int, device: torch.device, weights: tuple | None
+    ):
+        self.cache, self.rows, self.repeats, self.capacity, self.weights = cache, rows, repeats, capacity, weights
+        # The column behind the last is nobody's.
+        self.tokens = torch.zeros(rows, capacity + 1, dtype=torch.long, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.row_forward_passes, self.row_transfers = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.steps: OrderedDict[tuple, Step] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def __deepcopy__(self, memo) -> None:
+        """A copy of a cache makes graphs of its own: these read the original's buffers."""
+
+    def retire(self) -> None:
+        """The cache goes on without them: its buffers may move."""
+        self.weights = None
+        self.steps.clear()
+
+    def begin(self, canvas: Canvas) -> None:
+        """Take over a canvas: from now on its tokens stand here."""
+        tokens = self.tokens[:, : canvas.width + 1]
+        canvas.tokens = tokens.copy_(canvas.tokens)
+        for buffer in (self.ended, self.row_forward_passes, self.row_transfers):
+            buffer.zero_()
+
+    def step(self, key: tuple, inputs: StepInputs, constants: tuple) -> Step:
+        """The step that has the same `key`, or a new one. `constants`: tensors besides the inputs that it reads."""
+        key = (key, inputs.columns.shape, inputs.window.shape)
+        step = self.steps.pop(key, None) or Step(inputs)
+        self.steps[key] = step  # the latest last
+        if len(self.steps) > GRAPHS_OF_A_CACHE:
+            self.steps.popitem(last=False)
+        if step.graph is None:
+            step.constants = constants
+        return step
+
+
+class FastPath:
+    """The steps of one call, on the graphs of its cache.
+
+    Args:
+        forward: `(tokens, columns, lengths, keep, given) -> (batch, kept, vocab)`, a forward pass over a window. What it
+            reads besides, the cache and the weights, stays in its place.
+        moves_on: whether it also does what a window asks for that is `settled`.
+        block_length: of the blocks that a window which is block-causal inside consists of.
+    """
+
+    def __init__(self, graphs: StepGraphs, forward: Callable, canvas: Canvas, block_length: int, moves_on: bool):
+        self.graphs, self.forward, self.canvas = graphs, forward, canvas
+        self.block_length, self.moves_on = block_length, moves_on
+        self.block: Block | None = None
+        self.window: Window | None = None
+        graphs.begin(canvas)
+
+    def covers(self, window: Window) -> bool:
+        return self.moves_on or window.settled is None
+
+    def takes(self, window: Window) -> bool:
+        """Whether a step over this window is run as a graph."""
+        return self.covers(window) and window.columns is not None and window.columns.numel() <= MOST_ROWS
+
+    def logits(self, window: Window) -> torch.Tensor:
+        """A forward pass without a graph."""
+        columns = window.columns
+        if columns is None:
+            columns = torch.arange(self.canvas.width, device=self.canvas.tokens.device).expand(self.graphs.rows, -1)
+        lengths, given = self._about(window, columns)
+        return self.forward(self.canvas.tokens.gather(1, columns), columns, lengths, window.keep, given)
+
+    def denoise(self, denoiser, block: Block, window: Window, allowed, quota, noise: Noise) -> None:
+        """One step, as `Denoiser._denoise` does it. What is transferred is decided by `denoiser.decide`, which depends on
+        `denoiser.settings` and the tensors in `denoiser.constants`."""
+        graphs = self.graphs
+        if self.block is not block:
+            self.block, self.targets = block, torch.where(block.valid, block.columns, graphs.capacity)
+        if self.window is not window:
+            self.window, self.about = window, self._about(window, window.columns)
+        inputs = StepInputs(block.columns, self.targets, allowed, quota, window.columns, window.keep, *self.about)
+
+        def compute(inputs: StepInputs, noise: RecordedNoise) -> None:
+            tokens = graphs.tokens.gather(1, inputs.window)
+            logits = self.forward(tokens, inputs.window, inputs.lengths, inputs.keep, inputs.given)
+            tokens = graphs.tokens.gather(1, inputs.columns)
+            masked = (tokens == denoiser.config.mask_token_id) & inputs.allowed & ~graphs.ended[:, None]
+            proposals, transfer = denoiser.decide(logits, masked, inputs.quota, noise)
+            graphs.tokens.scatter_(1, inputs.targets, torch.where(transfer, proposals, tokens))
+            transferred = transfer.sum(-1)
+            graphs.row_forward_passes += transferred > 0
+            graphs.row_transfers += transferred
+
+        graphs.step(denoiser.settings, inputs, denoiser.constants).run(compute, inputs, noise, graphs.pool)
+
+    def _about(self, window: Window, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`lengths` and `given`, see [`StepInputs`]."""
+        if window.is_block_causal:
+            lengths = ((columns // self.block_length + 1) * self.block_length).clamp(max=window.visible)
+        elif window.key_mask is not None:
+            lengths = window.key_mask.sum(-1, keepdim=True).expand_as(columns)
+        else:
+            lengths = torch.full_like(columns, window.visible)
+        return lengths.to(torch.int32).contiguous(), self.canvas.given.gather(1, columns)
+
+
+def weights_of(model: torch.nn.Module) -> tuple:
+    """Where a model's weights are: graphs read these places, whatever the model holds later."""
+    return tuple(parameter.data_ptr() for parameter in model.parameters())
+
+
+def take(
+    model: torch.nn.Module, rows: int, repeats: int, width: int, make_cache: Callable[[int], CanvasCache]
+) -> StepGraphs:
+    """Graphs for a canvas, of an earlier call of this shape where there are some idle.
+
+    Args:
+        repeats: the cache has so many rows for each of the canvas.
+    """
+    weights, capacity = weights_of(model), capacity_for(width)
+    idle = _idle.setdefault(model, [])
+    idle[:] = [graphs for graphs in idle if graphs.weights == weights]
+    for index, graphs in enumerate(idle):
+        if (graphs.rows, graphs.repeats, graphs.capacity) == (rows, repeats, capacity):
+            graphs.cache.restart()
+            return idle.pop(index)
+    return StepGraphs(make_cache(capacity), rows, repeats, capacity, model.device, weights)
+
+
+def put_back(model: torch.nn.Module, graphs: StepGraphs) -> None:
+    """Keep graphs for later calls, instead of the oldest if there are too many."""
+    idle = _idle.setdefault(model, [])
+    idle.append(graphs)
+    del idle[:-CACHES_OF_A_MODEL]
+
+
+def lend(model: torch.nn.Module, graphs: StepGraphs) -> CanvasCache:
+    """The cache for the caller to go on from. Its graphs serve other calls when nobody has it any more."""
+    cache = copy.copy(graphs.cache)
+    cache.graphs = graphs
+    weakref.finalize(cache, _give_back, weakref.ref(model), graphs).atexit = False
+    return cache
+
+
+def _give_back(model: weakref.ref, graphs: StepGraphs) -> None:
+    if model() is not None:
+        put_back(model(), graphs)
+
+
+def release(model: torch.nn.Module) -> None:
+    """Give back the memory that a model keeps for its next calls."""
+    _idle.pop(model, None)

@@ -1,0 +1,281 @@
+"""The fast path gives what the plain path gives.
+
+On a GPU the graphs are captured. Elsewhere a "graph" runs again what it would have captured, with the objects of the call
+in which it was captured, so that whatever a graph must not rely on shows: buffers that move, numbers that have changed.
+"""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from dllm_hf.generation import graphs, mixin
+from dllm_hf.generation.remasking import STRATEGIES
+
+from ..builders import MASK, left_pad, new_model
+from ..test_golden import CASES, check_case, load_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POLICIES = [(family, policy) for family in ("llada", "dream") for policy in ("prefix", "dual")]
+POLICIES += [("sdar", "block"), ("sdar_moe", "block"), ("gla_dream", "block")]
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20, MASK, 22, 23]]
+
+
+class Repeated:
+    """What stands for a graph on a CPU."""
+
+    def __init__(self, run, pool):
+        self.replay = run
+
+
+@pytest.fixture(autouse=True)
+def captured(monkeypatch):
+    """Turns the fast path on, and yields a list that receives each graph."""
+    found, capture = [], graphs.capture if DEVICE == "cuda" else Repeated
+
+    def noted(run, pool):
+        found.append(capture(run, pool))
+        return found[-1]
+
+    monkeypatch.setattr(mixin, "are_possible", lambda device: True)
+    monkeypatch.setattr(graphs, "capture", noted)
+    yield found
+
+
+def fresh_model(family: str, **changes):
+    return new_model(family, **changes).to(DEVICE)
+
+
+def both_ways(model, rows=ROWS, seeds=0, **options):
+    """The output of the plain path, which is returned, and of three calls on the fast path, which must be the same."""
+    inputs = {name: tensor.to(DEVICE) for name, tensor in left_pad(rows).items()}
+    options["return_dict_in_generate"] = options.get("return_dict_in_generate", True)
+
+    def call(**more):
+        if isinstance(seeds, list):
+            generator = [torch.Generator(DEVICE).manual_seed(seed) for seed in seeds]
+        else:
+            generator = torch.Generator(DEVICE).manual_seed(seeds)
+        return model.diffusion_generate(**inputs, generator=generator, **options, **more)
+
+    plain = call(disable_compile=True)
+    for _ in range(3):
+        fast = call()
+        assert fast.sequences.tolist() == plain.sequences.tolist()
+        assert fast.tokens_per_forward.tolist() == plain.tokens_per_forward.tolist()
+        assert fast.num_forward_passes == plain.num_forward_passes
+    return plain
+
+
+@pytest.mark.parametrize("folder, case", CASES, ids=[f"{folder.name}-{case['id']}" for folder, case in CASES])
+def test_golden_cases_hold(folder, case):
+    if case["kind"] == "logits":
+        pytest.skip("no decoding")
+    model = load_model(folder)
+    model = copy.deepcopy(model).to(DEVICE) if DEVICE == "cuda" else model
+    check_case(model, folder, case)
+    check_case(model, folder, case)  # with the graphs of the first time
+
+
+@pytest.mark.parametrize("family, policy", POLICIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_with_every_policy(family, policy, strategy, captured):
+    options = {"denoising_steps": 3} if STRATEGIES[strategy].schedule == "timestep" else {}
+    both_ways(
+        fresh_model(family),
+        max_new_tokens=12,
+        block_length=4,
+        cache_policy=policy,
+        remasking_strategy=strategy,
+        confidence_threshold=0.5,
+        seeds=0,
+        **options,
+    )
+    assert captured
+
+
+@pytest.mark.parametrize("family, policy", POLICIES)
+@pytest.mark.parametrize("seeds", [3, [3, 4, 5]])
+def test_sampling_draws_the_same_numbers(family, policy, seeds):
+    options = {"temperature": 0.8, "top_k": 20, "alg_temp": 0.5, "remasking_strategy": "maskgit_plus"}
+    both_ways(
+        fresh_model(family),
+        max_new_tokens=12,
+        block_length=4,
+        cache_policy=policy,
+        denoising_steps=3,
+        seeds=seeds,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("family, policy", POLICIES)
+def test_guidance(family, policy):
+    both_ways(fresh_model(family), max_new_tokens=8, block_length=4, cache_policy=policy, cfg_scale=0.7)
+
+
+@pytest.mark.parametrize("family, policy", POLICIES)
+def test_suppressed_tokens_and_ends_of_sequence(family, policy):
+    model = fresh_model(family)
+    options = {"max_new_tokens": 16, "block_length": 4, "cache_policy": policy}
+    common = both_ways(model, **options).sequences[:, 7:].flatten().bincount().argmax().item()
+    assert not (both_ways(model, suppress_tokens=[common], **options).sequences[:, 7:] == common).any()
+    both_ways(model, confidence_suppress_tokens=[common], **options)
+    both_ways(model, eos_token_id=[common], **options)
+
+
+@pytest.mark.parametrize("family, policy", POLICIES)
+def test_calls_of_other_lengths_share_graphs_and_do_not_disturb_each_other(family, policy, captured):
+    model = fresh_model(family)
+    options = {"block_length": 4, "cache_policy": policy}
+    both_ways(model, **options, max_new_tokens=12)
+    number = len(captured)
+    both_ways(model, rows=[row[::-1] for row in ROWS], **options, max_new_tokens=40)
+    both_ways(model, rows=ROWS[:2], **options, max_new_tokens=8)
+    both_ways(model, **options, max_new_tokens=12)
+    assert policy == "prefix" or len(captured) <= 3 * number
+
+
+@pytest.mark.parametrize("family", ["sdar", "gla_dream"])
+def test_a_conversation_goes_on_in_the_cache_s_own_graphs(family, captured):
+    model = fresh_model(family)
+    options = {"max_new_tokens": 12, "block_length": 4, "return_dict_in_generate": True}
+
+    def talk(**more):
+        text, past, turns = torch.tensor([[5, 6, 7]], device=DEVICE), None, []
+        for turn in range(4):
+            output = model.diffusion_generate(text, past_key_values=past, **options, **more)
+            turns.append(output.sequences.tolist())
+            text = torch.cat([output.sequences, torch.tensor([[30 + turn] * 3], device=DEVICE)], dim=1)
+            past = output.past_key_values
+        return turns, past
+
+    plain, _ = talk(disable_compile=True)
+    fast, cache = talk()
+    assert fast == plain and captured
+    # Another conversation leaves the first one's cache alone.
+    before = [layer.keys.clone() for layer in cache.layers] if family == "sdar" else []
+    assert talk()[0] == plain
+    assert all(torch.equal(old, layer.keys) for old, layer in zip(before, cache.layers))
+
+
+def test_a_cache_moves_between_the_paths():
+    model = fresh_model("sdar")
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True}
+    text = torch.tensor([[5, 6, 7]], device=DEVICE)
+    expected = None
+    for order in ([True] * 3, [False] * 3, [True, False, True], [False, True, False]):
+        sequences, past = text, None
+        for plain in order:
+            output = model.diffusion_generate(sequences, past_key_values=past, disable_compile=plain, **options)
+            sequences, past = output.sequences, output.past_key_values
+        expected = expected or sequences.tolist()
+        assert sequences.tolist() == expected
+
+
+def test_graphs_of_a_cache_that_nobody_keeps_serve_the_next_call(captured):
+    model = fresh_model("sdar")
+    numbers = []
+    for _ in range(4):
+        text = torch.tensor([[5, 6, 7]], device=DEVICE)
+        model.diffusion_generate(text, max_new_tokens=8, return_dict_in_generate=True)
+        numbers.append(len(captured))
+    assert numbers[1] == numbers[2] == numbers[3] > 0
+
+
+def test_a_copied_cache_goes_its_own_way():
+    model = fresh_model("sdar")
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True}
+    first = model.diffusion_generate(torch.tensor([[5, 6, 7]], device=DEVICE), **options)
+    branches = [first.past_key_values, copy.deepcopy(first.past_key_values)]
+    for token, branch in zip((30, 31), branches):
+        text = torch.cat([first.sequences, torch.tensor([[token]], device=DEVICE)], dim=1)
+        got = model.diffusion_generate(text, past_key_values=branch, **options).sequences
+        assert got.equal(model.diffusion_generate(text, disable_compile=True, **options).sequences)
+
+
+def test_looking_every_few_steps_changes_nothing_but_the_passes():
+    model = fresh_model("sdar")
+    options = {"max_new_tokens": 16, "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.05}
+    each = both_ways(model, **options)
+    some = both_ways(model, steps_per_look=3, **options)
+    assert some.sequences.equal(each.sequences) and some.tokens_per_forward.equal(each.tokens_per_forward)
+    assert some.num_forward_passes > each.num_forward_passes
+
+
+def test_changed_weights_are_seen():
+    model = fresh_model("llada")
+    options = {"max_new_tokens": 12, "block_length": 4, "cache_policy": "dual"}
+    before = both_ways(model, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # in place, as an optimiser does
+    both_ways(model, **options)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter)
+    assert not both_ways(model, **options).sequences.equal(before.sequences)
+
+
+def test_a_model_takes_its_graphs_with_it():
+    model = fresh_model("llada")
+    # One step for each block's shape: what stands for a graph on a CPU would hold the model.
+    model.diffusion_generate(torch.tensor([[5, 6]], device=DEVICE), max_new_tokens=8, cache_policy="dual", steps=1)
+    kept = weakref.ref(graphs._idle[model][0])
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+def test_memory_is_given_back():
+    model = fresh_model("llada")
+    model.diffusion_generate(torch.tensor([[5, 6]], device=DEVICE), max_new_tokens=8, cache_policy="dual")
+    assert model in graphs._idle
+    model.release_graphs()
+    assert model not in graphs._idle
+
+
+def test_graphs_of_a_cache_that_had_to_grow_are_not_used_again(captured):
+    """Its buffers have moved."""
+    model = fresh_model("sdar", max_position_embeddings=600)
+    options = {"return_dict_in_generate": True, "denoising_steps": 1}
+    first = model.diffusion_generate(torch.tensor([[5, 6, 7]], device=DEVICE), max_new_tokens=12, **options)
+    second = model.diffusion_generate(
+        first.sequences, past_key_values=first.past_key_values, max_new_tokens=300, **options
+    )
+    expected = model.diffusion_generate(first.sequences, max_new_tokens=300, disable_compile=True, **options)
+    assert second.sequences.equal(expected.sequences)
+    del first, second
+    gc.collect()
+    assert not graphs.take(model, 1, 1, 20, model.make_cache).steps
+
+
+def test_the_number_of_caches_and_of_graphs_is_bounded():
+    model = fresh_model("llada")
+    for batch in range(1, 6):
+        prompt = torch.full((batch, 3), 5, device=DEVICE)
+        model.diffusion_generate(prompt, max_new_tokens=60, block_length=3, cache_policy="prefix", steps=60)
+    kept = graphs._idle[model]
+    assert len(kept) <= graphs.CACHES_OF_A_MODEL
+    assert all(len(each.steps) <= graphs.GRAPHS_OF_A_CACHE for each in kept)
+
+
+@pytest.mark.parametrize("hook", ["tokens", "logits"])
+def test_hooks_see_every_step_as_before(hook, captured):
+    model, seen = fresh_model("llada"), []
+
+    def note(step, sequences, logits):
+        seen.append(step)
+        return sequences if hook == "tokens" else logits
+
+    prompt = torch.tensor([[5, 6]], device=DEVICE)
+    model.diffusion_generate(prompt, max_new_tokens=8, cache_policy="dual", **{f"generation_{hook}_hook_func": note})
+    assert len(seen) >= 8 and not captured
+
+
+def test_a_model_with_a_hook_on_a_layer_runs_its_hook(captured):
+    model, calls = fresh_model("llada"), []
+    model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    model.diffusion_generate(torch.tensor([[5, 6]], device=DEVICE), max_new_tokens=8, cache_policy="dual")
+    assert len(calls) == 8 and not captured
