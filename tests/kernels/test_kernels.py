@@ -189,3 +189,22 @@ def test_a_vocabulary_of_the_real_size():
     logits = 2 * random(8, 32, 152_064, dtype=torch.bfloat16)
     for got, expected in zip(best_tokens(logits, 151_666)[1:], best_tokens_torch(logits, 151_666)[1:]):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "sdar_moe"])
+def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, monkeypatch):
+    from dllm_hf.generation import fused
+
+    from ..builders import new_model
+
+    for name in ("add_rms_norm", "rotate_and_store", "canvas_attention", "swiglu"):
+        monkeypatch.setattr(fused, f"{name}_torch", getattr(fused, name))
+    model = new_model(family).to(DEVICE)
+    tokens = torch.randint(60, (2, 8), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    columns = torch.arange(8, device=DEVICE).expand(2, 8)
+    lengths = torch.full((2, 8), 8, dtype=torch.int32, device=DEVICE)
+    keep = torch.tensor([[0, 3, 7], [1, 1, 2]], device=DEVICE)
+    with torch.no_grad():
+        logits = fused.FusedStack.of(model)(tokens, columns, lengths, keep, model.make_cache(20))
+        expected = model(tokens, **model.decoding_kwargs(8), logits_to_keep=keep).logits
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)

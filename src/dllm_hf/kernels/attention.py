@@ -46,6 +46,7 @@ def canvas_attention(
     kv_heads, width = keys.shape[1:3]
     groups = heads // kv_heads
     rows = window * groups
+    lengths = lengths.contiguous()
     block_m = max(16, min(64, triton.next_power_of_2(rows)))
     block_n = 64 if query.element_size() < 4 else 32
     tiles = triton.cdiv(rows, block_m)

@@ -118,6 +118,7 @@ def rotate_and_store(
     batch, window = query.shape[:2]
     kv_heads, _, head_dim = keys.shape[1:]
     heads = query.shape[2] // head_dim
+    columns = columns.contiguous()  # may be one row for the whole batch
     rotated = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
     _rotate_and_store[(batch * window, heads + 2 * kv_heads)](
         query, key, value, cos, sin, columns, rotated, keys, values,

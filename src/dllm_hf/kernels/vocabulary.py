@@ -30,14 +30,14 @@ def best_tokens(
     logits: torch.Tensor, mask_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Args:
-        logits: `(..., vocab)`, contiguous.
+        logits: `(..., vocab)`.
         mask_token_id: never the best; it counts in the distribution all the same.
 
     Returns:
         For each position the best token (the first of equals), its probability, what it is ahead of the second best in
         probability, and the entropy of the distribution in nats. Not a number where the distribution is none.
     """
-    vocab = logits.shape[-1]
+    vocab, logits = logits.shape[-1], logits.contiguous()
     rows, chunks = logits.numel() // vocab, triton.cdiv(vocab, BLOCK)
     parts = torch.empty(5, rows, chunks, dtype=torch.float32, device=logits.device)
     places = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)

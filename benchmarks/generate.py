@@ -1,0 +1,281 @@
+"""What a denoising step and a generated token cost on a GPU: every family, cache policy, batch and quota, beside the floor.
+
+usage: generate.py measure --out results.jsonl [--models llada dream sdar sdar_moe gladream qwen3] [--batches 1 8 32]
+       generate.py table results.jsonl
+
+Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B and a GLADream of 1B; a prompt of 512
+tokens and 256 new ones, each step transferring a fixed quota. The end of sequence is never proposed, so that every run
+does the same work. `qwen3` is an autoregressive Qwen3-8B by the library's `generate`, static cache and compiled: what a
+user would run otherwise.
+
+Floor: the model's matrix products alone, at as many rows as a step has, in a CUDA graph. `step`: milliseconds of one step
+more, from two calls that differ in the number of steps alone, so that what a block or a call costs once is left out;
+`mean`: milliseconds of a call over its forward passes. `first`: seconds that a first call takes more than the next one.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+
+import dllm_hf  # noqa: F401  registers the models
+
+os.environ.setdefault("DLLM_HF_CUDA_GRAPHS", "1")
+CONFIGS = Path(__file__).parents[1] / "hub_configs"
+# Folder, changes to its configuration, block lengths.
+MODELS = {
+    "llada": ("LLaDA-8B-Instruct", {}, (32, 4)),
+    "dream": ("Dream-v0-Instruct-7B", {}, (32, 4)),
+    "sdar": ("SDAR-8B-Chat", {}, (4, 32)),
+    "sdar_moe": ("SDAR-30B-A3B-Chat", {}, (4,)),
+    "gladream": (
+        "GLADream",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "intermediate_size": 5632,
+        },
+        (32,),
+    ),
+}
+
+
+def build(name: str):
+    folder, changes, _ = MODELS[name]
+    config = AutoConfig.from_pretrained(CONFIGS / folder, **changes)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def floor(model, rows: int) -> float:
+    """Milliseconds of the model's matrix products at `rows` rows; of experts, of as many as the rows can reach."""
+    products = [(module.weight, rows) for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for module in model.modules():
+        if getattr(module, "gate_up_proj", None) is not None and module.gate_up_proj.ndim == 3:
+            chosen = rows * model.config.num_experts_per_tok
+            reached = min(len(module.gate_up_proj), chosen)
+            for weight in (module.gate_up_proj, module.down_proj):
+                products += [(weight[expert], -(-chosen // reached)) for expert in range(reached)]
+    shapes = {(number, weight.shape[1]) for weight, number in products}
+    inputs = {shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes}
+
+    def run():
+        for weight, number in products:
+            torch.nn.functional.linear(inputs[number, weight.shape[1]], weight)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[2:])
+
+
+def timed(call) -> tuple[float, object]:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    output = call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, output
+
+
+def prompts(vocab: int, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, vocab - 1000, (batch, length), generator=torch.Generator().manual_seed(0)).cuda()
+
+
+def run_setting(model, ids, options: dict, block: int, quotas: list[int]) -> tuple[float, dict]:
+    """What a first call takes longer than a later one, and for each quota the seconds and forward passes of a call."""
+
+    def seconds(quota: int) -> tuple[float, int]:
+        took, output = timed(lambda: model.diffusion_generate(ids, denoising_steps=-(-block // quota), **options))
+        return took, output.num_forward_passes
+
+    model.release_graphs()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    first, found = seconds(quotas[0])[0], {}
+    for quota in quotas:
+        seconds(quota)
+        found[quota] = seconds(quota)
+    return first - found[quotas[0]][0], found
+
+
+def measure_family(name: str, args):
+    """Yields a dict for each setting."""
+    model, blocks = build(name), MODELS[name][2]
+    weights = torch.cuda.memory_allocated()
+    end = model.generation_config.eos_token_id
+    fixed = {"max_new_tokens": args.new, "eos_token_id": [], "return_dict_in_generate": True, "temperature": 0.0}
+    fixed |= {"suppress_tokens": end if isinstance(end, list) else [] if end is None else [end]}
+    fixed |= {"remasking_strategy": "low_confidence_static"}
+    floors: dict[int, float] = {}
+    for block in args.blocks or blocks:
+        for batch in args.batches:
+            ids = prompts(model.config.vocab_size, batch, args.prompt)
+            for policy in args.policies or model.cache_policies:
+                for path in args.paths:
+                    if path == "fast" and policy == "none":
+                        continue
+                    options = {
+                        **fixed,
+                        "block_length": block,
+                        "cache_policy": policy,
+                        "disable_compile": path == "plain",
+                    }
+                    first, found = run_setting(model, ids, options, block, args.quotas)
+                    rows = batch * (args.prompt + args.new if policy == "none" else block)
+                    if rows not in floors:
+                        floors[rows] = floor(model, rows)
+                    few, many = max(found), min(found)
+                    step = None
+                    if found[many][1] > found[few][1]:
+                        step = 1000 * (found[many][0] - found[few][0]) / (found[many][1] - found[few][1])
+                    for quota, (seconds, passes) in found.items():
+                        yield {
+                            "model": name,
+                            "batch": batch,
+                            "block": block,
+                            "policy": policy,
+                            "path": path,
+                            "quota": quota,
+                            "passes": passes,
+                            "mean": 1000 * seconds / passes,
+                            "step": step,
+                            "floor": floors[rows],
+                            "tokens_per_second": batch * args.new / seconds,
+                            "first": first,
+                            "memory": (torch.cuda.max_memory_allocated() - weights) / 2**30,
+                        }
+
+
+def measure_autoregressive(args):
+    """Qwen3-8B, whose shape is SDAR-8B's."""
+    sdar = AutoConfig.from_pretrained(CONFIGS / "SDAR-8B-Chat").to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
+    config = Qwen3Config(**{name: sdar[name] for name in names}, eos_token_id=None, pad_token_id=0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    weights = torch.cuda.memory_allocated()
+    for batch in args.batches:
+        ids = prompts(config.vocab_size, batch, args.prompt)
+        torch.cuda.reset_peak_memory_stats()
+        call = lambda ids=ids: model.generate(
+            ids, max_new_tokens=args.new, do_sample=False, cache_implementation="static", eos_token_id=None
+        )
+        first, _ = timed(call)
+        call()
+        seconds, _ = timed(call)
+        yield {
+            "model": "qwen3",
+            "batch": batch,
+            "block": 1,
+            "policy": "static",
+            "path": "compiled",
+            "quota": 1,
+            "passes": args.new,
+            "mean": 1000 * seconds / args.new,
+            "step": None,
+            "floor": floor(model, batch),
+            "tokens_per_second": batch * args.new / seconds,
+            "first": first - seconds,
+            "memory": (torch.cuda.max_memory_allocated() - weights) / 2**30,
+        }
+
+
+def measure(args: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        sys.exit("This measures a GPU, and there is none.")
+    run = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__}
+    run |= {
+        "date": time.strftime("%Y-%m-%d"),
+        "prompt": args.prompt,
+        "new": args.new,
+        "command": " ".join(sys.argv[1:]),
+    }
+    for name in args.models:
+        for found in measure_autoregressive(args) if name == "qwen3" else measure_family(name, args):
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**run, **found}) + "\n")
+            print(line(found), flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+COLUMNS = (
+    "model",
+    "batch",
+    "block",
+    "policy",
+    "path",
+    "quota",
+    "mean",
+    "step",
+    "floor",
+    "step / floor",
+    "tokens/s",
+    "GiB",
+    "first, s",
+)
+
+
+def line(row: dict) -> str:
+    step = row["step"] or row["mean"]
+    cells = [row[name] for name in COLUMNS[:6]]
+    cells += [f"{row['mean']:.2f}", f"{step:.2f}", f"{row['floor']:.2f}", f"**{step / row['floor']:.2f}**"]
+    cells += [f"{row['tokens_per_second']:.0f}", f"{row['memory']:.2f}", f"{row['first']:.1f}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table(args: argparse.Namespace) -> None:
+    rows = [json.loads(text) for text in args.results.read_text(encoding="utf-8").splitlines()]
+    for name in ("device", "torch", "transformers", "date"):
+        print(f"{name}: {', '.join(sorted({row[name] for row in rows}))}")
+    print("\n| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for row in rows:
+        print(line(row))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    measuring = commands.add_parser("measure", help="run and append to a .jsonl file")
+    measuring.add_argument("--out", type=Path, required=True)
+    measuring.add_argument("--models", nargs="+", choices=[*MODELS, "qwen3"], default=[*MODELS, "qwen3"])
+    measuring.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    measuring.add_argument("--quotas", nargs="+", type=int, default=[1, 2, 4], help="tokens that a step transfers")
+    measuring.add_argument("--blocks", nargs="+", type=int, help="block lengths; the model's own if not given")
+    measuring.add_argument("--policies", nargs="+", help="cache policies; all of the model's if not given")
+    measuring.add_argument("--paths", nargs="+", choices=["fast", "plain"], default=["fast", "plain"])
+    measuring.add_argument("--prompt", type=int, default=512)
+    measuring.add_argument("--new", type=int, default=256)
+    measuring.set_defaults(run=measure)
+    printing = commands.add_parser("table", help="print a table")
+    printing.add_argument("results", type=Path)
+    printing.set_defaults(run=table)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
