@@ -218,6 +218,14 @@ def test_changed_weights_are_seen():
     assert not both_ways(model, **options).sequences.equal(before.sequences)
 
 
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch):
+    def refuse(run, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    both_ways(fresh_model("llada"), max_new_tokens=12, block_length=4, cache_policy="dual")
+
+
 def test_a_model_takes_its_graphs_with_it():
     model = fresh_model("llada")
     # One step for each block's shape: what stands for a graph on a CPU would hold the model.

@@ -217,7 +217,7 @@ class Denoiser:
         """
         config = self.config
         if self.suppressed is not None:
-            logits[..., self.suppressed] = -torch.inf
+            logits.index_fill_(-1, self.suppressed, -torch.inf)
         if (
             self.fast is not None
             and not self.warpers

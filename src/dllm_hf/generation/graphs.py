@@ -104,8 +104,12 @@ class Step:
         self.latest = inputs
         self.noise.draw(noise)
         self.runs += 1
-        if self.graph is None and self.runs > 1:
-            self.graph = capture(lambda: compute(self.inputs, self.noise), pool)
+        if self.runs == 2:
+            try:
+                self.graph = capture(lambda: compute(self.inputs, self.noise), pool)
+            except RuntimeError as error:
+                # Something in it looks at the device, as experts or quantised weights may: it runs without a graph.
+                logger.warning_once(f"A denoising step could not be captured in a CUDA graph: {error}")
         if self.graph is None:
             compute(self.inputs, self.noise)
         else:

@@ -47,8 +47,9 @@ def canvas_attention(
     groups = heads // kv_heads
     rows = window * groups
     lengths = lengths.contiguous()
-    block_m = max(16, min(64, triton.next_power_of_2(rows)))
-    block_n = 64 if query.element_size() < 4 else 32
+    # Float32, which is for comparing, has to stay in the registers.
+    most_rows, block_n = (64, 64) if query.element_size() < 4 else (16, 16)
+    block_m = max(16, min(most_rows, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block_m)
     splits = number_of_splits(tiles * batch * kv_heads, width, query.device)
     chunk = triton.cdiv(triton.cdiv(width, splits), block_n) * block_n
