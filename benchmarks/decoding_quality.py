@@ -196,7 +196,11 @@ def report(args: argparse.Namespace) -> None:
     for name in sudoku:
         own = [row for row in rows if row["checkpoint"] == name]
         lines += [f"## {name}", "", machine(own), ""]
-        lines += [f"Solved, forward passes, tokens a pass{SECONDS}:", "", "| setting | " + " | ".join(LEVELS) + " |"]
+        lines += [
+            f"Solved, forward passes, tokens a pass{seconds_of(own)}:",
+            "",
+            "| setting | " + " | ".join(LEVELS) + " |",
+        ]
         lines += ["|---" * (1 + len(LEVELS)) + "|"]
         for setting in dict.fromkeys(map(describe, own)):
             cells = []
@@ -208,7 +212,7 @@ def report(args: argparse.Namespace) -> None:
     for name in text:
         own = [row for row in rows if row["checkpoint"] == name]
         lines += [f"## {name}", "", machine(own), ""]
-        lines += [f"| setting | nats a character, forward passes, tokens a pass{SECONDS} |", "|---|---|"]
+        lines += [f"| setting | nats a character, forward passes, tokens a pass{seconds_of(own)} |", "|---|---|"]
         lines += [f"| {describe(row)} | {row['loss']:.3f}, {cost(row)} |" for row in own] + [""]
     path = args.docs / "decoding_quality.md"
     before = path.read_text(encoding="utf-8").partition(MARKER)[0] if path.is_file() else ""
@@ -216,7 +220,11 @@ def report(args: argparse.Namespace) -> None:
 
 
 MARKER = "<!-- written by `benchmarks/decoding_quality.py report` from here on -->"
-SECONDS = ", seconds of all rows in one batch"  # said of a GPU only: an absolute time on a shared CPU is worth nothing
+
+
+def seconds_of(rows: list[dict]) -> str:
+    """Said of a GPU only: an absolute time on a shared CPU is worth nothing."""
+    return "" if rows[0]["device"] == "CPU" else ", seconds of all rows in one batch"
 
 
 def machine(rows: list[dict]) -> str:
@@ -237,7 +245,8 @@ def plot(rows: list[dict], sudoku: list[str], text: list[str], docs: Path) -> No
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    styles = {STATIC: "o-", DYNAMIC: "s-", "entropy_bounded": "^-", "factor": "v-", "sequential": "x", "random": "+"}
+    markers = {STATIC: "o", DYNAMIC: "s", "entropy_bounded": "^", "factor": "v", "sequential": "x", "random": "+"}
+    dashes = {"prefix": "--", "dual": ":"}
     for names, value, label, file in (
         (sudoku, "solved", "puzzles of 33 to 36 clues solved", "decoding_quality_sudoku.png"),
         (text, "loss", "nats a character", "decoding_quality_text.png"),
@@ -248,8 +257,9 @@ def plot(rows: list[dict], sudoku: list[str], text: list[str], docs: Path) -> No
         for axis, name in zip(axes[0], names):
             own = [row for row in rows if row["checkpoint"] == name and row["task"] in (next(iter(LEVELS)), "text")]
             own = [row for row in own if row.get("block_length") is None]
+            strategies = list(dict.fromkeys(row["remasking_strategy"] for row in own))
             for policy in dict.fromkeys(row.get("cache_policy") for row in own):
-                for strategy in dict.fromkeys(row["remasking_strategy"] for row in own):
+                for colour, strategy in enumerate(strategies):
                     points = [
                         (row["nfe"], row[value])
                         for row in own
@@ -257,11 +267,12 @@ def plot(rows: list[dict], sudoku: list[str], text: list[str], docs: Path) -> No
                     ]
                     if points:
                         title = strategy if policy is None else f"{strategy}, {policy}"
-                        axis.plot(*zip(*sorted(points)), styles.get(strategy, "d"), label=title, markersize=4)
+                        style = {"marker": markers.get(strategy, "d"), "linestyle": dashes.get(policy, "-")}
+                        axis.plot(*zip(*sorted(points)), color=f"C{colour}", label=title, markersize=4, **style)
             axis.set(title=name, xlabel="forward passes", xscale="log")
             axis.grid(alpha=0.3)
+            axis.legend(fontsize=6)
         axes[0][0].set_ylabel(label)
-        axes[0][-1].legend(fontsize=6)
         figure.tight_layout()
         figure.savefig(docs / file, dpi=110)
         pyplot.close(figure)
