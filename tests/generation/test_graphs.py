@@ -185,6 +185,27 @@ def test_graphs_of_a_cache_that_nobody_keeps_serve_the_next_call(captured):
     assert numbers[1] == numbers[2] == numbers[3] > 0
 
 
+def test_a_conversation_goes_on_after_an_interrupted_turn():
+    model = fresh_model("sdar", max_position_embeddings=600)
+    options = {"return_dict_in_generate": True, "denoising_steps": 2}
+    first = model.diffusion_generate(torch.tensor([[5, 6, 7]], device=DEVICE), max_new_tokens=12, **options)
+
+    class Interrupt:
+        def put(self, value):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.diffusion_generate(
+            first.sequences, past_key_values=first.past_key_values, max_new_tokens=8, streamer=Interrupt()
+        )
+    for number in (8, 300):  # the second needs longer buffers
+        got = model.diffusion_generate(
+            first.sequences, past_key_values=first.past_key_values, max_new_tokens=number, **options
+        )
+        expected = model.diffusion_generate(first.sequences, max_new_tokens=number, disable_compile=True, **options)
+        assert got.sequences.equal(expected.sequences)
+
+
 def test_a_copied_cache_goes_its_own_way():
     model = fresh_model("sdar")
     options = {"max_new_tokens": 8, "return_dict_in_generate": True}

@@ -171,10 +171,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         is_reusable = config.cache_policy == "block" and not config.cfg_scale
         if is_reusable:
             cache.remember(canvas.at(None).clone(), policy.written, config.block_length)
-        if graphs is not None:
-            if past_key_values is not None:
-                cache.graphs = graphs
-            elif is_reusable and returns_dict:
+        tokens_per_forward = denoiser.row_transfers / denoiser.row_forward_passes.clamp(min=1)
+        if graphs is not None and past_key_values is None:
+            # Other calls may have the buffers from here on, or when the caller drops the cache.
+            if is_reusable and returns_dict:
                 cache = lend(self, graphs)
             else:
                 put_back(self, graphs)
@@ -184,7 +184,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             sequences=sequences,
             history=None if denoiser.history is None else tuple(denoiser.history),
             num_forward_passes=denoiser.num_forward_passes,
-            tokens_per_forward=denoiser.row_transfers / denoiser.row_forward_passes.clamp(min=1),
+            tokens_per_forward=tokens_per_forward,
             past_key_values=cache if is_reusable else None,
         )
 
@@ -349,13 +349,14 @@ class DiffusionGenerationMixin(GenerationMixin):
                     "would stay valid: start without it."
                 )
             cache.check(self, rows, config.block_length)
-            graphs, cache.graphs = cache.graphs, None  # a call that fails leaves none behind
+            graphs = cache.graphs
             if graphs is not None:
                 fits = graphs.capacity >= width and graphs.weights == weights_of(self)
                 if not (with_graphs and fits):
-                    graphs = graphs.retire()
+                    graphs = cache.graphs = graphs.retire()
             if with_graphs and graphs is None:
                 graphs = StepGraphs(cache, rows, repeats, capacity_for(width), self.device, weights_of(self))
+                cache.graphs = graphs
             written = cache.resume(canvas.at(None), config.block_length, graphs.capacity if with_graphs else width)
         policy = BlockCache(canvas, self.logits_shift, cache, written, config.prefill_chunk_size, config.block_length)
         return policy, cache, graphs if with_graphs else None
