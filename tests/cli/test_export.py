@@ -48,7 +48,9 @@ def test_its_options_may_stand_anywhere(run, folder, tmp_path):
 def test_what_it_wrote_is_what_the_other_commands_take(run, folder, tmp_path):
     run("export", folder, tmp_path / "out")
     arguments = ("Hi", "--max-new-tokens", 8, "--remasking-strategy", "low_confidence_static")
-    assert run("generate", tmp_path / "out", *arguments) == run("generate", folder, *arguments)
+    written, original = (run("generate", each, *arguments) for each in (tmp_path / "out", folder))
+    # The last thing that is said is how long it took.
+    assert written[:2] == original[:2] and written[2].split(",")[:3] == original[2].split(",")[:3]
 
 
 def test_push_publishes_what_it_has_written(run, folder, tmp_path, published):
