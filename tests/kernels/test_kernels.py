@@ -46,7 +46,7 @@ def attention_case(batch, window, kv_heads, groups, head_dim, width, lengths, dt
 
 
 @pytest.mark.parametrize("groups", [1, 4, 7, 8])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
 def test_attention_of_every_head_size_and_group(head_dim, groups):
     attention_case(1, 4, 2, groups, head_dim, 150, 131)
 
@@ -182,6 +182,15 @@ def test_logits_that_overflowed_give_no_number(value):
     _, probability, margin, entropy = best_tokens(logits, 3)
     for score in (probability, margin, entropy):
         assert score[0, 0].isnan() and not score[0, 1].isnan()
+
+
+@pytest.mark.parametrize("mask", [0, 3])
+def test_where_nothing_is_a_number_some_token_is_proposed(mask):
+    logits = random(1, 2, 2 * BLOCK)
+    logits[0, 0] = float("nan")
+    best, probability, _, _ = best_tokens(logits, mask)
+    assert 0 <= best[0, 0] < 2 * BLOCK and best[0, 0] != mask
+    assert probability[0, 0].isnan() and best[0, 1] == best_tokens_torch(logits, mask)[0][0, 1]
 
 
 @gpu_only

@@ -242,7 +242,9 @@ class Denoiser:
             )
         lowest = torch.finfo(torch.float32).min
         if self.confidence_suppressed is not None:
-            scores = scores.masked_fill(torch.isin(proposals, self.confidence_suppressed), lowest)
+            # `torch.isin` looks at the device where the list is long.
+            is_suppressed = (proposals[..., None] == self.confidence_suppressed).any(-1)
+            scores = scores.masked_fill(is_suppressed, lowest)
         # Logits that overflowed give no number, and nothing to prefer: such positions go last, but they go.
         scores = scores.nan_to_num(nan=lowest)
         if self.strategy.selection == "bernoulli":

@@ -18,6 +18,7 @@ from ..kernels.layers import (
     swiglu_torch,
 )
 from .cache import CanvasCache
+from .graphs import can_be_captured
 
 LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
 
@@ -45,7 +46,7 @@ class FusedStack:
         """None where the model has something that the kernels do not know: adapters, hooks, other attention than
         SDPA (which nobody asked for in particular), parts on several devices."""
         stack, config = model.model, model.config
-        if config._attn_implementation != "sdpa" or len({p.device for p in model.parameters()}) > 1:
+        if config._attn_implementation != "sdpa" or not can_be_captured(model):
             return None
         rope = config.rope_parameters or {}
         if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
@@ -56,9 +57,6 @@ class FusedStack:
             if not isinstance(layer, LAYERS) or getattr(attention, "sliding_window", None) is not None:
                 return None
             if not all(isinstance(projection, nn.Linear) for projection in projections):
-                return None
-        for module in model.modules():
-            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
                 return None
         return cls(stack, model.lm_head)
 

@@ -6,6 +6,7 @@ buffers that outlive the call: [`StepGraphs`]. A model keeps a few of them for i
 
 import copy
 import os
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
+from ..kernels.attention import triton
 from .cache import CanvasCache
 from .canvas import Block, Canvas, Window
 from .sampling import Noise
@@ -25,11 +27,13 @@ MOST_ROWS = 1024
 GRAPHS_OF_A_CACHE = 16
 CACHES_OF_A_MODEL = 2
 
+# One capture at a time is possible in a process. Taken again inside of itself by what the garbage collector runs.
+_lock = threading.RLock()
 _idle: "weakref.WeakKeyDictionary[torch.nn.Module, list[StepGraphs]]" = weakref.WeakKeyDictionary()
 
 
 def are_possible(device: torch.device) -> bool:
-    return device.type == "cuda" and os.environ.get("DLLM_HF_CUDA_GRAPHS", "0") == "1"
+    return device.type == "cuda" and triton is not None and os.environ.get("DLLM_HF_CUDA_GRAPHS", "0") == "1"
 
 
 def capacity_for(width: int) -> int:
@@ -61,15 +65,19 @@ class StepInputs:
 
 
 class RecordedNoise:
-    """The random numbers of a step in buffers: the first run of a step says which it needs."""
+    """The random numbers of a step in buffers: the first run of a step says which it needs.
 
-    def __init__(self):
-        self.buffers: list[tuple[str, torch.Tensor]] = []
+    Args:
+        store: the buffers of all steps of a cache, by kind, order in the step and shape. Steps never run side by side.
+    """
+
+    def __init__(self, store: dict[tuple, torch.Tensor]):
+        self.store, self.keys, self.next = store, [], 0
 
     def draw(self, source: Noise) -> None:
         """Before each run: what the step by itself would draw."""
-        for kind, buffer in self.buffers:
-            buffer.copy_(getattr(source, kind)(buffer.shape))
+        for key in self.keys:
+            self.store[key].copy_(getattr(source, key[0])(key[2]))
         self.source, self.next = source, 0
 
     def uniform(self, shape) -> torch.Tensor:
@@ -79,24 +87,30 @@ class RecordedNoise:
         return self._take("gumbel", shape)
 
     def _take(self, kind: str, shape) -> torch.Tensor:
-        if self.next == len(self.buffers):
-            self.buffers.append((kind, getattr(self.source, kind)(shape)))
+        key = (kind, self.next, tuple(shape))
+        if self.next == len(self.keys):
+            drawn = getattr(self.source, kind)(shape)
+            self.keys.append(key)
+            self.store.setdefault(key, drawn)
+            self.store[key].copy_(drawn)
         self.next += 1
-        return self.buffers[self.next - 1][1]
+        return self.store[key]
 
 
 class Step:
     """A step of one shape: run as it is the first time, which warms it up, captured the second, replayed from then on."""
 
-    def __init__(self, inputs: StepInputs):
+    def __init__(self, inputs: StepInputs, noise: RecordedNoise):
         self.inputs = StepInputs(**{name: tensor.clone() for name, tensor in vars(inputs).items()})
-        self.latest = inputs
-        self.noise = RecordedNoise()
+        self.latest, self.noise = inputs, noise
         self.graph: torch.cuda.CUDAGraph | None = None
         self.runs = 0
         self.constants: tuple = ()  # tensors of the call that was captured
 
-    def run(self, compute: Callable[[StepInputs, RecordedNoise], None], inputs: StepInputs, noise: Noise, pool) -> None:
+    def run(
+        self, compute: Callable[[StepInputs, RecordedNoise], None], inputs: StepInputs, noise: Noise, place: tuple
+    ) -> None:
+        """`place`: the memory pool and the stream to capture in."""
         for name, buffer in vars(self.inputs).items():
             # Most of them change from block to block only.
             if getattr(inputs, name) is not getattr(self.latest, name):
@@ -106,20 +120,25 @@ class Step:
         self.runs += 1
         if self.runs == 2:
             try:
-                self.graph = capture(lambda: compute(self.inputs, self.noise), pool)
+                self.graph = capture(lambda: compute(self.inputs, self.noise), *place)
             except RuntimeError as error:
                 # Something in it looks at the device, as experts or quantised weights may: it runs without a graph.
                 logger.warning_once(f"A denoising step could not be captured in a CUDA graph: {error}")
+                self.noise.next = 0
         if self.graph is None:
             compute(self.inputs, self.noise)
         else:
             self.graph.replay()
+        self.noise.source = None  # it holds the caller's generators
 
 
-def capture(run: Callable[[], None], pool) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run()
+def capture(run: Callable[[], None], pool, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with _lock, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            run()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails may leave the other one
     return graph
 
 
@@ -136,19 +155,35 @@ class StepGraphs:
         self, cache: CanvasCache, rows: int, repeats: int, capacity: int, device: torch.device, weights: tuple | None
     ):
         self.cache, self.rows, self.repeats, self.capacity, self.weights = cache, rows, repeats, capacity, weights
+        self.is_inference = torch.is_inference_mode_enabled()  # such buffers can be written in that mode only
+        self.places: tuple | None = None
         # The column behind the last is nobody's.
         self.tokens = torch.zeros(rows, capacity + 1, dtype=torch.long, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.row_forward_passes, self.row_transfers = torch.zeros(2, rows, dtype=torch.long, device=device)
         self.steps: OrderedDict[tuple, Step] = OrderedDict()
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.noise: dict[tuple, torch.Tensor] = {}
+        self.place = (None, None)
+        if device.type == "cuda":
+            # A stream of its own: the workspace of the matrix products belongs to a stream, and goes with the first graph
+            # that was captured there (https://github.com/pytorch/pytorch/issues/193402).
+            self.place = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
     def __deepcopy__(self, memo) -> None:
         """A copy of a cache makes graphs of its own: these read the original's buffers."""
 
+    def fits(self, model: torch.nn.Module, rows: int, width: int) -> bool:
+        """Whether the graphs serve a canvas, and everything that they read is where it was."""
+        return (
+            self.rows == rows
+            and self.capacity >= width
+            and self.is_inference == torch.is_inference_mode_enabled()
+            and self.weights == weights_of(model)
+        )
+
     def retire(self) -> None:
         """The cache goes on without them: its buffers may move."""
-        self.weights = None
+        self.weights = self.cache = None
         self.steps.clear()
 
     def begin(self, canvas: Canvas) -> None:
@@ -161,7 +196,7 @@ class StepGraphs:
     def step(self, key: tuple, inputs: StepInputs, constants: tuple) -> Step:
         """The step that has the same `key`, or a new one. `constants`: tensors besides the inputs that it reads."""
         key = (key, inputs.columns.shape, inputs.window.shape)
-        step = self.steps.pop(key, None) or Step(inputs)
+        step = self.steps.pop(key, None) or Step(inputs, RecordedNoise(self.noise))
         self.steps[key] = step  # the latest last
         if len(self.steps) > GRAPHS_OF_A_CACHE:
             self.steps.popitem(last=False)
@@ -209,8 +244,15 @@ class FastPath:
         if self.block is not block:
             self.block, self.targets = block, torch.where(block.valid, block.columns, graphs.capacity)
         if self.window is not window:
-            self.window, self.about = window, self._about(window, window.columns)
-        inputs = StepInputs(block.columns, self.targets, allowed, quota, window.columns, window.keep, *self.about)
+            self.window, self.fed = window, window.columns
+            if not window.is_block_causal and window.columns.shape[1] > block.columns.shape[1] + 1:
+                # Of `prefix`, whose windows shrink from block to block: fewer lengths, fewer graphs. A window may repeat
+                # its last column.
+                width = window.columns.shape[1]
+                self.fed = torch.nn.functional.pad(window.columns, (0, -width % 64))
+                self.fed[:, width:] = window.columns[:, -1:]
+            self.about = self._about(window, self.fed)
+        inputs = StepInputs(block.columns, self.targets, allowed, quota, self.fed, window.keep, *self.about)
 
         def compute(inputs: StepInputs, noise: RecordedNoise) -> None:
             tokens = graphs.tokens.gather(1, inputs.window)
@@ -223,7 +265,7 @@ class FastPath:
             graphs.row_forward_passes += transferred > 0
             graphs.row_transfers += transferred
 
-        graphs.step(denoiser.settings, inputs, denoiser.constants).run(compute, inputs, noise, graphs.pool)
+        graphs.step(denoiser.settings, inputs, denoiser.constants).run(compute, inputs, noise, graphs.place)
 
     def _about(self, window: Window, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`lengths` and `given`, see [`StepInputs`]."""
@@ -238,7 +280,29 @@ class FastPath:
 
 def weights_of(model: torch.nn.Module) -> tuple:
     """Where a model's weights are: graphs read these places, whatever the model holds later."""
-    return tuple(parameter.data_ptr() for parameter in model.parameters())
+    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def places_of(cache: CanvasCache) -> tuple:
+    """Where a cache's tensors are."""
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    held += [value for name, value in vars(cache).items() if name != "tokens"]  # what it remembers, no graph reads
+    return tuple(value.data_ptr() for value in held if isinstance(value, torch.Tensor))
+
+
+def can_be_captured(model: torch.nn.Module) -> bool:
+    """Whether a forward pass of the model is the same kernels every time, as far as can be seen: no hooks, adapters (which
+    can be switched off), parts on other devices, or weights that autocast copies."""
+    device = next(model.parameters()).device
+    if torch.is_autocast_enabled(device.type) or {p.device for p in model.parameters()} != {device}:
+        return False
+    return not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or hasattr(module, "_hf_hook")  # of accelerate
+        or hasattr(module, "base_layer")  # of PEFT
+        for module in model.modules()
+    )
 
 
 def take(
@@ -250,26 +314,30 @@ def take(
         repeats: the cache has so many rows for each of the canvas.
     """
     weights, capacity = weights_of(model), capacity_for(width)
-    idle = _idle.setdefault(model, [])
-    idle[:] = [graphs for graphs in idle if graphs.weights == weights]
-    for index, graphs in enumerate(idle):
-        if (graphs.rows, graphs.repeats, graphs.capacity) == (rows, repeats, capacity):
-            graphs.cache.restart()
-            return idle.pop(index)
+    with _lock:
+        idle = _idle.setdefault(model, [])
+        idle[:] = [graphs for graphs in idle if graphs.weights == weights]
+        for index, graphs in enumerate(idle):
+            if (graphs.repeats, graphs.capacity) == (repeats, capacity) and graphs.fits(model, rows, width):
+                graphs.cache.restart()
+                return idle.pop(index)
     return StepGraphs(make_cache(capacity), rows, repeats, capacity, model.device, weights)
 
 
 def put_back(model: torch.nn.Module, graphs: StepGraphs) -> None:
     """Keep graphs for later calls, instead of the oldest if there are too many."""
-    idle = _idle.setdefault(model, [])
-    idle.append(graphs)
-    del idle[:-CACHES_OF_A_MODEL]
+    if graphs.weights is None:  # retired
+        return
+    with _lock:
+        idle = _idle.setdefault(model, [])
+        idle.append(graphs)
+        del idle[:-CACHES_OF_A_MODEL]
 
 
 def lend(model: torch.nn.Module, graphs: StepGraphs) -> CanvasCache:
     """The cache for the caller to go on from. Its graphs serve other calls when nobody has it any more."""
     cache = copy.copy(graphs.cache)
-    cache.graphs = graphs
+    cache.graphs, graphs.places = graphs, places_of(cache)
     weakref.finalize(cache, _give_back, weakref.ref(model), graphs).atexit = False
     return cache
 
@@ -281,4 +349,5 @@ def _give_back(model: weakref.ref, graphs: StepGraphs) -> None:
 
 def release(model: torch.nn.Module) -> None:
     """Give back the memory that a model keeps for its next calls."""
-    _idle.pop(model, None)
+    with _lock:
+        _idle.pop(model, None)

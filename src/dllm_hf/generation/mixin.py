@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,18 @@ from .cache import POLICIES, BlockCache, CachePolicy, CanvasCache
 from .canvas import Canvas, Window
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .denoising import Denoiser, Hooks
-from .graphs import FastPath, StepGraphs, are_possible, capacity_for, lend, put_back, release, take, weights_of
+from .graphs import (
+    FastPath,
+    StepGraphs,
+    are_possible,
+    capacity_for,
+    lend,
+    places_of,
+    put_back,
+    release,
+    take,
+    weights_of,
+)
 from .sampling import guide
 
 logger = logging.get_logger(__name__)
@@ -164,7 +176,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             streamer,
             fast,
         )
-        with self._evaluating():
+        device = canvas.tokens.device
+        # Graphs and Triton's kernels run on the current device, whatever the tensors are on.
+        with self._evaluating(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             denoiser.run()
         sequences = canvas.to_sequences()
         returns_dict = config.return_dict_in_generate or config.output_history
@@ -172,7 +186,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         if is_reusable:
             cache.remember(canvas.at(None).clone(), policy.written, config.block_length)
         tokens_per_forward = denoiser.row_transfers / denoiser.row_forward_passes.clamp(min=1)
-        if graphs is not None and past_key_values is None:
+        if graphs is not None and past_key_values is not None:
+            graphs.places = places_of(cache)
+        elif graphs is not None:
             # Other calls may have the buffers from here on, or when the caller drops the cache.
             if is_reusable and returns_dict:
                 cache = lend(self, graphs)
@@ -351,11 +367,13 @@ class DiffusionGenerationMixin(GenerationMixin):
             cache.check(self, rows, config.block_length)
             graphs = cache.graphs
             if graphs is not None:
-                fits = graphs.capacity >= width and graphs.weights == weights_of(self)
+                fits = graphs.fits(self, rows, width) and graphs.places == places_of(cache)
                 if not (with_graphs and fits):
                     graphs = cache.graphs = graphs.retire()
             if with_graphs and graphs is None:
-                graphs = StepGraphs(cache, rows, repeats, capacity_for(width), self.device, weights_of(self))
+                # Not the cache itself, which holds its graphs.
+                shared = copy(cache)
+                graphs = StepGraphs(shared, rows, repeats, capacity_for(width), self.device, weights_of(self))
                 cache.graphs = graphs
             written = cache.resume(canvas.at(None), config.block_length, graphs.capacity if with_graphs else width)
         policy = BlockCache(canvas, self.logits_shift, cache, written, config.prefill_chunk_size, config.block_length)

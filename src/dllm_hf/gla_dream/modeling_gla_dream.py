@@ -22,6 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.utils import can_return_tuple, logging
 
 from ..generation.canvas import Window
+from ..generation.graphs import can_be_captured
 from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sample_ids
 from ..training.losses import masked_diffusion_loss
@@ -551,9 +552,9 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def step_forward(self) -> "ReadingForward":
+    def step_forward(self) -> "ReadingForward | None":
         """See [`DiffusionGenerationMixin.step_forward`]."""
-        return ReadingForward(self)
+        return ReadingForward(self) if can_be_captured(self) else None
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
         """None: the stack counts them itself, and knows then that a row is one text."""

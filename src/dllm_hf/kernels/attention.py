@@ -59,7 +59,7 @@ def canvas_attention(
     if splits > 1:
         parts = torch.empty(splits, batch, window, heads, head_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = max(16, triton.next_power_of_2(head_dim))
     _attend[(tiles, batch * kv_heads, splits)](
         query, keys, values, lengths, out, parts, sums, scale * LOG2E,
         window, kv_heads, chunk, batch * window * heads,

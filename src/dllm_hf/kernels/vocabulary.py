@@ -45,7 +45,7 @@ def best_tokens(
     probability, margin, entropy = torch.empty(3, *logits.shape[:-1], dtype=torch.float32, device=logits.device)
     _scan[(rows, chunks)](logits, parts, places, vocab, mask_token_id, rows * chunks, BLOCK=BLOCK, num_warps=8)
     _merge[(rows,)](
-        parts, places, best, probability, margin, entropy, chunks, rows * chunks,
+        parts, places, best, probability, margin, entropy, chunks, rows * chunks, int(mask_token_id == 0),
         BLOCK=triton.next_power_of_2(chunks), num_warps=1,
     )  # fmt: skip
     return best, probability, margin, entropy
@@ -80,7 +80,7 @@ if triton is not None:
         tl.store(places + index, place)
 
     @triton.jit
-    def _merge(parts, places, best, probability, margin, entropy, chunks, number, BLOCK: tl.constexpr):
+    def _merge(parts, places, best, probability, margin, entropy, chunks, number, lowest, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         chunk = tl.arange(0, BLOCK)
         inside = chunk < chunks
@@ -101,7 +101,9 @@ if triton is not None:
         is_winner = chunk == winner
         top = tl.max(first, 0)
         runner = tl.max(tl.where(is_winner, second, tl.maximum(first, second)), 0)
-        tl.store(best + row, tl.sum(tl.where(is_winner, place, 0), 0).to(tl.int64))
+        # No token is best where nothing is a number; it must be one all the same, and not the mask.
+        token = tl.maximum(tl.sum(tl.where(is_winner, place, 0), 0), lowest)
+        tl.store(best + row, token.to(tl.int64))
         tl.store(probability + row, tl.exp(top - logsum))
         tl.store(margin + row, tl.exp(top - logsum) - tl.exp(runner - logsum))
         tl.store(entropy + row, tl.log(sums) - shifted / sums)
