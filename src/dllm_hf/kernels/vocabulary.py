@@ -60,17 +60,19 @@ if triton is not None:
         row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
         token = chunk * BLOCK + tl.arange(0, BLOCK)
         logit = tl.load(logits + row * vocab + token, mask=token < vocab, other=-float("inf")).to(tl.float32)
-        highest = tl.max(logit, 0)
+        # Maxima of what are numbers; what is none gets into the sums.
+        number_or_least = tl.where(logit == logit, logit, -float("inf"))
+        highest = tl.max(number_or_least, 0)
         base = tl.where(highest == -float("inf"), 0.0, highest)
         distance = logit - base
         weight = tl.exp(distance)
         total = tl.sum(weight, 0)
         spread = tl.sum(tl.where(weight > 0, weight * distance, 0.0), 0)
-        allowed = tl.where(token == mask_token_id, -float("inf"), logit)
+        allowed = tl.where(token == mask_token_id, -float("inf"), number_or_least)
         best = tl.max(allowed, 0)
         place = tl.argmax(allowed, 0)
         place = tl.where(best > -float("inf"), chunk * BLOCK + place, -1)  # a chunk may hold the mask alone
-        second = tl.max(tl.where(token == place, -float("inf"), logit), 0)
+        second = tl.max(tl.where(token == place, -float("inf"), number_or_least), 0)
         index = row * tl.num_programs(1) + chunk
         tl.store(parts + index, base)
         tl.store(parts + number + index, total)
