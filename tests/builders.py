@@ -1,7 +1,10 @@
 """What the tests build: tiny models, a model that says what the test tells it to, padded batches, a tokenizer."""
 
+import importlib.util
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -183,6 +186,15 @@ def recorded(module: nn.Module):
         yield calls
     finally:
         handle.remove()
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of `examples/` or `benchmarks/`, which are no packages: `examples/train.py`."""
+    path = Path(__file__).parents[1] / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,6 +1,5 @@
 """`benchmarks/decoding_quality.py`: what it counts, on the checkpoints of this repository."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_hf  # noqa: F401  registers the classes
+from tests.builders import load_script
 
 ROOT = Path(__file__).parents[2]
 TEXT = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun.\n" * 40
@@ -16,17 +16,20 @@ TEXT = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the e
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("decoding_quality", ROOT / "benchmarks" / "decoding_quality.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/decoding_quality.py")
 
 
-def test_the_true_text_is_paid_for_in_the_order_of_the_strategy(script):
-    """From left to right, one token a step: the chain rule, computed here by one forward pass for each token."""
+@pytest.fixture(scope="module")
+def checkpoint():
+    """Tokenizer and model."""
     folder = ROOT / "hub_configs" / "llada-tiny-shakespeare"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(folder), model
+
+
+def test_the_true_text_is_paid_for_in_the_order_of_the_strategy(script, checkpoint):
+    """From left to right, one token a step: the chain rule, computed here by one forward pass for each token."""
+    tokenizer, model = checkpoint
     text = torch.tensor(tokenizer(TEXT[:40]).input_ids)[None]
     price = script.TruePrice(text, tokenizer.mask_token_id, 8)
     setting = {"remasking_strategy": "sequential", "block_length": 8}
@@ -45,10 +48,8 @@ def test_the_true_text_is_paid_for_in_the_order_of_the_strategy(script):
     assert price.total.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_tokens_transferred_together_are_paid_for_as_if_they_were_independent(script):
-    folder = ROOT / "hub_configs" / "llada-tiny-shakespeare"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def test_tokens_transferred_together_are_paid_for_as_if_they_were_independent(script, checkpoint):
+    tokenizer, model = checkpoint
     text = torch.tensor(tokenizer(TEXT[:48]).input_ids)[None]
     price = script.TruePrice(text, tokenizer.mask_token_id, 24)
     setting = {"remasking_strategy": "low_confidence_static", "denoising_steps": 1, "block_length": 24}

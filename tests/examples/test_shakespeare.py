@@ -1,6 +1,5 @@
 """`examples/shakespeare.py`: the character tokenizer and the bound."""
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -10,17 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_hf  # noqa: F401  registers the classes
+from tests.builders import load_script
 
-ROOT = Path(__file__).parents[2]
-CHECKPOINT = ROOT / "hub_configs" / "llada-tiny-shakespeare"
+CHECKPOINT = Path(__file__).parents[2] / "hub_configs" / "llada-tiny-shakespeare"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("shakespeare", ROOT / "examples" / "shakespeare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/shakespeare.py")
 
 
 @pytest.fixture(scope="module")

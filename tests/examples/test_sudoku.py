@@ -1,6 +1,5 @@
 """`examples/sudoku.py`: the solver against plain backtracking, what `generate` promises, the tokenizer, and `solve`."""
 
-import importlib.util
 import io
 import json
 import re
@@ -14,12 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dllm_hf import LLaDAModelLM
-from tests.builders import ScriptedModel, llada_config
+from tests.builders import ScriptedModel, llada_config, load_script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "sudoku.py"
-spec = importlib.util.spec_from_file_location("sudoku", SCRIPT)
-sudoku = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sudoku)
+sudoku = load_script("examples/sudoku.py")
 
 TOKENS = {"vocab_size": 11, "mask_token_id": 10, "eos_token_id": 9, "pad_token_id": 9}
 # 17 clues, the fewest with which a puzzle has one solution (the first of Gordon Royle's list).

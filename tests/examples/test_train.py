@@ -1,7 +1,6 @@
 """`examples/train.py` on small files: what it reads, what it refuses, and what it leaves behind when it is killed."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.builders import load_script
 
 pytest.importorskip("accelerate")
 ROOT = Path(__file__).parents[2]
@@ -33,10 +34,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/train.py")
 
 
 @pytest.fixture(scope="module")

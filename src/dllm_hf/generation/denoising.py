@@ -33,6 +33,11 @@ class Hooks:
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
 
 
+# Options that decide what a step transfers, besides strategy and temperature.
+DECISIVE = ("mask_token_id", "top_k", "top_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
+DECISIVE += ("cfg_scale", "suppress_tokens", "confidence_suppress_tokens")
+
+
 class Denoiser:
     """Fills the masks of a canvas.
 
@@ -69,27 +74,19 @@ class Denoiser:
         self.suppressed = _token_tensor(config.suppress_tokens, device)
         self.confidence_suppressed = _token_tensor(config.confidence_suppress_tokens, device)
         self.fast = fast
-        # What `decide` depends on, besides its arguments.
+        # What `decide` and guidance depend on, besides their arguments.
         self.constants = (self.suppressed, self.confidence_suppressed)
-        self.settings = (
-            self.strategy,
-            self.temperature,
-            self.reads_raw_logits,
-            *(
-                str(getattr(config, name))
-                for name in ("mask_token_id", "top_k", "top_p", "confidence_threshold", "entropy_bound", "factor")
-            ),
-            *(str(getattr(config, name)) for name in ("alg_temp", "cfg_scale", "suppress_tokens")),
-            str(config.confidence_suppress_tokens),
-        )
-        # The fast path has them where its graphs find them.
-        home = fast.graphs if fast is not None else None
-        self.ended = home.ended if home else torch.zeros(batch, dtype=torch.bool, device=device)
+        options = (str(getattr(config, name)) for name in DECISIVE)
+        self.settings = (self.strategy, self.temperature, self.reads_raw_logits, *options)
+        if fast is not None:  # where its graphs find them
+            self.ended = fast.graphs.ended
+            self.row_forward_passes, self.row_transfers = fast.graphs.row_forward_passes, fast.graphs.row_transfers
+        else:
+            self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+            self.row_forward_passes, self.row_transfers = torch.zeros(2, batch, dtype=torch.long, device=device)
         self.rows_running = [True] * batch  # the host's copy of ~ended, as old as the last block
         self.step = 0
         self.num_forward_passes = 0
-        counts = (home.row_forward_passes, home.row_transfers) if home else torch.zeros(2, batch, dtype=torch.long)
-        self.row_forward_passes, self.row_transfers = (count.to(device) for count in counts)
         self.history: list[torch.Tensor] | None = [] if config.output_history else None
 
     @torch.no_grad()

@@ -245,12 +245,12 @@ class FastPath:
             self.block, self.targets = block, torch.where(block.valid, block.columns, graphs.capacity)
         if self.window is not window:
             self.window, self.fed = window, window.columns
-            if not window.is_block_causal and window.columns.shape[1] > block.columns.shape[1] + 1:
+            width = window.columns.shape[1]
+            if not window.is_block_causal and width > block.columns.shape[1] + 1:
                 # Of `prefix`, whose windows shrink from block to block: fewer lengths, fewer graphs. A window may repeat
                 # its last column.
-                width = window.columns.shape[1]
-                self.fed = torch.nn.functional.pad(window.columns, (0, -width % 64))
-                self.fed[:, width:] = window.columns[:, -1:]
+                repeated = window.columns[:, -1:].expand(-1, -width % 64)
+                self.fed = torch.cat([window.columns, repeated], dim=1)
             self.about = self._about(window, self.fed)
         inputs = StepInputs(block.columns, self.targets, allowed, quota, self.fed, window.keep, *self.about)
 
