@@ -16,7 +16,6 @@ more, from two calls that differ in the number of steps alone, so that what a bl
 import argparse
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,7 +27,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 import dllm_hf  # noqa: F401  registers the models
 
-os.environ.setdefault("DLLM_HF_CUDA_GRAPHS", "1")
 CONFIGS = Path(__file__).parents[1] / "hub_configs"
 # Folder, changes to its configuration, block lengths.
 MODELS = {
@@ -61,19 +59,27 @@ def build(name: str):
 @torch.no_grad()
 def floor(model, rows: int) -> float:
     """Milliseconds of the model's matrix products at `rows` rows; of experts, of as many as the rows can reach."""
-    products = [(module.weight, rows) for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    for module in model.modules():
-        if getattr(module, "gate_up_proj", None) is not None and module.gate_up_proj.ndim == 3:
-            chosen = rows * model.config.num_experts_per_tok
-            reached = min(len(module.gate_up_proj), chosen)
-            for weight in (module.gate_up_proj, module.down_proj):
-                products += [(weight[expert], -(-chosen // reached)) for expert in range(reached)]
-    shapes = {(number, weight.shape[1]) for weight, number in products}
-    inputs = {shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes}
+    products = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {
+        width: torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for width in {w.shape[1] for w in products}
+    }
+    experts = [module for module in model.modules() if getattr(module, "gate_up_proj", torch.empty(0)).ndim == 3]
+    if experts:
+        number, chosen = len(experts[0].gate_up_proj), rows * model.config.num_experts_per_tok
+        # Where each expert's rows end: spread evenly, so that as many experts as possible are read.
+        ends = (torch.arange(1, number + 1, device="cuda") * chosen // number).to(torch.int32)
+        grouped = [weight for module in experts for weight in (module.gate_up_proj, module.down_proj)]
+        rows_of = {
+            weight.shape[2]: torch.randn(chosen, weight.shape[2], device="cuda", dtype=torch.bfloat16)
+            for weight in grouped
+        }
 
     def run():
-        for weight, number in products:
-            torch.nn.functional.linear(inputs[number, weight.shape[1]], weight)
+        for weight in products:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        if experts:
+            for weight in grouped:
+                torch._grouped_mm(rows_of[weight.shape[2]], weight.transpose(1, 2), offs=ends)
 
     run()
     graph = torch.cuda.CUDAGraph()
@@ -134,13 +140,14 @@ def measure_family(name: str, args):
             ids = prompts(model.config.vocab_size, batch, args.prompt)
             for policy in args.policies or model.cache_policies:
                 for path in args.paths:
-                    if path == "fast" and policy == "none":
+                    if path != "plain" and policy == "none":
                         continue
                     options = {
                         **fixed,
                         "block_length": block,
                         "cache_policy": policy,
                         "disable_compile": path == "plain",
+                        "torch_compile": path == "compiled",
                     }
                     first, found = run_setting(model, ids, options, block, args.quotas)
                     rows = batch * (args.prompt + args.new if policy == "none" else block)
@@ -266,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--quotas", nargs="+", type=int, default=[1, 2, 4], help="tokens that a step transfers")
     measuring.add_argument("--blocks", nargs="+", type=int, help="block lengths; the model's own if not given")
     measuring.add_argument("--policies", nargs="+", help="cache policies; all of the model's if not given")
-    measuring.add_argument("--paths", nargs="+", choices=["fast", "plain"], default=["fast", "plain"])
+    measuring.add_argument("--paths", nargs="+", choices=["fast", "plain", "compiled"], default=["fast", "plain"])
     measuring.add_argument("--prompt", type=int, default=512)
     measuring.add_argument("--new", type=int, default=256)
     measuring.set_defaults(run=measure)

@@ -38,7 +38,7 @@ def test_attention_has_no_direction(model):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "flex_attention", "canvas"])
 @pytest.mark.parametrize("mask", ["none", "ones", "padding", "4d"])
 @torch.no_grad()
 def test_attention_back_ends_agree(model, attention, mask):
@@ -58,7 +58,7 @@ def test_attention_back_ends_agree(model, attention, mask):
     torch.testing.assert_close(logits[padding == 1], expected[padding == 1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "canvas"])
 @torch.no_grad()
 def test_left_padding_changes_no_real_position(model, attention):
     model.set_attn_implementation(attention)

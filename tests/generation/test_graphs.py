@@ -130,7 +130,26 @@ def test_every_strategy_with_every_policy(family, policy, strategy, captured):
         seeds=0,
         **options,
     )
+    # In float32 the library's products of experts look at the device: such steps run without a graph.
+    assert captured or (DEVICE == "cuda" and family == "sdar_moe")
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_steps_of_experts_are_captured_in_bfloat16(captured):
+    model = fresh_model("sdar_moe").bfloat16()
+    model.diffusion_generate(torch.tensor([ROWS[0]], device=DEVICE), max_new_tokens=12, block_length=4)
     assert captured
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch):
+    def refuse(*args):
+        tries.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    tries = []
+    monkeypatch.setattr(graphs, "capture", refuse)
+    both_ways(fresh_model("sdar"), max_new_tokens=12, block_length=4)
+    assert len(tries) == 1  # a pool in which a capture failed is not used again
 
 
 @pytest.mark.parametrize("family, policy", POLICIES)

@@ -29,7 +29,7 @@ def random(*shape, dtype=torch.float32, seed=0):
 def close(got, expected, dtype):
     error = (got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
     # The interpreter cuts off what bfloat16 has no room for, instead of rounding.
-    assert error < (2e-6 if dtype == torch.float32 else 8e-3 if ON_GPU else 2e-2), float(error)
+    assert error < (5e-6 if dtype == torch.float32 else 8e-3 if ON_GPU else 2e-2), float(error)
 
 
 def attention_case(batch, window, kv_heads, groups, head_dim, width, lengths, dtype=torch.float32):
@@ -123,8 +123,10 @@ def test_the_norm_is_the_library_s():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gate(dtype):
-    gate, up = 4 * random(3, 700, dtype=dtype), random(3, 700, dtype=dtype, seed=1)
-    close(swiglu(gate, up), swiglu_torch(gate, up), dtype)
+    gate, up = (4 * random(3, 2, 1500, dtype=dtype)).split([1400, 100], dim=-1)[0].split(700, dim=-1)  # of one product
+    got = swiglu(gate, up)
+    assert got.is_contiguous()
+    close(got, swiglu_torch(gate, up), dtype)
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
@@ -132,8 +134,8 @@ def test_gate(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotation_and_the_columns_of_the_cache(heads, kv_heads, head_dim, has_norm, dtype):
     batch, window, width = 2, 3, 20
-    query = random(batch, window, heads * head_dim, dtype=dtype)
-    key, value = (random(batch, window, kv_heads * head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    query, key, value = random(batch, window, sum(sizes), dtype=dtype).split(sizes, dim=-1)  # of one product
     cos, sin = (random(batch, window, head_dim, dtype=dtype, seed=seed) for seed in (3, 4))
     columns = torch.tensor([[0, 7, 19], [4, 5, 6]], device=DEVICE)
     norms = [random(head_dim, dtype=dtype, seed=seed) if has_norm else None for seed in (5, 6)]

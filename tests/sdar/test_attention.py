@@ -41,7 +41,7 @@ def additive(allowed: torch.Tensor) -> torch.Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "canvas"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_token_sees_its_own_block_and_the_earlier_ones(model, attention):
     model.set_attn_implementation(attention)
@@ -70,7 +70,7 @@ def test_a_4d_mask_is_taken_as_it_is(model):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "flex_attention", "canvas"])
 @pytest.mark.parametrize("mask", ["none", "ones", "padding", "4d", "packed"])
 @torch.no_grad()
 def test_attention_back_ends_agree(model, attention, mask):
@@ -92,7 +92,7 @@ def test_attention_back_ends_agree(model, attention, mask):
     torch.testing.assert_close(logits[padding == 1], expected[padding == 1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "canvas"])
 @torch.no_grad()
 def test_left_padding_changes_no_real_position(model, attention):
     model.set_attn_implementation(attention)
@@ -111,7 +111,7 @@ def test_samples_packed_into_a_row_do_not_see_each_other(model):
     torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "canvas"])
 @torch.no_grad()
 def test_a_cache_of_the_library_s_fed_block_by_block_gives_the_whole_forward(model, attention):
     model.set_attn_implementation(attention)

@@ -1,9 +1,14 @@
-"""Attention back ends: keeping FlashAttention away from masks that it would ignore."""
+"""Attention back ends: keeping FlashAttention away from masks that it would ignore, and our kernel as a back end."""
 
 from contextlib import contextmanager
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
+
+from ..kernels.attention import canvas_attention, triton
 
 logger = logging.get_logger(__name__)
 
@@ -24,3 +29,50 @@ def without_flash_attention(config: PreTrainedConfig):
         yield
     finally:
         config._attn_implementation = attention
+
+
+def canvas_mask(*args, **kwargs) -> torch.Tensor | None:
+    """The mask of `attn_implementation="canvas"`: SDPA's, or where each query sees the keys up to one of them, how many
+    that are, `(batch, 1, queries, 1)` int32. (Of masks with four dimensions the library knows that they are finished.)"""
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is None:
+        return None
+    lengths = mask.sum(-1, keepdim=True)
+    if not torch.equal(mask, torch.arange(mask.shape[-1], device=mask.device) < lengths):
+        return mask
+    return lengths.to(torch.int32)
+
+
+def canvas_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`attn_implementation="canvas"`: [`canvas_attention`] where it serves, which is for inference on a GPU and a mask
+    that says how many keys a query sees (or none), and SDPA elsewhere.
+
+    Args:
+        query: `(batch, heads, queries, head_dim)`.
+        key, value: `(batch, kv_heads, keys, head_dim)`.
+    """
+    batch, _, queries, head_dim = query.shape
+    has_kernel = query.is_cuda and triton is not None and not (torch.is_grad_enabled() and query.requires_grad)
+    lengths = None
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        lengths = attention_mask[:, 0, :, 0].expand(batch, -1)
+        attention_mask = torch.arange(key.shape[2], device=key.device) < attention_mask
+    elif attention_mask is None and not getattr(module, "is_causal", True):
+        lengths = torch.full((batch, queries), key.shape[2], dtype=torch.int32, device=key.device)
+    if has_kernel and lengths is not None:
+        scale = head_dim**-0.5 if scaling is None else scaling
+        return canvas_attention(query.transpose(1, 2), key, value, lengths, scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register("canvas", canvas_attention_forward)
+AttentionMaskInterface.register("canvas", canvas_mask)

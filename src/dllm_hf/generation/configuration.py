@@ -109,6 +109,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         steps_per_look (`int`, defaults to 1): where the logits decide when a block is done, the host looks after so many
             steps. More steps than needed are forward passes that transfer nothing.
         disable_compile (`bool`): no CUDA graphs and no fused kernels.
+        torch_compile (`bool`): on a GPU with a cache, the forward pass of a step goes through `torch.compile` before it is
+            captured. The first call then takes minutes.
         output_history (`bool`): return the canvas after each step; implies `return_dict_in_generate`.
         return_dict_in_generate (`bool`): return a [`DiffusionGenerateOutput`] instead of the sequences alone.
         mask_token_id, pad_token_id, bos_token_id (`int`), eos_token_id (`int` or `list[int]`): special tokens.
@@ -140,6 +142,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         "num_return_sequences": 1,
         "steps_per_look": 1,
         "disable_compile": False,
+        "torch_compile": False,
         "output_history": False,
         "return_dict_in_generate": False,
         "mask_token_id": None,
@@ -207,7 +210,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in ("confidence_threshold", "top_p"):
             _check(self, name, float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
         _check(self, "eps", float, lambda v: 0 < v < 1, "a number between 0 and 1")
-        for name in ("do_sample", "disable_compile", "output_history", "return_dict_in_generate", *LLADA_SWITCHES):
+        switches = ("do_sample", "disable_compile", "torch_compile", "output_history", "return_dict_in_generate")
+        for name in (*switches, *LLADA_SWITCHES):
             _check(self, name, bool, lambda v: True, "True or False")
         for name in ("mask_token_id", "pad_token_id", "bos_token_id"):
             _check(self, name, int, lambda v: v >= 0, "a token id")
@@ -220,6 +224,8 @@ class DiffusionGenerationConfig(GenerationConfig):
                 f"`steps={self.steps}` (for the whole completion) and `denoising_steps={self.denoising_steps}` "
                 "(for each block) exclude each other: give one of them."
             )
+        if self.disable_compile and self.torch_compile:
+            raise ValueError("`disable_compile=True` and `torch_compile=True` exclude each other: give one of them.")
         if self.remasking_strategy is not None and self.remasking_strategy not in STRATEGIES:
             raise ValueError(
                 f"`remasking_strategy={self.remasking_strategy!r}` is unknown"

@@ -35,7 +35,7 @@ class Hooks:
 
 # Options that decide what a step transfers, besides strategy and temperature.
 DECISIVE = ("mask_token_id", "top_k", "top_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
-DECISIVE += ("cfg_scale", "suppress_tokens", "confidence_suppress_tokens")
+DECISIVE += ("cfg_scale", "suppress_tokens", "confidence_suppress_tokens", "torch_compile")
 
 
 class Denoiser:

@@ -33,7 +33,7 @@ _idle: "weakref.WeakKeyDictionary[torch.nn.Module, list[StepGraphs]]" = weakref.
 
 
 def are_possible(device: torch.device) -> bool:
-    return device.type == "cuda" and triton is not None and os.environ.get("DLLM_HF_CUDA_GRAPHS", "0") == "1"
+    return device.type == "cuda" and triton is not None and os.environ.get("DLLM_HF_CUDA_GRAPHS", "1") != "0"
 
 
 def capacity_for(width: int) -> int:
@@ -108,9 +108,12 @@ class Step:
         self.constants: tuple = ()  # tensors of the call that was captured
 
     def run(
-        self, compute: Callable[[StepInputs, RecordedNoise], None], inputs: StepInputs, noise: Noise, place: tuple
+        self,
+        compute: Callable[[StepInputs, RecordedNoise], None],
+        inputs: StepInputs,
+        noise: Noise,
+        graphs: "StepGraphs",
     ) -> None:
-        """`place`: the memory pool and the stream to capture in."""
         for name, buffer in vars(self.inputs).items():
             # Most of them change from block to block only.
             if getattr(inputs, name) is not getattr(self.latest, name):
@@ -118,13 +121,13 @@ class Step:
         self.latest = inputs
         self.noise.draw(noise)
         self.runs += 1
-        if self.runs == 2:
+        if self.runs == 2 and graphs.place is not None:
             try:
-                self.graph = capture(lambda: compute(self.inputs, self.noise), *place)
+                self.graph = capture(lambda: compute(self.inputs, self.noise), *graphs.place)
             except RuntimeError as error:
                 # Something in it looks at the device, as experts or quantised weights may: it runs without a graph.
                 logger.warning_once(f"A denoising step could not be captured in a CUDA graph: {error}")
-                self.noise.next = 0
+                self.noise.next, graphs.place = 0, None  # the memory pool cannot be used again
         if self.graph is None:
             compute(self.inputs, self.noise)
         else:
@@ -163,7 +166,7 @@ class StepGraphs:
         self.row_forward_passes, self.row_transfers = torch.zeros(2, rows, dtype=torch.long, device=device)
         self.steps: OrderedDict[tuple, Step] = OrderedDict()
         self.noise: dict[tuple, torch.Tensor] = {}
-        self.place = (None, None)
+        self.place: tuple | None = (None, None)  # memory pool and stream to capture in; None: steps run as they are
         if device.type == "cuda":
             # A stream of its own: the workspace of the matrix products belongs to a stream, and goes with the first graph
             # that was captured there (https://github.com/pytorch/pytorch/issues/193402).
@@ -211,12 +214,21 @@ class FastPath:
     Args:
         forward: `(tokens, columns, lengths, keep, given) -> (batch, kept, vocab)`, a forward pass over a window. What it
             reads besides, the cache and the weights, stays in its place.
+        forward_of_step: what does the same inside of a graph.
         moves_on: whether it also does what a window asks for that is `settled`.
         block_length: of the blocks that a window which is block-causal inside consists of.
     """
 
-    def __init__(self, graphs: StepGraphs, forward: Callable, canvas: Canvas, block_length: int, moves_on: bool):
-        self.graphs, self.forward, self.canvas = graphs, forward, canvas
+    def __init__(
+        self,
+        graphs: StepGraphs,
+        forward: Callable,
+        forward_of_step: Callable,
+        canvas: Canvas,
+        block_length: int,
+        moves_on: bool,
+    ):
+        self.graphs, self.forward, self.forward_of_step, self.canvas = graphs, forward, forward_of_step, canvas
         self.block_length, self.moves_on = block_length, moves_on
         self.block: Block | None = None
         self.window: Window | None = None
@@ -256,7 +268,7 @@ class FastPath:
 
         def compute(inputs: StepInputs, noise: RecordedNoise) -> None:
             tokens = graphs.tokens.gather(1, inputs.window)
-            logits = self.forward(tokens, inputs.window, inputs.lengths, inputs.keep, inputs.given)
+            logits = self.forward_of_step(tokens, inputs.window, inputs.lengths, inputs.keep, inputs.given)
             tokens = graphs.tokens.gather(1, inputs.columns)
             masked = (tokens == denoiser.config.mask_token_id) & inputs.allowed & ~graphs.ended[:, None]
             proposals, transfer = denoiser.decide(logits, masked, inputs.quota, noise)
@@ -265,7 +277,7 @@ class FastPath:
             graphs.row_forward_passes += transferred > 0
             graphs.row_transfers += transferred
 
-        graphs.step(denoiser.settings, inputs, denoiser.constants).run(compute, inputs, noise, graphs.place)
+        graphs.step(denoiser.settings, inputs, denoiser.constants).run(compute, inputs, noise, graphs)
 
     def _about(self, window: Window, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`lengths` and `given`, see [`StepInputs`]."""

@@ -164,7 +164,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         fast = None
         if graphs is not None:
             forward = self._make_fused_forward(fused, config, cache)
-            fast = FastPath(graphs, forward, canvas, config.block_length or 1, fused.moves_on)
+            compiled = torch.compile(forward, dynamic=False) if config.torch_compile else forward
+            fast = FastPath(graphs, forward, compiled, canvas, config.block_length or 1, fused.moves_on)
         denoiser = Denoiser(
             self._make_forward(canvas, config, cache, fast),
             canvas,

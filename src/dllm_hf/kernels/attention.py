@@ -64,7 +64,7 @@ def canvas_attention(
         query, keys, values, lengths, out, parts, sums, scale * LOG2E,
         window, kv_heads, chunk, batch * window * heads,
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits,
+        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -93,7 +93,7 @@ if triton is not None:
         key_batch, key_head, key_column,
         value_batch, value_head, value_column,
         GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
         batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
@@ -134,7 +134,7 @@ if triton is not None:
         result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
         heads = kv_heads * GROUPS
         row = (batch * window + token).to(tl.int64) * heads + head
-        if SPLITS == 1:
+        if not IS_SPLIT:
             place = out + row[:, None] * HEAD_DIM + dims
             tl.store(place, result.to(out.dtype.element_ty), mask=exists[:, None] & real)
         else:

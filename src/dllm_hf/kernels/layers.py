@@ -12,6 +12,9 @@ try:
 except ImportError:  # on a CPU
     triton = None
 
+HEADS_OF_A_PROGRAM = 4
+WARPS = 1
+
 
 def add_rms_norm_torch(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -51,10 +54,20 @@ def swiglu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` (arXiv:2002.05202), all contiguous and of one shape."""
-    out = torch.empty_like(gate)
+    """`silu(gate) * up` (arXiv:2002.05202).
+
+    Args:
+        gate, up: `(batch, window, size)`, the last dimension contiguous, tokens at equal distances.
+
+    Returns:
+        The same shape, contiguous.
+    """
+    batch, window, size = gate.shape
+    out = torch.empty(batch, window, size, dtype=gate.dtype, device=gate.device)
     block = 1024
-    _swiglu[(triton.cdiv(gate.numel(), block),)](gate, up, out, gate.numel(), BLOCK=block, num_warps=4)
+    _swiglu[(batch * window, triton.cdiv(size, block))](
+        gate, up, out, size, gate.stride(1), up.stride(1), BLOCK=block, num_warps=4
+    )
     return out
 
 
@@ -106,7 +119,8 @@ def rotate_and_store(
     keys; keys and values go into their columns of the cache.
 
     Args:
-        query: `(batch, window, heads * head_dim)`, contiguous, as `key` and `value`: `(batch, window, kv_heads * head_dim)`.
+        query: `(batch, window, heads * head_dim)`; `key` and `value`: `(batch, window, kv_heads * head_dim)`. The last
+            dimension contiguous, tokens at equal distances.
         cos, sin: `(batch, window, head_dim)`, contiguous.
         columns: `(batch, window)` int64. Where one repeats, so must its key and value.
         keys, values: `(batch, kv_heads, width, head_dim)`, written in place.
@@ -120,11 +134,15 @@ def rotate_and_store(
     heads = query.shape[2] // head_dim
     columns = columns.contiguous()  # may be one row for the whole batch
     rotated = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
-    _rotate_and_store[(batch * window, heads + 2 * kv_heads)](
+    together = min(HEADS_OF_A_PROGRAM, triton.next_power_of_2(kv_heads))
+    programs = triton.cdiv(heads, together) + 2 * triton.cdiv(kv_heads, together)
+    _rotate_and_store[(batch * window, programs)](
         query, key, value, cos, sin, columns, rotated, keys, values,
         query if query_norm is None else query_norm, key if key_norm is None else key_norm, eps,
-        window, heads, kv_heads, *keys.stride()[:3], *values.stride()[:3],
-        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HAS_NORM=query_norm is not None, num_warps=1,
+        window, heads, kv_heads, query.stride(1), key.stride(1), value.stride(1),
+        *keys.stride()[:3], *values.stride()[:3],
+        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=together,
+        HAS_NORM=query_norm is not None, num_warps=WARPS,
     )  # fmt: skip
     return rotated
 
@@ -149,60 +167,65 @@ if triton is not None:
         tl.store(normed + row + index, result.to(dtype), mask=inside)
 
     @triton.jit
-    def _swiglu(gate, up, out, number, BLOCK: tl.constexpr):
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = index < number
-        left = tl.load(gate + index, mask=inside, other=0.0)
-        right = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
+    def _swiglu(gate, up, out, size, gate_token, up_token, BLOCK: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < size
+        left = tl.load(gate + token * gate_token + index, mask=inside, other=0.0)
+        right = tl.load(up + token * up_token + index, mask=inside, other=0.0).to(tl.float32)
         wide = left.to(tl.float32)
         activated = (wide / (1.0 + tl.exp(-wide))).to(left.dtype).to(tl.float32)
-        tl.store(out + index, (activated * right).to(left.dtype), mask=inside)
+        tl.store(out + token * size + index, (activated * right).to(left.dtype), mask=inside)
 
     @triton.jit
     def _rotate_and_store(
         query, key, value, cos, sin, columns, rotated, keys, values, query_norm, key_norm, eps,
-        window, heads, kv_heads,
+        window, heads, kv_heads, query_token, key_token, value_token,
         key_batch, key_head, key_column, value_batch, value_head, value_column,
-        HALF: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
+        HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
     ):  # fmt: skip
-        """One head of one token: of the queries, then of the keys, then of the values."""
+        """A few heads of one token: of the queries, then of the keys, then of the values."""
         token, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        index = tl.arange(0, BLOCK)
-        inside = index < HALF
+        of_queries, of_keys = tl.cdiv(heads, HEADS), tl.cdiv(kv_heads, HEADS)
+        index, each = tl.arange(0, BLOCK), tl.arange(0, HEADS)
         column = tl.load(columns + token)
         batch = token // window
-        if number >= heads + kv_heads:
-            head = number - heads - kv_heads
-            source = value + (token * kv_heads + head) * 2 * HALF
-            target = values + batch * value_batch + head * value_head + column * value_column
-            tl.store(target + index, tl.load(source + index, mask=inside), mask=inside)
-            tl.store(target + HALF + index, tl.load(source + HALF + index, mask=inside), mask=inside)
+        if number >= of_queries + of_keys:
+            head = (number - of_queries - of_keys) * HEADS + each
+            inside = (head < kv_heads)[:, None] & (index < HALF)
+            source = value + token * value_token + head[:, None] * 2 * HALF + index
+            target = values + batch * value_batch + column * value_column + head[:, None] * value_head + index
+            tl.store(target, tl.load(source, mask=inside), mask=inside)
+            tl.store(target + HALF, tl.load(source + HALF, mask=inside), mask=inside)
         else:
-            is_query = number < heads
-            head = tl.where(is_query, number, number - heads)
-            if is_query:
-                source = query + (token * heads + head) * 2 * HALF
+            if number < of_queries:
+                head = number * HEADS + each
+                inside = (head < heads)[:, None] & (index < HALF)
+                source = query + token * query_token + head[:, None] * 2 * HALF + index
                 weight = query_norm
-                target = rotated + (token * heads + head) * 2 * HALF
+                target = rotated + token * heads * 2 * HALF + head[:, None] * 2 * HALF + index
             else:
-                source = key + (token * kv_heads + head) * 2 * HALF
+                head = (number - of_queries) * HEADS + each
+                inside = (head < kv_heads)[:, None] & (index < HALF)
+                source = key + token * key_token + head[:, None] * 2 * HALF + index
                 weight = key_norm
-                target = keys + batch * key_batch + head * key_head + column * key_column
-            first = tl.load(source + index, mask=inside, other=0.0)
-            second = tl.load(source + HALF + index, mask=inside, other=0.0)
+                target = keys + batch * key_batch + column * key_column + head[:, None] * key_head + index
+            first = tl.load(source, mask=inside, other=0.0)
+            second = tl.load(source + HALF, mask=inside, other=0.0)
             dtype = first.dtype
             first, second = first.to(tl.float32), second.to(tl.float32)
+            real = index < HALF
             if HAS_NORM:
-                square = tl.sum(first * first, 0) + tl.sum(second * second, 0)
-                scale = tl.rsqrt(square / (2 * HALF) + eps)
-                left = tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
-                right = tl.load(weight + HALF + index, mask=inside, other=0.0).to(tl.float32)
+                square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+                scale = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
+                left = tl.load(weight + index, mask=real, other=0.0).to(tl.float32)
+                right = tl.load(weight + HALF + index, mask=real, other=0.0).to(tl.float32)
                 first = ((first * scale).to(dtype).to(tl.float32) * left).to(dtype).to(tl.float32)
                 second = ((second * scale).to(dtype).to(tl.float32) * right).to(dtype).to(tl.float32)
             angle = token * 2 * HALF + index
-            cos1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
-            cos2 = tl.load(cos + HALF + angle, mask=inside, other=0.0).to(tl.float32)
-            sin1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-            sin2 = tl.load(sin + HALF + angle, mask=inside, other=0.0).to(tl.float32)
-            tl.store(target + index, (first * cos1 - second * sin1).to(dtype), mask=inside)
-            tl.store(target + HALF + index, (second * cos2 + first * sin2).to(dtype), mask=inside)
+            cos1 = tl.load(cos + angle, mask=real, other=0.0).to(tl.float32)
+            cos2 = tl.load(cos + HALF + angle, mask=real, other=0.0).to(tl.float32)
+            sin1 = tl.load(sin + angle, mask=real, other=0.0).to(tl.float32)
+            sin2 = tl.load(sin + HALF + angle, mask=real, other=0.0).to(tl.float32)
+            tl.store(target, (first * cos1 - second * sin1).to(dtype), mask=inside)
+            tl.store(target + HALF, (second * cos2 + first * sin2).to(dtype), mask=inside)

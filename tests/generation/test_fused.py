@@ -1,0 +1,100 @@
+"""Products of one input as one: the modules keep what they held, as views."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dllm_hf.generation.fused import FusedStack, JointProducts
+
+from ..builders import new_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def attention_of(model):
+    return model.model.layers[0].self_attn
+
+
+def is_joint(model) -> bool:
+    attention = attention_of(model)
+    query, key = attention.q_proj.weight, attention.k_proj.weight
+    return query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+
+
+@pytest.fixture(params=["llada", "dream", "sdar", "sdar_moe"])
+def model(request):
+    return new_model(request.param).to(DEVICE)
+
+
+def test_the_weights_are_what_they_were(model):
+    before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    FusedStack.of(model)
+    assert is_joint(model)
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_the_products_are_those_of_the_modules(model):
+    attention = attention_of(model)
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(2, 3, linears[0].weight.shape[1], device=DEVICE)
+    expected = [linear(x) for linear in linears]
+    torch.testing.assert_close(list(JointProducts(linears)(x)), expected)
+
+
+def test_nothing_moves_the_second_time(model):
+    FusedStack.of(model)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    FusedStack.of(model)
+    assert places == [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def test_such_a_model_is_saved_and_loaded(model, tmp_path):
+    FusedStack.of(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert size < 1.1 * sum(p.nbytes for p in model.parameters()) + 10_000
+
+
+def test_such_a_model_is_trained(model):
+    FusedStack.of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    tokens = torch.arange(8, device=DEVICE)[None]
+    before = attention_of(model).q_proj.weight.detach().clone()
+    model(input_ids=tokens).logits.square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(attention_of(model).q_proj.weight, before)
+    x = torch.randn(1, 1, before.shape[1], device=DEVICE)
+    joint = FusedStack.of(model).inputs[0](x)[0]
+    torch.testing.assert_close(joint, attention_of(model).q_proj(x))
+
+
+def test_a_model_in_training_and_weights_of_another_kind_stay_as_they_are(model):
+    model(input_ids=torch.arange(8, device=DEVICE)[None]).logits.mean().backward()
+    FusedStack.of(model)
+    assert not is_joint(model)
+
+    class Quantised(nn.Parameter):
+        pass
+
+    linears = [nn.Linear(4, 4), nn.Linear(4, 2)]
+    linears[1].weight = Quantised(linears[1].weight.data)
+    x = torch.randn(2, 1, 4)
+    torch.testing.assert_close(list(JointProducts(linears)(x)), [linear(x) for linear in linears])
+
+
+def test_a_copy_and_a_model_that_moved_are_joined_anew(model):
+    FusedStack.of(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        attention_of(copied).q_proj.weight.zero_()
+    assert attention_of(model).q_proj.weight.abs().sum() > 0
+    model.double()
+    FusedStack.of(model)
+    assert is_joint(model)
