@@ -141,17 +141,6 @@ def test_steps_of_experts_are_captured_in_bfloat16(captured):
     assert captured
 
 
-def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch):
-    def refuse(*args):
-        tries.append(1)
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    tries = []
-    monkeypatch.setattr(graphs, "capture", refuse)
-    both_ways(fresh_model("sdar"), max_new_tokens=12, block_length=4)
-    assert len(tries) == 1  # a pool in which a capture failed is not used again
-
-
 @pytest.mark.parametrize("family, policy", POLICIES)
 @pytest.mark.parametrize("seeds", [3, [3, 4, 5]])
 def test_sampling_draws_the_same_numbers(family, policy, seeds):
@@ -296,11 +285,25 @@ def test_changed_weights_are_seen():
 
 
 def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch):
-    def refuse(run, pool, stream):
+    def refuse(*args):
+        tries.append(args)
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    tries = []
     monkeypatch.setattr(graphs, "capture", refuse)
-    both_ways(fresh_model("llada"), max_new_tokens=12, block_length=4, cache_policy="dual")
+    both_ways(fresh_model("llada"), max_new_tokens=12, block_length=4, cache_policy="prefix")
+    assert len(tries) == 1  # a memory pool in which a capture has failed cannot be used again
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="compiles for a GPU")
+@pytest.mark.parametrize("family, policy", [("llada", "dual"), ("sdar", "block"), ("gla_dream", "block")])
+def test_compiled_steps_give_the_same_tokens(family, policy, captured):
+    model = fresh_model(family)
+    inputs = {name: tensor.to(DEVICE) for name, tensor in left_pad(ROWS).items()}
+    options = {"max_new_tokens": 12, "block_length": 4, "cache_policy": policy}
+    plain = model.diffusion_generate(**inputs, **options, disable_compile=True)
+    assert model.diffusion_generate(**inputs, **options, torch_compile=True).tolist() == plain.tolist()
+    assert captured
 
 
 def test_a_model_takes_its_graphs_with_it():

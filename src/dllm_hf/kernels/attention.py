@@ -24,10 +24,11 @@ def canvas_attention_torch(
     # What lies behind the visible keys may be anything, also not a number.
     behind = (torch.arange(width, device=keys.device) >= lengths.amax(-1)[:, None])[:, None, :, None]
     groups = query.shape[2] // keys.shape[1]
-    keys, values = (each.masked_fill(behind, 0).repeat_interleave(groups, dim=1) for each in (keys, values))
-    scores = query.transpose(1, 2) @ keys.transpose(2, 3) * scale
-    probs = scores.float().masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return (probs.to(values.dtype) @ values).transpose(1, 2)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, values = (each.to(wide).masked_fill(behind, 0).repeat_interleave(groups, dim=1) for each in (keys, values))
+    scores = query.to(wide).transpose(1, 2) @ keys.transpose(2, 3) * scale
+    probs = scores.masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return (probs @ values).transpose(1, 2).to(query.dtype)
 
 
 def canvas_attention(
@@ -66,7 +67,7 @@ def canvas_attention(
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         number = batch * window * heads
@@ -78,9 +79,10 @@ def canvas_attention(
 
 
 def number_of_splits(programs: int, width: int, device: torch.device) -> int:
-    """So many parts of the keys that every processor has two programs, and a part at least 128 keys."""
+    """So many parts of the keys that there is a program for every processor, and a part at least 64 keys. (Two programs
+    for each cost up to twice the time where there are many rows: every part writes its rows in float32.)"""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(2 * processors // programs, width // 128, 32))
+    return max(1, min(processors // programs, width // 64, 32))
 
 
 if triton is not None:
@@ -117,7 +119,8 @@ if triton is not None:
             column = start + tl.arange(0, BLOCK_N)
             inside = (column < end)[:, None] & real
             key = tl.load(keys + column[:, None] * key_column + dims, mask=inside, other=0.0)
-            score = tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale
+            # Compiled by Inductor, `scale` is a float64.
+            score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
             score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
             higher = tl.maximum(highest, tl.max(score, 1))
             # A row may see none of these keys: infinity minus infinity would be no number.

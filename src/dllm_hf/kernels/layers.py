@@ -12,8 +12,7 @@ try:
 except ImportError:  # on a CPU
     triton = None
 
-HEADS_OF_A_PROGRAM = 4
-WARPS = 1
+HEADS_OF_A_PROGRAM = 8
 
 
 def add_rms_norm_torch(
@@ -142,7 +141,7 @@ def rotate_and_store(
         window, heads, kv_heads, query.stride(1), key.stride(1), value.stride(1),
         *keys.stride()[:3], *values.stride()[:3],
         HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=together,
-        HAS_NORM=query_norm is not None, num_warps=WARPS,
+        HAS_NORM=query_norm is not None, num_warps=4,
     )  # fmt: skip
     return rotated
 
@@ -161,7 +160,7 @@ if triton is not None:
             values = (other.to(tl.float32) + values.to(tl.float32)).to(dtype)
             tl.store(total + row + index, values, mask=inside)
         values = values.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
+        scale = tl.rsqrt((tl.sum(values * values, 0) / size + eps).to(tl.float32))  # of Inductor, `eps` is a float64
         factor = tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
         result = (values * scale).to(dtype).to(tl.float32) * factor
         tl.store(normed + row + index, result.to(dtype), mask=inside)
@@ -217,7 +216,7 @@ if triton is not None:
             real = index < HALF
             if HAS_NORM:
                 square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-                scale = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
+                scale = tl.rsqrt((square / (2 * HALF) + eps).to(tl.float32))[:, None]
                 left = tl.load(weight + index, mask=real, other=0.0).to(tl.float32)
                 right = tl.load(weight + HALF + index, mask=real, other=0.0).to(tl.float32)
                 first = ((first * scale).to(dtype).to(tl.float32) * left).to(dtype).to(tl.float32)
