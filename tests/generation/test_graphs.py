@@ -134,7 +134,7 @@ def test_every_strategy_with_every_policy(family, policy, strategy, captured):
     assert captured or (DEVICE == "cuda" and family == "sdar_moe")
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.gpu
 def test_steps_of_experts_are_captured_in_bfloat16(captured):
     model = fresh_model("sdar_moe").bfloat16()
     model.diffusion_generate(torch.tensor([ROWS[0]], device=DEVICE), max_new_tokens=12, block_length=4)
@@ -295,7 +295,7 @@ def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch):
     assert len(tries) == 1  # a memory pool in which a capture has failed cannot be used again
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="compiles for a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family, policy", [("llada", "dual"), ("sdar", "block"), ("gla_dream", "block")])
 def test_compiled_steps_give_the_same_tokens(family, policy, captured):
     model = fresh_model(family)

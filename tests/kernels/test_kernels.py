@@ -18,7 +18,6 @@ from dllm_hf.kernels.vocabulary import BLOCK, best_tokens, best_tokens_torch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-gpu_only = pytest.mark.skipif(not ON_GPU, reason="the interpreter would take minutes")
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -93,7 +92,7 @@ def test_keys_of_a_wider_buffer():
     close(got, canvas_attention_torch(query, keys, values, lengths, 0.1), torch.float32)
 
 
-@gpu_only
+@pytest.mark.gpu
 @pytest.mark.parametrize("width", [1024, 8192, 32768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kv_heads", "groups"), [(32, 1), (8, 4), (4, 7), (4, 8)])
@@ -195,7 +194,7 @@ def test_where_nothing_is_a_number_some_token_is_proposed(mask):
     assert probability[0, 0].isnan() and best[0, 1] == best_tokens_torch(logits, mask)[0][0, 1]
 
 
-@gpu_only
+@pytest.mark.gpu
 def test_a_vocabulary_of_the_real_size():
     logits = 2 * random(8, 32, 152_064, dtype=torch.bfloat16)
     for got, expected in zip(best_tokens(logits, 151_666)[1:], best_tokens_torch(logits, 151_666)[1:]):
@@ -216,6 +215,8 @@ def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, monkeypatch):
     lengths = torch.full((2, 8), 8, dtype=torch.int32, device=DEVICE)
     keep = torch.tensor([[0, 3, 7], [1, 1, 2]], device=DEVICE)
     with torch.no_grad():
-        logits = fused.FusedStack.of(model)(tokens, columns, lengths, keep, model.make_cache(20))
+        stack, cache = fused.FusedStack.of(model), model.make_cache(20)
+        stack.prepare(cache, len(tokens))
+        logits = stack(tokens, columns, lengths, keep, cache)
         expected = model(tokens, **model.decoding_kwargs(8), logits_to_keep=keep).logits
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)

@@ -117,6 +117,14 @@ class FusedStack:
                 return None
         return cls(stack, model.lm_head)
 
+    def prepare(self, cache: CanvasCache, batch: int) -> None:
+        """Allocate the cache of `batch` rows: what is captured or compiled must find it."""
+        for layer, slot in zip(self.layers, cache.layers, strict=True):
+            if not slot.is_initialized:
+                size = layer.self_attn.head_dim
+                nothing = self.embed.weight.new_empty(batch, layer.self_attn.k_proj.out_features // size, 0, size)
+                slot.lazy_initialization(nothing, nothing)
+
     def __call__(
         self,
         tokens: torch.Tensor,
@@ -141,9 +149,6 @@ class FusedStack:
         for index, layer in enumerate(self.layers):
             attention, slot = layer.self_attn, cache.layers[index]
             query, key, value = self.inputs[index](normed)
-            if not slot.is_initialized:
-                shaped = (x.view(batch, window, -1, attention.head_dim).transpose(1, 2) for x in (key, value))
-                slot.lazy_initialization(*shaped)
             norms = ()
             if hasattr(attention, "q_norm"):
                 norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)

@@ -163,6 +163,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         policy, cache, graphs = self._make_policy(canvas, config, past_key_values, fused is not None)
         fast = None
         if graphs is not None:
+            fused.prepare(cache, graphs.rows * graphs.repeats)
             forward = self._make_fused_forward(fused, config, cache)
             compiled = torch.compile(forward, dynamic=False) if config.torch_compile else forward
             fast = FastPath(graphs, forward, compiled, canvas, config.block_length or 1, fused.moves_on)
@@ -327,7 +328,7 @@ class DiffusionGenerationMixin(GenerationMixin):
 
     def step_forward(self) -> Callable | None:
         """What [`FastPath`] runs in the place of `forward`, without guidance: `(tokens, columns, lengths, keep, cache) ->
-        (batch, kept, vocab)`, with an attribute `moves_on`. None where the model has no such thing."""
+        (batch, kept, vocab)`, with an attribute `moves_on` and a method `prepare(cache, batch)`. None where the model has no such thing."""
         return None
 
     def _make_policy(

@@ -578,6 +578,9 @@ class ReadingForward:
     def __init__(self, model: GLADreamModel):
         self.model = model
 
+    def prepare(self, cache: GLADreamCache, batch: int) -> None:
+        """Nothing: the prompt's forward pass, or the first step's, makes the states."""
+
     def __call__(self, tokens, columns, lengths, keep, cache: GLADreamCache) -> torch.Tensor:
         cache.place(Window(columns, keep, 0, None))
         return self.model(
