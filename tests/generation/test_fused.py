@@ -1,11 +1,15 @@
-"""Products of one input as one: the modules keep what they held, as views."""
+"""Products of one input as one: the modules keep what they held, in other places."""
 
 import copy
+import gc
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from dllm_hf.generation.fused import FusedStack, JointProducts
@@ -22,7 +26,7 @@ def attention_of(model):
 def is_joint(model) -> bool:
     attention = attention_of(model)
     query, key = attention.q_proj.weight, attention.k_proj.weight
-    return query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    return query.data_ptr() + query.nbytes == key.data_ptr()
 
 
 @pytest.fixture(params=["llada", "dream", "sdar", "sdar_moe"])
@@ -76,18 +80,88 @@ def test_such_a_model_is_trained(model):
     torch.testing.assert_close(joint, attention_of(model).q_proj(x))
 
 
-def test_a_model_in_training_and_weights_of_another_kind_stay_as_they_are(model):
+def test_the_weights_of_a_model_in_training_stay_where_they_are(model):
     model(input_ids=torch.arange(8, device=DEVICE)[None]).logits.mean().backward()
     FusedStack.of(model)
     assert not is_joint(model)
 
-    class Quantised(nn.Parameter):
-        pass
 
-    linears = [nn.Linear(4, 4), nn.Linear(4, 2)]
-    linears[1].weight = Quantised(linears[1].weight.data)
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Quantised(nn.Parameter):
+    pass
+
+
+def patched(linear):
+    linear.forward = lambda x: torch.full((*x.shape[:-1], 2), 7.0)
+    return linear
+
+
+def without_bias(linear):
+    linear.bias = None
+    return linear
+
+
+def quantised(linear):
+    linear.weight = Quantised(linear.weight.data)
+    return linear
+
+
+def tied(linear):
+    linear.weight = first.weight
+    return linear
+
+
+first = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize("change", [patched, without_bias, quantised, tied, lambda linear: nn.Identity()])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_modules_of_another_kind_run_as_they_are(change, is_first):
+    linears = [copy.deepcopy(first), change(nn.Linear(4, 2))][:: -1 if is_first else 1]
     x = torch.randn(2, 1, 4)
     torch.testing.assert_close(list(JointProducts(linears)(x)), [linear(x) for linear in linears])
+    linears[-1] = Doubled(4, 2)
+    torch.testing.assert_close(list(JointProducts(linears)(x)), [linear(x) for linear in linears])
+
+
+def test_every_weight_keeps_a_storage_of_its_own(model, tmp_path):
+    """Who saves weights takes one storage for one tensor: accelerate would leave out all but the first."""
+    FusedStack.of(model)
+    storages = [parameter.untyped_storage() for parameter in model.parameters()]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages)
+    assert [storage.nbytes() for storage in storages] == [parameter.nbytes for parameter in model.parameters()]
+    save_model(model, tmp_path / "model.safetensors")
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    load_model(other, tmp_path / "model.safetensors")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_memory_goes_with_the_weights():
+    linears = [nn.Linear(8, 8, device=DEVICE), nn.Linear(8, 4, device=DEVICE)]
+    joint = JointProducts(linears)
+    memory = StorageWeakRef(joint.joint[0].untyped_storage())
+    del joint
+    assert not memory.expired()
+    for linear in linears:
+        linear.half()
+    gc.collect()
+    assert memory.expired()
+
+
+def test_threads_that_begin_together_read_what_the_modules_hold():
+    for _ in range(20):
+        linears = [nn.Linear(64, 64), nn.Linear(64, 32)]
+        with ThreadPoolExecutor(4) as threads:
+            made = list(threads.map(JointProducts, [linears] * 4))
+        with torch.no_grad():
+            linears[1].weight.zero_()
+        assert all((joint.joint[0][64:] == 0).all() for joint in made)
 
 
 def test_a_copy_and_a_model_that_moved_are_joined_anew(model):

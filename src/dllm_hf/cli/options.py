@@ -37,7 +37,7 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "num_return_sequences": (int, "completions of the prompt; more than one are not streamed", ()),
     "steps_per_look": (int, "look only every so many steps whether a block is done", ()),
     "disable_compile": (bool, "no CUDA graphs and no fused kernels", ()),
-    "torch_compile": (bool, "on a GPU, compile the forward pass of a step; the first call takes minutes", ()),
+    "torch_compile": (bool, "on a GPU, compile the forward pass of a step, which takes half a minute or more", ()),
     "output_history": (bool, "show the text after each step, one line each, on stderr", ()),
     "mask_token_id": (int, "instead of the model's own", ("mask_id",)),
     "pad_token_id": (int, "instead of the model's own", ()),

@@ -12,6 +12,9 @@ from ..kernels.attention import canvas_attention, triton
 
 logger = logging.get_logger(__name__)
 
+# Arguments of other models' attention that the kernel does not know.
+CHANGES_SCORES = ("softcap", "position_bias", "s_aux", "cache")
+
 
 def uses_flash_attention(config: PreTrainedConfig) -> bool:
     return "flash" in (config._attn_implementation or "")
@@ -35,8 +38,8 @@ def canvas_mask(*args, **kwargs) -> torch.Tensor | None:
     """The mask of `attn_implementation="canvas"`: SDPA's, or where each query sees the keys up to one of them, how many
     that are, `(batch, 1, queries, 1)` int32. (Of masks with four dimensions the library knows that they are finished.)"""
     mask = sdpa_mask(*args, **kwargs)
-    if mask is None:
-        return None
+    if mask is None or torch.compiler.is_compiling():  # what follows looks at the mask
+        return mask
     lengths = mask.sum(-1, keepdim=True)
     if not torch.equal(mask, torch.arange(mask.shape[-1], device=mask.device) < lengths):
         return mask
@@ -61,16 +64,21 @@ def canvas_attention_forward(
         key, value: `(batch, kv_heads, keys, head_dim)`.
     """
     batch, _, queries, head_dim = query.shape
-    has_kernel = query.is_cuda and triton is not None and not (torch.is_grad_enabled() and query.requires_grad)
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     lengths = None
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
+    if attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 1:
         lengths = attention_mask[:, 0, :, 0].expand(batch, -1)
         attention_mask = torch.arange(key.shape[2], device=key.device) < attention_mask
-    elif attention_mask is None and not getattr(module, "is_causal", True):
+    elif attention_mask is None and not is_causal:
         lengths = torch.full((batch, queries), key.shape[2], dtype=torch.int32, device=key.device)
-    if has_kernel and lengths is not None:
+    has_kernel = query.is_cuda and triton is not None and value.shape[-1] == head_dim and dropout == 0
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    changed = any(kwargs.get(name) is not None for name in CHANGES_SCORES)
+    if has_kernel and lengths is not None and not needs_gradient and not changed:
         scale = head_dim**-0.5 if scaling is None else scaling
-        return canvas_attention(query.transpose(1, 2), key, value, lengths, scale), None
+        with torch.cuda.device(query.device):  # Triton's kernels run on the current one
+            return canvas_attention(query.transpose(1, 2), key, value, lengths, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 

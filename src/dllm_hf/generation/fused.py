@@ -1,7 +1,11 @@
 """A decoder of the library's run on our kernels, for the forward passes of decoding on a GPU."""
 
+import threading
+import weakref
+
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -26,18 +30,21 @@ LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecod
 class JointProducts:
     """Products of the same input, as one: three small ones leave a third of the memory's speed unused.
 
-    Their weights are put side by side in one tensor, and those of the modules become views of it: nothing is stored
-    twice, and whoever trains, saves or moves the modules sees what they always held. Where that cannot be (quantised
-    weights, no room for the second copy that exists for a moment, weights in training, views of something else) the
-    modules run one by one.
+    Their weights are put side by side, and the parameters of the modules become parts of that memory, each with a
+    storage of its own: nothing is stored twice, and whoever trains, saves or moves the modules finds what they always
+    held. (What was taken from them before, such as a `state_dict()`, keeps the old memory.) Where that cannot be (other
+    modules than plain `nn.Linear`, no room for the second copy that exists for a moment, gradients, views of something
+    else) the modules run one by one.
     """
 
-    def __init__(self, linears: list[nn.Linear]):
-        self.linears, self.sizes = linears, [linear.weight.shape[0] for linear in linears]
-        parameters = [[linear.weight for linear in linears]]
-        if linears[0].bias is not None:
-            parameters.append([linear.bias for linear in linears])
-        self.joint = [_side_by_side(each) for each in parameters]
+    def __init__(self, linears: list[nn.Module]):
+        self.linears = linears
+        self.joint: list[torch.Tensor | None] = [None]
+        if all(type(linear) is nn.Linear and "forward" not in vars(linear) for linear in linears):
+            self.sizes = [linear.out_features for linear in linears]
+            names = ["weight", "bias"] if any(linear.bias is not None for linear in linears) else ["weight"]
+            with _joining:
+                self.joint = [_side_by_side(linears, name) for name in names]
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if any(each is None for each in self.joint):
@@ -45,34 +52,48 @@ class JointProducts:
         return nn.functional.linear(x, *self.joint).split(self.sizes, dim=-1)
 
 
-def _side_by_side(parameters: list[nn.Parameter | None]) -> torch.Tensor | None:
-    """The parameters as one tensor, of which they are views; they are made so if they can be."""
+_joining = threading.Lock()
+# Of the first module of each group, the memory in which its parameters and those of its neighbours stand, not held.
+_joined: "weakref.WeakKeyDictionary[nn.Module, dict[str, StorageWeakRef]]" = weakref.WeakKeyDictionary()
+
+
+def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
+    """One tensor whose parts are the parameters of this name; they are made so if they can be."""
+    parameters = [getattr(linear, name) for linear in linears]
     first = parameters[0]
-    plain = all(
-        type(each) is nn.Parameter and each.is_contiguous() and each.dtype == first.dtype for each in parameters
-    )
-    if not plain or not first.is_floating_point() or first.is_inference():
+    if any(type(each) is not nn.Parameter or not each.is_contiguous() for each in parameters):
         return None
-    rows = sum(each.shape[0] for each in parameters)
-    end, together = first.data_ptr(), True
-    for each in parameters:
-        together &= each.data_ptr() == end
-        end += each.nbytes
-    storage = first.untyped_storage()
-    together &= end <= storage.data_ptr() + storage.nbytes()
-    if not together:
-        if any(each.grad is not None or each.untyped_storage().nbytes() != each.nbytes for each in parameters):
-            return None
-        needed = sum(each.nbytes for each in parameters)
-        if first.is_cuda and torch.cuda.mem_get_info(first.device)[0] < 2 * needed:
-            return None
-        with torch.inference_mode(False), torch.no_grad():
-            joint = torch.cat([each.data for each in parameters])
-        for each, part in zip(parameters, joint.split([each.shape[0] for each in parameters]), strict=True):
-            each.data = part
-        if first.is_cuda:
-            torch.cuda.empty_cache()  # else the holes that they leave, which fit nothing, add up to half of the model
-    return first.data.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    if len({(each.dtype, each.device, each.shape[1:]) for each in parameters}) > 1 or first.is_inference():
+        return None
+    if not first.is_floating_point() or len({each.data_ptr() for each in parameters}) < len(parameters):
+        return None
+    sizes = [each.shape[0] for each in parameters]
+    shape = (sum(sizes), *first.shape[1:])
+
+    reference = _joined.get(linears[0], {}).get(name)
+    storage = None if reference is None else torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    if storage is not None and (storage.nbytes(), storage.data_ptr()) == (_bytes(parameters), first.data_ptr()):
+        joint = torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape)
+        if [part.data_ptr() for part in joint.split(sizes)] == [each.data_ptr() for each in parameters]:
+            return joint
+
+    if any(each.grad is not None or each.untyped_storage().nbytes() != each.nbytes for each in parameters):
+        return None
+    if first.is_cuda and torch.cuda.mem_get_info(first.device)[0] < 2 * _bytes(parameters):
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        joint = torch.cat([each.data for each in parameters])
+        for each, part in zip(parameters, joint.split(sizes), strict=True):
+            # Not a view: those who save weights take one storage for one tensor, and would leave out the others.
+            each.data = torch.from_dlpack(part)
+    _joined.setdefault(linears[0], {})[name] = StorageWeakRef(joint.untyped_storage())
+    if first.is_cuda:
+        torch.cuda.empty_cache()  # else the holes that they leave, which fit nothing, add up to half of the model
+    return joint
+
+
+def _bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(each.nbytes for each in parameters)
 
 
 class FusedStack:
@@ -85,7 +106,7 @@ class FusedStack:
 
     def __init__(self, stack: PreTrainedModel, head: nn.Module):
         self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
-        self.head, self.config = head, stack.config
+        self.head, self.config, self.dtype = head, stack.config, stack.dtype
         self.inputs = [JointProducts([getattr(layer.self_attn, f"{n}_proj") for n in "qkv"]) for layer in self.layers]
         self.gates = [
             JointProducts([layer.mlp.gate_proj, layer.mlp.up_proj]) if self._is_gated(layer.mlp) else None
@@ -122,7 +143,8 @@ class FusedStack:
         for layer, slot in zip(self.layers, cache.layers, strict=True):
             if not slot.is_initialized:
                 size = layer.self_attn.head_dim
-                nothing = self.embed.weight.new_empty(batch, layer.self_attn.k_proj.out_features // size, 0, size)
+                shape = (batch, layer.self_attn.k_proj.out_features // size, 0, size)
+                nothing = torch.empty(shape, dtype=self.dtype, device=layer.input_layernorm.weight.device)
                 slot.lazy_initialization(nothing, nothing)
 
     def __call__(

@@ -1,0 +1,138 @@
+"""What stands between the matrix products of a denoising step, on a GPU: our Triton kernels beside their alternatives.
+
+usage: step_kernels.py [--rows 32 256] [--out kernels.jsonl]
+
+Microseconds in a CUDA graph, in the shapes of LLaDA-8B and bf16, blocks of 32 and a canvas of 768 columns: as the library
+writes it (`torch`), the same compiled by Inductor, by Liger (https://github.com/linkedin/Liger-Kernel) where it is
+installed and has such a kernel, and ours.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from dllm_hf.kernels.attention import canvas_attention
+from dllm_hf.kernels.layers import (
+    add_rms_norm,
+    add_rms_norm_torch,
+    rotate_and_store,
+    rotate_and_store_torch,
+    swiglu,
+    swiglu_torch,
+)
+from dllm_hf.kernels.vocabulary import best_tokens, best_tokens_torch
+
+try:
+    from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
+    from liger_kernel.ops.rms_norm import rms_norm_forward
+    from liger_kernel.ops.rope import rope_forward
+    from liger_kernel.ops.swiglu import swiglu_forward
+except ImportError:
+    rope_forward = None
+
+HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCAB, WIDTH, BLOCK = 4096, 12288, 32, 128, 126_464, 768, 32
+
+
+def microseconds(run, repeats: int = 20) -> float:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1000 * start.elapsed_time(end) / repeats)
+    return statistics.median(times[2:])
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def operations(batch: int) -> dict[str, dict]:
+    """For each operation its ways: functions without arguments."""
+    x, residual, weight = random(batch, BLOCK, HIDDEN), random(batch, BLOCK, HIDDEN), random(HIDDEN)
+    gate, up = random(batch, BLOCK, 2 * INTERMEDIATE).chunk(2, dim=-1)
+    query, key, value = random(batch, BLOCK, 3 * HIDDEN).chunk(3, dim=-1)
+    cos, sin = random(batch, BLOCK, HEAD_DIM), random(batch, BLOCK, HEAD_DIM)
+    norms = (random(HEAD_DIM), random(HEAD_DIM), 1e-6)
+    columns = torch.arange(WIDTH - BLOCK, WIDTH, device="cuda").repeat(batch, 1)
+    keys, values = random(batch, HEADS, WIDTH, HEAD_DIM), random(batch, HEADS, WIDTH, HEAD_DIM)
+    lengths = torch.full((batch, BLOCK), WIDTH, dtype=torch.int32, device="cuda")
+    logits = random(batch, BLOCK, VOCAB)
+    heads = query.reshape(batch, BLOCK, HEADS, HEAD_DIM)
+    rotation = (query, key, value, cos, sin, columns, keys, values, *norms)
+    ways = {
+        "residual + norm": {
+            "torch": lambda: add_rms_norm_torch(x, residual, weight, 1e-6),
+            "ours": lambda: add_rms_norm(x, residual, weight, 1e-6),
+        },
+        "norm of heads, rotation, cache": {
+            "torch": lambda: rotate_and_store_torch(*rotation),
+            "ours": lambda: rotate_and_store(*rotation),
+        },
+        "gate": {"torch": lambda: swiglu_torch(gate, up), "ours": lambda: swiglu(gate, up)},
+        "best token, probability, margin, entropy": {
+            "torch": lambda: best_tokens_torch(logits, VOCAB - 1),
+            "ours": lambda: best_tokens(logits, VOCAB - 1),
+        },
+    }
+    for found in ways.values():
+        found["inductor"] = torch.compile(found["torch"], dynamic=False)
+    ways["attention"] = {
+        "torch": lambda: F.scaled_dot_product_attention(heads.transpose(1, 2), keys, values),
+        "ours": lambda: canvas_attention(heads, keys, values, lengths, HEAD_DIM**-0.5),
+    }
+    if rope_forward is not None:
+        rows, many = batch * BLOCK, batch * BLOCK * HEADS
+        index = columns[:, None, :, None].expand_as(keys[:, :, :BLOCK])
+        left, right = gate.contiguous(), up.contiguous()
+        q, k = query.contiguous(), key.contiguous()
+
+        def liger_rotation():
+            turned = []
+            for each, norm in ((q, norms[0]), (k, norms[1])):
+                normed = rms_norm_forward(each.view(many, HEAD_DIM), norm, 1e-6, 0.0, "llama", None)[0]
+                turned.append(normed.view(batch, BLOCK, HEADS, HEAD_DIM).transpose(1, 2))
+            _, rotated, *_ = rope_forward(*turned, cos, sin)
+            keys.scatter_(2, index, rotated)
+            values.scatter_(2, index, value.reshape(batch, BLOCK, HEADS, HEAD_DIM).transpose(1, 2))
+
+        flat = (x.view(rows, HIDDEN), residual.view(rows, HIDDEN), weight)
+        ways["residual + norm"]["liger"] = lambda: fused_add_rms_norm_forward(*flat, 1e-6, 0.0, "llama")
+        ways["gate"]["liger"] = lambda: swiglu_forward(left, right)
+        ways["norm of heads, rotation, cache"]["liger"] = liger_rotation
+    return ways
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 256], help="tokens of a step, in blocks of 32")
+    parser.add_argument("--out", type=Path, help="append the figures to this .jsonl file")
+    args = parser.parse_args()
+    names = ("torch", "inductor", "liger", "ours")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n| | rows | " + " | ".join(names) + " |")
+    print("|---" * (2 + len(names)) + "|")
+    for rows in args.rows:
+        for operation, ways in operations(rows // BLOCK).items():
+            found = {name: microseconds(ways[name]) for name in names if name in ways}
+            cells = [f"{found[name]:.1f}" if name in found else "-" for name in names]
+            print(f"| {operation} | {rows} | " + " | ".join(cells) + " |", flush=True)
+            if args.out:
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"operation": operation, "rows": rows, **found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
