@@ -224,13 +224,14 @@ def measure(args: argparse.Namespace) -> None:
         for found in measure_autoregressive(args) if name == "qwen3" else measure_family(name, args):
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**run, **found}) + "\n")
-            print(line(found), flush=True)
+            print(line({**run, **found}), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
 
 
 COLUMNS = (
     "model",
+    "prompt + new",
     "batch",
     "block",
     "policy",
@@ -248,7 +249,7 @@ COLUMNS = (
 
 def line(row: dict) -> str:
     step = row["step"] or row["mean"]
-    cells = [row[name] for name in COLUMNS[:6]]
+    cells = [row["model"], f"{row['prompt']} + {row['new']}", *(row[name] for name in COLUMNS[2:7])]
     cells += [f"{row['mean']:.2f}", f"{step:.2f}", f"{row['floor']:.2f}", f"**{step / row['floor']:.2f}**"]
     cells += [f"{row['tokens_per_second']:.0f}", f"{row['memory']:.2f}", f"{row['first']:.1f}"]
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from dllm_hf.generation import fused
 from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch
 from dllm_hf.kernels.layers import (
     add_rms_norm,
@@ -15,6 +16,8 @@ from dllm_hf.kernels.layers import (
     swiglu_torch,
 )
 from dllm_hf.kernels.vocabulary import BLOCK, best_tokens, best_tokens_torch
+
+from ..builders import new_model
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -201,12 +204,10 @@ def test_a_vocabulary_of_the_real_size():
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tokens_at_a_time", [8192, 5])
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "sdar_moe"])
-def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, monkeypatch):
-    from dllm_hf.generation import fused
-
-    from ..builders import new_model
-
+def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_time, monkeypatch):
+    monkeypatch.setattr(fused, "MOST_TOKENS", tokens_at_a_time)
     for name in ("add_rms_norm", "rotate_and_store", "canvas_attention", "swiglu"):
         monkeypatch.setattr(fused, f"{name}_torch", getattr(fused, name))
     model = new_model(family).to(DEVICE)
