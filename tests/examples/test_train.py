@@ -241,6 +241,15 @@ def test_a_dataset_by_name_asks_for_the_package_that_reads_it(script, config, tm
         script.main(["--model", str(config), "--dataset", "some/name", "--output_dir", str(tmp_path), *RUN])
 
 
+def test_a_dataset_is_read_by_name(script, config, tmp_path):
+    pytest.importorskip("datasets")  # of the extra `train`
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", [{"text": TEXT}] * 20)
+    script.main(["--model", str(config), "--dataset", str(folder), "--output_dir", str(tmp_path / "out"), *RUN])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 # --- killed and resumed
 
 
