@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from dllm_hf.generation import fused
-from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch
+from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch, number_of_stages
 from dllm_hf.kernels.layers import (
     add_rms_norm,
     add_rms_norm_torch,
@@ -221,3 +221,14 @@ def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_t
         logits = stack(tokens, columns, lengths, keep, cache)
         expected = model(tokens, **model.decoding_kwargs(8), logits_to_keep=keep).logits
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("room", "head_dim", "stages"),
+    [(227, 128, 3), (227, 256, 3), (163, 128, 3), (163, 256, 2), (99, 128, 2), (99, 256, 1), (64, 128, 1)],
+    ids=["H200-128", "H200-256", "A100-128", "A100-256", "RTX4090-128", "RTX4090-256", "T4-128"],
+)
+def test_loads_fit_into_the_shared_memory(room, head_dim, stages, monkeypatch):
+    properties = type("Properties", (), {"shared_memory_per_block_optin": room * 1024})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert number_of_stages(64, 64, 2 * head_dim, torch.device("cuda")) == stages

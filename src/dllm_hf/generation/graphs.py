@@ -33,7 +33,10 @@ _idle: "weakref.WeakKeyDictionary[torch.nn.Module, list[StepGraphs]]" = weakref.
 
 
 def are_possible(device: torch.device) -> bool:
-    return device.type == "cuda" and triton is not None and os.environ.get("DLLM_HF_CUDA_GRAPHS", "1") != "0"
+    """Whether steps can run as graphs on our kernels: on NVIDIA's GPUs from Ampere on, where Triton is installed."""
+    if device.type != "cuda" or triton is None or os.environ.get("DLLM_HF_CUDA_GRAPHS", "1") == "0":
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def capacity_for(width: int) -> int:

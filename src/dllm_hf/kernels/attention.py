@@ -67,7 +67,7 @@ def canvas_attention(
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
     if splits > 1:
         number = batch * window * heads
@@ -83,6 +83,14 @@ def number_of_splits(programs: int, width: int, device: torch.device) -> int:
     for each cost up to twice the time where there are many rows: every part writes its rows in float32.)"""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     return max(1, min(processors // programs, width // 64, 32))
+
+
+def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device) -> int:
+    """Loads ahead of the loop: three, or as many as the processor's shared memory has room for. `row`: bytes of one."""
+    room = 48 * 1024
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max(1, min(3, (room - block_m * row) // (2 * block_n * row)))
 
 
 if triton is not None:
