@@ -198,3 +198,32 @@ def test_in_bfloat16_the_logits_are_as_near_to_float64_as_the_plain_path_s():
         for path, logits in found.items():
             errors[path] += float((logits.double() - exact).norm() / exact.norm())
     assert 0 < errors["fused"] < 1.05 * errors["plain"]
+
+
+def test_weights_that_others_hold_stay_where_they_are(model):
+    taken = model.state_dict()
+    FusedStack.of(model)
+    assert all(tensor.data_ptr() == taken[name].data_ptr() for name, tensor in model.state_dict().items())
+    attention = [layer.self_attn for layer in model.model.layers]
+    del taken
+    attention[1].v_proj.weight = attention[0].v_proj.weight
+    places = [parameter.data_ptr() for parameter in attention[0].parameters()]
+    FusedStack.of(model)
+    assert places == [parameter.data_ptr() for parameter in attention[0].parameters()]
+
+
+def test_a_weight_made_in_inference_mode_stays_where_it_is(model):
+    key = attention_of(model).k_proj
+    with torch.inference_mode():
+        key.weight = nn.Parameter(key.weight + 0.01)
+    stack = FusedStack.of(model)
+    x = torch.randn(1, 1, key.in_features, device=DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(stack.inputs[0](x)[1], key(x))
+
+
+def test_a_weight_of_another_size_than_its_module_says_is_taken_as_it_is():
+    linears = [nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)]
+    linears[1].weight = nn.Parameter(torch.randn(2, 4))
+    x = torch.randn(1, 1, 4)
+    torch.testing.assert_close(list(JointProducts(linears)(x)), [linear(x) for linear in linears])

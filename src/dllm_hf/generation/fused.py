@@ -1,7 +1,7 @@
 """A decoder of the library's run on our kernels, for the forward passes of decoding on a GPU."""
 
-import threading
 import weakref
+from collections import Counter
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from ..kernels.layers import (
     swiglu_torch,
 )
 from .cache import CanvasCache
-from .graphs import can_be_captured
+from .graphs import can_be_captured, lock
 
 # That go through a feed-forward network at a time: its inside is three to five times as wide as the rest.
 MOST_TOKENS = 8192
@@ -34,18 +34,19 @@ class JointProducts:
 
     Their weights are put side by side, and the parameters of the modules become parts of that memory, each with a
     storage of its own: nothing is stored twice, and whoever trains, saves or moves the modules finds what they always
-    held. (What was taken from them before, such as a `state_dict()`, keeps the old memory.) Where that cannot be (other
-    modules than plain `nn.Linear`, no room for the second copy that exists for a moment, gradients, views of something
-    else) the modules run one by one.
+    held. Where that cannot be (other modules than plain `nn.Linear`, no room for the second copy that exists for a
+    moment, gradients, memory that others have as well) the modules run one by one.
     """
 
-    def __init__(self, linears: list[nn.Module]):
+    def __init__(self, linears: list[nn.Module], is_shared: bool = False):
+        """`is_shared`: some of the parameters belong to other products too."""
         self.linears = linears
         self.joint: list[torch.Tensor | None] = [None]
-        if all(type(linear) is nn.Linear and "forward" not in vars(linear) for linear in linears):
-            self.sizes = [linear.out_features for linear in linears]
-            names = ["weight", "bias"] if any(linear.bias is not None for linear in linears) else ["weight"]
-            with _joining:
+        plain = all(type(linear) is nn.Linear and "forward" not in vars(linear) for linear in linears)
+        if plain and not is_shared and len({linear.bias is None for linear in linears}) == 1:
+            self.sizes = [len(linear.weight) for linear in linears]
+            names = ["weight"] if linears[0].bias is None else ["weight", "bias"]
+            with lock:  # not beside another thread that does the same, or that captures
                 self.joint = [_side_by_side(linears, name) for name in names]
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -54,7 +55,6 @@ class JointProducts:
         return nn.functional.linear(x, *self.joint).split(self.sizes, dim=-1)
 
 
-_joining = threading.Lock()
 # Of the first module of each group, the memory in which its parameters and those of its neighbours stand, not held.
 _joined: "weakref.WeakKeyDictionary[nn.Module, dict[str, StorageWeakRef]]" = weakref.WeakKeyDictionary()
 
@@ -65,7 +65,9 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
     first = parameters[0]
     if any(type(each) is not nn.Parameter or not each.is_contiguous() for each in parameters):
         return None
-    if len({(each.dtype, each.device, each.shape[1:]) for each in parameters}) > 1 or first.is_inference():
+    if len({(each.dtype, each.device, each.shape[1:]) for each in parameters}) > 1:
+        return None
+    if any(each.is_inference() for each in parameters):
         return None
     if not first.is_floating_point() or len({each.data_ptr() for each in parameters}) < len(parameters):
         return None
@@ -79,12 +81,15 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
         if [part.data_ptr() for part in joint.split(sizes)] == [each.data_ptr() for each in parameters]:
             return joint
 
-    if any(each.grad is not None or each.untyped_storage().nbytes() != each.nbytes for each in parameters):
+    if any(each.grad is not None or not _is_alone(each) for each in parameters):
         return None
     if first.is_cuda and torch.cuda.mem_get_info(first.device)[0] < 2 * _bytes(parameters):
         return None
     with torch.inference_mode(False), torch.no_grad():
-        joint = torch.cat([each.data for each in parameters])
+        try:
+            joint = torch.cat([each.data for each in parameters])
+        except torch.OutOfMemoryError:
+            return None
         for each, part in zip(parameters, joint.split(sizes), strict=True):
             # Not a view: those who save weights take one storage for one tensor, and would leave out the others.
             each.data = torch.from_dlpack(part)
@@ -92,6 +97,12 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
     if first.is_cuda:
         torch.cuda.empty_cache()  # else the holes that they leave, which fit nothing, add up to half of the model
     return joint
+
+
+def _is_alone(parameter: nn.Parameter) -> bool:
+    """Whether it is all of its storage, and nothing else has this storage: another model, a `state_dict()`."""
+    storage = parameter.untyped_storage()
+    return storage.nbytes() == parameter.nbytes and torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
 def _bytes(parameters: list[nn.Parameter]) -> int:
@@ -109,11 +120,17 @@ class FusedStack:
     def __init__(self, stack: PreTrainedModel, head: nn.Module):
         self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
         self.head, self.config, self.dtype = head, stack.config, stack.dtype
-        self.inputs = [JointProducts([getattr(layer.self_attn, f"{n}_proj") for n in "qkv"]) for layer in self.layers]
-        self.gates = [
-            JointProducts([layer.mlp.gate_proj, layer.mlp.up_proj]) if self._is_gated(layer.mlp) else None
-            for layer in self.layers
-        ]
+        inputs = [[getattr(layer.self_attn, f"{name}_proj") for name in "qkv"] for layer in self.layers]
+        gates = [[layer.mlp.gate_proj, layer.mlp.up_proj] if self._is_gated(layer.mlp) else [] for layer in self.layers]
+        uses = Counter(
+            id(parameter) for group in inputs + gates for linear in group for parameter in linear.parameters()
+        )
+
+        def join(group: list[nn.Module]) -> JointProducts:
+            return JointProducts(group, any(uses[id(p)] > 1 for linear in group for p in linear.parameters()))
+
+        self.inputs = [join(group) for group in inputs]
+        self.gates = [join(group) if group else None for group in gates]
         # The twins serve a machine without a GPU: the tests.
         fused = next(head.parameters()).is_cuda
         self.add_norm = add_rms_norm if fused else add_rms_norm_torch

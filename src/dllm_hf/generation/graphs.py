@@ -28,7 +28,7 @@ GRAPHS_OF_A_CACHE = 16
 CACHES_OF_A_MODEL = 2
 
 # One capture at a time is possible in a process. Taken again inside of itself by what the garbage collector runs.
-_lock = threading.RLock()
+lock = threading.RLock()
 _idle: "weakref.WeakKeyDictionary[torch.nn.Module, list[StepGraphs]]" = weakref.WeakKeyDictionary()
 
 
@@ -40,8 +40,8 @@ def are_possible(device: torch.device) -> bool:
 
 
 def capacity_for(width: int) -> int:
-    """Columns to make room for: calls of about the same length share their graphs."""
-    return -(-width // 256) * 256
+    """Columns to make room for: calls of about the same length share their graphs. `width`: the column behind included."""
+    return -(-(width - 1) // 256) * 256 + 1
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Step:
 def capture(run: Callable[[], None], pool, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with _lock, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with lock, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             run()
     finally:
         torch.cuda.set_stream(current)  # a capture that fails may leave the other one
@@ -329,7 +329,7 @@ def take(
         repeats: the cache has so many rows for each of the canvas.
     """
     weights, capacity = weights_of(model), capacity_for(width)
-    with _lock:
+    with lock:
         idle = _idle.setdefault(model, [])
         idle[:] = [graphs for graphs in idle if graphs.weights == weights]
         for index, graphs in enumerate(idle):
@@ -343,7 +343,7 @@ def put_back(model: torch.nn.Module, graphs: StepGraphs) -> None:
     """Keep graphs for later calls, instead of the oldest if there are too many."""
     if graphs.weights is None:  # retired
         return
-    with _lock:
+    with lock:
         idle = _idle.setdefault(model, [])
         idle.append(graphs)
         del idle[:-CACHES_OF_A_MODEL]
@@ -364,5 +364,5 @@ def _give_back(model: weakref.ref, graphs: StepGraphs) -> None:
 
 def release(model: torch.nn.Module) -> None:
     """Give back the memory that a model keeps for its next calls."""
-    with _lock:
+    with lock:
         _idle.pop(model, None)
