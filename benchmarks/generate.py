@@ -213,6 +213,9 @@ def measure_autoregressive(args):
 def measure(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none.")
+    blocks = args.blocks or [min(MODELS[name][2]) for name in args.models if name in MODELS] or [max(args.quotas)]
+    if max(args.quotas) > min(blocks):
+        sys.exit(f"--quotas {max(args.quotas)}: a step cannot transfer more than a block of {min(blocks)} has.")
     run = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__}
     run |= {
         "date": time.strftime("%Y-%m-%d"),
@@ -227,6 +230,8 @@ def measure(args: argparse.Namespace) -> None:
             print(line({**run, **found}), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
+    if not args.out.is_file():
+        sys.exit("Nothing of what was asked for can be measured: `none` has only the path `plain`.")
 
 
 COLUMNS = (
@@ -250,7 +255,9 @@ COLUMNS = (
 def line(row: dict) -> str:
     step = row["step"] or row["mean"]
     cells = [row["model"], f"{row['prompt']} + {row['new']}", *(row[name] for name in COLUMNS[2:7])]
-    cells += [f"{row['mean']:.2f}", f"{step:.2f}", f"{row['floor']:.2f}", f"**{step / row['floor']:.2f}**"]
+    cells += [f"{row['mean']:.2f}", f"{step:.2f}"]
+    # A window of `prefix` has as many rows as the canvas has left.
+    cells += ["", ""] if row["policy"] == "prefix" else [f"{row['floor']:.2f}", f"**{step / row['floor']:.2f}**"]
     cells += [f"{row['tokens_per_second']:.0f}", f"{row['memory']:.2f}", f"{row['first']:.1f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 

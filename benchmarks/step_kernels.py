@@ -121,6 +121,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 256], help="tokens of a step, in blocks of 32")
     parser.add_argument("--out", type=Path, help="append the figures to this .jsonl file")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("This measures a GPU, and there is none.")
+    if any(rows < BLOCK or rows % BLOCK for rows in args.rows):
+        parser.error(f"--rows must be multiples of {BLOCK}.")
     names = ("torch", "inductor", "liger", "ours")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n| | rows | " + " | ".join(names) + " |")
     print("|---" * (2 + len(names)) + "|")
