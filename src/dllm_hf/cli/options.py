@@ -1,4 +1,4 @@
-"""The command line's options. Importing this must stay cheap: `--help` answers before torch is imported."""
+"""The command line's options. Importing this must stay cheap."""
 
 import argparse
 from typing import NoReturn

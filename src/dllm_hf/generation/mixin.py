@@ -124,7 +124,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             ValueError: names the argument that is wrong and what to do, before any forward pass.
         """
         if (inputs is None) == (input_ids is None):
-            raise ValueError("Give the prompt once, as `input_ids` (a `(1, 0)` tensor starts from nothing).")
+            problem = "There is no prompt" if inputs is None else "The prompt is given twice"
+            raise ValueError(f"{problem}: pass `input_ids` (a `(1, 0)` tensor starts from nothing).")
         input_ids = inputs if input_ids is None else input_ids
         config = self._prepare_diffusion_config(generation_config, kwargs)
         input_ids, attention_mask = _check_inputs(input_ids, attention_mask, self.config.vocab_size)
