@@ -289,6 +289,14 @@ def make_trainer(args: Arguments, training: TrainingArguments) -> Trainer:
     )
 
 
+def interrupted(folder: str) -> str:
+    """What to say after Ctrl-C."""
+    last = last_checkpoint(folder) if Path(folder).is_dir() else None
+    if last is None:
+        return "\nInterrupted. There is no checkpoint yet: --save_strategy steps --save_steps N makes some."
+    return f"\nInterrupted. With --resume_from_checkpoint last the same command goes on from {last}."
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
     args, training = parser.parse_args_into_dataclasses(argv)
@@ -297,7 +305,11 @@ def main(argv: list[str] | None = None) -> None:
         trainer = make_trainer(args, training)
     except (OSError, ValueError) as error:  # of the library, which says what is wrong with the input
         raise SystemExit(str(error)) from error
-    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        print(interrupted(training.output_dir), file=sys.stderr)
+        raise SystemExit(130) from None
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.to(getattr(torch, args.save_dtype)).save_pretrained(training.output_dir)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tests.builders import load_script
 
@@ -251,6 +251,30 @@ def test_a_dataset_is_read_by_name(script, config, tmp_path):
 
 
 # --- killed and resumed
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_ctrl_c_says_how_to_go_on(script, train, monkeypatch, capsys, saves):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    make = script.make_trainer
+
+    def make_interrupted(*args):
+        trainer = make(*args)
+        trainer.add_callback(Interrupt())
+        return trainer
+
+    monkeypatch.setattr(script, "make_trainer", make_interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(TEXT, *(["--save_strategy", "steps", "--save_steps", "2"] if saves else []))
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err
+    assert (
+        ("--resume_from_checkpoint last" in said and "checkpoint-2" in said) if saves else "no checkpoint yet" in said
+    )
 
 
 def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_the_unbroken_one(config, tmp_path):
