@@ -216,6 +216,8 @@ def measure(args: argparse.Namespace) -> None:
     blocks = args.blocks or [min(MODELS[name][2]) for name in args.models if name in MODELS] or [max(args.quotas)]
     if max(args.quotas) > min(blocks):
         sys.exit(f"--quotas {max(args.quotas)}: a step cannot transfer more than a block of {min(blocks)} has.")
+    if args.policies == ["none"] and "plain" not in args.paths:
+        sys.exit("--policies none has the path `plain` only: add it to --paths.")
     run = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__}
     run |= {
         "date": time.strftime("%Y-%m-%d"),
@@ -230,8 +232,6 @@ def measure(args: argparse.Namespace) -> None:
             print(line({**run, **found}), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-    if not args.out.is_file():
-        sys.exit("Nothing of what was asked for can be measured: `none` has only the path `plain`.")
 
 
 COLUMNS = (

@@ -1,4 +1,4 @@
-"""The `dllm-hf` command. Models and what decodes them are imported once the arguments are known to be right."""
+"""The `dllm-hf` command. A model is read once the arguments are known to be right."""
 
 import os
 import sys

@@ -329,7 +329,8 @@ class DiffusionGenerationMixin(GenerationMixin):
 
     def step_forward(self) -> Callable | None:
         """What [`FastPath`] runs in the place of `forward`, without guidance: `(tokens, columns, lengths, keep, cache) ->
-        (batch, kept, vocab)`, with an attribute `moves_on` and a method `prepare(cache, batch)`. None where the model has no such thing."""
+        (batch, kept, vocab)`, with an attribute `moves_on` and a method `prepare(cache, batch)`. None where the model has
+        no such thing."""
         return None
 
     def _make_policy(
