@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn import functional as F
 
 from dllm_hf import DreamConfig, DreamModel, GLADreamConfig, GLADreamModel, SDARConfig, SDARForCausalLM
 from dllm_hf.training.noising import mask_sequences
@@ -30,7 +31,9 @@ DISTANCE = 20
 QUESTION, RECALL_MASK = KEYS + VALUES + FILLERS, KEYS + VALUES + FILLERS + 1
 
 
-def build(name: str, width: int, layers: int, vocab: int, mask: int, context: int, heads: int = 4, tied: bool = False):
+def build(
+    name: str, width: int, layers: int, vocab: int, mask: int, context: int, heads: int = 4, tied: bool = False, **gla
+):
     """A model of the family; the feed-forward networks of SDAR and Dream are wider, which makes up for GLADream's gates."""
     shape = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     shape |= {"num_key_value_heads": heads, "max_position_embeddings": context, "mask_token_id": mask}
@@ -42,7 +45,7 @@ def build(name: str, width: int, layers: int, vocab: int, mask: int, context: in
     if name == "sdar":
         shape["head_dim"] = width // 4
         return SDARForCausalLM(SDARConfig(intermediate_size=wide, block_size=BLOCK, **shape, **rope))
-    mode = {} if name == "cut" else {"inter_block_injection_mode": name}
+    mode = gla if name == "cut" else {"inter_block_injection_mode": name, **gla}
     if tied:
         mode["share_inter_intra_gate_weights"] = True
         narrow += width * 2 // 3
@@ -53,6 +56,19 @@ def build(name: str, width: int, layers: int, vocab: int, mask: int, context: in
     return model
 
 
+def drop_out(model, rate: float) -> None:
+    """Dropout of what each layer's attention and feed-forward network add, the same for every family."""
+
+    def hook(module, inputs, output):
+        if isinstance(output, tuple):
+            return F.dropout(output[0], rate, module.training), *output[1:]
+        return F.dropout(output, rate, module.training)
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(hook)
+        layer.mlp.register_forward_hook(hook)
+
+
 def train(model, tokens: torch.Tensor, args: argparse.Namespace) -> None:
     """Kept apart from `transformers.Trainer` for its noise, which is drawn on the GPU: it is the same for every model."""
     device = tokens.device
@@ -60,7 +76,7 @@ def train(model, tokens: torch.Tensor, args: argparse.Namespace) -> None:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=args.lr,
         betas=(0.9, 0.98),
         fused=device.type == "cuda",
@@ -96,11 +112,17 @@ def learn_text(name: str, seed: int, args) -> str:
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids, device=args.device)
     training, held_out = tokens.split([len(tokens) * 9 // 10, len(tokens) - len(tokens) * 9 // 10])
     torch.manual_seed(seed)
-    model = build(name, 256, 6, len(tokenizer), tokenizer.mask_token_id, CONTEXT, args.heads, args.tied).to(args.device)
+    gla = {"gate_logit_normalizer": args.gate_logit_normalizer}
+    model = build(name, 256, 6, len(tokenizer), tokenizer.mask_token_id, CONTEXT, args.heads, args.tied, **gla)
+    model.to(args.device)
+    if args.dropout:
+        drop_out(model, args.dropout)
     args.seed = seed
+    torch.set_float32_matmul_precision("high")  # what autocast leaves in float32
     began = time.perf_counter()
     train(model, training, args)
     took = time.perf_counter() - began
+    torch.set_float32_matmul_precision("highest")
     bound = negative_evidence_bound(model.eval(), held_out, args.eval_levels, context=CONTEXT)
     parameters = sum(p.numel() for p in model.parameters())
     return f"{parameters:,} parameters, bound {bound:.4f} nats per character, trained {took:.0f} s"
@@ -177,6 +199,9 @@ def main():
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices, on the text")
+    parser.add_argument("--dropout", type=float, default=0.0, help="after attention and feed-forward, on the text")
+    parser.add_argument("--gate-logit-normalizer", type=float, default=16, help="GLADream's, on the text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
     parser.add_argument("--log-every", type=int, default=200)

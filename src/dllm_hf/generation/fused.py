@@ -120,23 +120,25 @@ class FusedStack:
     def __init__(self, stack: PreTrainedModel, head: nn.Module):
         self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
         self.head, self.config, self.dtype = head, stack.config, stack.dtype
-        inputs = [[getattr(layer.self_attn, f"{name}_proj") for name in "qkv"] for layer in self.layers]
-        gates = [[layer.mlp.gate_proj, layer.mlp.up_proj] if self._is_gated(layer.mlp) else [] for layer in self.layers]
-        uses = Counter(
-            id(parameter) for group in inputs + gates for linear in group for parameter in linear.parameters()
-        )
+        groups = [self.products_of(layer) for layer in self.layers]
+        uses = Counter(id(p) for layer in groups for group in layer for linear in group for p in linear.parameters())
 
         def join(group: list[nn.Module]) -> JointProducts:
             return JointProducts(group, any(uses[id(p)] > 1 for linear in group for p in linear.parameters()))
 
-        self.inputs = [join(group) for group in inputs]
-        self.gates = [join(group) if group else None for group in gates]
+        self.products = [[join(group) for group in layer] for layer in groups]
         # The twins serve a machine without a GPU: the tests.
-        fused = next(head.parameters()).is_cuda
-        self.add_norm = add_rms_norm if fused else add_rms_norm_torch
-        self.rotate = rotate_and_store if fused else rotate_and_store_torch
-        self.attend = canvas_attention if fused else canvas_attention_torch
-        self.gate = swiglu if fused else swiglu_torch
+        self.is_fused = next(head.parameters()).is_cuda
+        self.add_norm = add_rms_norm if self.is_fused else add_rms_norm_torch
+        self.rotate = rotate_and_store if self.is_fused else rotate_and_store_torch
+        self.look = canvas_attention if self.is_fused else canvas_attention_torch
+        self.gate = swiglu if self.is_fused else swiglu_torch
+
+    def products_of(self, layer: nn.Module) -> list[list[nn.Module]]:
+        """The modules of a layer that multiply the same: those before attention and, last, those of a gated
+        feed-forward network."""
+        gates = [[layer.mlp.gate_proj, layer.mlp.up_proj]] if self._is_gated(layer.mlp) else []
+        return [[getattr(layer.self_attn, f"{name}_proj") for name in "qkv"], *gates]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedStack | None":
@@ -182,31 +184,45 @@ class FusedStack:
         Returns:
             Logits, `(batch, kept, vocab)`.
         """
-        batch, window = tokens.shape
-        total = self.embed(tokens)
-        cos, sin = (x.expand(batch, -1, -1).contiguous() for x in self.rotary(total, columns))
-        first = self.layers[0].input_layernorm
-        normed, total = self.add_norm(total, None, first.weight, first.variance_epsilon)
-        for index, layer in enumerate(self.layers):
-            attention, slot = layer.self_attn, cache.layers[index]
-            query, key, value = self.inputs[index](normed)
-            norms = ()
-            if hasattr(attention, "q_norm"):
-                norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-            query = self.rotate(query, key, value, cos, sin, columns, slot.keys, slot.values, *norms)
-            seen = self.attend(query, slot.keys, slot.values, lengths, attention.scaling)
-            out = attention.o_proj(seen.reshape(batch, window, -1))
-            norm = layer.post_attention_layernorm
-            normed, total = self.add_norm(out, total, norm.weight, norm.variance_epsilon)
-            out = self._feed_forward(layer.mlp, self.gates[index], normed)
-            norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
-            normed, total = self.add_norm(out, total, norm.weight, norm.variance_epsilon)
-        return self.head(normed.take_along_dim(keep[..., None], dim=1))
+        return self.head(self.last_hidden(tokens, columns, lengths, keep, cache))
 
-    def _feed_forward(self, mlp: nn.Module, gates: JointProducts | None, normed: torch.Tensor) -> torch.Tensor:
-        if gates is None:
+    def last_hidden(self, tokens, columns, lengths, keep, cache: CanvasCache) -> torch.Tensor:
+        """`(batch, kept, hidden)`, behind the last norm."""
+        total = self.embed(tokens)
+        cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
+        normed, total = self._add_norm(total, None, self.layers[0].input_layernorm)
+        for index, layer in enumerate(self.layers):
+            attended = self.attend(index, normed, cos, sin, columns, lengths, cache)
+            if index + 1 == len(self.layers):  # what the cache needs is there; the rest is for those who are asked for
+                attended, total = self.narrow(attended, keep, cache), self.narrow(total, keep, cache)
+            normed, total = self._add_norm(layer.self_attn.o_proj(attended), total, layer.post_attention_layernorm)
+            norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
+            normed, total = self._add_norm(self._feed_forward(index, normed), total, norm)
+        return normed
+
+    def attend(self, index: int, normed, cos, sin, columns, lengths, cache: CanvasCache) -> torch.Tensor:
+        """Attention of a layer without `o_proj`: `(batch, window, hidden)` -> `(batch, window, heads * head_dim)`."""
+        attention, slot = self.layers[index].self_attn, cache.layers[index]
+        query, key, value = self.products[index][0](normed)
+        norms = ()
+        if hasattr(attention, "q_norm"):
+            norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
+        query = self.rotate(query, key, value, cos, sin, columns, slot.keys, slot.values, *norms)
+        return self.look(query, slot.keys, slot.values, lengths, attention.scaling).flatten(2)
+
+    def narrow(self, x: torch.Tensor, keep: torch.Tensor, cache: CanvasCache) -> torch.Tensor:
+        """`(batch, window, size)` -> `(batch, kept, size)`."""
+        return x.take_along_dim(keep[..., None], dim=1)
+
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
+        return self.add_norm(x, residual, norm.weight, norm.variance_epsilon)
+
+    def _feed_forward(self, index: int, normed: torch.Tensor) -> torch.Tensor:
+        mlp = self.layers[index].mlp
+        if not self._is_gated(mlp):
             out = mlp(normed)
             return out[0] if isinstance(out, tuple) else out
+        gates = self.products[index][-1]
         tokens = normed.flatten(0, 1)
         if len(tokens) <= MOST_TOKENS:
             return mlp.down_proj(self.gate(*gates(normed)))

@@ -28,6 +28,7 @@ from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sam
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
 from .block_layout import BlockLayout, lay_out
+from .block_reading import BlockReading
 from .configuration_gla_dream import GLADreamConfig
 from .gated_linear_attention import MIN_LOG_DECAY, block_states, check_installed, gated_linear_attention
 from .generation_utils_gla_dream import GLADreamCache
@@ -552,9 +553,9 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def step_forward(self) -> "ReadingForward | None":
+    def step_forward(self) -> "BlockReading | ReadingForward | None":
         """See [`DiffusionGenerationMixin.step_forward`]."""
-        return ReadingForward(self) if can_be_captured(self) else None
+        return BlockReading.of(self) or (ReadingForward(self) if can_be_captured(self) else None)
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
         """None: the stack counts them itself, and knows then that a row is one text."""
@@ -571,7 +572,8 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
 
 
 class ReadingForward:
-    """The forward pass over a block that reads the states and leaves them as they are."""
+    """The forward pass over a block that reads the states and leaves them as they are, where [`BlockReading`] does not
+    know how."""
 
     moves_on = False
 

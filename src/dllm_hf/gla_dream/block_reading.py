@@ -1,0 +1,292 @@
+"""A denoising step of GLADream on our kernels: a block that reads the states and leaves them as they are.
+
+The scans of a block, the state that they start from and the norm of their heads are one kernel, so that a layer is ten
+launches instead of sixty.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..generation.fused import FusedStack
+from ..generation.graphs import can_be_captured
+from .gated_linear_attention import MIN_LOG_DECAY, chunk_gla
+from .generation_utils_gla_dream import GLADreamCache
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # on a CPU
+    triton = None
+
+MOST_TOKENS_OF_A_BLOCK, LARGEST_HEAD = 64, 256
+
+
+class BlockReading(FusedStack):
+    """The stack of a GLADream as [`FusedStack`] runs one, over windows of one block."""
+
+    moves_on = False
+
+    def __init__(self, stack: PreTrainedModel, head: nn.Module):
+        super().__init__(stack, head)
+        self.read = read_block if self.is_fused else read_block_torch
+        self.mix = mix_scans if self.is_fused else mix_scans_torch
+
+    def products_of(self, layer: nn.Module) -> list[list[nn.Module]]:
+        attention = layer.self_attn
+        (inputs, *gates), others = super().products_of(layer), [attention.g_proj, attention.gk_proj[0]]
+        # Only those with biases are one product with those that have some.
+        return [inputs, others, *gates] if self.config.attention_bias else [inputs + others, *gates]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "BlockReading | None":
+        """None where the model has something that the kernel does not know, or has been told what to run."""
+        config = model.config
+        if config.attn_mode != "auto" or not can_be_captured(model) or model.dtype == torch.float64:
+            return None
+        if config.block_size > MOST_TOKENS_OF_A_BLOCK or max(config.head_dim, config.head_v_dim) > LARGEST_HEAD:
+            return None
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            linears = [getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "g", "o", "intra_gate")]
+            norms = (attention.g_norm_swish_gate, layer.input_layernorm, layer.post_attention_layernorm)
+            if not all(isinstance(linear, nn.Linear) for linear in (*linears, *attention.gk_proj)):
+                return None
+            if not all(isinstance(norm, nn.RMSNorm) for norm in norms):
+                return None
+            # The kernel multiplies with this one itself.
+            if attention.gk_proj[1].weight.dtype != model.dtype:
+                return None
+        return cls(model.model, model.lm_head)
+
+    def prepare(self, cache: GLADreamCache, batch: int) -> None:
+        for layer, slot in zip(self.layers, cache.layers, strict=True):
+            if not slot.is_initialized:
+                attention = layer.self_attn
+                shape = (batch, attention.num_heads, attention.head_k_dim, attention.head_v_dim)
+                device = layer.input_layernorm.weight.device
+                slot.lazy_initialization(torch.zeros(shape, dtype=torch.float32, device=device), self.dtype)
+
+    def attend(self, index: int, normed, cos, sin, columns, lengths, cache: GLADreamCache) -> torch.Tensor:
+        attention, state = self.layers[index].self_attn, cache.layers[index].state
+        products = self.products[index][: 2 if self.config.attention_bias else 1]
+        query, key, value, gate, low_rank = (out for product in products for out in product(normed))
+        decay, norm = attention.gk_proj[1], attention.g_norm_swish_gate
+        scans = self.read(
+            query, key, value, low_rank, decay.weight, decay.bias, cos, sin, state, norm.weight, norm.eps,
+            self.config.gate_logit_normalizer, self.config.inter_block_injection_mode == "global",
+        )  # fmt: skip
+        return self.mix(scans, attention.intra_gate_proj(scans), gate)
+
+    def narrow(self, x: torch.Tensor, keep: torch.Tensor, cache: GLADreamCache) -> torch.Tensor:
+        return x  # the token before the block may be asked for, whose last hidden state alone is there
+
+    def __call__(self, tokens, columns, lengths, keep, cache: GLADreamCache) -> torch.Tensor:
+        normed = self.last_hidden(tokens, columns, lengths, keep, cache)
+        if self.config.logits_shift:  # index -1 is the token before the window
+            before = normed[:, :1] if cache.last_hidden is None else cache.last_hidden[:, None].to(normed.dtype)
+            normed, keep = torch.cat([before, normed], dim=1), keep + 1
+        return self.head(normed.take_along_dim(keep[..., None], dim=1))
+
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
+        return self.add_norm(x, residual, norm.weight, norm.eps)
+
+
+def read_block_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    low_rank: torch.Tensor,
+    decay_weight: torch.Tensor,
+    decay_bias: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    state: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    gate_logit_normalizer: float,
+    is_global: bool,
+) -> torch.Tensor:
+    """The twin of [`read_block`]."""
+    batch, heads, key_dim, value_dim = state.shape
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(-1, (-1, key_dim))
+        first, second = x.float().chunk(2, dim=-1)
+        half = torch.cat([-second, first], dim=-1)
+        return (x.float() * cos[:, :, None].float() + half * sin[:, :, None].float()).to(x.dtype)
+
+    query, key, value = rotated(query), rotated(key), value.unflatten(-1, (-1, value_dim))
+    logits = F.linear(low_rank, decay_weight, decay_bias).float().view(key.shape)
+    log_decay = (F.logsigmoid(logits) / gate_logit_normalizer).clamp(min=MIN_LOG_DECAY)
+    key, value, log_decay = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value, log_decay))
+    query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
+    initial, read = state, 0.0
+    if is_global:
+        initial, read = None, ((query * key_dim**-0.5).transpose(1, 2) @ state).transpose(1, 2)
+    scans = (chunk_gla(query, key, value, log_decay, initial, reverse, False)[0] + read for reverse in (False, True))
+    return torch.cat(
+        [F.rms_norm(x, (value_dim,), norm_weight.to(x.dtype), eps).flatten(2).to(low_rank.dtype) for x in scans], dim=-1
+    )
+
+
+def read_block(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    low_rank: torch.Tensor,
+    decay_weight: torch.Tensor,
+    decay_bias: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    state: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    gate_logit_normalizer: float,
+    is_global: bool,
+) -> torch.Tensor:
+    """The scans of a block in both directions, see [`GLADreamAttention`], with rotary positions, decays and norm.
+
+    Args:
+        query: `(batch, block_size, heads * key_dim)`; `key`, `value`: the same of the kv heads. The last dimension
+            contiguous, tokens at equal distances.
+        low_rank: `(batch, block_size, rank)`, what `decay_weight`, `(kv_heads * key_dim, rank)`, and `decay_bias`
+            turn into the logits of the decays.
+        cos, sin: `(batch, block_size, key_dim)`, contiguous.
+        state: `(batch, heads, key_dim, value_dim)` float32, contiguous, before the block.
+        norm_weight, eps: of the norm over each head's values.
+        is_global: whether every token reads the state undecayed, or the scans start from it.
+
+    Returns:
+        `(batch, block_size, 2 * heads * value_dim)`, contiguous: the scan from the start, then that from the end.
+    """
+    batch, size = query.shape[:2]
+    heads, key_dim, value_dim = state.shape[1:]
+    rank = low_rank.shape[-1]
+    out = torch.empty(batch, size, 2 * heads * value_dim, dtype=query.dtype, device=query.device)
+    power = lambda number: max(16, triton.next_power_of_2(number))
+    _read_block[(heads, batch, 2)](
+        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
+        key_dim**-0.5, 1.0 / gate_logit_normalizer, MIN_LOG_DECAY, eps,
+        query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
+        GROUPS=heads * key_dim // key.shape[2], SIZE=size, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
+        IS_GLOBAL=is_global, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def mix_scans_torch(scans: torch.Tensor, gate_logits: torch.Tensor, output_gate: torch.Tensor) -> torch.Tensor:
+    """The twin of [`mix_scans`]."""
+    forward, backward = scans.chunk(2, dim=-1)
+    return torch.lerp(backward, forward, gate_logits.sigmoid()) * F.silu(output_gate)
+
+
+def mix_scans(scans: torch.Tensor, gate_logits: torch.Tensor, output_gate: torch.Tensor) -> torch.Tensor:
+    """`(g * forward + (1 - g) * backward) * silu(output_gate)` with `g = sigmoid(gate_logits)`.
+
+    Args:
+        scans: `(batch, block_size, 2 * size)`, contiguous: forward, then backward.
+        gate_logits, output_gate: `(batch, block_size, size)`, the last dimension contiguous, tokens at equal distances.
+
+    Returns:
+        `(batch, block_size, size)`, contiguous.
+    """
+    out = torch.empty(gate_logits.shape, dtype=scans.dtype, device=scans.device)
+    size, block = out.shape[-1], 1024
+    _mix_scans[(out.numel() // size, triton.cdiv(size, block))](
+        scans, gate_logits, output_gate, out, size, gate_logits.stride(1), output_gate.stride(1),
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+if triton is not None:
+
+    @triton.jit
+    def _read_block(
+        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
+        scale, inverse_normalizer, min_log_decay, eps,
+        query_token, key_token, value_token, low_rank_token,
+        GROUPS: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+        IS_GLOBAL: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """One head of one block, in one direction."""
+        head, batch, from_end = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
+        heads, kv_head = tl.num_programs(0), head // GROUPS
+        step, ranks, ends = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
+        exists, is_value = step < SIZE, ends < VALUE_DIM
+        token = batch * SIZE + step
+        low = tl.load(
+            low_rank + token[:, None] * low_rank_token + ranks, mask=exists[:, None] & (ranks < RANK), other=0.0
+        )
+        dtype, low = low.dtype, low.to(tl.float32)
+        scores = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+        result = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        for first in range(0, KEY_DIM, BLOCK_K):
+            dim = first + tl.arange(0, BLOCK_K)
+            is_key = dim < KEY_DIM
+            inside = exists[:, None] & is_key
+            # Rotary positions: a dimension and the one half a head away turn together.
+            partner = tl.where(dim < KEY_DIM // 2, dim + KEY_DIM // 2, dim - KEY_DIM // 2)
+            sign = tl.where(dim < KEY_DIM // 2, -1.0, 1.0)
+            angle = token[:, None] * KEY_DIM + dim
+            cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+            sine = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32) * sign
+            place = query + token[:, None] * query_token + head * KEY_DIM
+            q = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
+            q += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
+            q = q.to(dtype).to(tl.float32) * scale
+            place = key + token[:, None] * key_token + kv_head * KEY_DIM
+            k = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
+            k += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
+            k = k.to(dtype).to(tl.float32)
+
+            row = kv_head * KEY_DIM + dim
+            weight = tl.load(
+                decay_weight + row[None] * RANK + ranks[:, None], mask=is_key & (ranks < RANK)[:, None], other=0.0
+            )
+            logits = tl.dot(low, weight.to(tl.float32), input_precision=PRECISION)
+            logits += tl.load(decay_bias + row, mask=is_key, other=0.0).to(tl.float32)
+            logits = logits.to(dtype).to(tl.float32)
+            decay = (tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))) * inverse_normalizer
+            decay = tl.where(inside, tl.maximum(decay, min_log_decay), 0.0).to(tl.float32)
+            # What is left of a state when a token reads it, as a logarithm.
+            left = tl.cumsum(decay, 0)
+            if from_end:
+                left = tl.sum(decay, 0) - left + decay
+            middle = tl.sum(tl.where((step == SIZE // 2)[:, None], left, 0.0), 0)
+            scores += tl.dot(q * tl.exp(left - middle), tl.trans(k * tl.exp(middle - left)), input_precision=PRECISION)
+            place = ((batch * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
+            before = tl.load(state + place, mask=is_key[:, None] & is_value, other=0.0)
+            if not IS_GLOBAL:
+                q = q * tl.exp(left)
+            result += tl.dot(q, before, input_precision=PRECISION)
+
+        order = step[:, None] - step
+        sees = tl.where(from_end, order <= 0, order >= 0) & exists
+        scores = tl.where(sees, scores, 0.0)
+        place = token[:, None] * value_token + kv_head * VALUE_DIM + ends
+        v = tl.load(value + place, mask=exists[:, None] & is_value, other=0.0).to(tl.float32)
+        result += tl.dot(scores, v, input_precision=PRECISION)
+        scaled = result * tl.rsqrt((tl.sum(result * result, 1) / VALUE_DIM + eps).to(tl.float32))[:, None]
+        scaled = scaled * tl.load(norm_weight + ends, mask=is_value, other=0.0).to(tl.float32)
+        place = (token[:, None] * 2 + from_end) * heads * VALUE_DIM + head * VALUE_DIM + ends
+        tl.store(out + place, scaled.to(dtype), mask=exists[:, None] & is_value)
+
+    @triton.jit
+    def _mix_scans(scans, gate_logits, output_gate, out, size, logits_token, gate_token, BLOCK: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < size
+        forward = tl.load(scans + token * 2 * size + index, mask=inside, other=0.0)
+        dtype = forward.dtype
+        forward = forward.to(tl.float32)
+        backward = tl.load(scans + token * 2 * size + size + index, mask=inside, other=0.0).to(tl.float32)
+        logits = tl.load(gate_logits + token * logits_token + index, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(output_gate + token * gate_token + index, mask=inside, other=0.0).to(tl.float32)
+        mixed = backward + (forward - backward) / (1.0 + tl.exp(-logits))
+        mixed = mixed.to(dtype).to(tl.float32) * (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        tl.store(out + token * size + index, mixed.to(dtype), mask=inside)

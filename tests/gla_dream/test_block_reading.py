@@ -1,0 +1,56 @@
+"""The step on our kernels (their torch twins without a GPU) is the model's own forward pass."""
+
+import pytest
+import torch
+
+from dllm_hf.gla_dream.block_reading import BlockReading
+from dllm_hf.gla_dream.modeling_gla_dream import ReadingForward
+
+from ..builders import new_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VARIANTS = {
+    "global": {},
+    "boundary": {"inter_block_injection_mode": "boundary", "share_inter_intra_gate_weights": True},
+    "grouped heads": {"num_key_value_heads": 1},
+    "biases": {"attention_bias": True},
+    "wider values": {"expand_v": 2},
+    "fewer decays": {"gate_low_rank_dim": 3, "gate_logit_normalizer": 2},
+    "shifted": {"logits_shift": 1},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "blocks of 1": {"block_size": 1},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_a_step_has_the_logits_of_the_model(changes):
+    model = new_model("gla_dream", **changes).to(DEVICE).eval()
+    for parameter in model.parameters():  # biases are zeros when they are made
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    size = model.config.block_size
+    tokens = torch.randint(0, 50, (2, 3 * size), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    cache = model.make_cache(4 * size)
+    model(tokens[:, : 2 * size], past_key_values=cache, use_cache=True)
+    columns = torch.arange(2 * size, 3 * size, device=DEVICE).expand(2, -1)
+    keep = columns - columns[:, :1] - model.logits_shift
+    states = [layer.state.clone() for layer in cache.layers]
+    block = tokens[:, 2 * size :]
+    expected, got = (
+        forward(block, columns, None, keep, cache) for forward in (ReadingForward(model), BlockReading.of(model))
+    )
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-4)
+    for layer, state in zip(cache.layers, states):
+        assert torch.equal(layer.state, state)
+
+
+@pytest.mark.parametrize("changes", [{"attn_mode": "torch"}, {"block_size": 65}], ids=str)
+def test_what_the_kernel_does_not_know_runs_as_it_is(changes):
+    assert isinstance(new_model("gla_dream", **changes).step_forward(), ReadingForward)
+
+
+def test_a_layer_that_was_replaced_runs_as_it_is():
+    model = new_model("gla_dream")
+    assert isinstance(model.step_forward(), BlockReading)
+    model.model.layers[1].self_attn.intra_gate_proj = torch.nn.Identity()
+    assert isinstance(model.step_forward(), ReadingForward)

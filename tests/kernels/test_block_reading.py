@@ -1,0 +1,62 @@
+"""The kernels of a GLADream's denoising step against their torch twins, and these against the layer's scans."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dllm_hf.gla_dream.block_reading import mix_scans, mix_scans_torch, read_block, read_block_torch
+
+from .test_kernels import DEVICE, close, random
+
+
+def arguments(size, heads, kv_heads, key_dim, value_dim, rank, dtype, strength=1.0, batch=2):
+    sizes = [heads * key_dim, kv_heads * key_dim, kv_heads * value_dim, rank]
+    products = random(batch, size, sum(sizes), dtype=dtype).split(sizes, dim=-1)  # of one product
+    angles = 3 * random(batch, size, key_dim // 2).repeat(1, 1, 2)
+    return {
+        **dict(zip(("query", "key", "value", "low_rank"), products)),
+        "decay_weight": strength * random(kv_heads * key_dim, rank, dtype=dtype, seed=1),
+        "decay_bias": random(kv_heads * key_dim, dtype=dtype, seed=2),
+        "cos": angles.cos().to(dtype),
+        "sin": angles.sin().to(dtype),
+        "state": random(batch, heads, key_dim, value_dim, seed=3),
+        "norm_weight": random(value_dim, dtype=dtype, seed=4),
+    }
+
+
+def check(inputs, is_global, dtype, normalizer=16.0):
+    precise = {name: x.double() for name, x in inputs.items()}
+    expected = read_block_torch(**precise, eps=1e-6, gate_logit_normalizer=normalizer, is_global=is_global)
+    got = read_block(**inputs, eps=1e-6, gate_logit_normalizer=normalizer, is_global=is_global)
+    assert got.shape == expected.shape and got.is_contiguous()
+    close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("is_global", [False, True], ids=["boundary", "global"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, key_dim, value_dim", [(2, 2, 16, 32), (4, 1, 64, 24), (1, 1, 96, 64)])
+def test_a_block_of_every_head_size_and_group(heads, kv_heads, key_dim, value_dim, dtype, is_global):
+    check(arguments(32, heads, kv_heads, key_dim, value_dim, 16, dtype), is_global, dtype)
+
+
+@pytest.mark.parametrize("is_global", [False, True], ids=["boundary", "global"])
+@pytest.mark.parametrize("size, rank", [(1, 16), (3, 4), (16, 33), (33, 16), (64, 16)])
+def test_blocks_of_every_size_and_rank(size, rank, is_global):
+    check(arguments(size, 2, 1, 16, 16, rank, torch.float32), is_global, torch.float32)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_decays_at_the_clamp_do_not_overflow(size):
+    inputs = arguments(size, 2, 2, 32, 32, 16, torch.float32, strength=30.0)
+    check(inputs, False, torch.float32, normalizer=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_mix_of_the_scans(dtype):
+    scans, product = random(2, 3, 2 * 1100, dtype=dtype), 3 * random(2, 3, 2500, dtype=dtype)
+    logits, gate = random(2, 3, 1100, dtype=dtype, seed=1), product[..., 900:2000]
+    got = mix_scans(scans, logits, gate)
+    assert got.is_contiguous()
+    close(got, mix_scans_torch(scans.double(), logits.double(), gate.double()), dtype)
+    assert got.device.type == DEVICE
