@@ -20,7 +20,7 @@ try:
 except ImportError:  # on a CPU
     triton = None
 
-MOST_TOKENS_OF_A_BLOCK, LARGEST_HEAD = 64, 256
+MOST_TOKENS_OF_A_BLOCK, LARGEST_HEAD = 64, 128
 
 
 class BlockReading(FusedStack):
@@ -172,7 +172,8 @@ def read_block(
         query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
         GROUPS=heads * key_dim // key.shape[2], SIZE=size, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
-        IS_GLOBAL=is_global, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4,
+        IS_GLOBAL=is_global, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4 if size <= 32 else 8, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -222,7 +223,8 @@ if triton is not None:
         low = tl.load(
             low_rank + token[:, None] * low_rank_token + ranks, mask=exists[:, None] & (ranks < RANK), other=0.0
         )
-        dtype, low = low.dtype, low.to(tl.float32)
+        dtype = low.dtype
+        low = low.to(tl.float32)
         scores = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         result = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
         for first in range(0, KEY_DIM, BLOCK_K):
@@ -238,7 +240,7 @@ if triton is not None:
             place = query + token[:, None] * query_token + head * KEY_DIM
             q = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
             q += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
-            q = q.to(dtype).to(tl.float32) * scale
+            q = (q.to(dtype).to(tl.float32) * scale).to(tl.float32)  # of Inductor, `scale` is a float64
             place = key + token[:, None] * key_token + kv_head * KEY_DIM
             k = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
             k += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
