@@ -1,0 +1,64 @@
+"""usage: compile_kernels.py DTYPE FLOATS
+
+Compiles every kernel for an H100 with pointers to DTYPE (bfloat16, float32) and numbers of type FLOATS (fp32, or fp64, as
+Inductor passes them), launches nothing, and prints as JSON how many bytes of shared memory a program of each takes.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from dllm_hf.gla_dream.block_reading import mix_scans, read_block
+from dllm_hf.kernels.attention import canvas_attention
+from dllm_hf.kernels.layers import add_rms_norm, rotate_and_store, swiglu
+from dllm_hf.kernels.vocabulary import best_tokens
+
+DTYPE, FLOATS = getattr(torch, sys.argv[1]), sys.argv[2]
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+NUMBERS = {bool: "i1", int: "i32", float: FLOATS}
+found: dict[str, int] = {}
+
+
+def compiled(kernel, *args, grid, warmup, **options) -> None:
+    """In the place of `JITFunction.run`, which would launch."""
+    given = dict(zip(kernel.arg_names, args)) | {name: x for name, x in options.items() if name in kernel.arg_names}
+    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    signature = {
+        name: "constexpr" if name in constants else POINTERS[x.dtype] if torch.is_tensor(x) else NUMBERS[type(x)]
+        for name, x in given.items()
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
+    options = {name: x for name, x in options.items() if name not in kernel.arg_names}
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    found[kernel.__name__] = max(found.get(kernel.__name__, 0), result.metadata.shared)
+
+
+def new(*shape: int, dtype=DTYPE) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+JITFunction.run = compiled
+x, angles, columns = new(1, 32, 4096), new(1, 32, 128), new(1, 32, dtype=torch.long)
+# In one part, and with the keys split over programs.
+for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
+    keys = new(1, kv_heads, 768, 128)
+    canvas_attention(new(1, window, heads, 128), keys, keys, new(1, window, dtype=torch.int32), 0.1)
+for residual in (None, x):
+    add_rms_norm(x, residual, new(4096), 1e-6)
+swiglu(x, x)
+keys = new(1, 8, 64, 128)
+for norms in ((), (new(128), new(128), 1e-6)):
+    rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, keys, keys, *norms)
+best_tokens(new(1, 32, 126464), 5)
+for is_global in (True, False):
+    read_block(
+        x[..., :2048], x[..., :1024], x[..., :1024], x[..., :16], new(1024, 16), new(1024), angles, angles,
+        new(1, 16, 128, 128, dtype=torch.float32), new(128), 1e-6, 16.0, is_global,
+    )  # fmt: skip
+mix_scans(x, x[..., :2048], x[..., :2048])
+print(json.dumps(found))

@@ -1,0 +1,32 @@
+"""Without a GPU every kernel is compiled all the same: Triton's interpreter takes more than its compiler does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+KERNELS = {"_attend", "_combine", "_add_rms_norm", "_swiglu", "_rotate_and_store", "_scan", "_merge"}
+KERNELS |= {"_read_block", "_mix_scans"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
+@pytest.mark.parametrize(("dtype", "floats"), [("bfloat16", "fp64"), ("float32", "fp32")])
+def test_every_kernel_compiles(dtype, floats, tmp_path):
+    # Triton decides between interpreter and compiler when it is imported: this takes another process.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_kernels.py"), dtype, floats],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    shared = json.loads(ran.stdout.splitlines()[-1])
+    assert shared.keys() == KERNELS
+    assert max(shared.values()) <= 227 * 1024, shared  # bytes that a program has on an H100
