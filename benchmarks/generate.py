@@ -253,11 +253,14 @@ COLUMNS = (
 
 
 def line(row: dict) -> str:
-    step = row["step"] or row["mean"]
+    step = row["step"]
+    if step is None and row["policy"] in ("none", "static"):
+        step = row["mean"]  # every pass is such a step
     cells = [row["model"], f"{row['prompt']} + {row['new']}", *(row[name] for name in COLUMNS[2:7])]
-    cells += [f"{row['mean']:.2f}", f"{step:.2f}"]
+    cells += [f"{row['mean']:.2f}", "" if step is None else f"{step:.2f}"]
     # A window of `prefix` has as many rows as the canvas has left.
-    cells += ["", ""] if row["policy"] == "prefix" else [f"{row['floor']:.2f}", f"**{step / row['floor']:.2f}**"]
+    cells.append("" if row["policy"] == "prefix" else f"{row['floor']:.2f}")
+    cells.append("" if row["policy"] == "prefix" or step is None else f"**{step / row['floor']:.2f}**")
     cells += [f"{row['tokens_per_second']:.0f}", f"{row['memory']:.2f}", f"{row['first']:.1f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
