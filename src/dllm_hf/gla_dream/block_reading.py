@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..generation.fused import FusedStack
 from ..generation.graphs import can_be_captured
+from ..kernels.layers import rotate_torch
 from .gated_linear_attention import MIN_LOG_DECAY, chunk_gla
 from .generation_utils_gla_dream import GLADreamCache
 
@@ -110,14 +111,8 @@ def read_block_torch(
 ) -> torch.Tensor:
     """The twin of [`read_block`]."""
     batch, heads, key_dim, value_dim = state.shape
-
-    def rotated(x: torch.Tensor) -> torch.Tensor:
-        x = x.unflatten(-1, (-1, key_dim))
-        first, second = x.float().chunk(2, dim=-1)
-        half = torch.cat([-second, first], dim=-1)
-        return (x.float() * cos[:, :, None].float() + half * sin[:, :, None].float()).to(x.dtype)
-
-    query, key, value = rotated(query), rotated(key), value.unflatten(-1, (-1, value_dim))
+    query, key = (rotate_torch(x.unflatten(-1, (-1, key_dim)), cos, sin) for x in (query, key))
+    value = value.unflatten(-1, (-1, value_dim))
     logits = F.linear(low_rank, decay_weight, decay_bias).float().view(key.shape)
     log_decay = (F.logsigmoid(logits) / gate_logit_normalizer).clamp(min=MIN_LOG_DECAY)
     key, value, log_decay = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value, log_decay))

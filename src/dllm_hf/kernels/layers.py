@@ -70,6 +70,18 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (arXiv:2104.09864, the halves as in the library), rounded once.
+
+    Args:
+        x: `(batch, window, heads, head_dim)`.
+        cos, sin: `(batch, window, head_dim)`.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    half = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos[:, :, None].float() + half * sin[:, :, None].float()).to(x.dtype)
+
+
 def rotate_and_store_torch(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -91,9 +103,7 @@ def rotate_and_store_torch(
         x = x.view(batch, window, -1, head_dim)
         if weight is not None:
             x = add_rms_norm_torch(x, None, weight, eps)[0]
-        first, second = x.float().chunk(2, dim=-1)
-        half = torch.cat([-second, first], dim=-1)
-        return (x.float() * cos[:, :, None].float() + half * sin[:, :, None].float()).to(x.dtype)
+        return rotate_torch(x, cos, sin)
 
     index = columns[:, None, :, None].expand(-1, keys.shape[1], -1, head_dim)
     keys.scatter_(2, index, rotated(key, key_norm).transpose(1, 2))
@@ -114,8 +124,8 @@ def rotate_and_store(
     key_norm: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """Norm (where there is one) and rotary position (arXiv:2104.09864, the halves as in the library) of queries and
-    keys; keys and values go into their columns of the cache.
+    """Norm (where there is one) and rotary position of queries and keys, see [`rotate_torch`]; keys and values go into
+    their columns of the cache.
 
     Args:
         query: `(batch, window, heads * head_dim)`; `key` and `value`: `(batch, window, kv_heads * head_dim)`. The last
