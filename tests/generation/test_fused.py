@@ -227,3 +227,11 @@ def test_a_weight_of_another_size_than_its_module_says_is_taken_as_it_is():
     linears[1].weight = nn.Parameter(torch.randn(2, 4))
     x = torch.randn(1, 1, 4)
     torch.testing.assert_close(list(JointProducts(linears)(x)), [linear(x) for linear in linears])
+
+
+@pytest.mark.parametrize("name", ["layers.1", "layers.1.self_attn", "layers.1.mlp", "layers.1.input_layernorm", "norm"])
+def test_a_module_whose_forward_pass_was_replaced_is_not_passed_over(model, name):
+    module = model.model.get_submodule(name)
+    assert FusedStack.of(model) is not None
+    module.forward = module.forward
+    assert FusedStack.of(model) is None

@@ -438,3 +438,35 @@ def test_steps_share_the_memory_of_their_noise():
     (kept,) = graphs._idle[model]
     assert len(kept.steps) == 2
     assert sum(kind == "gumbel" for kind, *_ in kept.noise) == 1
+
+
+@pytest.mark.parametrize("changes", [{"attn_mode": "torch"}, {"block_size": 65}], ids=str)
+def test_a_recurrent_model_that_the_kernel_does_not_know_is_captured_as_it_is(changes, captured):
+    model = fresh_model("gla_dream", max_position_embeddings=256, **changes)
+    both_ways(model, max_new_tokens=80, steps=30)
+    both_ways(model, max_new_tokens=12, cfg_scale=1.5)
+    assert captured
+
+
+@pytest.mark.parametrize(
+    "name, value", [("gate_logit_normalizer", 2), ("inter_block_injection_mode", "boundary"), ("attn_mode", "torch")]
+)
+def test_a_configuration_that_changed_is_obeyed(name, value, captured):
+    model = fresh_model("gla_dream")
+    both_ways(model, max_new_tokens=12)
+    before = len(captured)
+    setattr(model.config, name, value)
+    both_ways(model, max_new_tokens=12)
+    assert len(captured) > before
+
+
+def test_a_layer_that_was_patched_between_calls_is_run_as_it_is():
+    model = fresh_model("gla_dream")
+    both_ways(model, max_new_tokens=12)
+    for layer in model.model.layers:
+        layer.self_attn._injected = lambda *arguments: (0.0, 0.0)
+    both_ways(model, max_new_tokens=12)
+
+
+def test_a_prompt_in_pieces_asks_for_no_logits_of_them():
+    both_ways(fresh_model("sdar_moe"), rows=[list(range(5, 45)), [5, 6]], max_new_tokens=8, prefill_chunk_size=8)

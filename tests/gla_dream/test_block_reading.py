@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from dllm_hf.gla_dream.block_reading import BlockReading
-from dllm_hf.gla_dream.modeling_gla_dream import ReadingForward
+from dllm_hf.gla_dream.modeling_gla_dream import GLADreamAttention, ReadingForward
 
 from ..builders import new_model
 
@@ -19,6 +20,7 @@ VARIANTS = {
     "shifted": {"logits_shift": 1},
     "tied embeddings": {"tie_word_embeddings": True},
     "blocks of 1": {"block_size": 1},
+    "another activation": {"hidden_act": "gelu"},
 }
 
 
@@ -44,13 +46,73 @@ def test_a_step_has_the_logits_of_the_model(changes):
         assert torch.equal(layer.state, state)
 
 
-@pytest.mark.parametrize("changes", [{"attn_mode": "torch"}, {"block_size": 65}], ids=str)
-def test_what_the_kernel_does_not_know_runs_as_it_is(changes):
+REFUSED = [{"attn_mode": "torch"}, {"block_size": 65}, {"gate_low_rank_dim": 65}, {"hidden_size": 576}]
+
+
+@pytest.mark.parametrize("changes", REFUSED, ids=str)
+def test_what_the_kernel_has_no_room_for_runs_as_it_is(changes):
     assert isinstance(new_model("gla_dream", **changes).step_forward(), ReadingForward)
 
 
-def test_a_layer_that_was_replaced_runs_as_it_is():
+def test_other_types_run_as_they_are():
+    assert isinstance(new_model("gla_dream").half().step_forward(), BlockReading)
+    assert isinstance(new_model("gla_dream").double().step_forward(), ReadingForward)
+
+
+class Quantised(nn.Parameter):
+    """A weight that says it is of the model's type, and has no memory that a kernel could read."""
+
+
+class OtherAttention(GLADreamAttention):
+    pass
+
+
+class OtherNorm(nn.RMSNorm):
+    pass
+
+
+def another_forward(layer):
+    layer.mlp.forward = layer.mlp.forward
+
+
+def another_injection(layer):
+    layer.self_attn._injected = lambda *arguments: (0.0, 0.0)
+
+
+def another_attention(layer):
+    layer.self_attn.__class__ = OtherAttention
+
+
+def another_norm(layer):
+    layer.input_layernorm.__class__ = OtherNorm
+
+
+def another_decay(layer):
+    layer.self_attn.gk_proj[1].__class__ = nn.Linear
+
+
+def a_quantised_decay(layer):
+    decay = layer.self_attn.gk_proj[1]
+    decay.weight = Quantised(decay.weight.data)
+
+
+def a_patched_decay(layer):
+    layer.self_attn.gk_proj[1].forward = layer.self_attn.gk_proj[1].forward
+
+
+CHANGES = [another_forward, another_injection, another_attention, another_norm, another_decay]
+CHANGES += [a_quantised_decay, a_patched_decay]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_layer_that_was_changed_runs_as_it_is(change):
     model = new_model("gla_dream")
     assert isinstance(model.step_forward(), BlockReading)
-    model.model.layers[1].self_attn.intra_gate_proj = torch.nn.Identity()
+    change(model.model.layers[1])
+    assert isinstance(model.step_forward(), ReadingForward)
+
+
+def test_another_last_norm_runs_as_it_is():
+    model = new_model("gla_dream")
+    model.model.norm = nn.LayerNorm(32)
     assert isinstance(model.step_forward(), ReadingForward)

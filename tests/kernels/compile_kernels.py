@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dllm_hf.gla_dream.block_reading import mix_scans, read_block
+from dllm_hf.gla_dream.block_reading import LARGEST, mix_scans, read_block
 from dllm_hf.kernels.attention import canvas_attention
 from dllm_hf.kernels.layers import add_rms_norm, rotate_and_store, swiglu
 from dllm_hf.kernels.vocabulary import best_tokens
@@ -32,10 +32,17 @@ def compiled(kernel, *args, grid, warmup, **options) -> None:
         name: "constexpr" if name in constants else POINTERS[x.dtype] if torch.is_tensor(x) else NUMBERS[type(x)]
         for name, x in given.items()
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
+    # As a launch does: pointers, and numbers that are multiples of 16, are known to be.
+    even = [i for i, name in enumerate(kernel.arg_names) if name not in constants and is_even(given[name])]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in even}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {name: x for name, x in options.items() if name not in kernel.arg_names}
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     found[kernel.__name__] = max(found.get(kernel.__name__, 0), result.metadata.shared)
+
+
+def is_even(x) -> bool:
+    return torch.is_tensor(x) or (type(x) is int and x % 16 == 0)
 
 
 def new(*shape: int, dtype=DTYPE) -> torch.Tensor:
@@ -48,17 +55,18 @@ x, angles, columns = new(1, 32, 4096), new(1, 32, 128), new(1, 32, dtype=torch.l
 for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     keys = new(1, kv_heads, 768, 128)
     canvas_attention(new(1, window, heads, 128), keys, keys, new(1, window, dtype=torch.int32), 0.1)
-for residual in (None, x):
-    add_rms_norm(x, residual, new(4096), 1e-6)
+for residual, rounds_once in ((None, True), (x, False)):
+    add_rms_norm(x, residual, new(4096), 1e-6, rounds_once)
 swiglu(x, x)
 keys = new(1, 8, 64, 128)
 for norms in ((), (new(128), new(128), 1e-6)):
     rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, keys, keys, *norms)
 best_tokens(new(1, 32, 126464), 5)
-for is_global in (True, False):
+for size, rank, is_global in ((32, 16, True), (32, 16, False), (LARGEST[0], LARGEST[3], False)):
+    block, turns = new(1, size, 4096), new(1, size, 128)
     read_block(
-        x[..., :2048], x[..., :1024], x[..., :1024], x[..., :16], new(1024, 16), new(1024), angles, angles,
-        new(1, 16, 128, 128, dtype=torch.float32), new(128), 1e-6, 16.0, is_global,
+        block[..., :2048], block[..., :1024], block[..., :1024], block[..., :rank], new(1024, rank), new(1024), turns,
+        turns, new(1, 16, 128, 128, dtype=torch.float32), new(128), 1e-6, 16.0, is_global,
     )  # fmt: skip
 mix_scans(x, x[..., :2048], x[..., :2048])
 print(json.dumps(found))

@@ -10,13 +10,13 @@ from dllm_hf.gla_dream.block_reading import mix_scans, mix_scans_torch, read_blo
 from .test_kernels import DEVICE, close, random
 
 
-def arguments(size, heads, kv_heads, key_dim, value_dim, rank, dtype, strength=1.0, batch=2):
+def arguments(size, heads, kv_heads, key_dim, value_dim, rank, dtype, batch=2):
     sizes = [heads * key_dim, kv_heads * key_dim, kv_heads * value_dim, rank]
     products = random(batch, size, sum(sizes), dtype=dtype).split(sizes, dim=-1)  # of one product
     angles = 3 * random(batch, size, key_dim // 2).repeat(1, 1, 2)
     return {
         **dict(zip(("query", "key", "value", "low_rank"), products)),
-        "decay_weight": strength * random(kv_heads * key_dim, rank, dtype=dtype, seed=1),
+        "decay_weight": random(kv_heads * key_dim, rank, dtype=dtype, seed=1),
         "decay_bias": random(kv_heads * key_dim, dtype=dtype, seed=2),
         "cos": angles.cos().to(dtype),
         "sin": angles.sin().to(dtype),
@@ -46,9 +46,11 @@ def test_blocks_of_every_size_and_rank(size, rank, is_global):
     check(arguments(size, 2, 1, 16, 16, rank, torch.float32), is_global, torch.float32)
 
 
+@pytest.mark.parametrize("bias", [-100.0, 100.0], ids=["at the clamp", "none"])
 @pytest.mark.parametrize("size", [32, 64])
-def test_decays_at_the_clamp_do_not_overflow(size):
-    inputs = arguments(size, 2, 2, 32, 32, 16, torch.float32, strength=30.0)
+def test_the_strongest_and_the_weakest_decays(size, bias):
+    inputs = arguments(size, 2, 2, 32, 32, 16, torch.float32)
+    inputs |= {"decay_bias": inputs["decay_bias"] + bias, "query": 100 * inputs["query"], "key": 100 * inputs["key"]}
     check(inputs, False, torch.float32, normalizer=1.0)
 
 

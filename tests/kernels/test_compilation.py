@@ -29,4 +29,6 @@ def test_every_kernel_compiles(dtype, floats, tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     shared = json.loads(ran.stdout.splitlines()[-1])
     assert shared.keys() == KERNELS
-    assert max(shared.values()) <= 227 * 1024, shared  # bytes that a program has on an H100
+    # Bytes that a program has on every GPU from Ampere on. `_attend` takes as many stages as there is room for.
+    assert max(size for name, size in shared.items() if name != "_attend") <= 99 * 1024, shared
+    assert shared["_attend"] <= 227 * 1024

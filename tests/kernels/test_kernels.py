@@ -110,8 +110,17 @@ def test_norm_with_and_without_a_residual(size, dtype):
     x, residual = (random(3, 2, size, dtype=dtype, seed=seed) for seed in range(2))
     weight = random(size, dtype=dtype)
     for other in (None, residual):
-        for got, expected in zip(add_rms_norm(x, other, weight, 1e-6), add_rms_norm_torch(x, other, weight, 1e-6)):
-            close(got, expected, dtype)
+        for rounds_once in (False, True):
+            given = (x, other, weight, 1e-6, rounds_once)
+            for got, expected in zip(add_rms_norm(*given), add_rms_norm_torch(*given)):
+                close(got, expected, dtype)
+
+
+def test_the_norm_that_rounds_once_is_pytorch_s():
+    x, weight = (random(*shape, dtype=torch.bfloat16).cpu() for shape in ((5, 64), (64,)))
+    expected = torch.nn.functional.rms_norm(x, (64,), weight, 1e-5)
+    assert torch.equal(add_rms_norm_torch(x, None, weight, 1e-5, rounds_once=True)[0], expected)
+    assert not torch.equal(add_rms_norm_torch(x, None, weight, 1e-5)[0], expected)
 
 
 def test_the_norm_is_the_library_s():

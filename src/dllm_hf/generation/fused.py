@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -109,6 +110,11 @@ def _bytes(parameters: list[nn.Parameter]) -> int:
     return sum(each.nbytes for each in parameters)
 
 
+def is_patched(stack: nn.Module) -> bool:
+    """Whether a module has another forward pass than its class. Linear ones are asked when they are used."""
+    return any("forward" in vars(module) for module in stack.modules() if not isinstance(module, nn.Linear))
+
+
 class FusedStack:
     """Embeddings, layers, last norm and head of a model.
 
@@ -145,7 +151,7 @@ class FusedStack:
         """None where the model has something that the kernels do not know: adapters, hooks, other attention than
         theirs or SDPA (which nobody asked for in particular), parts on several devices."""
         stack, config = model.model, model.config
-        if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model):
+        if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(stack):
             return None
         rope = config.rope_parameters or {}
         if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
@@ -195,6 +201,8 @@ class FusedStack:
             attended = self.attend(index, normed, cos, sin, columns, lengths, cache)
             if index + 1 == len(self.layers):  # what the cache needs is there; the rest is for those who are asked for
                 attended, total = self.narrow(attended, keep, cache), self.narrow(total, keep, cache)
+                if not total.numel():  # nobody is
+                    return total
             normed, total = self._add_norm(layer.self_attn.o_proj(attended), total, layer.post_attention_layernorm)
             norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
             normed, total = self._add_norm(self._feed_forward(index, normed), total, norm)
@@ -232,4 +240,4 @@ class FusedStack:
         return out.view_as(normed)
 
     def _is_gated(self, mlp: nn.Module) -> bool:
-        return hasattr(mlp, "gate_proj") and self.config.hidden_act == "silu"
+        return hasattr(mlp, "gate_proj") and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))

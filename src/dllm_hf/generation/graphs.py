@@ -218,7 +218,7 @@ class FastPath:
         forward: `(tokens, columns, lengths, keep, given) -> (batch, kept, vocab)`, a forward pass over a window. What it
             reads besides, the cache and the weights, stays in its place.
         forward_of_step: what does the same inside of a graph.
-        moves_on: whether it also does what a window asks for that is `settled`.
+        fused: what `forward` runs the model with, see [`DiffusionGenerationMixin.step_forward`].
         block_length: of the blocks that a window which is block-causal inside consists of.
     """
 
@@ -229,10 +229,10 @@ class FastPath:
         forward_of_step: Callable,
         canvas: Canvas,
         block_length: int,
-        moves_on: bool,
+        fused: Callable,
     ):
         self.graphs, self.forward, self.forward_of_step, self.canvas = graphs, forward, forward_of_step, canvas
-        self.block_length, self.moves_on = block_length, moves_on
+        self.block_length, self.moves_on, self.kind = block_length, fused.moves_on, type(fused)
         self.block: Block | None = None
         self.window: Window | None = None
         graphs.begin(canvas)
@@ -280,7 +280,7 @@ class FastPath:
             graphs.row_forward_passes += transferred > 0
             graphs.row_transfers += transferred
 
-        graphs.step(denoiser.settings, inputs, denoiser.constants).run(compute, inputs, noise, graphs)
+        graphs.step((self.kind, *denoiser.settings), inputs, denoiser.constants).run(compute, inputs, noise, graphs)
 
     def _about(self, window: Window, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`lengths` and `given`, see [`StepInputs`]."""
@@ -294,8 +294,10 @@ class FastPath:
 
 
 def weights_of(model: torch.nn.Module) -> tuple:
-    """Where a model's weights are: graphs read these places, whatever the model holds later."""
-    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    """Where a model's weights are, and its configuration: graphs read these places and do as it said, whatever the model
+    holds later."""
+    places = (tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    return (*places, model.config.to_json_string(use_diff=False))
 
 
 def places_of(cache: CanvasCache) -> tuple:

@@ -167,7 +167,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             fused.prepare(cache, graphs.rows * graphs.repeats)
             forward = self._make_fused_forward(fused, config, cache)
             compiled = torch.compile(forward, dynamic=False) if config.torch_compile else forward
-            fast = FastPath(graphs, forward, compiled, canvas, config.block_length or 1, fused.moves_on)
+            fast = FastPath(graphs, forward, compiled, canvas, config.block_length or 1, fused)
         denoiser = Denoiser(
             self._make_forward(canvas, config, cache, fast),
             canvas,
@@ -329,8 +329,8 @@ class DiffusionGenerationMixin(GenerationMixin):
 
     def step_forward(self) -> Callable | None:
         """What [`FastPath`] runs in the place of `forward`, without guidance: `(tokens, columns, lengths, keep, cache) ->
-        (batch, kept, vocab)`, with an attribute `moves_on` and a method `prepare(cache, batch)`. None where the model has
-        no such thing."""
+        (batch, kept, vocab)`, with an attribute `moves_on`, whether it also does what a window asks for that is `settled`,
+        and a method `prepare(cache, batch)`. None where the model has no such thing."""
         return None
 
     def _make_policy(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..generation.fused import FusedStack
+from ..generation.fused import FusedStack, is_patched
 from ..generation.graphs import can_be_captured
 from ..kernels.layers import rotate_torch
 from .gated_linear_attention import MIN_LOG_DECAY, chunk_gla
@@ -21,7 +21,9 @@ try:
 except ImportError:  # on a CPU
     triton = None
 
-MOST_TOKENS_OF_A_BLOCK, LARGEST_HEAD = 64, 128
+# What a program of the kernel has room for on every GPU from Ampere on: tokens of a block, width of a head's keys and of
+# its values, rank of the projection to the decays.
+LARGEST = (64, 128, 128, 64)
 
 
 class BlockReading(FusedStack):
@@ -42,24 +44,24 @@ class BlockReading(FusedStack):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "BlockReading | None":
-        """None where the model has something that the kernel does not know, or has been told what to run."""
-        config = model.config
-        if config.attn_mode != "auto" or not can_be_captured(model) or model.dtype == torch.float64:
+        """None where the model has something that the kernel does not know, or has been told what to run. The layers are
+        those of [`GLADreamModel`]: it sees to that."""
+        config, stack = model.config, model.model
+        if config.attn_mode != "auto" or not can_be_captured(model) or is_patched(stack):
             return None
-        if config.block_size > MOST_TOKENS_OF_A_BLOCK or max(config.head_dim, config.head_v_dim) > LARGEST_HEAD:
+        sizes = (config.block_size, config.head_dim, config.head_v_dim, config.gate_low_rank_dim)
+        if any(size > most for size, most in zip(sizes, LARGEST, strict=True)) or model.dtype == torch.float64:
             return None
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            linears = [getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "g", "o", "intra_gate")]
-            norms = (attention.g_norm_swish_gate, layer.input_layernorm, layer.post_attention_layernorm)
-            if not all(isinstance(linear, nn.Linear) for linear in (*linears, *attention.gk_proj)):
-                return None
-            if not all(isinstance(norm, nn.RMSNorm) for norm in norms):
-                return None
-            # The kernel multiplies with this one itself.
-            if attention.gk_proj[1].weight.dtype != model.dtype:
-                return None
-        return cls(model.model, model.lm_head)
+        norms, decays = [stack.norm], [layer.self_attn.gk_proj[1] for layer in stack.layers]
+        for layer in stack.layers:
+            norms += [layer.self_attn.g_norm_swish_gate, layer.input_layernorm, layer.post_attention_layernorm]
+        if any(type(norm) is not nn.RMSNorm for norm in norms) or any("forward" in vars(decay) for decay in decays):
+            return None
+        # The kernels read these themselves: quantised ones would be no memory to them.
+        parameters = [norm.weight for norm in norms]
+        parameters += [parameter for decay in decays for parameter in (decay.weight, decay.bias)]
+        plain = all(type(each) is nn.Parameter and each.dtype == model.dtype for each in parameters)
+        return cls(stack, model.lm_head) if plain else None
 
     def prepare(self, cache: GLADreamCache, batch: int) -> None:
         for layer, slot in zip(self.layers, cache.layers, strict=True):
@@ -91,7 +93,7 @@ class BlockReading(FusedStack):
         return self.head(normed.take_along_dim(keep[..., None], dim=1))
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
-        return self.add_norm(x, residual, norm.weight, norm.eps)
+        return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)
 
 
 def read_block_torch(
@@ -168,7 +170,7 @@ def read_block(
         GROUPS=heads * key_dim // key.shape[2], SIZE=size, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
         IS_GLOBAL=is_global, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4 if size <= 32 else 8, num_stages=2,
+        num_warps=4 if size <= 32 else 8, num_stages=2 if size <= 32 else 1,
     )  # fmt: skip
     return out
 

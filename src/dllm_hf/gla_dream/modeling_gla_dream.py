@@ -555,7 +555,8 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
 
     def step_forward(self) -> "BlockReading | ReadingForward | None":
         """See [`DiffusionGenerationMixin.step_forward`]."""
-        return BlockReading.of(self) or (ReadingForward(self) if can_be_captured(self) else None)
+        reading = BlockReading.of(self) if all(_is_as_built(layer) for layer in self.model.layers) else None
+        return reading or (ReadingForward(self) if can_be_captured(self) else None)
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
         """None: the stack counts them itself, and knows then that a row is one text."""
@@ -569,6 +570,14 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         # Index -1 is the token before the window.
         before = hidden_states[:, :1] if cache.last_hidden is None else cache.last_hidden[:, None]
         return keep_positions(torch.cat([before.to(hidden_states.dtype), hidden_states], dim=1), logits_to_keep + 1)
+
+
+def _is_as_built(layer: nn.Module) -> bool:
+    """Whether nobody has put something else into a layer."""
+    parts = {GLADreamDecoderLayer: layer, GLADreamAttention: layer.self_attn, Qwen2MLP: layer.mlp}
+    parts[DecayProjection] = layer.self_attn.gk_proj[1]
+    own = {name for name in vars(GLADreamAttention) if callable(getattr(GLADreamAttention, name))}
+    return all(type(part) is kind for kind, part in parts.items()) and not own & vars(layer.self_attn).keys()
 
 
 class ReadingForward:

@@ -1,7 +1,7 @@
 """What stands between the matrix products of a layer: norms, rotary positions, the cache's columns, the gate.
 
-They round where the layers of `transformers` round, so that both paths give the same in bfloat16 as well, but for the
-rotation, which is rounded once instead of three times.
+They round where the layers of `transformers` (and PyTorch's norm) round, so that both paths give the same in bfloat16 as
+well, but for the rotation, which is rounded once instead of three times.
 """
 
 import torch
@@ -16,23 +16,26 @@ HEADS_OF_A_PROGRAM = 8
 
 
 def add_rms_norm_torch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds_once: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of [`add_rms_norm`]."""
     total = x if residual is None else residual + x
     wide = total.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if rounds_once:
+        return (weight.float() * normed).to(x.dtype), total
     return weight * normed.to(x.dtype), total
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds_once: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`total = x + residual` and its RMS norm (arXiv:1910.07467).
 
     Args:
         x, residual: `(..., size)`, contiguous; without a residual the total is `x` itself.
         weight: `(size,)`.
+        rounds_once: after the weight only, as `torch.nn.RMSNorm`, and not before it too, as the library's norms.
 
     Returns:
         The norm times `weight`, and the total.
@@ -42,7 +45,8 @@ def add_rms_norm(
     total = x if residual is None else torch.empty_like(x)
     _add_rms_norm[(x.numel() // size,)](
         x, x if residual is None else residual, weight, normed, total, size, eps,
-        HAS_RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4,
+        HAS_RESIDUAL=residual is not None, ROUNDS_ONCE=rounds_once, BLOCK=triton.next_power_of_2(size),
+        num_warps=8 if size > 1024 else 4,
     )  # fmt: skip
     return normed, total
 
@@ -159,7 +163,10 @@ def rotate_and_store(
 if triton is not None:
 
     @triton.jit
-    def _add_rms_norm(x, residual, weight, normed, total, size, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+    def _add_rms_norm(
+        x, residual, weight, normed, total, size, eps,
+        HAS_RESIDUAL: tl.constexpr, ROUNDS_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * size
         index = tl.arange(0, BLOCK)
         inside = index < size
@@ -172,7 +179,10 @@ if triton is not None:
         values = values.to(tl.float32)
         scale = tl.rsqrt((tl.sum(values * values, 0) / size + eps).to(tl.float32))  # of Inductor, `eps` is a float64
         factor = tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
-        result = (values * scale).to(dtype).to(tl.float32) * factor
+        result = values * scale
+        if not ROUNDS_ONCE:
+            result = result.to(dtype).to(tl.float32)
+        result *= factor
         tl.store(normed + row + index, result.to(dtype), mask=inside)
 
     @triton.jit
