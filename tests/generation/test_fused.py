@@ -76,7 +76,7 @@ def test_such_a_model_is_trained(model):
     optimizer.step()
     assert not torch.equal(attention_of(model).q_proj.weight, before)
     x = torch.randn(1, 1, before.shape[1], device=DEVICE)
-    joint = FusedStack.of(model).products[0][0](x)[0]
+    joint = FusedStack.of(model).inputs[0][0](x)[0]
     torch.testing.assert_close(joint, attention_of(model).q_proj(x))
 
 
@@ -219,7 +219,7 @@ def test_a_weight_made_in_inference_mode_stays_where_it_is(model):
     stack = FusedStack.of(model)
     x = torch.randn(1, 1, key.in_features, device=DEVICE)
     with torch.no_grad():
-        torch.testing.assert_close(stack.products[0][0](x)[1], key(x))
+        torch.testing.assert_close(stack.inputs[0][0](x)[1], key(x))
 
 
 def test_a_weight_of_another_size_than_its_module_says_is_taken_as_it_is():

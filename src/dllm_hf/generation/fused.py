@@ -126,13 +126,16 @@ class FusedStack:
     def __init__(self, stack: PreTrainedModel, head: nn.Module):
         self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
         self.head, self.config, self.dtype = head, stack.config, stack.dtype
-        groups = [self.products_of(layer) for layer in self.layers]
-        uses = Counter(id(p) for layer in groups for group in layer for linear in group for p in linear.parameters())
+        inputs = [self.inputs_of(layer.self_attn) for layer in self.layers]
+        gates = [[layer.mlp.gate_proj, layer.mlp.up_proj] if self._is_gated(layer.mlp) else [] for layer in self.layers]
+        groups = [group for of_layer in inputs for group in of_layer] + gates
+        uses = Counter(id(parameter) for group in groups for linear in group for parameter in linear.parameters())
 
         def join(group: list[nn.Module]) -> JointProducts:
             return JointProducts(group, any(uses[id(p)] > 1 for linear in group for p in linear.parameters()))
 
-        self.products = [[join(group) for group in layer] for layer in groups]
+        self.inputs = [[join(group) for group in of_layer] for of_layer in inputs]
+        self.gates = [join(group) if group else None for group in gates]
         # The twins serve a machine without a GPU: the tests.
         self.is_fused = next(head.parameters()).is_cuda
         self.add_norm = add_rms_norm if self.is_fused else add_rms_norm_torch
@@ -140,11 +143,9 @@ class FusedStack:
         self.look = canvas_attention if self.is_fused else canvas_attention_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
 
-    def products_of(self, layer: nn.Module) -> list[list[nn.Module]]:
-        """The modules of a layer that multiply the same: those before attention and, last, those of a gated
-        feed-forward network."""
-        gates = [[layer.mlp.gate_proj, layer.mlp.up_proj]] if self._is_gated(layer.mlp) else []
-        return [[getattr(layer.self_attn, f"{name}_proj") for name in "qkv"], *gates]
+    def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
+        """The modules that an attention's input goes through, in groups that can be one product each."""
+        return [[getattr(attention, f"{name}_proj") for name in "qkv"]]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedStack | None":
@@ -190,17 +191,18 @@ class FusedStack:
         Returns:
             Logits, `(batch, kept, vocab)`.
         """
-        return self.head(self.last_hidden(tokens, columns, lengths, keep, cache))
+        return self.head(self.last_hidden(tokens, columns, lengths, cache, keep))
 
-    def last_hidden(self, tokens, columns, lengths, keep, cache: CanvasCache) -> torch.Tensor:
-        """`(batch, kept, hidden)`, behind the last norm."""
+    def last_hidden(self, tokens, columns, lengths, cache: CanvasCache, keep=None) -> torch.Tensor:
+        """Behind the last norm: `(batch, kept, hidden)`, or `(batch, window, hidden)` without `keep`."""
         total = self.embed(tokens)
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
         normed, total = self._add_norm(total, None, self.layers[0].input_layernorm)
         for index, layer in enumerate(self.layers):
             attended = self.attend(index, normed, cos, sin, columns, lengths, cache)
-            if index + 1 == len(self.layers):  # what the cache needs is there; the rest is for those who are asked for
-                attended, total = self.narrow(attended, keep, cache), self.narrow(total, keep, cache)
+            if keep is not None and index + 1 == len(self.layers):
+                # What the cache needs is there; the rest is for those who are asked for.
+                attended, total = (x.take_along_dim(keep[..., None], dim=1) for x in (attended, total))
                 if not total.numel():  # nobody is
                     return total
             normed, total = self._add_norm(layer.self_attn.o_proj(attended), total, layer.post_attention_layernorm)
@@ -211,26 +213,21 @@ class FusedStack:
     def attend(self, index: int, normed, cos, sin, columns, lengths, cache: CanvasCache) -> torch.Tensor:
         """Attention of a layer without `o_proj`: `(batch, window, hidden)` -> `(batch, window, heads * head_dim)`."""
         attention, slot = self.layers[index].self_attn, cache.layers[index]
-        query, key, value = self.products[index][0](normed)
+        query, key, value = self.inputs[index][0](normed)
         norms = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
         query = self.rotate(query, key, value, cos, sin, columns, slot.keys, slot.values, *norms)
         return self.look(query, slot.keys, slot.values, lengths, attention.scaling).flatten(2)
 
-    def narrow(self, x: torch.Tensor, keep: torch.Tensor, cache: CanvasCache) -> torch.Tensor:
-        """`(batch, window, size)` -> `(batch, kept, size)`."""
-        return x.take_along_dim(keep[..., None], dim=1)
-
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
         return self.add_norm(x, residual, norm.weight, norm.variance_epsilon)
 
     def _feed_forward(self, index: int, normed: torch.Tensor) -> torch.Tensor:
-        mlp = self.layers[index].mlp
-        if not self._is_gated(mlp):
+        mlp, gates = self.layers[index].mlp, self.gates[index]
+        if gates is None:
             out = mlp(normed)
             return out[0] if isinstance(out, tuple) else out
-        gates = self.products[index][-1]
         tokens = normed.flatten(0, 1)
         if len(tokens) <= MOST_TOKENS:
             return mlp.down_proj(self.gate(*gates(normed)))

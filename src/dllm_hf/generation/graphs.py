@@ -154,13 +154,25 @@ class StepGraphs:
     Args:
         cache: with room for `capacity` columns.
         rows, repeats: of the canvas, and how many of the cache for each of them.
-        weights: which weights the graphs read, see [`weights_of`].
+        fingerprint: of the model whose steps they are, see [`fingerprint_of`].
     """
 
     def __init__(
-        self, cache: CanvasCache, rows: int, repeats: int, capacity: int, device: torch.device, weights: tuple | None
+        self,
+        cache: CanvasCache,
+        rows: int,
+        repeats: int,
+        capacity: int,
+        device: torch.device,
+        fingerprint: tuple | None,
     ):
-        self.cache, self.rows, self.repeats, self.capacity, self.weights = cache, rows, repeats, capacity, weights
+        self.cache, self.rows, self.repeats, self.capacity, self.fingerprint = (
+            cache,
+            rows,
+            repeats,
+            capacity,
+            fingerprint,
+        )
         self.is_inference = torch.is_inference_mode_enabled()  # such buffers can be written in that mode only
         self.places: tuple | None = None
         # The column behind the last is nobody's.
@@ -184,12 +196,12 @@ class StepGraphs:
             self.rows == rows
             and self.capacity >= width
             and self.is_inference == torch.is_inference_mode_enabled()
-            and self.weights == weights_of(model)
+            and self.fingerprint == fingerprint_of(model)
         )
 
     def retire(self) -> None:
         """The cache goes on without them: its buffers may move."""
-        self.weights = self.cache = None
+        self.fingerprint = self.cache = None
         self.steps.clear()
 
     def begin(self, canvas: Canvas) -> None:
@@ -293,7 +305,7 @@ class FastPath:
         return lengths.to(torch.int32).contiguous(), self.canvas.given.gather(1, columns)
 
 
-def weights_of(model: torch.nn.Module) -> tuple:
+def fingerprint_of(model: torch.nn.Module) -> tuple:
     """Where a model's weights are, and its configuration: graphs read these places and do as it said, whatever the model
     holds later."""
     places = (tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
@@ -330,20 +342,20 @@ def take(
     Args:
         repeats: the cache has so many rows for each of the canvas.
     """
-    weights, capacity = weights_of(model), capacity_for(width)
+    fingerprint, capacity = fingerprint_of(model), capacity_for(width)
     with lock:
         idle = _idle.setdefault(model, [])
-        idle[:] = [graphs for graphs in idle if graphs.weights == weights]
+        idle[:] = [graphs for graphs in idle if graphs.fingerprint == fingerprint]
         for index, graphs in enumerate(idle):
             if (graphs.repeats, graphs.capacity) == (repeats, capacity) and graphs.fits(model, rows, width):
                 graphs.cache.restart()
                 return idle.pop(index)
-    return StepGraphs(make_cache(capacity), rows, repeats, capacity, model.device, weights)
+    return StepGraphs(make_cache(capacity), rows, repeats, capacity, model.device, fingerprint)
 
 
 def put_back(model: torch.nn.Module, graphs: StepGraphs) -> None:
     """Keep graphs for later calls, instead of the oldest if there are too many."""
-    if graphs.weights is None:  # retired
+    if graphs.fingerprint is None:  # retired
         return
     with lock:
         idle = _idle.setdefault(model, [])

@@ -19,12 +19,12 @@ from .graphs import (
     StepGraphs,
     are_possible,
     capacity_for,
+    fingerprint_of,
     lend,
     places_of,
     put_back,
     release,
     take,
-    weights_of,
 )
 from .sampling import guide
 
@@ -377,7 +377,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             if with_graphs and graphs is None:
                 # Not the cache itself, which holds its graphs.
                 shared = copy(cache)
-                graphs = StepGraphs(shared, rows, repeats, capacity_for(width), self.device, weights_of(self))
+                graphs = StepGraphs(shared, rows, repeats, capacity_for(width), self.device, fingerprint_of(self))
                 cache.graphs = graphs
             written = cache.resume(canvas.at(None), config.block_length, graphs.capacity if with_graphs else width)
         policy = BlockCache(canvas, self.logits_shift, cache, written, config.prefill_chunk_size, config.block_length)

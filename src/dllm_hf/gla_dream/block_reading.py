@@ -36,11 +36,10 @@ class BlockReading(FusedStack):
         self.read = read_block if self.is_fused else read_block_torch
         self.mix = mix_scans if self.is_fused else mix_scans_torch
 
-    def products_of(self, layer: nn.Module) -> list[list[nn.Module]]:
-        attention = layer.self_attn
-        (inputs, *gates), others = super().products_of(layer), [attention.g_proj, attention.gk_proj[0]]
+    def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
+        (inputs,), others = super().inputs_of(attention), [attention.g_proj, attention.gk_proj[0]]
         # Only those with biases are one product with those that have some.
-        return [inputs, others, *gates] if self.config.attention_bias else [inputs + others, *gates]
+        return [inputs, others] if self.config.attention_bias else [inputs + others]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "BlockReading | None":
@@ -55,7 +54,7 @@ class BlockReading(FusedStack):
         norms, decays = [stack.norm], [layer.self_attn.gk_proj[1] for layer in stack.layers]
         for layer in stack.layers:
             norms += [layer.self_attn.g_norm_swish_gate, layer.input_layernorm, layer.post_attention_layernorm]
-        if any(type(norm) is not nn.RMSNorm for norm in norms) or any("forward" in vars(decay) for decay in decays):
+        if any(type(norm) is not nn.RMSNorm for norm in norms):
             return None
         # The kernels read these themselves: quantised ones would be no memory to them.
         parameters = [norm.weight for norm in norms]
@@ -73,8 +72,7 @@ class BlockReading(FusedStack):
 
     def attend(self, index: int, normed, cos, sin, columns, lengths, cache: GLADreamCache) -> torch.Tensor:
         attention, state = self.layers[index].self_attn, cache.layers[index].state
-        products = self.products[index][: 2 if self.config.attention_bias else 1]
-        query, key, value, gate, low_rank = (out for product in products for out in product(normed))
+        query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
         decay, norm = attention.gk_proj[1], attention.g_norm_swish_gate
         scans = self.read(
             query, key, value, low_rank, decay.weight, decay.bias, cos, sin, state, norm.weight, norm.eps,
@@ -82,15 +80,11 @@ class BlockReading(FusedStack):
         )  # fmt: skip
         return self.mix(scans, attention.intra_gate_proj(scans), gate)
 
-    def narrow(self, x: torch.Tensor, keep: torch.Tensor, cache: GLADreamCache) -> torch.Tensor:
-        return x  # the token before the block may be asked for, whose last hidden state alone is there
-
     def __call__(self, tokens, columns, lengths, keep, cache: GLADreamCache) -> torch.Tensor:
-        normed = self.last_hidden(tokens, columns, lengths, keep, cache)
-        if self.config.logits_shift:  # index -1 is the token before the window
-            before = normed[:, :1] if cache.last_hidden is None else cache.last_hidden[:, None].to(normed.dtype)
-            normed, keep = torch.cat([before, normed], dim=1), keep + 1
-        return self.head(normed.take_along_dim(keep[..., None], dim=1))
+        hidden_states = self.last_hidden(tokens, columns, lengths, cache)
+        if self.config.logits_shift:
+            hidden_states, keep = cache.with_token_before(hidden_states), keep + 1
+        return self.head(hidden_states.take_along_dim(keep[..., None], dim=1))
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
         return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)

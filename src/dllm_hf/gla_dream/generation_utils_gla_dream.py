@@ -149,6 +149,12 @@ class GLADreamCache(CanvasCache):
         if self.rows is not None:
             self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
 
+    def with_token_before(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, hidden)` of a window -> `(batch, 1 + length, hidden)`, the token before it first. Where the text
+        begins with the window there is none, and its first one stands there."""
+        before = hidden_states[:, :1] if self.last_hidden is None else self.last_hidden[:, None]
+        return torch.cat([before.to(hidden_states.dtype), hidden_states], dim=1)
+
     @property
     def rows(self) -> int | None:
         """Rows that the cache holds; None before the first."""

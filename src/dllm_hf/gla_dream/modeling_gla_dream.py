@@ -568,16 +568,16 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         ):
             return keep_positions(hidden_states, logits_to_keep)
         # Index -1 is the token before the window.
-        before = hidden_states[:, :1] if cache.last_hidden is None else cache.last_hidden[:, None]
-        return keep_positions(torch.cat([before.to(hidden_states.dtype), hidden_states], dim=1), logits_to_keep + 1)
+        return keep_positions(cache.with_token_before(hidden_states), logits_to_keep + 1)
 
 
 def _is_as_built(layer: nn.Module) -> bool:
     """Whether nobody has put something else into a layer."""
-    parts = {GLADreamDecoderLayer: layer, GLADreamAttention: layer.self_attn, Qwen2MLP: layer.mlp}
-    parts[DecayProjection] = layer.self_attn.gk_proj[1]
-    own = {name for name in vars(GLADreamAttention) if callable(getattr(GLADreamAttention, name))}
-    return all(type(part) is kind for kind, part in parts.items()) and not own & vars(layer.self_attn).keys()
+    attention, decay = layer.self_attn, layer.self_attn.gk_proj[1]
+    kinds = (type(layer), type(attention), type(layer.mlp), type(decay))
+    if kinds != (GLADreamDecoderLayer, GLADreamAttention, Qwen2MLP, DecayProjection):
+        return False
+    return not vars(attention).keys() & vars(GLADreamAttention).keys() and "forward" not in vars(decay)
 
 
 class ReadingForward:
