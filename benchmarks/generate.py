@@ -16,13 +16,13 @@ more, from two calls that differ in the number of steps alone, so that what a bl
 import argparse
 import gc
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from timing import captured, milliseconds
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 import dllm_hf  # noqa: F401  registers the models
@@ -81,19 +81,7 @@ def floor(model, rows: int) -> float:
             for weight in grouped:
                 torch._grouped_mm(rows_of[weight.shape[2]], weight.transpose(1, 2), offs=ends)
 
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[2:])
+    return milliseconds(captured(run))
 
 
 def timed(call) -> tuple[float, object]:
@@ -257,10 +245,11 @@ def line(row: dict) -> str:
     if step is None and row["policy"] in ("none", "static"):
         step = row["mean"]  # every pass is such a step
     cells = [row["model"], f"{row['prompt']} + {row['new']}", *(row[name] for name in COLUMNS[2:7])]
-    cells += [f"{row['mean']:.2f}", "" if step is None else f"{step:.2f}"]
     # A window of `prefix` has as many rows as the canvas has left.
-    cells.append("" if row["policy"] == "prefix" else f"{row['floor']:.2f}")
-    cells.append("" if row["policy"] == "prefix" or step is None else f"**{step / row['floor']:.2f}**")
+    least = None if row["policy"] == "prefix" else row["floor"]
+    known = [row["mean"], step, least]
+    cells += ["" if each is None else f"{each:.2f}" for each in known]
+    cells.append("" if None in known else f"**{step / least:.2f}**")
     cells += [f"{row['tokens_per_second']:.0f}", f"{row['memory']:.2f}", f"{row['first']:.1f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -7,26 +7,12 @@ this table.
 """
 
 import argparse
-import statistics
 
 import torch
+from timing import milliseconds
 from torch.nn import functional as F
 
 from dllm_hf.gla_dream.gated_linear_attention import fla_kernels, gated_linear_attention
-
-
-def milliseconds(run, repeats: int = 20) -> float:
-    for _ in range(5):
-        run()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def main():
@@ -54,7 +40,10 @@ def main():
             loss = sum(output.float().square().mean() + state.square().mean() for output, state in both(mode))
             torch.autograd.grad(loss, inputs)
 
-        times = {mode: (milliseconds(lambda: forward(mode)), milliseconds(lambda: backward(mode))) for mode in modes}  # noqa: B023
+        times = {
+            mode: tuple(milliseconds(lambda: run(mode), repeats=20, warmup=5) for run in (forward, backward))  # noqa: B023
+            for mode in modes
+        }
         for mode, (once, training) in times.items():
             ratios = f"x{once / times['torch'][0]:.2f}, x{training / times['torch'][1]:.2f}"
             print(f"{blocks:5d} blocks  {mode:15s} forward {once:8.3f} ms, and backward {training:8.3f} ms  {ratios}")

@@ -9,10 +9,10 @@ installed and has such a kernel, and ours.
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import torch
+from timing import captured, milliseconds
 from torch.nn import functional as F
 
 from dllm_hf.kernels.attention import canvas_attention
@@ -38,21 +38,11 @@ HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCAB, WIDTH, BLOCK = 4096, 12288, 32, 12
 
 
 def microseconds(run, repeats: int = 20) -> float:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    def several():
         for _ in range(repeats):
             run()
-    times = []
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1000 * start.elapsed_time(end) / repeats)
-    return statistics.median(times[2:])
+
+    return 1000 * milliseconds(captured(several)) / repeats
 
 
 def random(*shape: int) -> torch.Tensor:
