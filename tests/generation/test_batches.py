@@ -88,14 +88,14 @@ def each(marks):
 
 
 @each(every_kind_of_decoding)
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(call=calls())
 def test_a_batch_gives_each_row_what_it_gets_alone(family, cache_policy, strategy, call):
     check_rows(family, cache_policy, strategy, call)
 
 
 @each(every_kind_of_decoding)
-@settings(max_examples=7)
+@settings(max_examples=10)
 @given(call=calls(sampling=randomness))
 def test_a_batch_gives_each_row_what_it_gets_alone_also_when_it_samples(family, cache_policy, strategy, call):
     check_rows(family, cache_policy, strategy, call)
