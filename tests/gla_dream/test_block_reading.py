@@ -1,5 +1,8 @@
 """The step on our kernels (their torch twins without a GPU) is the model's own forward pass."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from dllm_hf.gla_dream.block_reading import BlockReading
 from dllm_hf.gla_dream.modeling_gla_dream import GLADreamAttention, ReadingForward
 
 from ..builders import new_model
+from .conftest import INJECTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VARIANTS = {
@@ -44,6 +48,32 @@ def test_a_step_has_the_logits_of_the_model(changes):
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-4)
     for layer, state in zip(cache.layers, states):
         assert torch.equal(layer.state, state)
+
+
+@torch.no_grad()
+def test_in_bfloat16_the_logits_are_as_near_to_float64_as_the_model_s_own():
+    errors = {"kernel": 0.0, "own": 0.0}
+    for injection, seed in itertools.product(INJECTIONS, range(3)):
+        sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "block_size": 32}
+        model = new_model("gla_dream", inter_block_injection_mode=injection, **sizes)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.08)
+        model = model.to(DEVICE).bfloat16()
+        tokens, columns = torch.randint(60, (4, 32), device=DEVICE), torch.arange(32, 64, device=DEVICE).expand(4, 32)
+        states = torch.randn(6, 4, 4, 32, 32, device=DEVICE)
+
+        def logits(forward):
+            cache = model.make_cache(64)  # noqa: B023
+            for layer, state in zip(cache.layers, states):  # noqa: B023
+                layer.lazy_initialization(state.clone(), torch.float32)
+            return forward(tokens, columns, None, columns - 32, cache).double()  # noqa: B023
+
+        exact = logits(ReadingForward(copy.deepcopy(model).double()))
+        for name, forward in (("kernel", BlockReading.of(model)), ("own", ReadingForward(model))):
+            errors[name] += float((logits(forward) - exact).norm() / exact.norm())
+    assert 0 < errors["kernel"] <= 1.05 * errors["own"], errors
 
 
 REFUSED = [{"attn_mode": "torch"}, {"block_size": 65}, {"gate_low_rank_dim": 65}, {"hidden_size": 576}]
