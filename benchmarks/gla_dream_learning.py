@@ -106,14 +106,17 @@ def train(model, tokens: torch.Tensor, args: argparse.Namespace) -> None:
             mean.zero_()
 
 
+def gla_of(args: argparse.Namespace) -> dict:
+    return {"gate_logit_normalizer": args.gate_logit_normalizer, "conv_size": args.conv_size}
+
+
 def learn_text(name: str, seed: int, args) -> str:
     text = args.text.read_text(encoding="utf-8")
     tokenizer = character_tokenizer(text)
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids, device=args.device)
     training, held_out = tokens.split([len(tokens) * 9 // 10, len(tokens) - len(tokens) * 9 // 10])
     torch.manual_seed(seed)
-    gla = {"gate_logit_normalizer": args.gate_logit_normalizer}
-    model = build(name, 256, 6, len(tokenizer), tokenizer.mask_token_id, CONTEXT, args.heads, args.tied, **gla)
+    model = build(name, 256, 6, len(tokenizer), tokenizer.mask_token_id, CONTEXT, args.heads, args.tied, **gla_of(args))
     model.to(args.device)
     if args.dropout:
         drop_out(model, args.dropout)
@@ -157,7 +160,9 @@ def recall_batch(rows: int, pairs: int, distance: torch.Tensor, generator: torch
 def learn_recall(name: str, seed: int, args) -> str:
     torch.manual_seed(seed)
     generator = torch.Generator(args.device).manual_seed(seed)
-    model = build(name, 128, 3, RECALL_MASK + 1, RECALL_MASK, (DISTANCE + 1) * BLOCK).to(args.device)
+    context = (DISTANCE + 1) * BLOCK
+    model = build(name, 128, 3, RECALL_MASK + 1, RECALL_MASK, context, args.heads, args.tied, **gla_of(args))
+    model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 200)
     forward = torch.compile(model) if args.compile else model
@@ -201,7 +206,8 @@ def main():
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices, on the text")
     parser.add_argument("--dropout", type=float, default=0.0, help="after attention and feed-forward, on the text")
-    parser.add_argument("--gate-logit-normalizer", type=float, default=16, help="GLADream's, on the text")
+    parser.add_argument("--gate-logit-normalizer", type=float, default=16, help="GLADream's")
+    parser.add_argument("--conv-size", type=int, default=0, help="GLADream's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
     parser.add_argument("--log-every", type=int, default=200)

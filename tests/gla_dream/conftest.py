@@ -12,6 +12,7 @@ models = st.fixed_dictionaries(
         "block_size": st.sampled_from([1, 3, 4]),
         "inter_block_injection_mode": st.sampled_from(INJECTIONS),
         "logits_shift": st.sampled_from([0, 1]),
+        "conv_size": st.sampled_from([0, 3]),
     }
 )
 
@@ -31,9 +32,9 @@ def shift(request) -> int:
     return request.param
 
 
-@pytest.fixture(params=["global", "boundary and shifted"])
+@pytest.fixture(params=["global", "boundary, shifted, convolved"])
 def model(request):
     """Models that decode in blocks of 4, shared by all tests: leave them as they are."""
     if request.param == "global":
         return tiny_model("gla_dream")
-    return tiny_model("gla_dream", inter_block_injection_mode="boundary", logits_shift=1)
+    return tiny_model("gla_dream", inter_block_injection_mode="boundary", logits_shift=1, conv_size=3)

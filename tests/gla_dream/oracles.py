@@ -88,9 +88,22 @@ def attention_by_definition(weights: dict[str, torch.Tensor], config, x: torch.T
     serving = torch.arange(heads) // (heads // kv_heads)  # the head of keys and values that serves a head of queries
     theta = config.rope_parameters["rope_theta"]
 
-    queries = rotated(linear(x, "q_proj").unflatten(-1, (heads, -1)), theta)
-    keys = rotated(linear(x, "k_proj").unflatten(-1, (kv_heads, -1)), theta)[:, serving]
-    values = linear(x, "v_proj").unflatten(-1, (kv_heads, -1))[:, serving]
+    def projected(name):
+        """With the short convolution, within each block."""
+        channels = linear(x, f"{name}_proj")
+        if not config.conv_size:
+            return channels
+        mixed, taps = torch.zeros_like(channels), weights[f"{name}_conv1d.weight"]
+        for t in range(len(x)):
+            for tap in range(config.conv_size):
+                other = t + tap - config.conv_size // 2
+                if 0 <= other < len(x) and other // config.block_size == t // config.block_size:
+                    mixed[t] += taps[:, 0, tap] * channels[other]
+        return mixed * mixed.sigmoid()
+
+    queries = rotated(projected("q").unflatten(-1, (heads, -1)), theta)
+    keys = rotated(projected("k").unflatten(-1, (kv_heads, -1)), theta)[:, serving]
+    values = projected("v").unflatten(-1, (kv_heads, -1))[:, serving]
     decays = linear(linear(x, "gk_proj.0"), "gk_proj.1").sigmoid().log() / config.gate_logit_normalizer
     decays = decays.unflatten(-1, (kv_heads, -1))[:, serving].exp()
     queries = queries * queries.shape[-1] ** -0.5

@@ -25,6 +25,8 @@ VARIANTS = {
     "tied embeddings": {"tie_word_embeddings": True},
     "blocks of 1": {"block_size": 1},
     "another activation": {"hidden_act": "gelu"},
+    "short convolutions": {"conv_size": 3, "num_key_value_heads": 1},
+    "wider convolutions": {"conv_size": 9, "expand_v": 2, "attention_bias": True, "block_size": 5},
 }
 
 
@@ -53,9 +55,9 @@ def test_a_step_has_the_logits_of_the_model(changes):
 @torch.no_grad()
 def test_in_bfloat16_the_logits_are_as_near_to_float64_as_the_model_s_own():
     errors = {"kernel": 0.0, "own": 0.0}
-    for injection, seed in itertools.product(INJECTIONS, range(3)):
+    for injection, conv, seed in itertools.product(INJECTIONS, (0, 5), range(3)):
         sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "block_size": 32}
-        model = new_model("gla_dream", inter_block_injection_mode=injection, **sizes)
+        model = new_model("gla_dream", inter_block_injection_mode=injection, conv_size=conv, **sizes)
         torch.manual_seed(seed)
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -130,13 +132,21 @@ def a_patched_decay(layer):
     layer.self_attn.gk_proj[1].forward = layer.self_attn.gk_proj[1].forward
 
 
+def another_convolution(layer):
+    layer.self_attn.k_conv1d.__class__ = nn.Conv1d
+
+
+def a_quantised_convolution(layer):
+    layer.self_attn.k_conv1d.weight = Quantised(layer.self_attn.k_conv1d.weight.data)
+
+
 CHANGES = [another_forward, another_injection, another_attention, another_norm, another_decay]
-CHANGES += [a_quantised_decay, a_patched_decay]
+CHANGES += [a_quantised_decay, a_patched_decay, another_convolution, a_quantised_convolution]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_layer_that_was_changed_runs_as_it_is(change):
-    model = new_model("gla_dream")
+    model = new_model("gla_dream", conv_size=3)
     assert isinstance(model.step_forward(), BlockReading)
     change(model.model.layers[1])
     assert isinstance(model.step_forward(), ReadingForward)

@@ -108,6 +108,8 @@ def test_the_tokenizer_is_dream_s(tmp_path):
         ({"block_size": 0}, "`block_size=0` must be at least 1"),
         ({"logits_shift": 2}, "`logits_shift=2` must be 0, or 1"),
         ({"gate_logit_normalizer": 0}, "`gate_logit_normalizer=0` must be above 0"),
+        ({"conv_size": 4}, "`conv_size=4` must be an odd number.*or 0"),
+        ({"conv_size": -3}, "`conv_size=-3` must be an odd number.*or 0"),
         ({"mask_token_id": VOCAB}, f"`mask_token_id={VOCAB}` is outside of the vocabulary"),
     ],
     ids=str,
@@ -117,16 +119,17 @@ def test_what_cannot_be_is_refused_with_what_can(change, mentions):
         gla_dream_config(**change)
 
 
-@pytest.mark.parametrize("name", ["block_size", "expand_k", "attn_mode", "logits_shift"])
+@pytest.mark.parametrize("name", ["block_size", "expand_k", "attn_mode", "logits_shift", "conv_size"])
 def test_a_value_of_another_type_is_refused_by_name(name):
     with pytest.raises(Exception, match=name):
         gla_dream_config(**{name: [4]})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("conv_size", [0, 3])
 @torch.no_grad()
-def test_it_runs_in_every_precision(dtype):
-    model, tokens = new_model("gla_dream"), torch.tensor([ROW * 5])
+def test_it_runs_in_every_precision(dtype, conv_size):
+    model, tokens = new_model("gla_dream", conv_size=conv_size), torch.tensor([ROW * 5])
     expected = model(tokens).logits
     logits = model.to(dtype)(tokens).logits
     assert logits.dtype == dtype and logits.isfinite().all()

@@ -15,9 +15,10 @@ BLOCKS = torch.arange(len(ROW)) // 4
 ROWS = [ROW, [11, MASK, 13], [21, 22, 23, 24, MASK, 26, 27, 28]]
 
 
-@pytest.fixture
-def model(injection, shared):
-    return new_model("gla_dream", inter_block_injection_mode=injection, share_inter_intra_gate_weights=shared)
+@pytest.fixture(params=[0, 3], ids="convolution {}".format)
+def model(injection, shared, request):
+    changes = {"inter_block_injection_mode": injection, "share_inter_intra_gate_weights": shared}
+    return new_model("gla_dream", conv_size=request.param, **changes)
 
 
 @torch.no_grad()
@@ -44,6 +45,8 @@ SHAPES = {
     "wider keys than values": {"expand_k": 2, "expand_v": 0.75},
     "one block": {"block_size": 16},
     "blocks of one": {"block_size": 1},
+    "short convolutions": {"conv_size": 3},
+    "wider convolutions": {"conv_size": 9, "expand_v": 2, "num_key_value_heads": 1, "attention_bias": True},
 }
 
 
@@ -60,12 +63,15 @@ def test_the_logits_are_those_of_the_design(injection, shared, shape):
 
 def test_the_parameters_of_fla_s_layer_have_its_names_and_shapes():
     hidden, key_dim, value_dim, groups, rank = 32, 16, 48, 2, 8
-    changes = {"expand_k": 0.5, "expand_v": 1.5, "num_key_value_heads": 2, "gate_low_rank_dim": rank}
+    changes = {"expand_k": 0.5, "expand_v": 1.5, "num_key_value_heads": 2, "gate_low_rank_dim": rank, "conv_size": 5}
     attention = new_model("gla_dream", **changes).model.layers[0].self_attn
     expected = {
         "q_proj.weight": (key_dim, hidden),
         "k_proj.weight": (key_dim // groups, hidden),
         "v_proj.weight": (value_dim // groups, hidden),
+        "q_conv1d.weight": (key_dim, 1, 5),
+        "k_conv1d.weight": (key_dim // groups, 1, 5),
+        "v_conv1d.weight": (value_dim // groups, 1, 5),
         "g_proj.weight": (value_dim, hidden),
         "gk_proj.0.weight": (rank, hidden),
         "gk_proj.1.weight": (key_dim // groups, rank),

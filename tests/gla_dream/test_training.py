@@ -68,7 +68,11 @@ def assert_same_loss(model, loss, expected):
 # --- noise that the caller drew
 
 
-@pytest.mark.parametrize("changes", [{"block_size": 1}, {"block_size": 3}, {"share_inter_intra_gate_weights": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"block_size": 1}, {"block_size": 3}, {"share_inter_intra_gate_weights": True}, {"conv_size": 3}],
+    ids=str,
+)
 def test_the_loss_of_a_pair_equals_its_definition_and_so_do_its_gradients(injection, shift, changes):
     model = new_model("gla_dream", inter_block_injection_mode=injection, logits_shift=shift, **changes)
     noisy, labels = PAIRS[0]

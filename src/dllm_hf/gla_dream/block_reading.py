@@ -4,6 +4,8 @@ The scans of a block, the state that they start from and the norm of their heads
 launches instead of sixty.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 from ..generation.fused import FusedStack, is_patched
 from ..generation.graphs import can_be_captured
 from ..kernels.layers import rotate_torch
-from .gated_linear_attention import MIN_LOG_DECAY, chunk_gla
+from .gated_linear_attention import MIN_LOG_DECAY, chunk_gla, short_convolution
 from .generation_utils_gla_dream import GLADreamCache
 
 try:
@@ -59,6 +61,7 @@ class BlockReading(FusedStack):
         # The kernels read these themselves: quantised ones would be no memory to them.
         parameters = [norm.weight for norm in norms]
         parameters += [parameter for decay in decays for parameter in (decay.weight, decay.bias)]
+        parameters += [each.weight for layer in stack.layers for each in convolutions_of(layer.self_attn)]
         plain = all(type(each) is nn.Parameter and each.dtype == model.dtype for each in parameters)
         return cls(stack, model.lm_head) if plain else None
 
@@ -77,6 +80,7 @@ class BlockReading(FusedStack):
         scans = self.read(
             query, key, value, low_rank, decay.weight, decay.bias, cos, sin, state, norm.weight, norm.eps,
             self.config.gate_logit_normalizer, self.config.inter_block_injection_mode == "global",
+            [convolution.weight for convolution in convolutions_of(attention)],
         )  # fmt: skip
         return self.mix(scans, attention.intra_gate_proj(scans), gate)
 
@@ -88,6 +92,13 @@ class BlockReading(FusedStack):
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
         return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)
+
+
+def convolutions_of(attention: nn.Module) -> list[nn.Module]:
+    """Those of queries, keys and values, where there are any."""
+    if not attention.config.conv_size:
+        return []
+    return [attention.q_conv1d, attention.k_conv1d, attention.v_conv1d]
 
 
 def read_block_torch(
@@ -104,9 +115,12 @@ def read_block_torch(
     eps: float,
     gate_logit_normalizer: float,
     is_global: bool,
+    convolutions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """The twin of [`read_block`]."""
     batch, heads, key_dim, value_dim = state.shape
+    if convolutions:
+        query, key, value = map(short_convolution, (query, key, value), convolutions)
     query, key = (rotate_torch(x.unflatten(-1, (-1, key_dim)), cos, sin) for x in (query, key))
     value = value.unflatten(-1, (-1, value_dim))
     logits = F.linear(low_rank, decay_weight, decay_bias).float().view(key.shape)
@@ -136,6 +150,7 @@ def read_block(
     eps: float,
     gate_logit_normalizer: float,
     is_global: bool,
+    convolutions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """The scans of a block in both directions, see [`GLADreamAttention`], with rotary positions, decays and norm.
 
@@ -144,6 +159,8 @@ def read_block(
             contiguous, tokens at equal distances.
         low_rank: `(batch, block_size, rank)`, what `decay_weight`, `(kv_heads * key_dim, rank)`, and `decay_bias`
             turn into the logits of the decays.
+        convolutions: the weights of [`short_convolution`] over queries, keys and values, `(channels, 1, size)`,
+            contiguous; or none.
         cos, sin: `(batch, block_size, key_dim)`, contiguous.
         state: `(batch, heads, key_dim, value_dim)` float32, contiguous, before the block.
         norm_weight, eps: of the norm over each head's values.
@@ -155,13 +172,15 @@ def read_block(
     batch, size = query.shape[:2]
     heads, key_dim, value_dim = state.shape[1:]
     rank = low_rank.shape[-1]
+    conv = convolutions[0].shape[-1] if convolutions else 0
+    taps = convolutions or (query, key, value)  # what is not read
     out = torch.empty(batch, size, 2 * heads * value_dim, dtype=query.dtype, device=query.device)
     power = lambda number: max(16, triton.next_power_of_2(number))
     _read_block[(heads, batch, 2)](
-        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
+        query, key, value, *taps, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
         key_dim**-0.5, 1.0 / gate_logit_normalizer, MIN_LOG_DECAY, eps,
         query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
-        GROUPS=heads * key_dim // key.shape[2], SIZE=size, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        GROUPS=heads * key_dim // key.shape[2], SIZE=size, CONV=conv, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
         IS_GLOBAL=is_global, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4 if size <= 32 else 8, num_stages=2 if size <= 32 else 1,
@@ -197,11 +216,30 @@ def mix_scans(scans: torch.Tensor, gate_logits: torch.Tensor, output_gate: torch
 if triton is not None:
 
     @triton.jit
+    def _convolved(x, token, taps, step, dim, is_dim, SIZE: tl.constexpr, CONV: tl.constexpr):
+        """`(step, dim)` float32 of a block's head at `x`, whose tokens are `token` apart, after [`short_convolution`]
+        where there is one."""
+        if CONV == 0:
+            total = tl.load(x + step[:, None] * token + dim, mask=(step < SIZE)[:, None] & is_dim, other=0.0)
+            return total.to(tl.float32)
+        total = tl.zeros([step.shape[0], dim.shape[0]], tl.float32)
+        for tap in range(CONV):
+            other = step + tap - CONV // 2
+            inside = ((other >= 0) & (other < SIZE))[:, None] & is_dim
+            weight = tl.load(taps + dim * CONV + tap, mask=is_dim, other=0.0).to(tl.float32)
+            total += tl.load(x + other[:, None] * token + dim, mask=inside, other=0.0).to(tl.float32) * weight
+        # Rounded where the torch form rounds.
+        total = total.to(x.dtype.element_ty).to(tl.float32)
+        total = (total / (1.0 + tl.exp(-total))).to(x.dtype.element_ty).to(tl.float32)
+        return tl.where((step < SIZE)[:, None], total, 0.0)
+
+    @triton.jit
     def _read_block(
-        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
+        query, key, value, query_taps, key_taps, value_taps,
+        low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
         scale, inverse_normalizer, min_log_decay, eps,
         query_token, key_token, value_token, low_rank_token,
-        GROUPS: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+        GROUPS: tl.constexpr, SIZE: tl.constexpr, CONV: tl.constexpr, RANK: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
         IS_GLOBAL: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -228,13 +266,13 @@ if triton is not None:
             angle = token[:, None] * KEY_DIM + dim
             cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
             sine = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32) * sign
-            place = query + token[:, None] * query_token + head * KEY_DIM
-            q = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
-            q += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
+            place, taps = query + batch * SIZE * query_token + head * KEY_DIM, query_taps + head * KEY_DIM * CONV
+            q = _convolved(place, query_token, taps, step, dim, is_key, SIZE, CONV) * cosine
+            q += _convolved(place, query_token, taps, step, partner, is_key, SIZE, CONV) * sine
             q = (q.to(dtype).to(tl.float32) * scale).to(tl.float32)  # of Inductor, `scale` is a float64
-            place = key + token[:, None] * key_token + kv_head * KEY_DIM
-            k = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
-            k += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
+            place, taps = key + batch * SIZE * key_token + kv_head * KEY_DIM, key_taps + kv_head * KEY_DIM * CONV
+            k = _convolved(place, key_token, taps, step, dim, is_key, SIZE, CONV) * cosine
+            k += _convolved(place, key_token, taps, step, partner, is_key, SIZE, CONV) * sine
             k = k.to(dtype).to(tl.float32)
 
             row = kv_head * KEY_DIM + dim
@@ -261,8 +299,8 @@ if triton is not None:
         order = step[:, None] - step
         sees = tl.where(from_end, order <= 0, order >= 0) & exists
         scores = tl.where(sees, scores, 0.0)
-        place = token[:, None] * value_token + kv_head * VALUE_DIM + ends
-        v = tl.load(value + place, mask=exists[:, None] & is_value, other=0.0).to(tl.float32)
+        place, taps = value + batch * SIZE * value_token + kv_head * VALUE_DIM, value_taps + kv_head * VALUE_DIM * CONV
+        v = _convolved(place, value_token, taps, step, ends, is_value, SIZE, CONV)
         result += tl.dot(scores, v, input_precision=PRECISION)
         scaled = result * tl.rsqrt((tl.sum(result * result, 1) / VALUE_DIM + eps).to(tl.float32))[:, None]
         scaled = scaled * tl.load(norm_weight + ends, mask=is_value, other=0.0).to(tl.float32)

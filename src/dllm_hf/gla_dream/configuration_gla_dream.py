@@ -31,6 +31,8 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
         logits_shift: 1 where position i - 1 predicts position i, as in a model started from an autoregressive one.
         gate_low_rank_dim: rank of the projection to the decays.
         gate_logit_normalizer: divides the log-decays.
+        conv_size: tokens that a short convolution over each channel of queries, keys and values spans, an odd number;
+            0 for none.
         attention_bias: biases in the projections to queries, keys and values.
         head_dim: derived, the width of a head's keys.
     """
@@ -60,6 +62,7 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
     logits_shift: int = 0
     gate_low_rank_dim: int = 16
     gate_logit_normalizer: int | float = 16
+    conv_size: int = 0
     attention_bias: bool = False
     head_dim: int | None = None
     hidden_act: str = "silu"
@@ -88,6 +91,11 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
             )
         if self.gate_logit_normalizer <= 0:
             raise ValueError(f"`gate_logit_normalizer={self.gate_logit_normalizer}` must be above 0.")
+        if self.conv_size < 0 or (self.conv_size and self.conv_size % 2 == 0):
+            raise ValueError(
+                f"`conv_size={self.conv_size}` must be an odd number, as many tokens before as after, or 0 for no "
+                "convolution."
+            )
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads={self.num_key_value_heads}` must divide "

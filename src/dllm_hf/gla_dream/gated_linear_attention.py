@@ -184,6 +184,18 @@ def _fla_fused_recurrent(query, key, value, log_decay, initial_state=None, rever
     )
 
 
+def short_convolution(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each channel of a token becomes the SiLU of a weighted sum over the tokens around it. As in `fla`, but centred: a
+    token of a block sees to both sides, and beyond the block there is nothing.
+
+    Args:
+        x: `(blocks, block_size, channels)`.
+        weight: `(channels, 1, size)`, of an odd size.
+    """
+    channels, _, size = weight.shape
+    return F.silu(F.conv1d(x.mT, weight, padding=size // 2, groups=channels)).mT
+
+
 def block_states(
     updates: torch.Tensor,
     log_decays: torch.Tensor,

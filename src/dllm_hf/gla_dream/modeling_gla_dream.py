@@ -28,9 +28,15 @@ from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sam
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
 from .block_layout import BlockLayout, lay_out
-from .block_reading import BlockReading
+from .block_reading import BlockReading, convolutions_of
 from .configuration_gla_dream import GLADreamConfig
-from .gated_linear_attention import MIN_LOG_DECAY, block_states, check_installed, gated_linear_attention
+from .gated_linear_attention import (
+    MIN_LOG_DECAY,
+    block_states,
+    check_installed,
+    gated_linear_attention,
+    short_convolution,
+)
 from .generation_utils_gla_dream import GLADreamCache
 
 logger = logging.get_logger(__name__)
@@ -59,6 +65,16 @@ class DecayProjection(nn.Linear):
         return torch.exp(-gate_logit_normalizer / steps).logit().repeat_interleave(self.head_dim)
 
 
+class ShortConvolution(nn.Conv1d):
+    """See [`short_convolution`]."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__(channels, channels, size, groups=channels, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return short_convolution(x, self.weight)
+
+
 class GLADreamAttention(nn.Module):
     """The unit inside a block and the unit between blocks. The parameters that `fla.layers.GatedLinearAttention` has as
     well have its names."""
@@ -77,6 +93,9 @@ class GLADreamAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_k_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_k_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * self.head_v_dim, bias=bias)
+        if config.conv_size:
+            for name, projection in zip("qkv", (self.q_proj, self.k_proj, self.v_proj)):
+                self.add_module(f"{name}_conv1d", ShortConvolution(projection.out_features, config.conv_size))
         self.g_proj = nn.Linear(hidden, value_dim, bias=False)
         self.gk_proj = nn.Sequential(
             nn.Linear(hidden, config.gate_low_rank_dim, bias=False),
@@ -97,9 +116,15 @@ class GLADreamAttention(nn.Module):
     ) -> torch.Tensor:
         """`hidden_states`: `(rows, blocks * block_size, hidden)`."""
         rows, width = hidden_states.shape[:2]
-        query = self.q_proj(hidden_states).view(rows, width, self.num_heads, self.head_k_dim)
-        key = self.k_proj(hidden_states).view(rows, width, -1, self.head_k_dim)
-        value = self.v_proj(hidden_states).view(rows, width, -1, self.head_v_dim)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if convolutions := convolutions_of(self):
+            query, key, value = (
+                self._convolved(convolution, x, layout)
+                for convolution, x in zip(convolutions, (query, key, value), strict=True)
+            )
+        query = query.view(rows, width, self.num_heads, self.head_k_dim)
+        key = key.view(rows, width, -1, self.head_k_dim)
+        value = value.view(rows, width, -1, self.head_v_dim)
         log_decay = F.logsigmoid(self.gk_proj(hidden_states).float()).view(key.shape)
         # Clamped for every implementation, so that all of them compute the same.
         log_decay = (log_decay / self.config.gate_logit_normalizer).clamp(min=MIN_LOG_DECAY)
@@ -143,6 +168,13 @@ class GLADreamAttention(nn.Module):
         output = self._fused(self.intra_gate_proj, forward, backward)[0]
         output = output.reshape(rows, width, -1) * F.silu(self.g_proj(hidden_states))
         return self.o_proj(output)
+
+    def _convolved(self, convolution: ShortConvolution, x: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+        """`(rows, blocks * block_size, channels)`, each block by itself."""
+        if layout.valid is not None:
+            x = x.masked_fill(~layout.valid[..., None], 0)
+        blocks = x.reshape(len(x) * layout.blocks, -1, x.shape[-1])
+        return convolution(blocks).reshape(x.shape)
 
     def _fused(self, gate_proj: nn.Linear, forward: torch.Tensor, backward: torch.Tensor):
         """`gate * norm(forward) + (1 - gate) * norm(backward)`, and the gate, for scans `(..., heads, head_v_dim)`."""
@@ -211,6 +243,9 @@ class GLADreamPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DecayProjection):
             init.copy_(module.bias, module.memory_bias(self.config.gate_logit_normalizer))
+        if isinstance(module, ShortConvolution):  # as `torch` and `fla` do
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
 
 
 class GLADreamBaseModel(GLADreamPreTrainedModel):
@@ -576,6 +611,8 @@ def _is_as_built(layer: nn.Module) -> bool:
     attention, decay = layer.self_attn, layer.self_attn.gk_proj[1]
     kinds = (type(layer), type(attention), type(layer.mlp), type(decay))
     if kinds != (GLADreamDecoderLayer, GLADreamAttention, Qwen2MLP, DecayProjection):
+        return False
+    if any(type(convolution) is not ShortConvolution for convolution in convolutions_of(attention)):
         return False
     return not vars(attention).keys() & vars(GLADreamAttention).keys() and "forward" not in vars(decay)
 
