@@ -43,13 +43,14 @@ def test_a_block_of_every_head_size_and_group(heads, kv_heads, key_dim, value_di
 
 
 @pytest.mark.parametrize("is_global", [False, True], ids=["boundary", "global"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size, rank", [(1, 16), (3, 4), (16, 33), (33, 16), (64, 16)])
-def test_blocks_of_every_size_and_rank(size, rank, is_global):
-    check(arguments(size, 2, 1, 16, 16, rank, torch.float32), is_global, torch.float32)
+def test_blocks_of_every_size_and_rank(size, rank, dtype, is_global):
+    check(arguments(size, 4, 1, 64, 24, rank, dtype), is_global, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size, conv", [(1, 3), (4, 9), (32, 1), (32, 5), (33, 3)])
+@pytest.mark.parametrize("size, conv", [(1, 3), (4, 9), (32, 1), (32, 5), (33, 3), (64, 5)])
 @pytest.mark.parametrize("heads, kv_heads, key_dim, value_dim", [(2, 2, 16, 32), (4, 1, 64, 24)])
 def test_short_convolutions_of_every_size(heads, kv_heads, key_dim, value_dim, size, conv, dtype):
     check(arguments(size, heads, kv_heads, key_dim, value_dim, 16, dtype, conv=conv), False, dtype)

@@ -172,6 +172,7 @@ def read_block(
     batch, size = query.shape[:2]
     heads, key_dim, value_dim = state.shape[1:]
     rank = low_rank.shape[-1]
+    # More than 32 rows in tf32 would be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
     conv = convolutions[0].shape[-1] if convolutions else 0
     taps = convolutions or (query, key, value)  # what is not read
     out = torch.empty(batch, size, 2 * heads * value_dim, dtype=query.dtype, device=query.device)
@@ -182,7 +183,7 @@ def read_block(
         query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
         GROUPS=heads * key_dim // key.shape[2], SIZE=size, CONV=conv, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
-        IS_GLOBAL=is_global, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        IS_GLOBAL=is_global, PRECISION="ieee" if query.dtype == torch.float32 or size > 32 else "tf32",
         num_warps=4 if size <= 32 else 8, num_stages=2 if size <= 32 else 1,
     )  # fmt: skip
     return out
