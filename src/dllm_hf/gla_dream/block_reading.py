@@ -1,7 +1,7 @@
 """A denoising step of GLADream on our kernels: a block that reads the states and leaves them as they are.
 
-The scans of a block, the state that they start from and the norm of their heads are one kernel, so that a layer is ten
-launches instead of sixty.
+The convolutions of a block, its scans, the state that they start from and the norm of their heads are one kernel, so
+that a layer is ten launches instead of sixty.
 """
 
 from collections.abc import Sequence
@@ -152,19 +152,20 @@ def read_block(
     is_global: bool,
     convolutions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """The scans of a block in both directions, see [`GLADreamAttention`], with rotary positions, decays and norm.
+    """The scans of a block in both directions, see [`GLADreamAttention`], with convolutions, rotary positions, decays and
+    norm.
 
     Args:
         query: `(batch, block_size, heads * key_dim)`; `key`, `value`: the same of the kv heads. The last dimension
             contiguous, tokens at equal distances.
         low_rank: `(batch, block_size, rank)`, what `decay_weight`, `(kv_heads * key_dim, rank)`, and `decay_bias`
             turn into the logits of the decays.
-        convolutions: the weights of [`short_convolution`] over queries, keys and values, `(channels, 1, size)`,
-            contiguous; or none.
         cos, sin: `(batch, block_size, key_dim)`, contiguous.
         state: `(batch, heads, key_dim, value_dim)` float32, contiguous, before the block.
         norm_weight, eps: of the norm over each head's values.
         is_global: whether every token reads the state undecayed, or the scans start from it.
+        convolutions: the weights of [`short_convolution`] over queries, keys and values, `(channels, 1, size)`,
+            contiguous; or none.
 
     Returns:
         `(batch, block_size, 2 * heads * value_dim)`, contiguous: the scan from the start, then that from the end.
@@ -172,18 +173,19 @@ def read_block(
     batch, size = query.shape[:2]
     heads, key_dim, value_dim = state.shape[1:]
     rank = low_rank.shape[-1]
-    # More than 32 rows in tf32 would be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
     conv = convolutions[0].shape[-1] if convolutions else 0
     taps = convolutions or (query, key, value)  # what is not read
     out = torch.empty(batch, size, 2 * heads * value_dim, dtype=query.dtype, device=query.device)
     power = lambda number: max(16, triton.next_power_of_2(number))
+    # More than 32 rows in tf32 would be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
+    precision = "ieee" if query.dtype == torch.float32 or size > 32 else "tf32"
     _read_block[(heads, batch, 2)](
         query, key, value, *taps, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
         key_dim**-0.5, 1.0 / gate_logit_normalizer, MIN_LOG_DECAY, eps,
         query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
         GROUPS=heads * key_dim // key.shape[2], SIZE=size, CONV=conv, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
-        IS_GLOBAL=is_global, PRECISION="ieee" if query.dtype == torch.float32 or size > 32 else "tf32",
+        IS_GLOBAL=is_global, PRECISION=precision,
         num_warps=4 if size <= 32 else 8, num_stages=2 if size <= 32 else 1,
     )  # fmt: skip
     return out
