@@ -140,8 +140,17 @@ def a_quantised_convolution(layer):
     layer.self_attn.k_conv1d.weight = Quantised(layer.self_attn.k_conv1d.weight.data)
 
 
+def a_wider_convolution(layer):
+    layer.self_attn.k_conv1d.weight = nn.Parameter(torch.zeros(16, 1, 5))
+
+
+def a_transposed_convolution(layer):
+    layer.self_attn.k_conv1d.weight = nn.Parameter(torch.zeros(3, 1, 16).permute(2, 1, 0))
+
+
 CHANGES = [another_forward, another_injection, another_attention, another_norm, another_decay]
 CHANGES += [a_quantised_decay, a_patched_decay, another_convolution, a_quantised_convolution]
+CHANGES += [a_wider_convolution, a_transposed_convolution]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

@@ -62,8 +62,9 @@ class BlockReading(FusedStack):
         parameters = [norm.weight for norm in norms]
         parameters += [parameter for decay in decays for parameter in (decay.weight, decay.bias)]
         parameters += [each.weight for layer in stack.layers for each in convolutions_of(layer.self_attn)]
-        plain = all(type(each) is nn.Parameter and each.dtype == model.dtype for each in parameters)
-        return cls(stack, model.lm_head) if plain else None
+        if any(type(each) is not nn.Parameter or each.dtype != model.dtype for each in parameters):
+            return None
+        return cls(stack, model.lm_head) if all(each.is_contiguous() for each in parameters) else None
 
     def prepare(self, cache: GLADreamCache, batch: int) -> None:
         for layer, slot in zip(self.layers, cache.layers, strict=True):
@@ -96,7 +97,7 @@ class BlockReading(FusedStack):
 
 def convolutions_of(attention: nn.Module) -> list[nn.Module]:
     """Those of queries, keys and values, where there are any."""
-    if not attention.config.conv_size:
+    if not hasattr(attention, "q_conv1d"):
         return []
     return [attention.q_conv1d, attention.k_conv1d, attention.v_conv1d]
 

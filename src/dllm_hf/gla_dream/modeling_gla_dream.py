@@ -612,7 +612,11 @@ def _is_as_built(layer: nn.Module) -> bool:
     kinds = (type(layer), type(attention), type(layer.mlp), type(decay))
     if kinds != (GLADreamDecoderLayer, GLADreamAttention, Qwen2MLP, DecayProjection):
         return False
-    if any(type(convolution) is not ShortConvolution for convolution in convolutions_of(attention)):
+    convolutions = convolutions_of(attention)
+    if any(
+        type(each) is not ShortConvolution or each.weight.shape[2:] != convolutions[0].weight.shape[2:]
+        for each in convolutions
+    ):
         return False
     return not vars(attention).keys() & vars(GLADreamAttention).keys() and "forward" not in vars(decay)
 
