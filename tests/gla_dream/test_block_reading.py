@@ -30,12 +30,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 @torch.no_grad()
-def test_a_step_has_the_logits_of_the_model(changes):
-    model = new_model("gla_dream", **changes).to(DEVICE).eval()
-    for parameter in model.parameters():  # biases are zeros when they are made
-        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+def check_a_step(model):
+    """That it has the logits of the model's own forward pass, and leaves the states as they are."""
     size = model.config.block_size
     tokens = torch.randint(0, 50, (2, 3 * size), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     cache = model.make_cache(4 * size)
@@ -50,6 +47,23 @@ def test_a_step_has_the_logits_of_the_model(changes):
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-4)
     for layer, state in zip(cache.layers, states):
         assert torch.equal(layer.state, state)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_a_step_has_the_logits_of_the_model(changes):
+    model = new_model("gla_dream", **changes).to(DEVICE).eval()
+    for parameter in model.parameters():  # biases are zeros when they are made
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    check_a_step(model)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "g_proj", "intra_gate_proj", "o_proj"])
+def test_a_projection_that_was_replaced_is_called(name):
+    model = new_model("gla_dream").to(DEVICE)
+    attention = model.model.layers[1].self_attn
+    setattr(attention, name, nn.Sequential(getattr(attention, name), nn.Tanh()))
+    check_a_step(model)
 
 
 @torch.no_grad()

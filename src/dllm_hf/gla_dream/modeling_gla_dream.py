@@ -94,8 +94,9 @@ class GLADreamAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_k_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * self.head_v_dim, bias=bias)
         if config.conv_size:
-            for name, projection in zip("qkv", (self.q_proj, self.k_proj, self.v_proj)):
-                self.add_module(f"{name}_conv1d", ShortConvolution(projection.out_features, config.conv_size))
+            self.q_conv1d = ShortConvolution(self.q_proj.out_features, config.conv_size)
+            self.k_conv1d = ShortConvolution(self.k_proj.out_features, config.conv_size)
+            self.v_conv1d = ShortConvolution(self.v_proj.out_features, config.conv_size)
         self.g_proj = nn.Linear(hidden, value_dim, bias=False)
         self.gk_proj = nn.Sequential(
             nn.Linear(hidden, config.gate_low_rank_dim, bias=False),
