@@ -71,6 +71,14 @@ class ShortConvolution(nn.Conv1d):
     def __init__(self, channels: int, size: int):
         super().__init__(channels, channels, size, groups=channels, bias=False)
 
+    def initial_weight(self) -> torch.Tensor:
+        """The noise that `torch` and `fla` begin with, around the identity: without that, what tells tokens apart is
+        mixed before anything is learnt, and recall comes much later."""
+        size = self.kernel_size[0]
+        weight = torch.empty_like(self.weight).uniform_(-(size**-0.5), size**-0.5)
+        weight[..., size // 2] += 1
+        return weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return short_convolution(x, self.weight)
 
@@ -244,9 +252,8 @@ class GLADreamPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DecayProjection):
             init.copy_(module.bias, module.memory_bias(self.config.gate_logit_normalizer))
-        if isinstance(module, ShortConvolution):  # as `torch` and `fla` do
-            bound = module.kernel_size[0] ** -0.5
-            init.uniform_(module.weight, -bound, bound)
+        if isinstance(module, ShortConvolution):
+            init.copy_(module.weight, module.initial_weight())
 
 
 class GLADreamBaseModel(GLADreamPreTrainedModel):
