@@ -1,4 +1,5 @@
-"""Time and memory of a generated block after a text of growing length, on a GPU: GLADream beside an SDAR of its size.
+"""Time and memory of a generated block after a text of growing length, on a GPU: GLADream (the recommended configuration)
+beside an SDAR of its size.
 
 usage: gla_dream_context.py [--contexts 1024 8192 65536 262144] [--steps 8]
 Random bf16 weights, about 1B parameters each, blocks of 32 tokens. After a prompt of random tokens in the cache each
@@ -104,12 +105,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 65536, 262144])
     parser.add_argument("--steps", type=int, default=8, help="denoising steps of a block")
-    parser.add_argument("--layers", type=int, default=13)
+    parser.add_argument("--layers", type=int, default=15)
     args = parser.parse_args()
     shape = {**SHAPE, "num_hidden_layers": args.layers, "max_position_embeddings": 2 * max(args.contexts)}
-    gla_dream = GLADreamConfig(intermediate_size=5632, **shape)
+    recommended = {"inter_block_injection_mode": "boundary", "share_inter_intra_gate_weights": True}
+    recommended |= {"conv_size": 5, "gate_logit_normalizer": 4}
+    gla_dream = GLADreamConfig(intermediate_size=5632, **recommended, **shape)
     # Wider feed-forward networks make up for the gates.
-    sdar = SDARConfig(intermediate_size=9024, head_dim=128, **shape)
+    sdar = SDARConfig(intermediate_size=7680, head_dim=128, **shape)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, bf16")
     rows = {}
     for model_class, config in ((GLADreamModel, gla_dream), (SDARForCausalLM, sdar)):

@@ -5,15 +5,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from dllm_hf.gla_dream.block_reading import mix_scans, mix_scans_torch, read_block, read_block_torch
+from dllm_hf.gla_dream.block_reading import (
+    mix_scans,
+    mix_scans_torch,
+    read_block,
+    read_block_torch,
+    short_convolutions,
+    short_convolutions_torch,
+)
 
 from .test_kernels import DEVICE, close, random
 
 
-def arguments(size, heads, kv_heads, key_dim, value_dim, rank, dtype, batch=2, conv=0):
+def arguments(size, heads, kv_heads, key_dim, value_dim, rank, dtype, batch=2):
     sizes = [heads * key_dim, kv_heads * key_dim, kv_heads * value_dim, rank]
     products = random(batch, size, sum(sizes), dtype=dtype).split(sizes, dim=-1)  # of one product
-    taps = [random(channels, 1, conv, dtype=dtype, seed=5) for channels in sizes[:3]] if conv else []
     angles = 3 * random(batch, size, key_dim // 2).repeat(1, 1, 2)
     return {
         **dict(zip(("query", "key", "value", "low_rank"), products)),
@@ -23,12 +29,11 @@ def arguments(size, heads, kv_heads, key_dim, value_dim, rank, dtype, batch=2, c
         "sin": angles.sin().to(dtype),
         "state": random(batch, heads, key_dim, value_dim, seed=3),
         "norm_weight": random(value_dim, dtype=dtype, seed=4),
-        "convolutions": taps,
     }
 
 
 def check(inputs, is_global, dtype, normalizer=16.0):
-    precise = {name: [y.double() for y in x] if isinstance(x, list) else x.double() for name, x in inputs.items()}
+    precise = {name: x.double() for name, x in inputs.items()}
     expected = read_block_torch(**precise, eps=1e-6, gate_logit_normalizer=normalizer, is_global=is_global)
     got = read_block(**inputs, eps=1e-6, gate_logit_normalizer=normalizer, is_global=is_global)
     assert got.shape == expected.shape and got.is_contiguous()
@@ -50,10 +55,15 @@ def test_blocks_of_every_size_and_rank(size, rank, dtype, is_global):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size, conv", [(1, 3), (4, 9), (32, 1), (32, 5), (33, 3), (64, 5)])
-@pytest.mark.parametrize("heads, kv_heads, key_dim, value_dim", [(2, 2, 16, 32), (4, 1, 64, 24)])
-def test_short_convolutions_of_every_size(heads, kv_heads, key_dim, value_dim, size, conv, dtype):
-    check(arguments(size, heads, kv_heads, key_dim, value_dim, 16, dtype, conv=conv), False, dtype)
+@pytest.mark.parametrize("size, taps", [(1, 3), (4, 9), (32, 1), (32, 5), (33, 3), (64, 5)])
+@pytest.mark.parametrize("channels", [(32, 32, 64), (128, 64, 24), (16, 1, 100)], ids=str)
+def test_short_convolutions_of_every_size(channels, size, taps, dtype):
+    product = random(2, size, 5 + sum(channels), dtype=dtype)[..., 5:]
+    inputs = [*product.split(channels, dim=-1), *(random(each, 1, taps, dtype=dtype, seed=1) for each in channels)]
+    found = short_convolutions(*inputs)
+    for got, expected in zip(found, short_convolutions_torch(*(x.double() for x in inputs)), strict=True):
+        assert got.shape == expected.shape and got.stride(2) == 1
+        close(got, expected, dtype)
 
 
 @pytest.mark.parametrize("bias", [-100.0, 100.0], ids=["at the clamp", "none"])

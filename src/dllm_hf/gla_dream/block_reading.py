@@ -1,10 +1,8 @@
 """A denoising step of GLADream on our kernels: a block that reads the states and leaves them as they are.
 
-The convolutions of a block, its scans, the state that they start from and the norm of their heads are one kernel, so
-that a layer is ten launches instead of sixty.
+The scans of a block, the state that they start from and the norm of their heads are one kernel, so that a layer is ten
+launches instead of sixty, and eleven with short convolutions.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -35,6 +33,7 @@ class BlockReading(FusedStack):
 
     def __init__(self, stack: PreTrainedModel, head: nn.Module):
         super().__init__(stack, head)
+        self.convolve = short_convolutions if self.is_fused else short_convolutions_torch
         self.read = read_block if self.is_fused else read_block_torch
         self.mix = mix_scans if self.is_fused else mix_scans_torch
 
@@ -77,11 +76,13 @@ class BlockReading(FusedStack):
     def attend(self, index: int, normed, cos, sin, columns, lengths, cache: GLADreamCache) -> torch.Tensor:
         attention, state = self.layers[index].self_attn, cache.layers[index].state
         query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
+        convolutions = convolutions_of(attention)
+        if convolutions:
+            query, key, value = self.convolve(query, key, value, *(each.weight for each in convolutions))
         decay, norm = attention.gk_proj[1], attention.g_norm_swish_gate
         scans = self.read(
             query, key, value, low_rank, decay.weight, decay.bias, cos, sin, state, norm.weight, norm.eps,
             self.config.gate_logit_normalizer, self.config.inter_block_injection_mode == "global",
-            [convolution.weight for convolution in convolutions_of(attention)],
         )  # fmt: skip
         return self.mix(scans, attention.intra_gate_proj(scans), gate)
 
@@ -102,6 +103,47 @@ def convolutions_of(attention: nn.Module) -> list[nn.Module]:
     return [attention.q_conv1d, attention.k_conv1d, attention.v_conv1d]
 
 
+def short_convolutions_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """The twin of [`short_convolutions`]."""
+    return tuple(map(short_convolution, (query, key, value), (query_weight, key_weight, value_weight)))
+
+
+def short_convolutions(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """[`short_convolution`] of queries, keys and values.
+
+    Args:
+        query, key, value: `(batch, block_size, channels)`, each of its own number of channels. The last dimension
+            contiguous, tokens at equal distances.
+        query_weight, key_weight, value_weight: `(channels, 1, size)`, contiguous, of one size.
+
+    Returns:
+        The three, as parts of one tensor.
+    """
+    (batch, size), sizes = query.shape[:2], [x.shape[2] for x in (query, key, value)]
+    out = torch.empty(batch, size, sum(sizes), dtype=query.dtype, device=query.device)
+    channels = 32
+    _short_convolutions[(triton.cdiv(max(sizes), channels), batch, 3)](
+        query, key, value, query_weight, key_weight, value_weight, out,
+        query.stride(1), key.stride(1), value.stride(1), *sizes,
+        SIZE=size, TAPS=query_weight.shape[-1], BLOCK_T=triton.next_power_of_2(size), BLOCK_C=channels, num_warps=4,
+    )  # fmt: skip
+    return out.split(sizes, dim=-1)
+
+
 def read_block_torch(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -116,12 +158,9 @@ def read_block_torch(
     eps: float,
     gate_logit_normalizer: float,
     is_global: bool,
-    convolutions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """The twin of [`read_block`]."""
     batch, heads, key_dim, value_dim = state.shape
-    if convolutions:
-        query, key, value = map(short_convolution, (query, key, value), convolutions)
     query, key = (rotate_torch(x.unflatten(-1, (-1, key_dim)), cos, sin) for x in (query, key))
     value = value.unflatten(-1, (-1, value_dim))
     logits = F.linear(low_rank, decay_weight, decay_bias).float().view(key.shape)
@@ -151,10 +190,8 @@ def read_block(
     eps: float,
     gate_logit_normalizer: float,
     is_global: bool,
-    convolutions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """The scans of a block in both directions, see [`GLADreamAttention`], with convolutions, rotary positions, decays and
-    norm.
+    """The scans of a block in both directions, see [`GLADreamAttention`], with rotary positions, decays and norm.
 
     Args:
         query: `(batch, block_size, heads * key_dim)`; `key`, `value`: the same of the kv heads. The last dimension
@@ -165,8 +202,6 @@ def read_block(
         state: `(batch, heads, key_dim, value_dim)` float32, contiguous, before the block.
         norm_weight, eps: of the norm over each head's values.
         is_global: whether every token reads the state undecayed, or the scans start from it.
-        convolutions: the weights of [`short_convolution`] over queries, keys and values, `(channels, 1, size)`,
-            contiguous; or none.
 
     Returns:
         `(batch, block_size, 2 * heads * value_dim)`, contiguous: the scan from the start, then that from the end.
@@ -174,17 +209,15 @@ def read_block(
     batch, size = query.shape[:2]
     heads, key_dim, value_dim = state.shape[1:]
     rank = low_rank.shape[-1]
-    conv = convolutions[0].shape[-1] if convolutions else 0
-    taps = convolutions or (query, key, value)  # what is not read
     out = torch.empty(batch, size, 2 * heads * value_dim, dtype=query.dtype, device=query.device)
     power = lambda number: max(16, triton.next_power_of_2(number))
     # More than 32 rows in tf32 would be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
     precision = "ieee" if query.dtype == torch.float32 or size > 32 else "tf32"
     _read_block[(heads, batch, 2)](
-        query, key, value, *taps, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
+        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
         key_dim**-0.5, 1.0 / gate_logit_normalizer, MIN_LOG_DECAY, eps,
         query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
-        GROUPS=heads * key_dim // key.shape[2], SIZE=size, CONV=conv, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        GROUPS=heads * key_dim // key.shape[2], SIZE=size, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
         IS_GLOBAL=is_global, PRECISION=precision,
         num_warps=4 if size <= 32 else 8, num_stages=2 if size <= 32 else 1,
@@ -220,30 +253,41 @@ def mix_scans(scans: torch.Tensor, gate_logits: torch.Tensor, output_gate: torch
 if triton is not None:
 
     @triton.jit
-    def _convolved(x, token, taps, step, dim, is_dim, SIZE: tl.constexpr, CONV: tl.constexpr):
-        """`(step, dim)` float32 of a block's head at `x`, whose tokens are `token` apart, after [`short_convolution`]
-        where there is one."""
-        if CONV == 0:
-            total = tl.load(x + step[:, None] * token + dim, mask=(step < SIZE)[:, None] & is_dim, other=0.0)
-            return total.to(tl.float32)
-        total = tl.zeros([step.shape[0], dim.shape[0]], tl.float32)
-        for tap in range(CONV):
-            other = step + tap - CONV // 2
-            inside = ((other >= 0) & (other < SIZE))[:, None] & is_dim
-            weight = tl.load(taps + dim * CONV + tap, mask=is_dim, other=0.0).to(tl.float32)
-            total += tl.load(x + other[:, None] * token + dim, mask=inside, other=0.0).to(tl.float32) * weight
+    def _short_convolutions(
+        query, key, value, query_taps, key_taps, value_taps, out,
+        query_token, key_token, value_token, query_channels, key_channels, value_channels,
+        SIZE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    ):  # fmt: skip
+        """A block of channels of queries, keys or values, for the tokens of one sequence."""
+        batch, which = tl.program_id(1).to(tl.int64), tl.program_id(2)
+        channels, first, token, x, taps = query_channels, 0, query_token, query, query_taps
+        if which == 1:
+            channels, first, token, x, taps = key_channels, query_channels, key_token, key, key_taps
+        if which == 2:
+            channels, first, token, x, taps = (
+                value_channels, query_channels + key_channels, value_token, value, value_taps
+            )  # fmt: skip
+        channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        step, is_channel = tl.arange(0, BLOCK_T), channel < channels
+        x += batch * SIZE * token
+        total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        for tap in tl.static_range(TAPS):
+            other = step + tap - TAPS // 2
+            inside = ((other >= 0) & (other < SIZE))[:, None] & is_channel
+            weight = tl.load(taps + channel * TAPS + tap, mask=is_channel, other=0.0).to(tl.float32)
+            total += tl.load(x + other[:, None] * token + channel, mask=inside, other=0.0).to(tl.float32) * weight
         # Rounded where the torch form rounds.
-        total = total.to(x.dtype.element_ty).to(tl.float32)
-        total = (total / (1.0 + tl.exp(-total))).to(x.dtype.element_ty).to(tl.float32)
-        return tl.where((step < SIZE)[:, None], total, 0.0)
+        total = total.to(out.dtype.element_ty).to(tl.float32)
+        total = total / (1.0 + tl.exp(-total))
+        place = (batch * SIZE + step)[:, None] * (query_channels + key_channels + value_channels) + first + channel
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=(step < SIZE)[:, None] & is_channel)
 
     @triton.jit
     def _read_block(
-        query, key, value, query_taps, key_taps, value_taps,
-        low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
+        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
         scale, inverse_normalizer, min_log_decay, eps,
         query_token, key_token, value_token, low_rank_token,
-        GROUPS: tl.constexpr, SIZE: tl.constexpr, CONV: tl.constexpr, RANK: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+        GROUPS: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
         IS_GLOBAL: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -270,13 +314,13 @@ if triton is not None:
             angle = token[:, None] * KEY_DIM + dim
             cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
             sine = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32) * sign
-            place, taps = query + batch * SIZE * query_token + head * KEY_DIM, query_taps + head * KEY_DIM * CONV
-            q = _convolved(place, query_token, taps, step, dim, is_key, SIZE, CONV) * cosine
-            q += _convolved(place, query_token, taps, step, partner, is_key, SIZE, CONV) * sine
+            place = query + token[:, None] * query_token + head * KEY_DIM
+            q = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
+            q += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
             q = (q.to(dtype).to(tl.float32) * scale).to(tl.float32)  # of Inductor, `scale` is a float64
-            place, taps = key + batch * SIZE * key_token + kv_head * KEY_DIM, key_taps + kv_head * KEY_DIM * CONV
-            k = _convolved(place, key_token, taps, step, dim, is_key, SIZE, CONV) * cosine
-            k += _convolved(place, key_token, taps, step, partner, is_key, SIZE, CONV) * sine
+            place = key + token[:, None] * key_token + kv_head * KEY_DIM
+            k = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
+            k += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
             k = k.to(dtype).to(tl.float32)
 
             row = kv_head * KEY_DIM + dim
@@ -303,8 +347,8 @@ if triton is not None:
         order = step[:, None] - step
         sees = tl.where(from_end, order <= 0, order >= 0) & exists
         scores = tl.where(sees, scores, 0.0)
-        place, taps = value + batch * SIZE * value_token + kv_head * VALUE_DIM, value_taps + kv_head * VALUE_DIM * CONV
-        v = _convolved(place, value_token, taps, step, ends, is_value, SIZE, CONV)
+        place = value + token[:, None] * value_token + kv_head * VALUE_DIM + ends
+        v = tl.load(place, mask=exists[:, None] & is_value, other=0.0).to(tl.float32)
         result += tl.dot(scores, v, input_precision=PRECISION)
         scaled = result * tl.rsqrt((tl.sum(result * result, 1) / VALUE_DIM + eps).to(tl.float32))[:, None]
         scaled = scaled * tl.load(norm_weight + ends, mask=is_value, other=0.0).to(tl.float32)
