@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dllm_hf.generation import graphs, mixin
+from dllm_hf.generation.graphs import FastPath
 from dllm_hf.generation.remasking import STRATEGIES
 
 from ..builders import MASK, left_pad, new_model
@@ -438,6 +439,31 @@ def test_steps_share_the_memory_of_their_noise():
     (kept,) = graphs._idle[model]
     assert len(kept.steps) == 2
     assert sum(kind == "gumbel" for kind, *_ in kept.noise) == 1
+
+
+RECURRENT = [{"attn_mode": "torch"}, {"block_size": 65}, {"block_size": 65, "logits_shift": 1}, {"logits_shift": 1}]
+
+
+@pytest.mark.parametrize("changes", RECURRENT, ids=str)
+def test_a_recurrent_model_computes_nothing_but_its_prompt_outside_of_its_steps(changes, captured, monkeypatch):
+    model = fresh_model("gla_dream", max_position_embeddings=512, **changes)
+    size, rows = model.config.block_size, torch.tensor([[5, 6, 7]], device=DEVICE)
+    options = {"denoising_steps": 2, "logits_eos_inf": True}
+    text, plain = (
+        model.diffusion_generate(rows, max_new_tokens=6 * size - 3, disable_compile=disabled, **options)
+        for disabled in (False, True)
+    )
+    assert torch.equal(text, plain)
+    windows, forward = [], FastPath.takes
+
+    def takes(self, window):
+        windows.append(forward(self, window))
+        return windows[-1]
+
+    monkeypatch.setattr(FastPath, "takes", takes)
+    monkeypatch.setattr(FastPath, "logits", None)
+    model.diffusion_generate(text[:, : 3 * size + 1], max_new_tokens=2 * size, **options)
+    assert windows == [False] + 5 * [True]
 
 
 @pytest.mark.parametrize("changes", [{"attn_mode": "torch"}, {"block_size": 65}], ids=str)

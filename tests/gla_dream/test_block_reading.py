@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dllm_hf.gla_dream.block_reading import BlockReading
-from dllm_hf.gla_dream.modeling_gla_dream import GLADreamAttention, ReadingForward
+from dllm_hf.gla_dream.modeling_gla_dream import GLADreamAttention, OwnForward
 
 from ..builders import new_model
 from .conftest import INJECTIONS
@@ -32,21 +32,34 @@ VARIANTS = {
 
 @torch.no_grad()
 def check_a_step(model):
-    """That it has the logits of the model's own forward pass, and leaves the states as they are."""
+    """That it has the logits of the model's own forward pass and leaves the states as they are; behind a finished block,
+    that it moves the states of the rows that have one."""
     size = model.config.block_size
-    tokens = torch.randint(0, 50, (2, 3 * size), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    cache = model.make_cache(4 * size)
+    tokens = torch.randint(0, 50, (3, 4 * size), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    cache = model.make_cache(5 * size)
     model(tokens[:, : 2 * size], past_key_values=cache, use_cache=True)
-    columns = torch.arange(2 * size, 3 * size, device=DEVICE).expand(2, -1)
-    keep = columns - columns[:, :1] - model.logits_shift
     states = [layer.state.clone() for layer in cache.layers]
-    block = tokens[:, 2 * size :]
-    expected, got = (
-        forward(block, columns, None, keep, cache) for forward in (ReadingForward(model), BlockReading.of(model))
-    )
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-4)
-    for layer, state in zip(cache.layers, states):
-        assert torch.equal(layer.state, state)
+    starts = torch.tensor([[2 * size], [2 * size], [3 * size]], device=DEVICE)
+    # The last row has no finished block, and repeats its last column.
+    columns = (starts + torch.arange(2 * size, device=DEVICE)).clamp(max=4 * size - 1)
+
+    def both(columns, starts_of_block, settled):
+        keep = torch.arange(size, device=DEVICE) + starts_of_block - columns[:, :1] - model.logits_shift
+        found = []
+        for forward in (OwnForward(model), BlockReading.of(model)):
+            own = copy.deepcopy(cache)
+            logits = forward(tokens.gather(1, columns), columns, None, keep, settled, own)
+            found.append([logits, own.last_hidden, *(layer.state for layer in own.layers)])
+        for got, expected in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-4)
+        return found[1][2:]
+
+    for state, before in zip(both(columns[:, :size], starts, starts), states):
+        assert torch.equal(state, before)
+    for state, before in zip(
+        both(columns, torch.full_like(starts, 3 * size), torch.full_like(starts, 3 * size)), states
+    ):
+        assert torch.equal(state[2], before[2]) and not torch.isclose(state[:2], before[:2]).all(-1).any()
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -84,10 +97,10 @@ def test_in_bfloat16_the_logits_are_as_near_to_float64_as_the_model_s_own():
             cache = model.make_cache(64)  # noqa: B023
             for layer, state in zip(cache.layers, states):  # noqa: B023
                 layer.lazy_initialization(state.clone(), torch.float32)
-            return forward(tokens, columns, None, columns - 32, cache).double()  # noqa: B023
+            return forward(tokens, columns, None, columns - 32, columns[:, :1], cache).double()  # noqa: B023
 
-        exact = logits(ReadingForward(copy.deepcopy(model).double()))
-        for name, forward in (("kernel", BlockReading.of(model)), ("own", ReadingForward(model))):
+        exact = logits(OwnForward(copy.deepcopy(model).double()))
+        for name, forward in (("kernel", BlockReading.of(model)), ("own", OwnForward(model))):
             errors[name] += float((logits(forward) - exact).norm() / exact.norm())
     assert 0 < errors["kernel"] <= 1.05 * errors["own"], errors
 
@@ -97,12 +110,12 @@ REFUSED = [{"attn_mode": "torch"}, {"block_size": 65}, {"gate_low_rank_dim": 65}
 
 @pytest.mark.parametrize("changes", REFUSED, ids=str)
 def test_what_the_kernel_has_no_room_for_runs_as_it_is(changes):
-    assert isinstance(new_model("gla_dream", **changes).step_forward(), ReadingForward)
+    assert isinstance(new_model("gla_dream", **changes).step_forward(), OwnForward)
 
 
 def test_other_types_run_as_they_are():
     assert isinstance(new_model("gla_dream").half().step_forward(), BlockReading)
-    assert isinstance(new_model("gla_dream").double().step_forward(), ReadingForward)
+    assert isinstance(new_model("gla_dream").double().step_forward(), OwnForward)
 
 
 class Quantised(nn.Parameter):
@@ -172,10 +185,10 @@ def test_a_layer_that_was_changed_runs_as_it_is(change):
     model = new_model("gla_dream", conv_size=3)
     assert isinstance(model.step_forward(), BlockReading)
     change(model.model.layers[1])
-    assert isinstance(model.step_forward(), ReadingForward)
+    assert isinstance(model.step_forward(), OwnForward)
 
 
 def test_another_last_norm_runs_as_it_is():
     model = new_model("gla_dream")
     model.model.norm = nn.LayerNorm(32)
-    assert isinstance(model.step_forward(), ReadingForward)
+    assert isinstance(model.step_forward(), OwnForward)

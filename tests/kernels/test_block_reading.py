@@ -8,6 +8,8 @@ pytest.importorskip("triton")
 from dllm_hf.gla_dream.block_reading import (
     mix_scans,
     mix_scans_torch,
+    move_states,
+    move_states_torch,
     read_block,
     read_block_torch,
     short_convolutions,
@@ -33,11 +35,14 @@ def arguments(size, heads, kv_heads, key_dim, value_dim, rank, dtype, batch=2):
 
 
 def check(inputs, is_global, dtype, normalizer=16.0):
+    """Reading alone, and what the unit between blocks needs."""
     precise = {name: x.double() for name, x in inputs.items()}
-    expected = read_block_torch(**precise, eps=1e-6, gate_logit_normalizer=normalizer, is_global=is_global)
-    got = read_block(**inputs, eps=1e-6, gate_logit_normalizer=normalizer, is_global=is_global)
-    assert got.shape == expected.shape and got.is_contiguous()
-    close(got, expected, dtype)
+    options = {"eps": 1e-6, "gate_logit_normalizer": normalizer, "is_global": is_global}
+    for moves_on in (False, True):
+        found = read_block(**inputs, **options, moves_on=moves_on)
+        for got, expected in zip(found, read_block_torch(**precise, **options, moves_on=moves_on), strict=True):
+            assert got.shape == expected.shape and got.is_contiguous()
+            close(got, expected, dtype)
 
 
 @pytest.mark.parametrize("is_global", [False, True], ids=["boundary", "global"])
@@ -72,6 +77,18 @@ def test_the_strongest_and_the_weakest_decays(size, bias):
     inputs = arguments(size, 2, 2, 32, 32, 16, torch.float32)
     inputs |= {"decay_bias": inputs["decay_bias"] + bias, "query": 100 * inputs["query"], "key": 100 * inputs["key"]}
     check(inputs, False, torch.float32, normalizer=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads, key_dim, value_dim", [(2, 16, 32), (1, 96, 24), (3, 5, 128)])
+def test_the_states_of_the_rows_that_move(heads, key_dim, value_dim, dtype):
+    state, last_states = random(3, heads, key_dim, value_dim), random(3, 2, heads, key_dim, value_dim)
+    others = -random(3, heads, key_dim).abs(), 3 * random(3, heads * value_dim, dtype=dtype)
+    moves, before, expected = torch.tensor([True, False, True], device=DEVICE), state.clone(), state.double()
+    move_states(state, last_states, *others, moves)
+    move_states_torch(expected, last_states.double(), *(x.double() for x in others), moves)
+    close(state, expected, torch.float32)
+    assert torch.equal(state[1], before[1]) and not torch.equal(state[2], before[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

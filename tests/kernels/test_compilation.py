@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 KERNELS = {"_attend", "_combine", "_add_rms_norm", "_swiglu", "_rotate_and_store", "_scan", "_merge"}
-KERNELS |= {"_short_convolutions", "_read_block", "_mix_scans"}
+KERNELS |= {"_short_convolutions", "_read_block", "_move_states", "_mix_scans"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")

@@ -23,6 +23,7 @@ from ..kernels.layers import (
     swiglu_torch,
 )
 from .cache import CanvasCache
+from .canvas import Window
 from .graphs import can_be_captured, lock
 
 # That go through a feed-forward network at a time: its inside is three to five times as wide as the rest.
@@ -121,8 +122,6 @@ class FusedStack:
     Holds the parts of the model and not the model, so that something kept for a model may hold it.
     """
 
-    moves_on = True  # keys are written wherever the window stands
-
     def __init__(self, stack: PreTrainedModel, head: nn.Module):
         self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
         self.head, self.config, self.dtype = head, stack.config, stack.dtype
@@ -166,6 +165,10 @@ class FusedStack:
                 return None
         return cls(stack, model.lm_head)
 
+    def covers(self, window: Window) -> bool:
+        """Whether it does all that a window asks for. Keys are written wherever the window stands."""
+        return True
+
     def prepare(self, cache: CanvasCache, batch: int) -> None:
         """Allocate the cache of `batch` rows: what is captured or compiled must find it."""
         for layer, slot in zip(self.layers, cache.layers, strict=True):
@@ -181,12 +184,14 @@ class FusedStack:
         columns: torch.Tensor,
         lengths: torch.Tensor,
         keep: torch.Tensor,
+        settled: torch.Tensor,
         cache: CanvasCache,
     ) -> torch.Tensor:
         """Args:
             tokens, columns: `(batch, window)`. Keys and values of the window go into these columns of the cache.
             lengths: `(batch, window)` int32, the columns that each token sees.
             keep: `(batch, kept)`, indices into the window.
+            settled: `(batch, 1)`, the column up to which the canvas is final.
 
         Returns:
             Logits, `(batch, kept, vocab)`.

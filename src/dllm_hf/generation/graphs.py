@@ -55,6 +55,8 @@ class StepInputs:
     window, keep: as in [`Window`].
     lengths: `(batch, window)` int32, the columns that each token of the window sees.
     given: `(batch, window)` bool, the tokens that came with the prompt.
+    settled: `(batch, 1)`, the column up to which the canvas is final; the window's first one where no more is than in the
+        last window.
     """
 
     columns: torch.Tensor
@@ -65,6 +67,7 @@ class StepInputs:
     keep: torch.Tensor
     lengths: torch.Tensor
     given: torch.Tensor
+    settled: torch.Tensor
 
 
 class RecordedNoise:
@@ -227,8 +230,8 @@ class FastPath:
     """The steps of one call, on the graphs of its cache.
 
     Args:
-        forward: `(tokens, columns, lengths, keep, given) -> (batch, kept, vocab)`, a forward pass over a window. What it
-            reads besides, the cache and the weights, stays in its place.
+        forward: `(tokens, columns, lengths, keep, given, settled) -> (batch, kept, vocab)`, a forward pass over a window.
+            What it reads besides, the cache and the weights, stays in its place.
         forward_of_step: what does the same inside of a graph.
         fused: what `forward` runs the model with, see [`DiffusionGenerationMixin.step_forward`].
         block_length: of the blocks that a window which is block-causal inside consists of.
@@ -244,13 +247,10 @@ class FastPath:
         fused: Callable,
     ):
         self.graphs, self.forward, self.forward_of_step, self.canvas = graphs, forward, forward_of_step, canvas
-        self.block_length, self.moves_on, self.kind = block_length, fused.moves_on, type(fused)
+        self.block_length, self.covers, self.kind = block_length, fused.covers, type(fused)
         self.block: Block | None = None
         self.window: Window | None = None
         graphs.begin(canvas)
-
-    def covers(self, window: Window) -> bool:
-        return self.moves_on or window.settled is None
 
     def takes(self, window: Window) -> bool:
         """Whether a step over this window is run as a graph."""
@@ -261,8 +261,8 @@ class FastPath:
         columns = window.columns
         if columns is None:
             columns = torch.arange(self.canvas.width, device=self.canvas.tokens.device).expand(self.graphs.rows, -1)
-        lengths, given = self._about(window, columns)
-        return self.forward(self.canvas.tokens.gather(1, columns), columns, lengths, window.keep, given)
+        lengths, *others = self._about(window, columns)
+        return self.forward(self.canvas.tokens.gather(1, columns), columns, lengths, window.keep, *others)
 
     def denoise(self, denoiser, block: Block, window: Window, allowed, quota, noise: Noise) -> None:
         """One step, as `Denoiser._denoise` does it. What is transferred is decided by `denoiser.decide`, which depends on
@@ -283,7 +283,9 @@ class FastPath:
 
         def compute(inputs: StepInputs, noise: RecordedNoise) -> None:
             tokens = graphs.tokens.gather(1, inputs.window)
-            logits = self.forward_of_step(tokens, inputs.window, inputs.lengths, inputs.keep, inputs.given)
+            logits = self.forward_of_step(
+                tokens, inputs.window, inputs.lengths, inputs.keep, inputs.given, inputs.settled
+            )
             tokens = graphs.tokens.gather(1, inputs.columns)
             masked = (tokens == denoiser.config.mask_token_id) & inputs.allowed & ~graphs.ended[:, None]
             proposals, transfer = denoiser.decide(logits, masked, inputs.quota, noise)
@@ -294,15 +296,16 @@ class FastPath:
 
         graphs.step((self.kind, *denoiser.settings), inputs, denoiser.constants).run(compute, inputs, noise, graphs)
 
-    def _about(self, window: Window, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`lengths` and `given`, see [`StepInputs`]."""
+    def _about(self, window: Window, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`lengths`, `given` and `settled`, see [`StepInputs`]."""
         if window.is_block_causal:
             lengths = ((columns // self.block_length + 1) * self.block_length).clamp(max=window.visible)
         elif window.key_mask is not None:
             lengths = window.key_mask.sum(-1, keepdim=True).expand_as(columns)
         else:
             lengths = torch.full_like(columns, window.visible)
-        return lengths.to(torch.int32).contiguous(), self.canvas.given.gather(1, columns)
+        settled = columns[:, :1] if window.settled is None else window.settled
+        return lengths.to(torch.int32).contiguous(), self.canvas.given.gather(1, columns), settled
 
 
 def fingerprint_of(model: torch.nn.Module) -> tuple:

@@ -271,11 +271,11 @@ class DiffusionGenerationMixin(GenerationMixin):
         """The forward pass of [`FastPath`]."""
         guided = config.cfg_scale > 0
 
-        def forward(tokens, columns, lengths, keep, given):
+        def forward(tokens, columns, lengths, keep, given, settled):
             if guided:
                 tokens = torch.cat([tokens, torch.where(given, config.mask_token_id, tokens)])
-                columns, lengths, keep = (x.repeat(2, 1) for x in (columns, lengths, keep))
-            logits = fused(tokens, columns, lengths, keep, cache)
+                columns, lengths, keep, settled = (x.repeat(2, 1) for x in (columns, lengths, keep, settled))
+            logits = fused(tokens, columns, lengths, keep, settled, cache)
             return guide(logits, config.cfg_scale) if guided else logits
 
         return forward
@@ -328,9 +328,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         release(self)
 
     def step_forward(self) -> Callable | None:
-        """What [`FastPath`] runs in the place of `forward`, without guidance: `(tokens, columns, lengths, keep, cache) ->
-        (batch, kept, vocab)`, with an attribute `moves_on`, whether it also does what a window asks for that is `settled`,
-        and a method `prepare(cache, batch)`. None where the model has no such thing."""
+        """What [`FastPath`] runs in the place of `forward`, without guidance: `(tokens, columns, lengths, keep, settled,
+        cache) -> (batch, kept, vocab)`, with the methods `covers(window)`, whether it does all that a window asks for,
+        and `prepare(cache, batch)`. None where the model has no such thing."""
         return None
 
     def _make_policy(

@@ -1,4 +1,5 @@
-"""A denoising step of GLADream on our kernels: a block that reads the states and leaves them as they are.
+"""A denoising step of GLADream on our kernels: a block that reads the states and leaves them as they are, and before it,
+in its first step, the finished block that moves them on.
 
 The scans of a block, the state that they start from and the norm of their heads are one kernel, so that a layer is ten
 launches instead of sixty, and eleven with short convolutions.
@@ -9,11 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..generation.canvas import Window
 from ..generation.fused import FusedStack, is_patched
 from ..generation.graphs import can_be_captured
 from ..kernels.layers import rotate_torch
 from .gated_linear_attention import MIN_LOG_DECAY, chunk_gla, short_convolution
-from .generation_utils_gla_dream import GLADreamCache
+from .generation_utils_gla_dream import GLADreamCache, is_step
 
 try:
     import triton
@@ -27,15 +29,14 @@ LARGEST = (64, 128, 128, 64)
 
 
 class BlockReading(FusedStack):
-    """The stack of a GLADream as [`FusedStack`] runs one, over windows of one block."""
-
-    moves_on = False
+    """The stack of a GLADream as [`FusedStack`] runs one, over windows of one block or two."""
 
     def __init__(self, stack: PreTrainedModel, head: nn.Module):
         super().__init__(stack, head)
         self.convolve = short_convolutions if self.is_fused else short_convolutions_torch
         self.read = read_block if self.is_fused else read_block_torch
         self.mix = mix_scans if self.is_fused else mix_scans_torch
+        self.move = move_states if self.is_fused else move_states_torch
 
     def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
         (inputs,), others = super().inputs_of(attention), [attention.g_proj, attention.gk_proj[0]]
@@ -65,32 +66,52 @@ class BlockReading(FusedStack):
             return None
         return cls(stack, model.lm_head) if all(each.is_contiguous() for each in parameters) else None
 
-    def prepare(self, cache: GLADreamCache, batch: int) -> None:
-        for layer, slot in zip(self.layers, cache.layers, strict=True):
-            if not slot.is_initialized:
-                attention = layer.self_attn
-                shape = (batch, attention.num_heads, attention.head_k_dim, attention.head_v_dim)
-                device = layer.input_layernorm.weight.device
-                slot.lazy_initialization(torch.zeros(shape, dtype=torch.float32, device=device), self.dtype)
+    def covers(self, window: Window) -> bool:
+        return is_step(window, self.config.block_size)
 
-    def attend(self, index: int, normed, cos, sin, columns, lengths, cache: GLADreamCache) -> torch.Tensor:
+    def prepare(self, cache: GLADreamCache, batch: int) -> None:
+        cache.allocate(self.config, batch, self.dtype, self.norm.weight.device)
+
+    def attend(self, index: int, normed, cos, sin, columns, moves, cache: GLADreamCache) -> torch.Tensor:
+        """`normed`: `(blocks * batch, block_size, hidden)`, block after block; `moves`: see [`move_states`]."""
         attention, state = self.layers[index].self_attn, cache.layers[index].state
         query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
-        convolutions = convolutions_of(attention)
-        if convolutions:
+        if convolutions := convolutions_of(attention):
             query, key, value = self.convolve(query, key, value, *(each.weight for each in convolutions))
         decay, norm = attention.gk_proj[1], attention.g_norm_swish_gate
-        scans = self.read(
-            query, key, value, low_rank, decay.weight, decay.bias, cos, sin, state, norm.weight, norm.eps,
-            self.config.gate_logit_normalizer, self.config.inter_block_injection_mode == "global",
-        )  # fmt: skip
+
+        def read(rows: slice, moves_on: bool):
+            return self.read(
+                query[rows], key[rows], value[rows], low_rank[rows], decay.weight, decay.bias, cos[rows], sin[rows], state,
+                norm.weight, norm.eps, self.config.gate_logit_normalizer,
+                self.config.inter_block_injection_mode == "global", moves_on,
+            )  # fmt: skip
+
+        finished = len(normed) - len(state)
+        if finished:
+            before, last_states, log_decays, last_outputs = read(slice(finished), True)
+            shares = self.config.share_inter_intra_gate_weights
+            gate_logits = (attention.intra_gate_proj if shares else attention.inter_gate_proj)(last_outputs)
+            self.move(state, last_states, log_decays, gate_logits, moves)
+        (scans,) = read(slice(finished, None), False)
+        if finished:
+            scans = torch.cat([before, scans])
         return self.mix(scans, attention.intra_gate_proj(scans), gate)
 
-    def __call__(self, tokens, columns, lengths, keep, cache: GLADreamCache) -> torch.Tensor:
-        hidden_states = self.last_hidden(tokens, columns, lengths, cache)
-        if self.config.logits_shift:
-            hidden_states, keep = cache.with_token_before(hidden_states), keep + 1
-        return self.head(hidden_states.take_along_dim(keep[..., None], dim=1))
+    def __call__(self, tokens, columns, lengths, keep, settled, cache: GLADreamCache) -> torch.Tensor:
+        batch, size = len(tokens), self.config.block_size
+        # Each block is a row to all but the states, which the finished ones move on first.
+        by_block = (x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1) for x in (tokens, columns))
+        moves = (settled > columns[:, :1])[:, 0]
+        hidden_states = self.last_hidden(*by_block, moves, cache)
+        hidden_states = hidden_states.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, 2)
+        if not self.config.logits_shift:
+            return self.head(hidden_states.take_along_dim(keep[..., None], dim=1))
+        logits = self.head(cache.with_token_before(hidden_states).take_along_dim(keep[..., None] + 1, dim=1))
+        if hidden_states.shape[1] > size:
+            last = torch.where(moves[:, None], hidden_states[:, size - 1], cache.last_hidden)
+            cache.last_hidden.copy_(last)
+        return logits
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
         return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)
@@ -158,7 +179,8 @@ def read_block_torch(
     eps: float,
     gate_logit_normalizer: float,
     is_global: bool,
-) -> torch.Tensor:
+    moves_on: bool,
+) -> tuple[torch.Tensor, ...]:
     """The twin of [`read_block`]."""
     batch, heads, key_dim, value_dim = state.shape
     query, key = (rotate_torch(x.unflatten(-1, (-1, key_dim)), cos, sin) for x in (query, key))
@@ -170,10 +192,14 @@ def read_block_torch(
     initial, read = state, 0.0
     if is_global:
         initial, read = None, ((query * key_dim**-0.5).transpose(1, 2) @ state).transpose(1, 2)
-    scans = (chunk_gla(query, key, value, log_decay, initial, reverse, False)[0] + read for reverse in (False, True))
-    return torch.cat(
-        [F.rms_norm(x, (value_dim,), norm_weight.to(x.dtype), eps).flatten(2).to(low_rank.dtype) for x in scans], dim=-1
-    )
+    scan = lambda initial, reverse: chunk_gla(query, key, value, log_decay, initial, reverse, moves_on)
+    norm = lambda x: F.rms_norm(x, (value_dim,), norm_weight.to(x.dtype), eps).flatten(-2).to(low_rank.dtype)
+    scans = torch.cat([norm(scan(initial, reverse)[0] + read) for reverse in (False, True)], dim=-1)
+    if not moves_on:
+        return (scans,)
+    (forward, forward_state), (backward, backward_state) = (scan(None, reverse) for reverse in (False, True))
+    last_states = torch.stack([forward_state, backward_state], dim=1)
+    return scans, last_states, log_decay.sum(1), torch.cat([norm(forward[:, -1]), norm(backward[:, 0])], dim=-1)
 
 
 def read_block(
@@ -190,7 +216,8 @@ def read_block(
     eps: float,
     gate_logit_normalizer: float,
     is_global: bool,
-) -> torch.Tensor:
+    moves_on: bool,
+) -> tuple[torch.Tensor, ...]:
     """The scans of a block in both directions, see [`GLADreamAttention`], with rotary positions, decays and norm.
 
     Args:
@@ -202,27 +229,71 @@ def read_block(
         state: `(batch, heads, key_dim, value_dim)` float32, contiguous, before the block.
         norm_weight, eps: of the norm over each head's values.
         is_global: whether every token reads the state undecayed, or the scans start from it.
+        moves_on: whether [`move_states`] follows.
 
     Returns:
-        `(batch, block_size, 2 * heads * value_dim)`, contiguous: the scan from the start, then that from the end.
+        `(batch, block_size, 2 * heads * value_dim)`, contiguous: the scan from the start, then that from the end. Where it
+        moves on, three more, all contiguous, of the scans that start from nothing: their last states, `(batch, 2, heads,
+        key_dim, value_dim)` float32, the sums of the log-decays, `(batch, heads, key_dim)` float32, and their outputs at
+        their ends, `(batch, 2 * heads * value_dim)`.
     """
     batch, size = query.shape[:2]
     heads, key_dim, value_dim = state.shape[1:]
     rank = low_rank.shape[-1]
     out = torch.empty(batch, size, 2 * heads * value_dim, dtype=query.dtype, device=query.device)
+    last_states = log_decays = last_outputs = out  # not written
+    if moves_on:
+        last_states, log_decays = state.new_empty(batch, 2, *state.shape[1:]), state.new_empty(state.shape[:3])
+        last_outputs = out.new_empty(batch, out.shape[2])
     power = lambda number: max(16, triton.next_power_of_2(number))
     # More than 32 rows in tf32 would be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
     precision = "ieee" if query.dtype == torch.float32 or size > 32 else "tf32"
     _read_block[(heads, batch, 2)](
         query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
-        key_dim**-0.5, 1.0 / gate_logit_normalizer, MIN_LOG_DECAY, eps,
+        last_states, log_decays, last_outputs, key_dim**-0.5, 1.0 / gate_logit_normalizer, MIN_LOG_DECAY, eps,
         query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
         GROUPS=heads * key_dim // key.shape[2], SIZE=size, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
-        IS_GLOBAL=is_global, PRECISION=precision,
+        IS_GLOBAL=is_global, MOVES_ON=moves_on, PRECISION=precision,
         num_warps=4 if size <= 32 else 8, num_stages=2 if size <= 32 else 1,
     )  # fmt: skip
-    return out
+    return (out, last_states, log_decays, last_outputs) if moves_on else (out,)
+
+
+def move_states_torch(
+    state: torch.Tensor,
+    last_states: torch.Tensor,
+    log_decays: torch.Tensor,
+    gate_logits: torch.Tensor,
+    moves: torch.Tensor,
+) -> None:
+    """The twin of [`move_states`]."""
+    forward, backward = last_states.unbind(1)
+    gate = gate_logits.sigmoid().view(len(state), -1, 1, state.shape[3]).to(state.dtype)
+    moved = log_decays.exp()[..., None] * state + torch.lerp(backward, forward, gate)
+    state.copy_(torch.where(moves[:, None, None, None], moved, state))
+
+
+def move_states(
+    state: torch.Tensor,
+    last_states: torch.Tensor,
+    log_decays: torch.Tensor,
+    gate_logits: torch.Tensor,
+    moves: torch.Tensor,
+) -> None:
+    """The unit between blocks, see [`GLADreamAttention`]: the states behind a block, in the place of those before it.
+
+    Args:
+        state: `(batch, heads, key_dim, value_dim)` float32, contiguous.
+        last_states, log_decays: as [`read_block`] returns them.
+        gate_logits: `(batch, heads * value_dim)`, contiguous.
+        moves: `(batch,)` bool, the rows whose states move.
+    """
+    batch, heads, key_dim, value_dim = state.shape
+    _move_states[(triton.cdiv(key_dim, 16), heads, batch)](
+        state, last_states, log_decays, gate_logits, moves.to(torch.int32),
+        KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_K=16, BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
+    )  # fmt: skip
 
 
 def mix_scans_torch(scans: torch.Tensor, gate_logits: torch.Tensor, output_gate: torch.Tensor) -> torch.Tensor:
@@ -285,11 +356,11 @@ if triton is not None:
     @triton.jit
     def _read_block(
         query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
-        scale, inverse_normalizer, min_log_decay, eps,
+        last_states, log_decays, last_outputs, scale, inverse_normalizer, min_log_decay, eps,
         query_token, key_token, value_token, low_rank_token,
         GROUPS: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-        IS_GLOBAL: tl.constexpr, PRECISION: tl.constexpr,
+        IS_GLOBAL: tl.constexpr, MOVES_ON: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One head of one block, in one direction."""
         head, batch, from_end = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
@@ -302,6 +373,7 @@ if triton is not None:
         )
         dtype = low.dtype
         low = low.to(tl.float32)
+        values = value + token[:, None] * value_token + kv_head * VALUE_DIM + ends
         scores = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         result = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
         for first in range(0, KEY_DIM, BLOCK_K):
@@ -338,6 +410,13 @@ if triton is not None:
                 left = tl.sum(decay, 0) - left + decay
             middle = tl.sum(tl.where((step == SIZE // 2)[:, None], left, 0.0), 0)
             scores += tl.dot(q * tl.exp(left - middle), tl.trans(k * tl.exp(middle - left)), input_precision=PRECISION)
+            if MOVES_ON:
+                total = tl.sum(decay, 0)
+                v = tl.load(values, mask=exists[:, None] & is_value, other=0.0).to(tl.float32)
+                last = tl.dot(tl.trans(k * tl.exp(total - left)), v, input_precision=PRECISION)
+                place = (((batch * 2 + from_end) * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
+                tl.store(last_states + place, last, mask=is_key[:, None] & is_value)
+                tl.store(log_decays + (batch * heads + head) * KEY_DIM + dim, total, mask=is_key)
             place = ((batch * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
             before = tl.load(state + place, mask=is_key[:, None] & is_value, other=0.0)
             if not IS_GLOBAL:
@@ -347,13 +426,38 @@ if triton is not None:
         order = step[:, None] - step
         sees = tl.where(from_end, order <= 0, order >= 0) & exists
         scores = tl.where(sees, scores, 0.0)
-        place = value + token[:, None] * value_token + kv_head * VALUE_DIM + ends
-        v = tl.load(place, mask=exists[:, None] & is_value, other=0.0).to(tl.float32)
-        result += tl.dot(scores, v, input_precision=PRECISION)
-        scaled = result * tl.rsqrt((tl.sum(result * result, 1) / VALUE_DIM + eps).to(tl.float32))[:, None]
-        scaled = scaled * tl.load(norm_weight + ends, mask=is_value, other=0.0).to(tl.float32)
+        v = tl.load(values, mask=exists[:, None] & is_value, other=0.0).to(tl.float32)
+        inner = tl.dot(scores, v, input_precision=PRECISION)
+        weight = tl.load(norm_weight + ends, mask=is_value, other=0.0).to(tl.float32)
+        if MOVES_ON:
+            row = tl.sum(tl.where((step == tl.where(from_end, 0, SIZE - 1))[:, None], inner, 0.0), 0)
+            row = row * tl.rsqrt((tl.sum(row * row, 0) / VALUE_DIM + eps).to(tl.float32)) * weight
+            place = ((batch * 2 + from_end) * heads + head) * VALUE_DIM + ends
+            tl.store(last_outputs + place, row.to(dtype), mask=is_value)
+        result += inner
+        scaled = result * tl.rsqrt((tl.sum(result * result, 1) / VALUE_DIM + eps).to(tl.float32))[:, None] * weight
         place = (token[:, None] * 2 + from_end) * heads * VALUE_DIM + head * VALUE_DIM + ends
         tl.store(out + place, scaled.to(dtype), mask=exists[:, None] & is_value)
+
+    @triton.jit
+    def _move_states(
+        state, last_states, log_decays, gate_logits, moves,
+        KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):  # fmt: skip
+        head, batch, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+        dim, ends = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+        is_key, is_value = dim < KEY_DIM, ends < VALUE_DIM
+        inside = is_key[:, None] & is_value & (tl.load(moves + batch) != 0)
+        place = dim[:, None] * VALUE_DIM + ends
+        of_head, of_batch = batch * heads + head, batch * heads
+        logits = tl.load(gate_logits + of_head * VALUE_DIM + ends, mask=is_value, other=0.0).to(tl.float32)
+        kept = tl.exp(tl.load(log_decays + of_head * KEY_DIM + dim, mask=is_key, other=0.0))
+        forward = tl.load(last_states + (of_batch + of_head) * KEY_DIM * VALUE_DIM + place, mask=inside, other=0.0)
+        of_head_backward = of_batch + of_head + heads
+        backward = tl.load(last_states + of_head_backward * KEY_DIM * VALUE_DIM + place, mask=inside, other=0.0)
+        before = tl.load(state + of_head * KEY_DIM * VALUE_DIM + place, mask=inside, other=0.0)
+        moved = kept[:, None] * before + backward + (forward - backward) / (1.0 + tl.exp(-logits))
+        tl.store(state + of_head * KEY_DIM * VALUE_DIM + place, moved, mask=inside)
 
     @triton.jit
     def _mix_scans(scans, gate_logits, output_gate, out, size, logits_token, gate_token, BLOCK: tl.constexpr):

@@ -1,11 +1,16 @@
 """What is GLADream's own in decoding: a cache that never grows."""
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..generation.cache import CanvasCache
 from ..generation.canvas import Window
+
+
+def is_step(window: Window, block_size: int) -> bool:
+    """Whether a window is the block that is being decoded, alone or behind the one that was finished last."""
+    return window.keep.shape[1] > 0 and window.columns.shape[1] <= 2 * block_size
 
 
 class GLADreamCacheLayer(CacheLayerMixin):
@@ -97,6 +102,16 @@ class GLADreamCache(CanvasCache):
         self.pending: torch.Tensor | None = None
         self.seen: int | None = 0
         self._window: Window | None = None
+
+    def allocate(self, config: PreTrainedConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make what a graph must find: zeros, as before the first block. `dtype`: of the model."""
+        shape = (batch, config.num_attention_heads, config.head_dim, config.head_v_dim)
+        for layer in self.layers:
+            if not layer.is_initialized:
+                state = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+                layer.lazy_initialization(state, dtype)
+        if config.logits_shift and self.last_hidden is None:
+            self.last_hidden = torch.zeros(batch, config.hidden_size, dtype=dtype, device=device)
 
     def place(self, window: Window) -> None:
         self._window = window

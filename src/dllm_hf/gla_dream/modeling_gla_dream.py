@@ -37,7 +37,7 @@ from .gated_linear_attention import (
     gated_linear_attention,
     short_convolution,
 )
-from .generation_utils_gla_dream import GLADreamCache
+from .generation_utils_gla_dream import GLADreamCache, is_step
 
 logger = logging.get_logger(__name__)
 
@@ -596,10 +596,10 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def step_forward(self) -> "BlockReading | ReadingForward | None":
+    def step_forward(self) -> "BlockReading | OwnForward | None":
         """See [`DiffusionGenerationMixin.step_forward`]."""
         reading = BlockReading.of(self) if all(_is_as_built(layer) for layer in self.model.layers) else None
-        return reading or (ReadingForward(self) if can_be_captured(self) else None)
+        return reading or (OwnForward(self) if can_be_captured(self) else None)
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
         """None: the stack counts them itself, and knows then that a row is one text."""
@@ -629,20 +629,20 @@ def _is_as_built(layer: nn.Module) -> bool:
     return not vars(attention).keys() & vars(GLADreamAttention).keys() and "forward" not in vars(decay)
 
 
-class ReadingForward:
-    """The forward pass over a block that reads the states and leaves them as they are, where [`BlockReading`] does not
-    know how."""
-
-    moves_on = False
+class OwnForward:
+    """The model's own forward pass as a step, where [`BlockReading`] does not know how."""
 
     def __init__(self, model: GLADreamModel):
-        self.model = model
+        self.model, self.size = model, model.config.block_size
+
+    def covers(self, window: Window) -> bool:
+        return is_step(window, self.size)
 
     def prepare(self, cache: GLADreamCache, batch: int) -> None:
-        """Nothing: the prompt's forward pass, or the first step's, makes the states."""
+        cache.allocate(self.model.config, batch, self.model.dtype, self.model.device)
 
-    def __call__(self, tokens, columns, lengths, keep, cache: GLADreamCache) -> torch.Tensor:
-        cache.place(Window(columns, keep, 0, None))
+    def __call__(self, tokens, columns, lengths, keep, settled, cache: GLADreamCache) -> torch.Tensor:
+        cache.place(Window(columns, keep, 0, None, settled=settled if columns.shape[1] > self.size else None))
         return self.model(
             input_ids=tokens, position_ids=columns, past_key_values=cache, use_cache=True, logits_to_keep=keep
         ).logits
