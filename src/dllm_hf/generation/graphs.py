@@ -39,9 +39,10 @@ def are_possible(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def capacity_for(width: int) -> int:
-    """Columns to make room for: calls of about the same length share their graphs. `width`: the column behind included."""
-    return -(-(width - 1) // 256) * 256 + 1
+def capacity_for(width: int, step: int) -> int:
+    """Columns to make room for, a multiple of `step`: calls of about the same length share their graphs. `width`: the
+    column behind included."""
+    return -(-(width - 1) // step) * step + 1
 
 
 @dataclass
@@ -345,7 +346,7 @@ def take(
     Args:
         repeats: the cache has so many rows for each of the canvas.
     """
-    fingerprint, capacity = fingerprint_of(model), capacity_for(width)
+    fingerprint, capacity = fingerprint_of(model), capacity_for(width, model.capacity_step)
     with lock:
         idle = _idle.setdefault(model, [])
         idle[:] = [graphs for graphs in idle if graphs.fingerprint == fingerprint]

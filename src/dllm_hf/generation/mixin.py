@@ -67,6 +67,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         default_remasking_strategy: used where neither call nor `generation_config.json` names one.
         confidence_source: `"raw"` reads confidence from the logits as the model gave them, `"processed"` after
             temperature, top-k and top-p.
+        capacity_step: on the fast path there is room for a multiple of so many columns. A conversation that outgrows it
+            has its steps captured anew.
     """
 
     generation_config_class = DiffusionGenerationConfig
@@ -76,6 +78,7 @@ class DiffusionGenerationMixin(GenerationMixin):
     default_block_length: int | None = 32
     default_remasking_strategy: str = "low_confidence_static"
     confidence_source: str = "processed"
+    capacity_step: int = 256
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> DiffusionGenerateOutput | torch.LongTensor:
         """[`~DiffusionGenerationMixin.diffusion_generate`], under the name that the library's tools call."""
@@ -377,7 +380,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             if with_graphs and graphs is None:
                 # Not the cache itself, which holds its graphs.
                 shared = copy(cache)
-                graphs = StepGraphs(shared, rows, repeats, capacity_for(width), self.device, fingerprint_of(self))
+                capacity = capacity_for(width, self.capacity_step)
+                graphs = StepGraphs(shared, rows, repeats, capacity, self.device, fingerprint_of(self))
                 cache.graphs = graphs
             written = cache.resume(canvas.at(None), config.block_length, graphs.capacity if with_graphs else width)
         policy = BlockCache(canvas, self.logits_shift, cache, written, config.prefill_chunk_size, config.block_length)

@@ -418,6 +418,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
 
     block_grid = "zero"
     cache_policies = ("block", "none")
+    capacity_step = 4096  # room for a column costs it nothing
 
     def __init__(self, config: GLADreamConfig):
         super().__init__(config)
