@@ -57,6 +57,7 @@ def turn(model, output, blocks: int, steps: int):
 
 
 def measure_block(model, context: int, steps: int, repeats: int = 5) -> dict:
+    model.release_graphs()
     weights = torch.cuda.memory_allocated()
     prompt = torch.randint(
         0, 31000, (1, context), device="cuda", generator=torch.Generator("cuda").manual_seed(context)
