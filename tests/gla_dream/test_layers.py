@@ -96,6 +96,13 @@ def test_before_training_a_quarter_of_the_heads_keeps_a_token_for_many_steps_and
         assert (steps[heads - many :] > 64).all() and (steps[heads - many :] < 8192).all()
 
 
+def test_before_training_a_short_convolution_is_the_identity_and_noise():
+    attention = new_model("gla_dream", hidden_size=256, conv_size=5).model.layers[1].self_attn
+    for name in "qkv":
+        noise = getattr(attention, f"{name}_conv1d").weight[:, 0] - torch.tensor([0, 0, 1, 0, 0])
+        assert noise.abs().max() <= 5**-0.5 and abs(noise.std() - (5 * 3) ** -0.5) < 0.03 and noise.mean().abs() < 0.03
+
+
 @pytest.mark.parametrize("mode", ["naive", "auto"])
 def test_every_implementation_gives_the_same_logits(injection, mode):
     model, other = (
