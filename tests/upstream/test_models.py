@@ -72,6 +72,8 @@ class GLADreamModelTest(DiffusionModelTest, unittest.TestCase):
     config_class = GLADreamConfig
     base_model_class = GLADreamBaseModel
     causal_lm_class = GLADreamModel
+    # Two blocks: of one alone, the gates between blocks have no gradient.
+    changes = {"block_size": 4, "conv_size": 3, "inter_block_injection_mode": "boundary"}
     has_attentions = False  # it keeps states instead
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
