@@ -466,6 +466,85 @@ def test_a_recurrent_model_computes_nothing_but_its_prompt_outside_of_its_steps(
     assert windows == [False] + 5 * [True]
 
 
+class Interruption:
+    """A streamer that stops the call after its first tokens."""
+
+    puts = 0
+
+    def put(self, tokens):
+        self.puts += 1
+        if self.puts > 3:
+            raise KeyboardInterrupt
+
+    def end(self):
+        raise AssertionError("the call was to be interrupted")
+
+
+@pytest.mark.parametrize("disabled", [True, False], ids=["plain", "fast"])
+@pytest.mark.parametrize("mode", ["auto", "torch"])
+def test_nothing_goes_on_by_hand_after_an_interrupted_turn(mode, disabled):
+    model = fresh_model("gla_dream", attn_mode=mode)
+    options = {"disable_compile": disabled, "return_dict_in_generate": True}
+    first = model.diffusion_generate(torch.tensor([[5, 6, 7, 8]], device=DEVICE), max_new_tokens=8, **options)
+    cache = first.past_key_values
+    with pytest.raises(KeyboardInterrupt):
+        model.diffusion_generate(
+            first.sequences, past_key_values=cache, max_new_tokens=16, streamer=Interruption(), **options
+        )
+    with pytest.raises(ValueError, match="did not end"):
+        model(first.sequences, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("disabled", [True, False], ids=["plain", "fast"])
+@torch.no_grad()
+def test_what_waited_by_hand_is_forgotten_by_the_next_turn(disabled):
+    model = fresh_model("gla_dream")
+    options = {"max_new_tokens": 8, "disable_compile": disabled, "return_dict_in_generate": True}
+    text = torch.tensor([[5, 6, 7, 8]], device=DEVICE)
+    cache = model.diffusion_generate(text, **options).past_key_values
+    model(text[:, :2], past_key_values=cache, use_cache=True)
+    output = model.diffusion_generate(text, past_key_values=cache, **options)
+    cache, seen = output.past_key_values, output.past_key_values.get_seq_length()
+    got = model(output.sequences[:, seen:], past_key_values=cache, use_cache=True).logits
+    expected = model(output.sequences, use_cache=False).logits[:, seen:]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+RESET, SELECT = lambda cache: cache.reset(), lambda cache: cache.batch_select_indices(torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("change", [RESET, SELECT], ids=["reset", "rows selected"])
+def test_a_cache_whose_tensors_moved_is_not_used_again(change):
+    model, texts = fresh_model("gla_dream"), torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]], device=DEVICE)
+    options = {"max_new_tokens": 15, "block_length": 4, "return_dict_in_generate": True}
+    expected = model.diffusion_generate(texts, disable_compile=True, **options).sequences
+    for _ in range(3):
+        output = model.diffusion_generate(texts, **options)
+        assert torch.equal(output.sequences, expected)
+        change(output.past_key_values)
+        del output
+        gc.collect()
+
+
+@pytest.mark.parametrize("family", ["sdar", "gla_dream"])
+@pytest.mark.parametrize("disabled", [True, False], ids=["plain", "fast"])
+def test_a_conversation_begun_in_inference_mode_is_refused_outside(family, disabled):
+    model = fresh_model(family)
+    options = {"max_new_tokens": 8, "disable_compile": disabled, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        first = model.diffusion_generate(torch.tensor([[5, 6, 7, 8]], device=DEVICE), **options)
+        text = first.sequences.clone()
+        model.diffusion_generate(text, past_key_values=first.past_key_values, **options)
+    with pytest.raises(ValueError, match="`past_key_values` was made under `torch.inference_mode"):
+        model.diffusion_generate(first.sequences, past_key_values=first.past_key_values, **options)
+
+
+def test_a_recurrent_model_that_returns_tuples_is_captured_all_the_same(captured):
+    model = fresh_model("gla_dream", attn_mode="torch", return_dict=False)
+    both_ways(model, max_new_tokens=12)
+    assert captured
+
+
 @pytest.mark.parametrize("changes", [{"attn_mode": "torch"}, {"block_size": 65}], ids=str)
 def test_a_recurrent_model_that_the_kernel_does_not_know_is_captured_as_it_is(changes, captured):
     model = fresh_model("gla_dream", max_position_embeddings=256, **changes)

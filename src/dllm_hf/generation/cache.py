@@ -143,6 +143,12 @@ class CanvasCache(Cache):
                 f"`past_key_values` is {layer.dtype} on {layer.device}, but the model is {model.dtype} on "
                 f"{model.device}: {remedy}."
             )
+        held = [value for layer in self.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+        if any(tensor.is_inference() for tensor in held) and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                "`past_key_values` was made under `torch.inference_mode()` and can be written there only: go on under "
+                f"it, or {remedy}."
+            )
         if self.block_length != block_length:
             raise ValueError(
                 f"`past_key_values` was written in blocks of {self.block_length}, but `block_length={block_length}`: "

@@ -371,12 +371,13 @@ def lend(model: torch.nn.Module, graphs: StepGraphs) -> CanvasCache:
     """The cache for the caller to go on from. Its graphs serve other calls when nobody has it any more."""
     cache = copy.copy(graphs.cache)
     cache.graphs, graphs.places = graphs, places_of(cache)
-    weakref.finalize(cache, _give_back, weakref.ref(model), graphs).atexit = False
+    weakref.finalize(cache, _give_back, weakref.ref(model), graphs, places_of(graphs.cache)).atexit = False
     return cache
 
 
-def _give_back(model: weakref.ref, graphs: StepGraphs) -> None:
-    if model() is not None:
+def _give_back(model: weakref.ref, graphs: StepGraphs, places: tuple) -> None:
+    # The caller may have reset the cache, or selected rows: its layers are those of the graphs.
+    if model() is not None and graphs.cache is not None and places_of(graphs.cache) == places:
         put_back(model(), graphs)
 
 

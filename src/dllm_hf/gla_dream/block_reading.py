@@ -447,7 +447,8 @@ if triton is not None:
         head, batch, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
         dim, ends = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
         is_key, is_value = dim < KEY_DIM, ends < VALUE_DIM
-        inside = is_key[:, None] & is_value & (tl.load(moves + batch) != 0)
+        # All of it or nothing: the other rows stay as they are.
+        inside = is_key[:, None] & (ends < tl.where(tl.load(moves + batch) != 0, VALUE_DIM, 0))
         place = dim[:, None] * VALUE_DIM + ends
         of_head, of_batch = batch * heads + head, batch * heads
         logits = tl.load(gate_logits + of_head * VALUE_DIM + ends, mask=is_value, other=0.0).to(tl.float32)

@@ -73,8 +73,8 @@ class GLADreamCacheLayer(CacheLayerMixin):
 class GLADreamCache(CanvasCache):
     """One state for each layer, whatever the length of the text before it.
 
-    The decoding loop calls [`CanvasCache.place`] before a forward pass and says which of the window's tokens are final:
-    their blocks move the state on, the block that is being decoded reads it and leaves it as it is.
+    The decoding loop says with each window which of its tokens are final: their blocks move the state on, the block that
+    is being decoded reads it and leaves it as it is.
 
     Without the loop, `model(input_ids, past_key_values=cache, use_cache=True)` goes on where the last call stopped, and
     all its tokens are final. Whole blocks move the state on; the tokens of a block that is not yet whole wait in
@@ -139,6 +139,7 @@ class GLADreamCache(CanvasCache):
         written = super().resume(tokens, block_length, width)
         # The states move on from here. Should the call fail, nobody knows how far: start anew.
         self.written = [-1] * len(written)
+        self.seen = self.pending = None
         return written
 
     def retreat(self, written: list[int], columns: list[int], block_length: int) -> list[int]:

@@ -645,5 +645,10 @@ class OwnForward:
     def __call__(self, tokens, columns, lengths, keep, settled, cache: GLADreamCache) -> torch.Tensor:
         cache.place(Window(columns, keep, 0, None, settled=settled if columns.shape[1] > self.size else None))
         return self.model(
-            input_ids=tokens, position_ids=columns, past_key_values=cache, use_cache=True, logits_to_keep=keep
+            input_ids=tokens,
+            position_ids=columns,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=keep,
         ).logits
