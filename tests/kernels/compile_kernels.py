@@ -63,15 +63,16 @@ for norms in ((), (new(128), new(128), 1e-6)):
     rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, keys, keys, *norms)
 best_tokens(new(1, 32, 126464), 5)
 state = new(1, 16, 128, 128, dtype=torch.float32)
-for size, rank, is_global in ((32, 16, True), (32, 16, False), (LARGEST[0], LARGEST[3], False)):
+for size, rank, is_global, moves_on in (
+    (32, 16, False, False), (32, 16, True, True), (LARGEST[0], LARGEST[3], False, False), (LARGEST[0], LARGEST[3], False, True)
+):  # fmt: skip
     block, turns = new(1, size, 4096), new(1, size, 128)
     parts = block.split((2048, 1024, 1024), dim=-1)
     short_convolutions(*parts, *(new(part.shape[2], 1, 5) for part in parts))
-    for moves_on in (False, True):
-        _, *ends = read_block(
-            *parts, block[..., :rank], new(1024, rank), new(1024), turns, turns, state, new(128), 1e-6, 16.0, is_global,
-            moves_on,
-        )  # fmt: skip
-    move_states(state, ends[0], ends[1], new(1, 2048), new(1, dtype=torch.bool))
+    _, *ends = read_block(
+        *parts, block[..., :rank], new(1024, rank), new(1024), turns, turns, state, new(128), 1e-6, 16.0, is_global,
+        moves_on,
+    )  # fmt: skip
+move_states(state, *ends[:2], new(1, 2048), new(1, dtype=torch.bool))
 mix_scans(x, x[..., :2048], x[..., :2048])
 print(json.dumps(found))
