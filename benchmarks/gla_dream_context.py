@@ -11,12 +11,14 @@ block by block.
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import transformers
 
 from dllm_hf import GLADreamCache, GLADreamConfig, GLADreamModel, SDARConfig, SDARForCausalLM
 
+RECOMMENDED = Path(__file__).parents[1] / "hub_configs" / "GLADream"
 BLOCK = 32
 SHAPE = {"vocab_size": 32000, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 8}
 SHAPE |= {"block_size": BLOCK, "mask_token_id": 31999, "eos_token_id": None, "pad_token_id": 0, "bos_token_id": None}
@@ -33,12 +35,7 @@ def build(model_class, config):
 
 def cache_bytes(cache) -> int:
     """Bytes of all tensors that the layers of a cache hold."""
-    return sum(
-        value.numel() * value.element_size()
-        for layer in cache.layers
-        for value in vars(layer).values()
-        if torch.is_tensor(value) and value.is_floating_point()
-    )
+    return sum(tensor.nbytes for tensor in cache.layer_tensors() if tensor.is_floating_point())
 
 
 def turn(model, output, blocks: int, steps: int):
@@ -109,9 +106,7 @@ def main():
     parser.add_argument("--layers", type=int, default=15)
     args = parser.parse_args()
     shape = {**SHAPE, "num_hidden_layers": args.layers, "max_position_embeddings": 2 * max(args.contexts)}
-    recommended = {"inter_block_injection_mode": "boundary", "share_inter_intra_gate_weights": True}
-    recommended |= {"conv_size": 5, "gate_logit_normalizer": 4}
-    gla_dream = GLADreamConfig(intermediate_size=5632, **recommended, **shape)
+    gla_dream = GLADreamConfig.from_pretrained(RECOMMENDED, intermediate_size=5632, **shape)
     # Wider feed-forward networks make up for the gates.
     sdar = SDARConfig(intermediate_size=7680, head_dim=128, **shape)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, bf16")

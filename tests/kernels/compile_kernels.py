@@ -68,7 +68,7 @@ for size, rank, is_global, moves_on in (
 ):  # fmt: skip
     block, turns = new(1, size, 4096), new(1, size, 128)
     parts = block.split((2048, 1024, 1024), dim=-1)
-    short_convolutions(*parts, *(new(part.shape[2], 1, 5) for part in parts))
+    short_convolutions(parts, [new(part.shape[2], 1, 5) for part in parts])
     _, *ends = read_block(
         *parts, block[..., :rank], new(1024, rank), new(1024), turns, turns, state, new(128), 1e-6, 16.0, is_global,
         moves_on,

@@ -64,9 +64,9 @@ def test_blocks_of_every_size_and_rank(size, rank, dtype, is_global):
 @pytest.mark.parametrize("channels", [(32, 32, 64), (128, 64, 24), (16, 1, 100)], ids=str)
 def test_short_convolutions_of_every_size(channels, size, taps, dtype):
     product = random(2, size, 5 + sum(channels), dtype=dtype)[..., 5:]
-    inputs = [*product.split(channels, dim=-1), *(random(each, 1, taps, dtype=dtype, seed=1) for each in channels)]
-    found = short_convolutions(*inputs)
-    for got, expected in zip(found, short_convolutions_torch(*(x.double() for x in inputs)), strict=True):
+    inputs, weights = product.split(channels, dim=-1), [random(each, 1, taps, dtype=dtype, seed=1) for each in channels]
+    precise = short_convolutions_torch([x.double() for x in inputs], [x.double() for x in weights])
+    for got, expected in zip(short_convolutions(inputs, weights), precise, strict=True):
         assert got.shape == expected.shape and got.stride(2) == 1
         close(got, expected, dtype)
 

@@ -85,6 +85,11 @@ class CanvasCache(Cache):
         self.block_length: int | None = None
         self.graphs = None  # the `StepGraphs` that read it, from one call to the next
 
+    def layer_tensors(self) -> list[torch.Tensor]:
+        """What its layers hold."""
+        held = (value for layer in self.layers for value in vars(layer).values())
+        return [value for value in held if isinstance(value, torch.Tensor)]
+
     def place(self, window: Window) -> None:
         """Say where the next window stands and what it sees."""
         self.is_block_causal = window.is_block_causal
@@ -143,8 +148,7 @@ class CanvasCache(Cache):
                 f"`past_key_values` is {layer.dtype} on {layer.device}, but the model is {model.dtype} on "
                 f"{model.device}: {remedy}."
             )
-        held = [value for layer in self.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-        if any(tensor.is_inference() for tensor in held) and not torch.is_inference_mode_enabled():
+        if any(tensor.is_inference() for tensor in self.layer_tensors()) and not torch.is_inference_mode_enabled():
             raise ValueError(
                 "`past_key_values` was made under `torch.inference_mode()` and can be written there only: go on under "
                 f"it, or {remedy}."

@@ -318,9 +318,9 @@ def fingerprint_of(model: torch.nn.Module) -> tuple:
 
 def places_of(cache: CanvasCache) -> tuple:
     """Where a cache's tensors are."""
-    held = [value for layer in cache.layers for value in vars(layer).values()]
-    held += [value for name, value in vars(cache).items() if name != "tokens"]  # what it remembers, no graph reads
-    return tuple(value.data_ptr() for value in held if isinstance(value, torch.Tensor))
+    own = (value for name, value in vars(cache).items() if name != "tokens")  # what it remembers, no graph reads
+    held = [*cache.layer_tensors(), *(value for value in own if isinstance(value, torch.Tensor))]
+    return tuple(tensor.data_ptr() for tensor in held)
 
 
 def can_be_captured(model: torch.nn.Module) -> bool:
@@ -371,7 +371,7 @@ def lend(model: torch.nn.Module, graphs: StepGraphs) -> CanvasCache:
     """The cache for the caller to go on from. Its graphs serve other calls when nobody has it any more."""
     cache = copy.copy(graphs.cache)
     cache.graphs, graphs.places = graphs, places_of(cache)
-    weakref.finalize(cache, _give_back, weakref.ref(model), graphs, places_of(graphs.cache)).atexit = False
+    weakref.finalize(cache, _give_back, weakref.ref(model), graphs, graphs.places).atexit = False
     return cache
 
 

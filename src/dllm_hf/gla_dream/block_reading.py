@@ -5,6 +5,8 @@ The scans of a block, the state that they start from and the norm of their heads
 launches instead of sixty, and eleven with short convolutions.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -77,7 +79,7 @@ class BlockReading(FusedStack):
         attention, state = self.layers[index].self_attn, cache.layers[index].state
         query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
         if convolutions := convolutions_of(attention):
-            query, key, value = self.convolve(query, key, value, *(each.weight for each in convolutions))
+            query, key, value = self.convolve((query, key, value), [each.weight for each in convolutions])
         decay, norm = attention.gk_proj[1], attention.g_norm_swish_gate
 
         def read(rows: slice, moves_on: bool):
@@ -125,42 +127,30 @@ def convolutions_of(attention: nn.Module) -> list[nn.Module]:
 
 
 def short_convolutions_torch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
+    inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """The twin of [`short_convolutions`]."""
-    return tuple(map(short_convolution, (query, key, value), (query_weight, key_weight, value_weight)))
+    return tuple(map(short_convolution, inputs, weights))
 
 
-def short_convolutions(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+def short_convolutions(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """[`short_convolution`] of queries, keys and values.
 
     Args:
-        query, key, value: `(batch, block_size, channels)`, each of its own number of channels. The last dimension
-            contiguous, tokens at equal distances.
-        query_weight, key_weight, value_weight: `(channels, 1, size)`, contiguous, of one size.
+        inputs: three, `(batch, block_size, channels)`, each of its own number of channels. The last dimension contiguous,
+            tokens at equal distances.
+        weights: of each, `(channels, 1, size)`, contiguous, of one size.
 
     Returns:
         The three, as parts of one tensor.
     """
-    (batch, size), sizes = query.shape[:2], [x.shape[2] for x in (query, key, value)]
+    query, key, value = inputs
+    (batch, size), sizes = query.shape[:2], [x.shape[2] for x in inputs]
     out = torch.empty(batch, size, sum(sizes), dtype=query.dtype, device=query.device)
     channels = 32
     _short_convolutions[(triton.cdiv(max(sizes), channels), batch, 3)](
-        query, key, value, query_weight, key_weight, value_weight, out,
-        query.stride(1), key.stride(1), value.stride(1), *sizes,
-        SIZE=size, TAPS=query_weight.shape[-1], BLOCK_T=triton.next_power_of_2(size), BLOCK_C=channels, num_warps=4,
+        query, key, value, *weights, out, query.stride(1), key.stride(1), value.stride(1), *sizes,
+        SIZE=size, TAPS=weights[0].shape[-1], BLOCK_T=triton.next_power_of_2(size), BLOCK_C=channels, num_warps=4,
     )  # fmt: skip
     return out.split(sizes, dim=-1)
 

@@ -115,7 +115,6 @@ class GLADreamCache(CanvasCache):
 
     def place(self, window: Window) -> None:
         self._window = window
-        self.seen = self.pending = None
 
     def take_window(self) -> Window | None:
         """The window that was placed for this forward pass; None where none was."""
