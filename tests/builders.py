@@ -1,11 +1,13 @@
 """What the tests build: tiny models, a model that says what the test tells it to, padded batches, a tokenizer."""
 
 import importlib.util
+import re
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -124,6 +126,22 @@ class ScriptedModel(DiffusionGenerationMixin, PreTrainedModel):
     def forward(self, input_ids, position_ids, logits_to_keep, **kwargs):
         self.fed.append(input_ids.clone())
         return CausalLMOutputWithPast(logits=self.script[position_ids.gather(1, logits_to_keep)].clone())
+
+
+class RefusesToRun(ScriptedModel):
+    def forward(self, **kwargs):
+        raise AssertionError("a forward pass was made")
+
+
+def refused(model, *mentions, **call):
+    """Check that the call is refused with a message that mentions each of these."""
+    call = {"max_new_tokens": 4, **call}
+    if "input_ids" not in call and "inputs" not in call:
+        call["input_ids"] = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError) as error:
+        model.diffusion_generate(**call)
+    for mention in mentions:
+        assert re.search(mention, str(error.value)), f"{mention!r} is not in: {error.value}"
 
 
 def script(tokens: list[int], strengths: list[float] | float = 4.0, prompt: int = 0) -> torch.Tensor:

@@ -1,14 +1,12 @@
 """Bad input is a `ValueError` that names the argument and says what to do, before any forward pass."""
 
-import re
-
 import pytest
 import torch
 from transformers import AutoConfig, TextStreamer
 
 from dllm_hf import DiffusionGenerationConfig, LLaDAConfig
 
-from ..builders import END, MASK, POSITIONS, VOCAB, ScriptedModel, generators, left_pad, script
+from ..builders import END, MASK, POSITIONS, VOCAB, RefusesToRun, ScriptedModel, generators, left_pad, refused, script
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -19,22 +17,6 @@ def model():
     return RefusesToRun(script([1] * POSITIONS))
 
 
-class RefusesToRun(ScriptedModel):
-    def forward(self, **kwargs):
-        raise AssertionError("a forward pass was made")
-
-
-def refused(model, *mentions, **call):
-    """Check that the call is refused with a message that mentions each of these."""
-    call = {"max_new_tokens": 4, **call}
-    if "input_ids" not in call and "inputs" not in call:
-        call["input_ids"] = torch.tensor([[5, 6, 7]])
-    with pytest.raises(ValueError) as error:
-        model.diffusion_generate(**call)
-    for mention in mentions:
-        assert re.search(mention, str(error.value)), f"{mention!r} is not in: {error.value}"
-
-
 @pytest.mark.parametrize(
     "option, remedy",
     [
@@ -42,7 +24,6 @@ def refused(model, *mentions, **call):
         ({"temprature": 1.0}, "temperature"),
         ({"block_size": 4}, "block_length"),
         ({"num_beams": 2}, "remasking_strategy"),
-        ({"use_cache": True}, "cache_policy"),
         ({"cache_implementation": "static"}, "cache_policy"),
         ({"min_new_tokens": 3}, "suppress_tokens"),
         ({"max_denoising_steps": 3}, "denoising_steps"),

@@ -127,6 +127,19 @@ def test_a_published_file_with_options_of_the_library_loads(family, tmp_path):
     assert loaded.diffusion_generate(**PROMPT, max_new_tokens=2).shape == (1, 5)
 
 
+@pytest.mark.parametrize("content", ["", "{", '{"max_new_tokens": 3', "[]", None], ids=repr)
+def test_a_file_that_cannot_be_read_is_refused_by_name(family, tmp_path, content):
+    new_model(family).save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="generation_config.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_file_with_an_unknown_key_is_refused_by_name(family, tmp_path):
     new_model(family).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"blok_length": 4}))

@@ -462,7 +462,7 @@ def test_a_recurrent_model_computes_nothing_but_its_prompt_outside_of_its_steps(
 
     monkeypatch.setattr(FastPath, "takes", takes)
     monkeypatch.setattr(FastPath, "logits", None)
-    model.diffusion_generate(text[:, : 3 * size + 1], max_new_tokens=2 * size, **options)
+    model.diffusion_generate(text[:, : 3 * size + 1], max_new_tokens=3 * size - 1, **options)
     assert windows == [False] + 5 * [True]
 
 

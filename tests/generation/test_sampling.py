@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from dllm_hf import STRATEGIES
+from dllm_hf import STRATEGIES, DiffusionGenerationConfig
 from dllm_hf.generation.sampling import Noise, confidence, guide, make_warpers, process, propose
 
 from ..builders import (
@@ -81,17 +87,23 @@ def test_a_list_of_generators_draws_each_row_from_its_own():
         assert together[row].tolist() == alone[0].tolist()
 
 
+def warped(logits, **options):
+    temperature, filters = make_warpers(DiffusionGenerationConfig(**options))
+    return filters(None, temperature(None, logits))
+
+
 def test_temperature_top_k_and_top_p_run_in_the_librarys_order():
     logits = random_logits(6, VOCAB)
     expected = TemperatureLogitsWarper(0.5)(None, logits)
     expected = TopKLogitsWarper(10)(None, expected)
     expected = TopPLogitsWarper(0.8)(None, expected)
-    assert torch.equal(make_warpers(0.5, 10, 0.8)(None, logits), expected)
+    expected = MinPLogitsWarper(0.1)(None, expected)
+    assert torch.equal(warped(logits, temperature=0.5, top_k=10, top_p=0.8, min_p=0.1), expected)
 
 
-@pytest.mark.parametrize("options", [(0.0, None, None), (1.0, 0, 1.0)])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}])
 def test_warpers_that_change_nothing_are_left_out(options):
-    assert len(make_warpers(*options)) == 0
+    assert not any(make_warpers(DiffusionGenerationConfig(**options)))
 
 
 def test_a_processor_sees_a_row_for_each_position_and_the_sequence_it_is_in():
@@ -133,7 +145,7 @@ def test_confidences_are_those_of_a_plain_softmax():
 
 
 def test_confidences_stay_finite_where_warpers_removed_tokens():
-    logits = make_warpers(0.7, 2, 0.5)(None, random_logits(5, VOCAB))[None]
+    logits = warped(random_logits(5, VOCAB), temperature=0.7, top_k=2, top_p=0.5)[None]
     proposals = propose(logits, MASK, 0.0, NOISE)
     for kind in ("probability", "neg_entropy", "margin"):
         assert confidence(kind, logits, proposals, MASK, NOISE).isfinite().all()
@@ -275,3 +287,25 @@ def test_confidence_is_read_where_the_family_says(source, first):
     model.confidence_source = source
     order = transfer_order(model, max_new_tokens=2, top_k=1)
     assert order == ([1, 0] if source == "raw" else [0, 1])
+
+
+def test_the_mask_counts_in_the_confidence_at_every_temperature():
+    """Of a mask that is as probable as the best token, and a threshold between half of its probability and all of it."""
+    logits = script([5, 6, 7, 8], 12.0)
+    logits[:, MASK] = 12.0
+    model = ScriptedModel(logits)
+    model.confidence_source = "processed"
+    for temperature in (0.0, 0.999, 1.0, 1.001):
+        output = generate(model, [[]], max_new_tokens=4, confidence_threshold=0.7, temperature=temperature)
+        assert output.num_forward_passes == 4, temperature
+
+
+def test_top_k_ranks_tokens_and_not_the_mask():
+    logits = script([5, 6, 7, 8], 12.0)
+    logits[:, MASK] = 13.0
+    model = ScriptedModel(logits)
+    model.confidence_source = "processed"
+    options = {"temperature": 1.0, "top_k": 1, "confidence_threshold": 0.99}
+    output = generate(model, [[]], max_new_tokens=4, **options)
+    assert output.sequences.tolist() == [[5, 6, 7, 8]]
+    assert output.num_forward_passes == 1

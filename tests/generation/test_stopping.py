@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextStreamer,
+)
 
 from ..builders import END, MASK, PAD, TURN_END, ScriptedModel, generate, left_pad, new_tokens, recorded, script
 
@@ -153,3 +160,48 @@ def test_a_criterion_does_not_count_a_rows_padding():
     alone = generate(model, [[1, 2, 3]], **options).sequences[0, 3:].tolist()
     beside = generate(model, [[1, 2, 3], [1] * 8], **options).sequences[0, 8:].tolist()
     assert alone == beside == [1] * 8 + [0] * 4
+
+
+def at_once(input_ids, scores, **kwargs):
+    return torch.ones(len(input_ids), dtype=torch.bool)
+
+
+def test_behind_a_criterion_that_ends_a_row_in_the_middle_of_an_infill_stands_padding_alone(tokenizer, capsys):
+    """The text that was given behind the first open position goes too, in the output and in the stream."""
+    model = ScriptedModel(script(tokenizer("abcdefgh")["input_ids"]))
+    rows = tokenizer("x<mask>y<mask>z")["input_ids"]
+    options = {"max_new_tokens": 2, "block_length": 1, "stopping_criteria": [at_once], "pad_token_id": END}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    sequences = generate(model, [rows], streamer=streamer, **options).sequences[0]
+    assert tokenizer.decode(sequences[:3]) == "xby"
+    assert set(sequences[3:].tolist()) == {END}
+    assert capsys.readouterr().out.strip() == "xby"
+
+
+@pytest.mark.parametrize("end", [{"stopping_criteria": [at_once]}, {"eos_token_id": 2}], ids=["criterion", "end token"])
+def test_a_hook_leaves_no_token_behind_the_end(tokenizer, capsys, end):
+    """Neither one that fills later blocks when the row has ended, nor one that fills them before it begins."""
+
+    def fill_the_rest(step, sequences, logits):
+        if step is not None:
+            sequences = sequences.clone()
+            sequences[:, 4:] = 9
+        return sequences
+
+    model = ScriptedModel(script([1, 2, 3, 4, 5, 6, 7, 8]))
+    options = {"max_new_tokens": 8, "block_length": 2, "pad_token_id": END, **end}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    written = new_tokens(model, [], generation_tokens_hook_func=fill_the_rest, streamer=streamer, **options)
+    assert written == [1, 2] + 6 * [END]
+    assert capsys.readouterr().out.strip() == tokenizer.decode([1, 2])
+
+
+def test_an_end_that_a_hook_writes_ends_the_stream_and_the_output_alike(tokenizer, capsys):
+    def fill(step, sequences, logits):
+        return torch.tensor([[1, END, 3, 4]]) if step is None else sequences
+
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model = ScriptedModel(script([5, 6, 7, 8]))
+    written = new_tokens(model, [], max_new_tokens=4, generation_tokens_hook_func=fill, streamer=streamer)
+    assert written == [1, END, END, END]
+    assert capsys.readouterr().out.strip() == tokenizer.decode([1])

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from transformers.utils import logging
+
+from dllm_hf import STRATEGIES
 
 from ..builders import END, MASK, POSITIONS, VOCAB, ScriptedModel, generate, left_pad, new_model, new_tokens, script
 
@@ -94,3 +97,20 @@ def test_padding_after_the_end_is_never_the_mask():
     model = ScriptedModel(script([1, END, 3]))
     with pytest.raises(ValueError, match="`pad_token_id"):
         generate(model, [[]], max_new_tokens=3, pad_token_id=MASK)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_logits_that_are_no_numbers_are_warned_of_once(strategy, caplog, monkeypatch):
+    logger = logging.get_logger("dllm_hf.generation.denoising")
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning_once.cache_clear()
+    model = ScriptedModel(torch.full((8, VOCAB), torch.nan))
+    for _ in range(2):
+        generate(model, [[]], max_new_tokens=4, remasking_strategy=strategy)
+    assert [record.message for record in caplog.records if "float16" in record.message].__len__() == 1
+
+
+def test_logits_that_are_numbers_are_not_warned_of(model, policy, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("dllm_hf.generation.denoising"), "propagate", True)
+    generate(model, [[1, 2], []], max_new_tokens=4, cache_policy=policy, temperature=0.7, top_k=2)
+    assert not caplog.records

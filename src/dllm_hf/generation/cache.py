@@ -1,14 +1,33 @@
 """The key-value cache of the canvas and the policies that say what a denoising step feeds and sees."""
 
+import hashlib
+import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from .canvas import Block, Canvas, Window, span_columns
+
+_lock = threading.Lock()
+_in_use: "weakref.WeakSet[CanvasCache]" = weakref.WeakSet()
+_identities: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+
+
+def identity_of(model: nn.Module) -> str:
+    """What tells a model from others, in another process too: its configuration and the first values of its weights, as
+    they are when it is first asked for."""
+    if model not in _identities:
+        plain = [each for each in model.parameters() if type(each) in (nn.Parameter, torch.Tensor) and not each.is_meta]
+        values = torch.cat([each.detach().flatten()[:8].double().cpu() for each in plain] or [torch.zeros(0)])
+        text = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)} {values.tolist()}"
+        _identities[model] = hashlib.sha256(text.encode()).hexdigest()
+    return _identities[model]
 
 
 class CanvasCacheLayer(CacheLayerMixin):
@@ -39,6 +58,16 @@ class CanvasCacheLayer(CacheLayerMixin):
                 index = self.columns[:, None, :, None].expand_as(states)
                 buffer.scatter_(2, index, states)
         return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
+
+    def reset(self) -> None:
+        """Give the buffers back: the next text may have other rows."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken several times."""
+        if self.is_initialized:
+            self.keys, self.values = (x.index_select(0, rows.to(self.device)) for x in (self.keys, self.values))
 
     def widen(self, width: int) -> None:
         """Make room for a longer canvas; what is written stays."""
@@ -78,12 +107,60 @@ class CanvasCache(Cache):
 
     def __init__(self, model: PreTrainedModel, width: int):
         super().__init__(layers=[self.layer_class(width) for _ in range(model.config.num_hidden_layers)])
-        self._model = weakref.ref(model)
+        self.identity: str | None = None  # of the model whose keys and values these are, once it has decoded
         self.is_block_causal = False
         self.tokens: torch.Tensor | None = None
         self.written: list[int] = []
         self.block_length: int | None = None
         self.graphs = None  # the `StepGraphs` that read it, from one call to the next
+
+    @contextmanager
+    def used_by_one(self):
+        """Raises a `ValueError` if another thread decodes on this cache."""
+        with _lock:
+            if self in _in_use:
+                raise ValueError(
+                    "`past_key_values` is in use by another call: wait for it, or give each thread a cache of its own "
+                    "(`copy.deepcopy(past_key_values)`)."
+                )
+            _in_use.add(self)
+        try:
+            yield
+        finally:
+            with _lock:
+                _in_use.discard(self)
+
+    def reset(self) -> None:
+        """Forget everything: what comes next starts anew."""
+        super().reset()
+        CanvasCache.restart(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of the canvas."""
+        if self.tokens is not None:
+            kept = max(self.tokens.shape[1] - abs(tokens_to_remove), 0)
+            self.written = self.retreat(self.written, [kept] * len(self.written), self.block_length)
+            self.tokens = self.tokens[:, :kept]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows at `indices`, `(rows,)`."""
+        for layer in self.layers:
+            layer.select(indices)
+        if self.tokens is not None:
+            self.tokens = self.tokens.index_select(0, indices.to(self.tokens.device))
+        self.written = [self.written[row] for row in indices.tolist()] if self.written else []
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.rows is not None:
+            self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
+
+    @property
+    def rows(self) -> int | None:
+        """Rows that the cache holds; None before the first."""
+        return None if self.tokens is None else len(self.tokens)
 
     def layer_tensors(self) -> list[torch.Tensor]:
         """What its layers hold."""
@@ -115,6 +192,9 @@ class CanvasCache(Cache):
         Returns:
             For each row, the column up to which it need not be computed again.
         """
+        if self.tokens is None:  # nothing is known of what it may hold
+            self.reset()
+            self.remember(tokens[:, :0], [0] * len(tokens), block_length)
         for layer in self.layers:
             layer.widen(width)
         shared = min(tokens.shape[1], self.tokens.shape[1])
@@ -138,9 +218,9 @@ class CanvasCache(Cache):
     def check(self, model: PreTrainedModel, batch: int, block_length: int) -> None:
         """Raises a `ValueError` where this cache cannot serve a call."""
         remedy = "start the conversation without `past_key_values`"
-        if self.tokens is None or self._model() is not model:
+        if self.identity not in (None, identity_of(model)) or len(self.layers) != model.config.num_hidden_layers:
             raise ValueError(f"`past_key_values` does not come from a call of this model: {remedy}.")
-        if len(self.tokens) != batch:
+        if self.tokens is not None and len(self.tokens) != batch:
             raise ValueError(f"`past_key_values` holds {len(self.tokens)} rows, but the batch has {batch}: {remedy}.")
         layer = self.layers[0]
         if layer.is_initialized and (layer.dtype, layer.device) != (model.dtype, model.device):
@@ -153,7 +233,7 @@ class CanvasCache(Cache):
                 "`past_key_values` was made under `torch.inference_mode()` and can be written there only: go on under "
                 f"it, or {remedy}."
             )
-        if self.block_length != block_length:
+        if self.tokens is not None and self.block_length != block_length:
             raise ValueError(
                 f"`past_key_values` was written in blocks of {self.block_length}, but `block_length={block_length}`: "
                 f"keep the block length, or {remedy}."

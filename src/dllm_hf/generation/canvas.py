@@ -39,6 +39,8 @@ class Block:
     valid: `(batch, block)` bool, False where a column only repeats.
     starts, ends: `(batch,)`, first column and the one after the last.
     spans: the same as (start, end) of each row, on the host.
+    shown: `(batch, block)` bool, False where the output does not show a column, since it is behind what was asked for.
+    is_cut: whether there are such columns.
     masks: the masked positions that each row's block held before decoding began.
     """
 
@@ -47,6 +49,8 @@ class Block:
     starts: torch.Tensor
     ends: torch.Tensor
     spans: list[tuple[int, int]]
+    shown: torch.Tensor
+    is_cut: bool
     masks: list[int]
 
 
@@ -109,19 +113,21 @@ class Canvas:
         """The blocks that hold masks now, in decoding order."""
         ends = self.ends.tolist()
         rows = [row[:end] for row, end in zip(self.at(None).tolist(), ends, strict=True)]
-        spans = [self._cells(row, prompt) for row, prompt in zip(rows, self.prompt_lengths.tolist(), strict=True)]
+        spans = [self._cells(*row) for row in zip(rows, self.prompt_lengths.tolist(), self.row_lengths, strict=True)]
+        shown_ends = torch.tensor(self.row_lengths, device=self.tokens.device)[:, None]
         blocks = []
         for index in range(max(len(cells) for cells in spans)):
             now = [cells[index] if index < len(cells) else (0, 0) for cells in spans]
             masks = [row[start:end].count(self.mask_token_id) for row, (start, end) in zip(rows, now, strict=True)]
             starts, ends = torch.tensor(now, device=self.tokens.device).unbind(1)
             columns, valid = span_columns(starts, ends, max(end - start for start, end in now))
-            blocks.append(Block(columns, valid, starts, ends, now, masks))
+            is_cut = any(end > length for (_, end), length in zip(now, self.row_lengths, strict=True))
+            blocks.append(Block(columns, valid, starts, ends, now, columns < shown_ends, is_cut, masks))
         return blocks
 
-    def _cells(self, row: list[int], prompt_length: int) -> list[tuple[int, int]]:
-        """The grid's cells that hold masks, as (start, end)."""
-        if self.mask_token_id not in row:
+    def _cells(self, row: list[int], prompt_length: int, row_length: int) -> list[tuple[int, int]]:
+        """The grid's cells that hold masks among the columns that are shown, as (start, end)."""
+        if self.mask_token_id not in row[:row_length]:
             return []
         first, length = row.index(self.mask_token_id), self.block_length
         if length is None:
@@ -130,7 +136,7 @@ class Canvas:
         # The cell that the first mask falls into; the one before the anchor is cut short by the canvas' beginning.
         start = anchor + (first - anchor) // length * length
         cells = [(max(cell, 0), min(cell + length, len(row))) for cell in range(start, len(row), length)]
-        return [cell for cell in cells if self.mask_token_id in row[cell[0] : cell[1]]]
+        return [cell for cell in cells if self.mask_token_id in row[cell[0] : min(cell[1], row_length)]]
 
     def at(self, columns: torch.Tensor | None) -> torch.Tensor:
         """The tokens at `columns`; `None` stands for the whole canvas."""
@@ -171,3 +177,8 @@ def span_columns(starts: torch.Tensor, ends: torch.Tensor, width: int) -> tuple[
     those below 0 the first), so that a window never touches a column that is not its row's."""
     columns = starts[:, None] + torch.arange(width, device=starts.device)
     return torch.minimum(columns, ends[:, None] - 1).clamp(min=0), columns < ends[:, None]
+
+
+def still_open(masked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """`(batch, block)` bool: `masked`, less the rows of which no column that is shown is masked."""
+    return masked & (masked & shown).any(-1, keepdim=True)

@@ -12,6 +12,8 @@ from .remasking import STRATEGIES
 
 logger = logging.get_logger(__name__)
 
+# Dream's schedule is a table with an entry for each step.
+MAX_STEPS = 1_000_000
 CACHE_POLICIES = ("none", "prefix", "dual", "block")
 
 # The names that the original implementations use for the same things (LLaDA, Fast-dLLM, Dream, SDAR, BlockInfer).
@@ -44,13 +46,25 @@ STRATEGY_OF_OPTION = {
 PIPELINE_DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
 
 _METADATA = ("transformers_version", "_commit_hash", "_from_model_config", "_original_object_hash")
+# Options of the library's `generate` that scripts and harnesses pass out of habit, each with the value that asks for
+# nothing. With that value they are accepted, with any other they are refused.
+NEUTRAL = {
+    "use_cache": True,
+    "renormalize_logits": False,
+    **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), False),
+    **dict.fromkeys(("synced_gpus", "early_stopping", "remove_invalid_values", "token_healing", "low_memory"), False),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
+    **dict.fromkeys(("length_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1.0),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("diversity_penalty", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), 0.0),
+}
 # What users of the library's autoregressive `generate` reach for first, and what to use here.
 _REMEDIES = {
-    "use_cache": "choose a `cache_policy`",
     "cache_implementation": "choose a `cache_policy`",
     "num_beams": "a masked-diffusion model has no beam search; choose a `remasking_strategy`",
     "min_new_tokens": "list the end-of-sequence token in `suppress_tokens`",
     "min_length": "list the end-of-sequence token in `suppress_tokens`",
+    "guidance_scale": "the option is called `cfg_scale`",
     "block_size": "the option is called `block_length`",
     "max_denoising_steps": "the option is called `denoising_steps` (per block) or `steps` (in all)",
 }
@@ -64,8 +78,11 @@ def canonical_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     canonical = {}
     for name, value in options.items():
-        if value is None:  # not given
+        value = _plain(value)
+        if is_neutral(name, value):
             continue
+        if name == "use_cache" and value is False:
+            name, value = "cache_policy", "none"
         target = ALIASES.get(name, name)
         if target in canonical and canonical[target] != value:
             raise ValueError(f"`{name}={value!r}` contradicts `{target}={canonical[target]!r}`: give only one of them.")
@@ -77,6 +94,11 @@ def canonical_options(options: dict[str, Any]) -> dict[str, Any]:
         if given:
             canonical["remasking_strategy"] = STRATEGY_OF_OPTION[given[0]]
     return canonical
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether an option asks for nothing: it is None, or one of the library's at a value that changes nothing."""
+    return value is None or (name in NEUTRAL and isinstance(value, (bool, int, float)) and value == NEUTRAL[name])
 
 
 class DiffusionGenerationConfig(GenerationConfig):
@@ -93,7 +115,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         denoising_steps (`int`): denoising steps of each block. Without either, a step transfers one token.
         temperature (`float`, defaults to 0.0): 0 proposes the arg-max.
         do_sample (`bool`): `False` means temperature 0; `True` where no temperature is set means temperature 1.
-        top_k (`int`), top_p (`float`): the library's warpers, applied after the temperature.
+        top_k (`int`), top_p, min_p (`float`): the library's warpers, applied after the temperature, without the mask.
+        repetition_penalty (`float`): above 1 makes the tokens that stand on the row's canvas less likely (the library's
+            processor, arXiv:1909.05858).
         remasking_strategy (`str`): which proposals a step transfers, one of `STRATEGIES`.
         confidence_threshold (`float` in (0, 1], defaults to 0.9): read by `low_confidence_dynamic`.
         entropy_bound (`float`, defaults to 0.1): nats, read by `entropy_bounded`.
@@ -104,6 +128,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         cache_policy (`str`): one of the model's `cache_policies`.
         prefill_chunk_size (`int`, defaults to 2048): with `cache_policy="block"`, a longer prompt is computed in pieces.
         suppress_tokens (`list[int]`): never proposed.
+        bad_words_ids (`list[list[int]]`): words of one token each, never proposed either.
+        stop_strings (`str` or `list[str]`): a row ends with the token that completes one of them after its prompt; needs
+            `tokenizer=` in the call. They are looked for whenever a block is finished.
+        max_time (`float`): seconds after which a row ends with the block that is being decoded.
         confidence_suppress_tokens (`list[int]`): a position where one of them is proposed is transferred last.
         num_return_sequences (`int`, defaults to 1): completions of each prompt.
         steps_per_look (`int`, defaults to 1): where the logits decide when a block is done, the host looks after so many
@@ -127,6 +155,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         "do_sample": None,
         "top_k": None,
         "top_p": None,
+        "min_p": None,
+        "repetition_penalty": None,
         "remasking_strategy": None,
         "confidence_threshold": 0.9,
         "entropy_bound": 0.1,
@@ -137,6 +167,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         "cache_policy": None,
         "prefill_chunk_size": 2048,
         "suppress_tokens": None,
+        "bad_words_ids": None,
+        "stop_strings": None,
+        "max_time": None,
         "confidence_suppress_tokens": None,
         "logits_eos_inf": False,
         "confidence_eos_eot_inf": False,
@@ -196,18 +229,19 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in (
             "max_length",
             "block_length",
-            "steps",
-            "denoising_steps",
             "prefill_chunk_size",
             "num_return_sequences",
             "steps_per_look",
         ):
             _check(self, name, int, lambda v: v >= 1, "an integer of at least 1")
+        for name in ("steps", "denoising_steps"):
+            _check(self, name, int, lambda v: 1 <= v <= MAX_STEPS, f"an integer from 1 to {MAX_STEPS}")
         _check(self, "top_k", int, lambda v: v >= 0, "an integer of at least 0 (0 turns it off)")
         for name in ("temperature", "cfg_scale", "alg_temp"):
             _check(self, name, float, lambda v: v >= 0, "a number of at least 0")
-        for name in ("entropy_bound", "factor"):
+        for name in ("entropy_bound", "factor", "repetition_penalty", "max_time"):
             _check(self, name, float, lambda v: v > 0, "a number above 0")
+        _check(self, "min_p", float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
         for name in ("confidence_threshold", "top_p"):
             _check(self, name, float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
         _check(self, "eps", float, lambda v: 0 < v < 1, "a number between 0 and 1")
@@ -220,12 +254,22 @@ class DiffusionGenerationConfig(GenerationConfig):
             for token in as_token_list(getattr(self, name)):
                 if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                     raise ValueError(f"`{name}` must be a token id or a list of token ids, but holds {token!r}.")
+        words = self.bad_words_ids
+        if words is not None and not (isinstance(words, list) and all(_is_word(word) for word in words)):
+            raise ValueError(
+                f"`bad_words_ids` must list words of one token each, as `[[5], [7]]`, but is {words!r}: the tokens of a "
+                "longer word may settle in one step, so that it cannot be kept out."
+            )
+        if not all(isinstance(text, str) and text for text in as_token_list(self.stop_strings)):
+            raise ValueError(
+                f"`stop_strings` must be a string or a list of strings, none empty: {self.stop_strings!r}."
+            )
         if self.steps is not None and self.denoising_steps is not None:
             raise ValueError(
                 f"`steps={self.steps}` (for the whole completion) and `denoising_steps={self.denoising_steps}` "
                 "(for each block) exclude each other: give one of them."
             )
-        if self.remasking_strategy is not None and self.remasking_strategy not in STRATEGIES:
+        if self.remasking_strategy is not None and self.remasking_strategy not in tuple(STRATEGIES):
             raise ValueError(
                 f"`remasking_strategy={self.remasking_strategy!r}` is unknown"
                 f"{_did_you_mean(self.remasking_strategy, STRATEGIES)}: choose one of {', '.join(STRATEGIES)}."
@@ -240,6 +284,8 @@ class DiffusionGenerationConfig(GenerationConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "DiffusionGenerationConfig":
         """Read a `generation_config.json`. Options of the library's that have no meaning here are dropped, with a
         warning where they were set to something other than the library's default, so that published files load."""
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"Options are a JSON object, `{{...}}`, and not {config_dict!r}.")
         return_unused = kwargs.pop("return_unused_kwargs", False)
         for name in ("_from_auto", "_from_pipeline"):
             kwargs.pop(name, None)
@@ -249,7 +295,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name, value in config_dict.items():
             if name in known or name not in library:
                 options[name] = value
-            elif value is not None and value != library[name]:
+            elif not is_neutral(name, value):
                 logger.warning_once(f"`{name}={value!r}` in the generation config has no meaning here and is ignored.")
         unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
         config = cls(**{**options, **kwargs})
@@ -298,11 +344,24 @@ class DiffusionGenerationConfig(GenerationConfig):
         raise ValueError("A masked-diffusion model has one way to decode: there is no generation mode to choose.")
 
 
-def as_token_list(tokens: int | list[int] | None) -> list[int]:
-    """`eos_token_id` and its like may be one id, several, or none."""
-    if tokens is None:
+def as_token_list(values) -> list:
+    """`eos_token_id` and its like may be one value, several, or None."""
+    if values is None:
         return []
-    return list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
+    return list(values) if isinstance(values, (list, tuple)) else [values]
+
+
+def _plain(value):
+    """Numbers of numpy and torch as Python's; their arrays, and sets, as lists."""
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=repr)
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_word(word: Any) -> bool:
+    return isinstance(word, list) and len(word) == 1 and type(word[0]) is int and word[0] >= 0
 
 
 def _check(config, name, kind, holds, expected):
@@ -322,11 +381,14 @@ def _did_you_mean(name: Any, known) -> str:
 
 def _refuse_unknown(options: dict[str, Any]) -> None:
     known = DiffusionGenerationConfig.DEFAULTS
-    for name in options:
+    for name, value in options.items():
+        if name in known:
+            continue
         if name in _REMEDIES:
             raise ValueError(f"`{name}` is not an option of `diffusion_generate`: {_REMEDIES[name]}.")
-        if name not in known:
-            raise ValueError(
-                f"`{name}` is not an option of `diffusion_generate`{_did_you_mean(name, [*known, *ALIASES])}. "
-                f"The options are {', '.join(known)}."
-            )
+        if name in NEUTRAL or hasattr(GenerationConfig(), name):
+            raise ValueError(f"`{name}={value!r}` has no meaning for decoding by diffusion: leave it out.")
+        raise ValueError(
+            f"`{name}` is not an option of `diffusion_generate`{_did_you_mean(name, [*known, *ALIASES])}. "
+            f"The options are {', '.join(known)}."
+        )

@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.utils import logging
 
 from .cache import CachePolicy
-from .canvas import Block, Canvas, Window
+from .canvas import Block, Canvas, Window, still_open
 from .configuration import DiffusionGenerationConfig, as_token_list
 from .graphs import FastPath
 from .remasking import STRATEGIES, bernoulli_plan, bernoulli_quotas, select, transfer_quotas
 from .sampling import Noise, confidence, make_warpers, process, propose, read_best
+from .stopping import StopStrings
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -25,16 +29,18 @@ class Hooks:
         `(batch, block, vocab)`.
     processors: see `(rows, vocab)`, a row for each position of the block.
     criteria: asked after each block; rows for which they hold end there.
+    stop: looked for after each block.
     """
 
     tokens: Callable | None = None
     logits: Callable | None = None
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    stop: StopStrings | None = None
 
 
 # Options that decide what a step transfers, besides strategy and temperature.
-DECISIVE = ("mask_token_id", "top_k", "top_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
+DECISIVE = ("mask_token_id", "top_k", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
 DECISIVE += ("cfg_scale", "suppress_tokens", "confidence_suppress_tokens", "torch_compile")
 
 
@@ -65,8 +71,8 @@ class Denoiser:
         self.forward, self.canvas, self.policy, self.config, self.hooks = forward, canvas, policy, config, hooks
         self.strategy = STRATEGIES[config.remasking_strategy]
         self.temperature = config.sampling_temperature
-        self.warpers = make_warpers(self.temperature, config.top_k, config.top_p)
-        self.reads_raw_logits = confidence_source == "raw" or not self.warpers
+        self.warpers, self.filters = make_warpers(config)
+        self.reads_raw_logits = confidence_source == "raw" or not (self.warpers or self.filters)
         self.generator = generator
         self.stream = Stream(streamer, canvas) if streamer is not None else None
         device, batch = canvas.tokens.device, canvas.tokens.shape[0]
@@ -81,9 +87,13 @@ class Denoiser:
         if fast is not None:  # where its graphs find them
             self.ended = fast.graphs.ended
             self.row_forward_passes, self.row_transfers = fast.graphs.row_forward_passes, fast.graphs.row_transfers
+            self.saw_nan = fast.graphs.saw_nan
         else:
             self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
             self.row_forward_passes, self.row_transfers = torch.zeros(2, batch, dtype=torch.long, device=device)
+            self.saw_nan = torch.zeros((), dtype=torch.bool, device=device)
+        # The column behind a row's last token, as far as it has ended.
+        self.ends_at = torch.full((batch,), canvas.width, device=device)
         self.rows_running = [True] * batch  # the host's copy of ~ended, as old as the last block
         self.step = 0
         self.num_forward_passes = 0
@@ -91,19 +101,24 @@ class Denoiser:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Decode every block. Afterwards the canvas holds no mask."""
+        """Decode every block. Afterwards no mask is left among the columns that are shown."""
         if self.hooks.tokens is not None:
             self._run_tokens_hook(None, None)
-        if self.stream:
-            self.stream.confirm(None)
+        self._confirm()
         self._decode_blocks()
         if self.hooks.tokens is not None:
             # The hook may have put masks back where no step was left for them.
             self.hooks = replace(self.hooks, tokens=None)
             self._decode_blocks()
+        self._confirm()
         self._pad_after_end()
         if self.stream:
             self.stream.end()
+        if bool(self.saw_nan):
+            logger.warning_once(
+                "The model gave logits that are no numbers, and what was decoded from them means nothing. In float16 this "
+                "is an overflow: load the model with `dtype=torch.bfloat16` or `torch.float32`."
+            )
 
     def _decode_blocks(self) -> None:
         blocks = self.canvas.blocks()
@@ -144,7 +159,7 @@ class Denoiser:
             quotas = transfer_quotas(masks, steps, strategy, self.config.eps)
         needs_forward = quotas.any(0).tolist()
         # Where the logits or a hook decide how much is transferred, only the canvas knows what is left.
-        looks_at_canvas = strategy.is_adaptive or self.hooks.tokens is not None
+        looks_at_canvas = strategy.is_adaptive or self.hooks.tokens is not None or block.is_cut
         quotas = quotas.to(masked.device)
 
         for window in self.policy.prefill(block, self.rows_running):
@@ -168,8 +183,9 @@ class Denoiser:
             is_first |= self._after_step(block, wanted, logits)
 
     def _left(self, block: Block) -> torch.Tensor:
-        """`(batch, block)` bool, what is still to be decoded."""
-        return self.canvas.masked(block) & ~self.ended[:, None]
+        """`(batch, block)` bool, what is still to be decoded: of a row that has ended, or whose columns that are shown
+        are final, nothing."""
+        return still_open(self.canvas.masked(block) & ~self.ended[:, None], block.shown)
 
     def _denoise(self, block: Block, window: Window, allowed, quota) -> torch.Tensor | None:
         """One forward pass and the transfer of what it proposes.
@@ -194,7 +210,7 @@ class Denoiser:
         if self.hooks.logits is not None:
             logits = self.hooks.logits(self.step, canvas.to_sequences(), logits)
         if self.hooks.processors:
-            logits = process(self.hooks.processors, canvas.to_sequences(), logits)
+            logits = self._process(logits)
         proposals, transfer = self.decide(logits, self._left(block) & allowed, quota, noise)
         canvas.write(block, torch.where(transfer, proposals, canvas.at(block.columns)))
         transferred = transfer.sum(-1)
@@ -217,18 +233,18 @@ class Denoiser:
             logits.index_fill_(-1, self.suppressed, -torch.inf)
         if (
             self.fast is not None
-            and not self.warpers
+            and not self.filters
             and self.temperature == 0
             and self.strategy.confidence != "random"
         ):
             proposals, scores = read_best(self.strategy.confidence, logits, config.mask_token_id)
         else:
-            processed = logits
-            if self.warpers:
-                # The warpers count and rank tokens: the mask must not be among them.
-                processed = logits.clone()
+            processed = process(self.warpers, None, logits) if self.warpers else logits
+            if self.filters:
+                # They count and rank tokens: the mask must not be among them.
+                processed = processed.clone()
                 processed[..., config.mask_token_id] = -torch.inf
-                processed = process(self.warpers, None, processed)
+                processed = process(self.filters, None, processed)
             proposals = propose(processed, config.mask_token_id, self.temperature, noise)
             scores = confidence(
                 self.strategy.confidence,
@@ -243,6 +259,8 @@ class Denoiser:
             is_suppressed = (proposals[..., None] == self.confidence_suppressed).any(-1)
             scores = scores.masked_fill(is_suppressed, lowest)
         # Logits that overflowed give no number, and nothing to prefer: such positions go last, but they go.
+        is_nan = scores.isnan() | logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
+        self.saw_nan |= (is_nan & transferable).any()
         scores = scores.nan_to_num(nan=lowest)
         if self.strategy.selection == "bernoulli":
             return proposals, transferable
@@ -275,35 +293,64 @@ class Denoiser:
         unchanged = (self.canvas.at(None) == before).long().cumprod(-1).sum(-1)
         return self.policy.rewind(unchanged.tolist())
 
+    def _process(self, logits: torch.Tensor) -> torch.Tensor:
+        """Run the processors. Rows of different lengths go one by one, without padding: a row's tokens must not depend on
+        what its neighbours made necessary."""
+        canvas, processors = self.canvas, self.hooks.processors
+        if len(set(canvas.row_lengths)) == 1:
+            return process(processors, canvas.to_sequences(), logits)
+        rows = [canvas.tokens[row : row + 1, :length] for row, length in enumerate(canvas.row_lengths)]
+        each = [process(processors, row, of_row[None]) for row, of_row in zip(rows, logits, strict=True)]
+        return torch.cat(each)
+
     def _finish_block(self, block: Block) -> None:
-        """End the rows whose block holds an end-of-sequence token after the prompt, or that a criterion ends."""
-        canvas = self.canvas
+        """End the rows whose block holds an end-of-sequence token or a stop string after the prompt, or that a criterion
+        ends."""
+        canvas, hooks = self.canvas, self.hooks
         if self.end_tokens is not None:
-            self.ended |= (self._is_end(canvas.at(block.columns), block.columns) & block.valid).any(-1)
-        if self.hooks.criteria:
+            is_end = self._is_end(canvas.at(block.columns), block.columns) & block.valid
+            self.ended |= is_end.any(-1)
+        if hooks.criteria or hooks.stop:
             # Row by row and without padding: a row is asked about what it would be asked about alone.
             for row, masks in enumerate(self._masks(block)):
-                sequence = canvas.tokens[row, : canvas.row_lengths[row]]
-                final = sequence[(sequence == self.config.mask_token_id).cumsum(0) == 0][None]
                 if masks:
-                    self.ended[row] |= self.hooks.criteria(final, None, new_token_length=block.columns.shape[1])[0]
-        if self.end_tokens is not None or self.hooks.criteria:
+                    self._ask(row, new_tokens=block.columns.shape[1])
+        if self.end_tokens is not None or hooks.criteria or hooks.stop:
             self.rows_running = (~self.ended).tolist()
-        if self.stream:
-            self.stream.confirm(None if self.rows_running[0] else self.end_tokens)
+        self._confirm()
+
+    def _ask(self, row: int, new_tokens: int) -> None:
+        """Ask criteria and stop strings about a row, up to its first position that is still open."""
+        canvas, hooks = self.canvas, self.hooks
+        sequence = canvas.tokens[row, : canvas.row_lengths[row]]
+        final = sequence[(sequence == self.config.mask_token_id).cumsum(0) == 0]
+        end = hooks.stop.find(final.tolist(), int(canvas.prompt_lengths[row])) if hooks.stop else None
+        if end is None and hooks.criteria and hooks.criteria(final[None], None, new_token_length=new_tokens)[0]:
+            end = len(final)
+        if end is not None:
+            self.ended[row], self.ends_at[row] = True, end
 
     def _is_end(self, tokens: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         return torch.isin(tokens, self.end_tokens) & (columns >= self.canvas.prompt_lengths[:, None])
 
+    def _ends(self) -> torch.Tensor:
+        """`(batch,)`, the column behind the last token of each row, the first end of sequence after its prompt counted."""
+        if self.end_tokens is None:
+            return self.ends_at
+        tokens = self.canvas.tokens
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        behind = torch.where(self._is_end(tokens, columns), columns + 1, tokens.shape[1])
+        return torch.minimum(self.ends_at, behind.amin(-1))
+
+    def _confirm(self) -> None:
+        if self.stream:
+            self.stream.confirm(int(self._ends()[0]))
+
     def _pad_after_end(self) -> None:
-        """Replace what follows a row's first end-of-sequence token, and what an ended row never decoded."""
+        """Replace what stands behind the end of each row."""
         canvas, tokens = self.canvas, self.canvas.tokens
-        after = (tokens == self.config.mask_token_id) & self.ended[:, None]
-        if self.end_tokens is not None:
-            columns = torch.arange(tokens.shape[1], device=tokens.device)
-            is_end = self._is_end(tokens, columns)
-            after |= is_end.cumsum(-1) - is_end.long() > 0
-        canvas.tokens = tokens.masked_fill(after, self.config.pad_token_id)
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        canvas.tokens = tokens.masked_fill(columns >= self._ends()[:, None], self.config.pad_token_id)
         # A cache must not be taken to hold what has only now been put there.
         self.policy.rewind((canvas.tokens == tokens).long().cumprod(-1).sum(-1).tolist())
 
@@ -323,7 +370,7 @@ class Stream:
 
     def __init__(self, streamer: Any, canvas: Canvas):
         self.streamer, self.canvas = streamer, canvas
-        self.column = 0
+        self.column, self.has_begun = 0, False
 
     def draft(self, block: Block) -> None:
         """Show the tokens from the last final one up to the block's end."""
@@ -331,15 +378,14 @@ class Stream:
             end = min(block.spans[0][1], self.canvas.row_lengths[0])
             self.streamer.put_draft(self.canvas.tokens[0, self.column : end].cpu())
 
-    def confirm(self, end_tokens: torch.Tensor | None) -> None:
-        """Pass on what has become final. `end_tokens`: the row has ended, at the first of these after the prompt."""
+    def confirm(self, end: int) -> None:
+        """Pass on what has become final. `end`: the column behind the row's last token, as far as it is known."""
         row = self.canvas.tokens[0, : self.canvas.row_lengths[0]].tolist()
         limit = row.index(self.canvas.mask_token_id) if self.canvas.mask_token_id in row else len(row)
-        if end_tokens is not None:
-            prompt, ends = int(self.canvas.prompt_lengths[0]), set(end_tokens.tolist())
-            limit = min([limit, *(column + 1 for column in range(prompt, len(row)) if row[column] in ends)])
-        self.streamer.put(torch.tensor(row[self.column : limit]))
-        self.column = limit
+        limit = max(min(limit, end), self.column)
+        if limit > self.column or not self.has_begun:  # streamers take the first that they get for the prompt
+            self.streamer.put(torch.tensor(row[self.column : limit]))
+        self.column, self.has_begun = limit, True
 
     def end(self) -> None:
         self.streamer.end()

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..kernels.attention import triton
 from .cache import CanvasCache
-from .canvas import Block, Canvas, Window
+from .canvas import Block, Canvas, Window, still_open
 from .sampling import Noise
 
 logger = logging.get_logger(__name__)
@@ -51,7 +51,7 @@ class StepInputs:
 
     columns, targets: `(batch, block)`, the block's columns, and where its tokens are written: what only repeats a column
         goes to the one that is nobody's.
-    allowed: `(batch, block)` bool, the positions that may receive a token.
+    allowed, shown: `(batch, block)` bool, the positions that may receive a token, and those that the output shows.
     quota: `(batch,)`.
     window, keep: as in [`Window`].
     lengths: `(batch, window)` int32, the columns that each token of the window sees.
@@ -63,6 +63,7 @@ class StepInputs:
     columns: torch.Tensor
     targets: torch.Tensor
     allowed: torch.Tensor
+    shown: torch.Tensor
     quota: torch.Tensor
     window: torch.Tensor
     keep: torch.Tensor
@@ -183,6 +184,7 @@ class StepGraphs:
         self.tokens = torch.zeros(rows, capacity + 1, dtype=torch.long, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.row_forward_passes, self.row_transfers = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.saw_nan = torch.zeros((), dtype=torch.bool, device=device)
         self.steps: OrderedDict[tuple, Step] = OrderedDict()
         self.noise: dict[tuple, torch.Tensor] = {}
         self.place: tuple | None = (None, None)  # memory pool and stream to capture in; None: steps run as they are
@@ -193,6 +195,10 @@ class StepGraphs:
 
     def __deepcopy__(self, memo) -> None:
         """A copy of a cache makes graphs of its own: these read the original's buffers."""
+
+    def __reduce__(self) -> tuple:
+        """A pickled cache has none either."""
+        return type(None), ()
 
     def fits(self, model: torch.nn.Module, rows: int, width: int) -> bool:
         """Whether the graphs serve a canvas, and everything that they read is where it was."""
@@ -212,7 +218,7 @@ class StepGraphs:
         """Take over a canvas: from now on its tokens stand here."""
         tokens = self.tokens[:, : canvas.width + 1]
         canvas.tokens = tokens.copy_(canvas.tokens)
-        for buffer in (self.ended, self.row_forward_passes, self.row_transfers):
+        for buffer in (self.ended, self.row_forward_passes, self.row_transfers, self.saw_nan):
             buffer.zero_()
 
     def step(self, key: tuple, inputs: StepInputs, constants: tuple) -> Step:
@@ -280,7 +286,9 @@ class FastPath:
                 repeated = window.columns[:, -1:].expand(-1, -width % 64)
                 self.fed = torch.cat([window.columns, repeated], dim=1)
             self.about = self._about(window, self.fed)
-        inputs = StepInputs(block.columns, self.targets, allowed, quota, self.fed, window.keep, *self.about)
+        inputs = StepInputs(
+            block.columns, self.targets, allowed, block.shown, quota, self.fed, window.keep, *self.about
+        )
 
         def compute(inputs: StepInputs, noise: RecordedNoise) -> None:
             tokens = graphs.tokens.gather(1, inputs.window)
@@ -289,6 +297,7 @@ class FastPath:
             )
             tokens = graphs.tokens.gather(1, inputs.columns)
             masked = (tokens == denoiser.config.mask_token_id) & inputs.allowed & ~graphs.ended[:, None]
+            masked = still_open(masked, inputs.shown)
             proposals, transfer = denoiser.decide(logits, masked, inputs.quota, noise)
             graphs.tokens.scatter_(1, inputs.targets, torch.where(transfer, proposals, tokens))
             transferred = transfer.sum(-1)

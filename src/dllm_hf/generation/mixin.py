@@ -1,19 +1,21 @@
 """`DiffusionGenerationMixin`: `diffusion_generate` and `generate` for masked-diffusion models."""
 
+import os
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import Cache, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.utils import ModelOutput, logging
+from transformers import Cache, GenerationMixin, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, logging
 
 from .attention import without_flash_attention
-from .cache import POLICIES, BlockCache, CachePolicy, CanvasCache
+from .cache import POLICIES, BlockCache, CachePolicy, CanvasCache, identity_of
 from .canvas import Canvas, Window
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .denoising import Denoiser, Hooks
+from .evaluation_mode import evaluating
 from .graphs import (
     FastPath,
     StepGraphs,
@@ -26,11 +28,11 @@ from .graphs import (
     release,
     take,
 )
-from .sampling import guide
+from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, row_lengths, unpack_inputs
+from .sampling import guide, make_processors
+from .stopping import StopStrings, make_criteria
 
 logger = logging.get_logger(__name__)
-
-DEFAULT_MAX_NEW_TOKENS = 128
 
 
 @dataclass
@@ -80,9 +82,11 @@ class DiffusionGenerationMixin(GenerationMixin):
     confidence_source: str = "processed"
     capacity_step: int = 256
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> DiffusionGenerateOutput | torch.LongTensor:
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: DiffusionGenerationConfig | None = None, **kwargs
+    ) -> DiffusionGenerateOutput | torch.LongTensor:
         """[`~DiffusionGenerationMixin.diffusion_generate`], under the name that the library's tools call."""
-        return self.diffusion_generate(inputs, **kwargs)
+        return self.diffusion_generate(inputs, generation_config, **kwargs)
 
     @torch.no_grad()
     def diffusion_generate(
@@ -97,6 +101,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         streamer=None,
         past_key_values: CanvasCache | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         generation_tokens_hook_func: Callable | None = None,
         generation_logits_hook_func: Callable | None = None,
         **kwargs,
@@ -104,17 +109,20 @@ class DiffusionGenerationMixin(GenerationMixin):
         """Continue prompts, and fill the masks in them, by denoising block after block.
 
         Args:
-            inputs or input_ids: `(batch, prompt)`, left-padded. Mask tokens in it are positions to fill.
+            inputs or input_ids: `(batch, prompt)`, left-padded, or all that a tokenizer gives. Mask tokens in it are
+                positions to fill.
             generation_config: replaces the model's own; `kwargs` replace single options of either.
             attention_mask: `(batch, prompt)`, 0 on the padding.
             logits_processor: the library's processors; each position of a block is a row to them, and they see the
                 whole sequence, masks included.
-            stopping_criteria: asked after each block; a row for which they hold ends there.
+            stopping_criteria: asked after each block; a row for which they hold ends there: behind its first position
+                that is still open, padding follows.
             generator: for reproducible sampling, or a list with one for each row, which makes a row's draws
                 independent of the rows beside it.
             streamer: `TextDiffusionStreamer`, or any other of the library's; for a batch of one.
             past_key_values: the cache that an earlier call with `cache_policy="block"` returned, for a prompt that goes
                 on from there: only what is new is computed.
+            tokenizer: needed for `stop_strings`.
             generation_tokens_hook_func, generation_logits_hook_func: `(step, sequences, logits)`, run at each step;
                 they return the sequences, or the logits of the block, `(batch, block, vocab)`.
             kwargs: options of [`DiffusionGenerationConfig`], or the originals' names for them.
@@ -126,21 +134,28 @@ class DiffusionGenerationMixin(GenerationMixin):
         Raises:
             ValueError: names the argument that is wrong and what to do, before any forward pass.
         """
-        if (inputs is None) == (input_ids is None):
-            problem = "There is no prompt" if inputs is None else "The prompt is given twice"
-            raise ValueError(f"{problem}: pass `input_ids` (a `(1, 0)` tensor starts from nothing).")
-        input_ids = inputs if input_ids is None else input_ids
+        input_ids, attention_mask = unpack_inputs(inputs, input_ids, attention_mask, kwargs)
         config = self._prepare_diffusion_config(generation_config, kwargs)
-        input_ids, attention_mask = _check_inputs(input_ids, attention_mask, self.config.vocab_size)
-        new_tokens = _new_tokens(config, input_ids, attention_mask)
-        _check_fits(self.config, _row_lengths(input_ids, attention_mask).max() + new_tokens, new_tokens)
+        if config.stop_strings and tokenizer is None:
+            raise ValueError(f"`stop_strings={config.stop_strings!r}` needs the text: pass `tokenizer=` as well.")
+        input_ids, attention_mask = check_inputs(input_ids, attention_mask, self.config.vocab_size)
+        new_tokens = count_new_tokens(config, input_ids, attention_mask)
+        width = int(row_lengths(input_ids, attention_mask).max()) + new_tokens
+        check_fits(self.config, width, new_tokens)
+        config.block_length = config.block_length or self.default_block_length
+        whole = max(width, config.block_length) if self.block_grid == "zero" else width
+        check_batch(len(input_ids) * config.num_return_sequences, whole, generator, streamer)
         if config.num_return_sequences > 1:
             input_ids = input_ids.repeat_interleave(config.num_return_sequences, dim=0)
             if attention_mask is not None:
                 attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0)
-        _check_batch(len(input_ids), generator, streamer)
-
-        config.block_length = config.block_length or self.default_block_length
+        hooks = Hooks(
+            generation_tokens_hook_func,
+            generation_logits_hook_func,
+            LogitsProcessorList(make_processors(config) + list(logits_processor or [])),
+            StoppingCriteriaList(make_criteria(config) + list(stopping_criteria or [])),
+            StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None,
+        )
         canvas = Canvas(
             input_ids.to(self.device),
             None if attention_mask is None else attention_mask.to(self.device),
@@ -150,15 +165,13 @@ class DiffusionGenerationMixin(GenerationMixin):
             config.mask_token_id,
         )
         # Blocks of the grid at 0 are decoded whole, which may take a few positions more.
-        _check_fits(
-            self.config, canvas.width, new_tokens, f", in whole blocks of `block_length={config.block_length}`,"
-        )
-        hooks = Hooks(
-            generation_tokens_hook_func,
-            generation_logits_hook_func,
-            LogitsProcessorList(logits_processor or []),
-            StoppingCriteriaList(stopping_criteria or []),
-        )
+        check_fits(self.config, canvas.width, new_tokens, f", in whole blocks of `block_length={config.block_length}`,")
+        with nullcontext() if past_key_values is None else used_by_one(past_key_values):
+            return self._denoise(canvas, config, hooks, generator, streamer, past_key_values)
+
+    def _denoise(
+        self, canvas: Canvas, config: DiffusionGenerationConfig, hooks: Hooks, generator, streamer, past_key_values
+    ) -> DiffusionGenerateOutput | torch.LongTensor:
         fused = None
         if are_possible(canvas.tokens.device) and not (config.disable_compile or config.cache_policy == "none"):
             # What these hooks do is unknown: they run between the parts of a step, which a graph has not.
@@ -184,12 +197,13 @@ class DiffusionGenerationMixin(GenerationMixin):
         )
         device = canvas.tokens.device
         # Graphs and Triton's kernels run on the current device, whatever the tensors are on.
-        with self._evaluating(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with evaluating(self), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             denoiser.run()
         sequences = canvas.to_sequences()
         returns_dict = config.return_dict_in_generate or config.output_history
         is_reusable = config.cache_policy == "block" and not config.cfg_scale
         if is_reusable:
+            cache.identity = identity_of(self)
             cache.remember(canvas.at(None).clone(), policy.written, config.block_length)
         tokens_per_forward = denoiser.row_transfers / denoiser.row_forward_passes.clamp(min=1)
         if graphs is not None and past_key_values is not None:
@@ -232,6 +246,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         if config.pad_token_id is None:
             config.pad_token_id = ends[0] if ends else 0
+        if config.bad_words_ids:
+            words = [token for word in config.bad_words_ids for token in word]
+            config.suppress_tokens = [*as_token_list(config.suppress_tokens), *words]
         for name in ("mask_token_id", "pad_token_id", "eos_token_id", "suppress_tokens", "confidence_suppress_tokens"):
             for token in as_token_list(getattr(config, name)):
                 if token >= self.config.vocab_size:
@@ -362,10 +379,6 @@ class DiffusionGenerationMixin(GenerationMixin):
         if cache is None:
             cache = graphs.cache if graphs else self.make_cache(width)
         else:
-            if not hasattr(cache, "resume"):
-                raise ValueError(
-                    f"`past_key_values` is a {type(cache).__name__}: pass the one that an earlier call returned."
-                )
             if config.cfg_scale:
                 raise ValueError(
                     "`cfg_scale` masks the whole prompt, the earlier turns too, so that nothing of `past_key_values` "
@@ -391,17 +404,6 @@ class DiffusionGenerationMixin(GenerationMixin):
         """An empty cache for a canvas of `width` columns."""
         return CanvasCache(self, width)
 
-    @contextmanager
-    def _evaluating(self):
-        """Evaluation mode, so that dropout cannot change the tokens; the previous mode comes back afterwards."""
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
     ):
@@ -418,90 +420,38 @@ class DiffusionGenerationMixin(GenerationMixin):
                     _from_pipeline=from_pipeline,
                     **kwargs,
                 )
-            except OSError:
+            except OSError as error:
+                if _is_there(pretrained_model_name_or_path, kwargs):
+                    raise ValueError(
+                        f"The generation_config.json of {pretrained_model_name_or_path} cannot be read, and with it its "
+                        f"recommended options: mend it or remove it. {error}"
+                    ) from error
                 logger.info("No generation_config.json: using the special tokens of the model's configuration.")
+            except ValueError as error:
+                raise ValueError(f"The generation_config.json of {pretrained_model_name_or_path}: {error}") from error
 
 
-def _check_inputs(input_ids, attention_mask, vocab_size: int):
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-        raise ValueError(f"`input_ids` must be a `(batch, prompt)` tensor of token ids, but is {shape}.")
-    if len(input_ids) == 0:
-        raise ValueError("`input_ids` holds no row: pass at least one prompt.")
-    input_ids = input_ids.long()
-    if attention_mask is not None:
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-            shape = tuple(getattr(attention_mask, "shape", ()))
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but has {shape}: "
-                "pass the tokenizer's 2-D mask."
-            )
-        if ((attention_mask != 0) & (attention_mask != 1)).any():
-            raise ValueError("`attention_mask` must hold 0 (padding) and 1 (token) only.")
-        attention_mask = attention_mask.to(torch.long)
-        if (attention_mask.diff(dim=-1) < 0).any():
-            raise ValueError(
-                "`attention_mask` is right-padded or has holes: pad on the left "
-                "(`tokenizer.padding_side = 'left'`), and mark positions to fill with the mask token instead."
-            )
-    wrong = (input_ids < 0) | (input_ids >= vocab_size)
-    if attention_mask is not None:
-        wrong &= attention_mask == 1
-    if wrong.any():
-        raise ValueError(
-            f"`input_ids` holds the token id {int(input_ids[wrong][0])}, but the vocabulary has {vocab_size} tokens: "
-            "was the prompt tokenized for this model?"
-        )
-    return input_ids, attention_mask
+def _is_there(name: str | os.PathLike, kwargs: dict) -> bool:
+    """Whether a checkpoint has a `generation_config.json`, readable or not."""
+    if os.path.isdir(name):
+        return os.path.lexists(os.path.join(name, kwargs.get("subfolder", ""), GENERATION_CONFIG_NAME))
+    where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if kwargs.get(key) is not None}
+    # What was fetched is in the library's cache, however broken.
+    return isinstance(
+        cached_file(
+            name,
+            GENERATION_CONFIG_NAME,
+            local_files_only=True,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **where,
+        ),
+        str,
+    )
 
 
-def _row_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    if attention_mask is None:
-        return torch.full((len(input_ids),), input_ids.shape[1])
-    return attention_mask.sum(-1)
-
-
-def _new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, attention_mask) -> int:
-    prompt_length = input_ids.shape[1]
-    number = config.max_new_tokens
-    if number is None and config.max_length is not None:
-        if config.max_length < prompt_length:
-            raise ValueError(
-                f"`max_length={config.max_length}` is shorter than the prompt of {prompt_length} tokens: "
-                "raise it, or say how many tokens to add with `max_new_tokens`."
-            )
-        number = config.max_length - prompt_length
-    if number is None:
-        number = DEFAULT_MAX_NEW_TOKENS
-    if number == 0 and (_row_lengths(input_ids, attention_mask) == 0).any():
-        raise ValueError("`max_new_tokens=0` with an empty prompt leaves nothing to fill: raise `max_new_tokens`.")
-    return number
-
-
-def _check_fits(model_config, width: int, new_tokens: int, rounding: str = "") -> None:
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and width > positions:
-        fits = width - new_tokens < positions
-        remedy = (
-            f"reduce `max_new_tokens={new_tokens}` or shorten" if fits else "there is no room for new tokens, shorten"
-        )
-        raise ValueError(
-            f"The canvas of {int(width)} positions{rounding} is longer than the {positions} positions of the model: "
-            f"{remedy} the prompt."
-        )
-
-
-def _check_batch(batch: int, generator, streamer) -> None:
-    each = generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []
-    if not all(isinstance(one, torch.Generator) for one in each):
-        raise ValueError(
-            f"`generator` must be a `torch.Generator` or a list of them, but is {generator!r}: "
-            "`torch.Generator().manual_seed(seed)` makes one from a seed."
-        )
-    if isinstance(generator, (list, tuple)) and len(generator) != batch:
-        raise ValueError(
-            f"`generator` lists {len(generator)} generators for {batch} rows: pass one for each row (and for each of "
-            "its `num_return_sequences`), or a single one."
-        )
-    if streamer is not None and batch > 1:
-        raise ValueError(f"`streamer` follows one sequence, but the batch has {batch}: stream them one at a time.")
+def used_by_one(cache: CanvasCache):
+    if not hasattr(cache, "used_by_one"):
+        raise ValueError(f"`past_key_values` is a {type(cache).__name__}: pass the one that an earlier call returned.")
+    return cache.used_by_one()

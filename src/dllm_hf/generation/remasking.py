@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 
 
+TIE_TOLERANCE = 2e-6
+
+
 @dataclass(frozen=True)
 class Strategy:
     """`confidence`: the score of a proposal, or None where the selection reads none. `selection`: the rule that picks
@@ -170,7 +173,7 @@ def rank_of(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     falling = scores.gather(-1, by_score)
-    drops = falling[:, :-1] - falling[:, 1:] > 2e-6 * (1 + falling[:, :-1].abs())
+    drops = falling[:, :-1] - falling[:, 1:] > TIE_TOLERANCE * (1 + falling[:, :-1].abs())
     group = torch.nn.functional.pad(drops.long().cumsum(-1), (1, 0))
     order = torch.empty_like(by_score).scatter_(-1, by_score, group).argsort(dim=-1, stable=True)
     ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)

@@ -3,9 +3,17 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..kernels.vocabulary import best_tokens, best_tokens_torch
+from .configuration import DiffusionGenerationConfig
 
 
 class Noise:
@@ -55,16 +63,24 @@ def guide(logits: torch.Tensor, cfg_scale: float) -> torch.Tensor:
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 
 
-def make_warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
-    """The library's warpers in the library's order."""
-    warpers = LogitsProcessorList()
-    if temperature > 0 and temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    return warpers
+def make_processors(config: DiffusionGenerationConfig) -> list:
+    """The library's processors that a configuration asks for, which read the sequence."""
+    penalty = config.repetition_penalty
+    return [] if penalty in (None, 1) else [RepetitionPenaltyLogitsProcessor(float(penalty))]
+
+
+def make_warpers(config: DiffusionGenerationConfig) -> tuple[LogitsProcessorList, LogitsProcessorList]:
+    """The library's warpers in the library's order: temperature, and the filters that leave the best tokens only."""
+    temperature, filters = LogitsProcessorList(), LogitsProcessorList()
+    if config.sampling_temperature not in (0, 1):
+        temperature.append(TemperatureLogitsWarper(config.sampling_temperature))
+    if config.top_k:
+        filters.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1:
+        filters.append(TopPLogitsWarper(float(config.top_p)))
+    if config.min_p:
+        filters.append(MinPLogitsWarper(float(config.min_p)))
+    return temperature, filters
 
 
 def process(processors: LogitsProcessorList, input_ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:

@@ -154,15 +154,8 @@ class GLADreamCache(CanvasCache):
         """Tokens that a forward pass without the loop goes on after."""
         return (self.seen or 0) + (0 if self.pending is None else self.pending.shape[1])
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("A recurrent state cannot be cropped: start again with a new cache.")
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.rows is not None:
-            self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
 
     def with_token_before(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, length, hidden)` of a window -> `(batch, 1 + length, hidden)`, the token before it first. Where the text
@@ -184,10 +177,8 @@ class GLADreamCache(CanvasCache):
         self.written = [-1] * len(self.written)  # what the loop remembers of the text is not all of it any more
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        for layer in self.layers:
-            layer.select(indices)
-        for name in ("last_hidden", "pending", "tokens"):
+        super().batch_select_indices(indices)
+        for name in ("last_hidden", "pending"):
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, rows.index_select(0, indices.to(rows.device)))
-        self.written = [self.written[row] for row in indices.tolist()] if self.written else []

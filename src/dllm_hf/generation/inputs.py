@@ -1,0 +1,125 @@
+"""Checks of what is passed to `diffusion_generate`, before any work starts."""
+
+from collections.abc import Mapping
+
+import torch
+
+from .configuration import DiffusionGenerationConfig
+
+DEFAULT_MAX_NEW_TOKENS = 128
+# Columns of a call, all rows together: more cannot be what was meant, and would not fit anywhere.
+MAX_COLUMNS = 2**26
+
+
+def unpack_inputs(inputs, input_ids, attention_mask, kwargs: dict):
+    """The prompt and its mask, however they are passed: by position or by name, or together, as a tokenizer gives them.
+
+    Args:
+        kwargs: `token_type_ids`, which tokenizers give and these models do not read, are taken out of it.
+    """
+    if (inputs is None) == (input_ids is None):
+        problem = "There is no prompt" if inputs is None else "The prompt is given twice"
+        raise ValueError(f"{problem}: pass `input_ids` (a `(1, 0)` tensor starts from nothing).")
+    input_ids = inputs if input_ids is None else input_ids
+    types = kwargs.pop("token_type_ids", None)
+    if isinstance(input_ids, Mapping):
+        encoding = input_ids
+        if "input_ids" not in encoding:
+            raise ValueError(f"The prompt holds {sorted(encoding)} but no `input_ids`: pass what the tokenizer gives.")
+        input_ids, types = encoding["input_ids"], encoding.get("token_type_ids")
+        attention_mask = encoding.get("attention_mask") if attention_mask is None else attention_mask
+    if types is not None and torch.as_tensor(types).any():
+        raise ValueError("`token_type_ids` other than 0 have no meaning for these models: leave them out.")
+    return input_ids, attention_mask
+
+
+def check_inputs(input_ids, attention_mask, vocab_size: int):
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"`input_ids` must be a `(batch, prompt)` tensor of token ids, but is {shape}.")
+    if len(input_ids) == 0:
+        raise ValueError("`input_ids` holds no row: pass at least one prompt.")
+    input_ids = input_ids.long()
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+            shape = tuple(getattr(attention_mask, "shape", ()))
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but has {shape}: "
+                "pass the tokenizer's 2-D mask."
+            )
+        if ((attention_mask != 0) & (attention_mask != 1)).any():
+            raise ValueError("`attention_mask` must hold 0 (padding) and 1 (token) only.")
+        attention_mask = attention_mask.to(torch.long)
+        if (attention_mask.diff(dim=-1) < 0).any():
+            raise ValueError(
+                "`attention_mask` is right-padded or has holes: pad on the left "
+                "(`tokenizer.padding_side = 'left'`), and mark positions to fill with the mask token instead."
+            )
+    wrong = (input_ids < 0) | (input_ids >= vocab_size)
+    if attention_mask is not None:
+        wrong &= attention_mask == 1
+    if wrong.any():
+        raise ValueError(
+            f"`input_ids` holds the token id {int(input_ids[wrong][0])}, but the vocabulary has {vocab_size} tokens: "
+            "was the prompt tokenized for this model?"
+        )
+    return input_ids, attention_mask
+
+
+def row_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    if attention_mask is None:
+        return torch.full((len(input_ids),), input_ids.shape[1])
+    return attention_mask.sum(-1)
+
+
+def count_new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, attention_mask) -> int:
+    prompt_length = input_ids.shape[1]
+    number = config.max_new_tokens
+    if number is None and config.max_length is not None:
+        if config.max_length < prompt_length:
+            raise ValueError(
+                f"`max_length={config.max_length}` is shorter than the prompt of {prompt_length} tokens: "
+                "raise it, or say how many tokens to add with `max_new_tokens`."
+            )
+        number = config.max_length - prompt_length
+    if number is None:
+        number = DEFAULT_MAX_NEW_TOKENS
+    if number == 0 and (row_lengths(input_ids, attention_mask) == 0).all():
+        raise ValueError("`max_new_tokens=0` with an empty prompt leaves nothing to fill: raise `max_new_tokens`.")
+    return number
+
+
+def check_fits(model_config, width: int, new_tokens: int, rounding: str = "") -> None:
+    """Whether the model has positions for `width` columns. `rounding`: said of them where they are more than asked for."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and width > positions:
+        fits = width - new_tokens < positions
+        remedy = (
+            f"reduce `max_new_tokens={new_tokens}` or shorten" if fits else "there is no room for new tokens, shorten"
+        )
+        raise ValueError(
+            f"The canvas of {int(width)} positions{rounding} is longer than the {positions} positions of the model: "
+            f"{remedy} the prompt."
+        )
+
+
+def check_batch(batch: int, width: int, generator, streamer) -> None:
+    """Whether a batch, each of its `num_return_sequences` counted, can be decoded with these."""
+    if batch * max(width, 1) > MAX_COLUMNS:
+        raise ValueError(
+            f"{batch:,} rows of {width:,} positions do not fit into memory: reduce `num_return_sequences`, "
+            "`block_length`, `max_new_tokens` or the batch."
+        )
+    each = generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []
+    if not all(isinstance(one, torch.Generator) for one in each):
+        raise ValueError(
+            f"`generator` must be a `torch.Generator` or a list of them, but is {generator!r}: "
+            "`torch.Generator().manual_seed(seed)` makes one from a seed."
+        )
+    if isinstance(generator, (list, tuple)) and len(generator) != batch:
+        raise ValueError(
+            f"`generator` lists {len(generator)} generators for {batch} rows: pass one for each row (and for each of "
+            "its `num_return_sequences`), or a single one."
+        )
+    if streamer is not None and batch > 1:
+        raise ValueError(f"`streamer` follows one sequence, but the batch has {batch}: stream them one at a time.")
