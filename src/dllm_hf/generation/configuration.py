@@ -368,8 +368,10 @@ def _check(config, name, kind, holds, expected):
     value = getattr(config, name)
     if value is None:
         return
-    kinds = (int, float) if kind is float else kind
-    fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    if kind is float and type(value) is int and abs(value) < 10**300:
+        value = float(value)  # torch takes no integers of more than 64 bits
+        setattr(config, name, value)
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not fits or not holds(value) or (kind is float and not math.isfinite(value)):
         raise ValueError(f"`{name}` must be {expected}, but is {value!r}.")
 
