@@ -123,6 +123,23 @@ def test_ties_go_to_the_left():
     assert choose("low_confidence_static", [0.5, 0.7, 0.5, 0.5, 0.7], quota=3) == [0, 1, 4]
 
 
+@pytest.mark.parametrize("strategy", ["low_confidence_static", "topk_margin", "entropy"])
+def test_scores_that_rounding_sets_apart_tie(strategy):
+    scores = [0.5 * (1 - 2**-22), 0.5, 0.5 * (1 + 2**-22)]
+    assert choose(strategy, scores, quota=1) == [0]
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[1 - 1.5e-6, 1 - 3e-6, 1.0], [2.001e-4, 2.0e-4, 2.002e-4], [1e-9, 0.0, 1.1e-9]],
+    ids=["sure", "unsure", "tiny"],
+)
+def test_confidence_decides_and_not_position_wherever_it_differs_by_more(scores):
+    """Of a model that is sure of all its tokens, and of one with many tokens that is sure of none."""
+    assert choose("low_confidence_static", scores, quota=1) == [2]
+    assert choose("low_confidence_static", scores, quota=2) == [0, 2]
+
+
 def largest_prefix(confidences, factor):
     """Fast-dLLM's rule: sorted by confidence, the largest n with `c_n >= 1 - factor / (n + 1)`, at least 1."""
     ranked = sorted(confidences, reverse=True)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextDiffusionStreamer, TextStreamer, pipeline
 
 from dllm_hf import DiffusionGenerationConfig
-from dllm_hf.generation.mixin import DEFAULT_MAX_NEW_TOKENS
+from dllm_hf.generation.inputs import DEFAULT_MAX_NEW_TOKENS
 
 from ..builders import BUILDERS, END, ScriptedModel, character_tokenizer, new_model, recorded, script, tiny_model
 
