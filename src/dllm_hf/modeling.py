@@ -11,8 +11,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .fused.stack import FusedStack
 from .generation.attention import uses_flash_attention
-from .generation.fused import FusedStack
 from .training.losses import masked_diffusion_loss
 
 
@@ -181,7 +181,7 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.ndim == 1:
         return hidden_states[:, logits_to_keep]
-    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 def attend_both_ways(model: PreTrainedModel) -> None:

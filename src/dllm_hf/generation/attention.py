@@ -77,8 +77,13 @@ def canvas_attention_forward(
     changed = any(kwargs.get(name) is not None for name in CHANGES_SCORES)
     if has_kernel and lengths is not None and not needs_gradient and not changed:
         scale = head_dim**-0.5 if scaling is None else scaling
+        if key.stride() != value.stride() or key.stride(0) % key.stride(2):
+            key, value = key.contiguous(), value.contiguous()
+        # To the kernel, which reads no bounds, the first row's memory is an arena that holds the others as well.
+        base = torch.arange(batch, device=query.device) * (key.stride(0) // key.stride(2))
         with torch.cuda.device(query.device):  # Triton's kernels run on the current one
-            return canvas_attention(query.transpose(1, 2), key, value, lengths, scale), None
+            arguments = (query.transpose(1, 2), key[0], value[0], lengths, base, key.shape[2], scale)
+            return canvas_attention(*arguments), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 

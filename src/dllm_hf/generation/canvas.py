@@ -1,184 +1,100 @@
-"""The canvas: prompt and positions to fill, one row per sequence, left-aligned and without padding.
-
-Position = column, so position ids, the block grid and the key-value cache need no offsets, and a row knows nothing of
-the padding that its neighbours made necessary. The library's layout (left-padded prompt, then the new tokens) exists
-only at the two ends: what [`Canvas`] is made from and [`Canvas.to_sequences`].
-"""
-
-from dataclasses import dataclass
+"""The canvas: one table with a row for each slot, of all that a denoising step reads and writes besides the cache."""
 
 import torch
 
+from .remasking import RULES, SCORES
+from .requests import Row
 
-@dataclass
-class Window:
-    """The positions fed to one forward pass.
-
-    columns: `(batch, window)`, the columns of the canvas; `None` stands for the whole canvas.
-    keep: `(batch, block)`, the indices into the window at which the logits of the block's positions stand; -1 for the
-        column before the window, where the model's cache keeps what is needed of it.
-    visible: the columns of the cache that any row may see.
-    key_mask: `(batch, visible)` bool, those that each row may see; `None` where it is all of them.
-    is_block_causal: a position sees the columns up to its own block's end, instead of all visible ones.
-    settled: `(batch, 1)`, the column up to which the canvas is final; `None` where no more is than in the last window.
-    """
-
-    columns: torch.Tensor | None
-    keep: torch.Tensor
-    visible: int
-    key_mask: torch.Tensor | None
-    is_block_causal: bool = False
-    settled: torch.Tensor | None = None
-
-
-@dataclass
-class Block:
-    """One block of every row; rows whose block is shorter, or that have none left, repeat their last column.
-
-    columns: `(batch, block)`.
-    valid: `(batch, block)` bool, False where a column only repeats.
-    starts, ends: `(batch,)`, first column and the one after the last.
-    spans: the same as (start, end) of each row, on the host.
-    shown: `(batch, block)` bool, False where the output does not show a column, since it is behind what was asked for.
-    is_cut: whether there are such columns.
-    masks: the masked positions that each row's block held before decoding began.
-    """
-
-    columns: torch.Tensor
-    valid: torch.Tensor
-    starts: torch.Tensor
-    ends: torch.Tensor
-    spans: list[tuple[int, int]]
-    shown: torch.Tensor
-    is_cut: bool
-    masks: list[int]
+# Of the numbers of a row's options, in the order of the table's columns.
+NUMBERS = ("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
+LISTS = ("eos_token_id", "suppress_tokens", "confidence_suppress_tokens")
 
 
 class Canvas:
-    """Token rows of different lengths and the grid of blocks over them.
+    """Tokens, options and counters of all slots. Rows are left-aligned and without padding: position = column.
 
     Args:
-        input_ids: `(batch, prompt)`. Mask tokens in it are positions to fill.
-        attention_mask: `(batch, prompt)`, 0 on left padding.
-        max_new_tokens: masks to append to each row.
-        block_length: `None` puts all the masks of a row into one block.
-        block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
-        mask_token_id: the mask.
+        slots: rows that there is room for.
+        capacity: columns of each.
 
     Attributes:
-        tokens: `(batch, width + 1)`. The last column is nobody's: a block's repeated columns are written there.
-        width: columns of the longest row.
-        prompt_lengths, ends: `(batch,)`. `ends` is the column after a row's last one. With the grid at position 0 the
-            last block is filled up to its end with masks, which `to_sequences` cuts off again.
-        key_mask: `(batch, width)` bool, the columns that exist in each row; `None` where every row has them all.
-        row_lengths: columns of each row that `to_sequences` shows.
-        given: `(batch, width + 1)` bool, the tokens that came with the prompt.
+        tokens: `(slots, capacity + 1)`. The last one is the scratch column: what is written for positions that repeat goes
+            there, and nothing reads it.
+        given: `(slots, capacity + 1)` bool, the tokens that came with a prompt.
+        plan: `(slots, capacity + 1)`, the step of its block at which a position may be transferred.
+        numbers: `(slots, 7)` float32, see `NUMBERS`; a `top_p` of 1 and a `min_p` or `alg_temp` of 0 change nothing.
+        choices: `(slots, 4)`: score, rule (see [`remasking`]), `top_k` (0: all), prompt length.
+        lists: by name and width, `(slots, width)` token ids of the options in `LISTS`; a row that has fewer repeats its
+            last one, and -1 stands where it has none.
+        report: `(slots, 2)`, whether a mask is left in the row's block among what is shown, and whether it holds an end of
+            sequence, both after the last step.
+        counts: `(slots, 2)`, forward passes that gave the row a token, and tokens that it received.
+        saw_nan: whether logits were no numbers where something was to be transferred.
     """
 
-    def __init__(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        max_new_tokens: int,
-        block_length: int | None,
-        block_grid: str,
-        mask_token_id: int,
-    ):
-        device = input_ids.device
-        padding = torch.zeros(len(input_ids), dtype=torch.long, device=device)
-        if attention_mask is not None:
-            padding = (attention_mask == 0).sum(-1)
-        self.block_length, self.block_grid, self.mask_token_id = block_length, block_grid, mask_token_id
-        self.prompt_lengths = input_ids.shape[1] - padding
-        self.row_lengths = (self.prompt_lengths + max_new_tokens).tolist()
-        rows = [row[pad:] for row, pad in zip(input_ids.tolist(), padding.tolist(), strict=True)]
-        rows = [row + [mask_token_id] * max_new_tokens for row in rows]
-        for row in rows:
-            if block_grid == "zero" and mask_token_id in row[-(len(row) % block_length or block_length) :]:
-                row.extend([mask_token_id] * (-len(row) % block_length))
-        self.width = max(len(row) for row in rows)
-        # Any token will do beyond a row's end: nobody sees it.
-        self.tokens = torch.tensor([row + [0] * (self.width + 1 - len(row)) for row in rows], device=device)
-        self.ends = torch.tensor([len(row) for row in rows], device=device)
-        columns = torch.arange(self.width + 1, device=device)
-        self.given = (self.tokens != mask_token_id) & (columns < self.prompt_lengths[:, None])
-        self.key_mask = columns[:-1] < self.ends[:, None]
-        if bool(self.key_mask.all()):
-            self.key_mask = None
-        self._input_ids = input_ids
-        # Column of the canvas that each column of the library's layout shows; negative in the padding.
-        self._shown = torch.arange(input_ids.shape[1] + max_new_tokens, device=device) - padding[:, None]
+    def __init__(self, slots: int, capacity: int, device: torch.device):
+        self.slots, self.capacity, self.device = slots, capacity, device
+        zeros = lambda *shape, dtype=torch.long: torch.zeros(*shape, dtype=dtype, device=device)
+        self.tokens, self.plan = zeros(2, slots, capacity + 1)
+        self.given = zeros(slots, capacity + 1, dtype=torch.bool)
+        self.numbers, self.choices = zeros(slots, len(NUMBERS), dtype=torch.float32), zeros(slots, 4)
+        self.lists: dict[tuple[str, int], torch.Tensor] = {}
+        self.report, self.counts = zeros(2, slots, 2)
+        self.saw_nan = zeros((), dtype=torch.bool)
 
-    def blocks(self) -> list[Block]:
-        """The blocks that hold masks now, in decoding order."""
-        ends = self.ends.tolist()
-        rows = [row[:end] for row, end in zip(self.at(None).tolist(), ends, strict=True)]
-        spans = [self._cells(*row) for row in zip(rows, self.prompt_lengths.tolist(), self.row_lengths, strict=True)]
-        shown_ends = torch.tensor(self.row_lengths, device=self.tokens.device)[:, None]
-        blocks = []
-        for index in range(max(len(cells) for cells in spans)):
-            now = [cells[index] if index < len(cells) else (0, 0) for cells in spans]
-            masks = [row[start:end].count(self.mask_token_id) for row, (start, end) in zip(rows, now, strict=True)]
-            starts, ends = torch.tensor(now, device=self.tokens.device).unbind(1)
-            columns, valid = span_columns(starts, ends, max(end - start for start, end in now))
-            is_cut = any(end > length for (_, end), length in zip(now, self.row_lengths, strict=True))
-            blocks.append(Block(columns, valid, starts, ends, now, columns < shown_ends, is_cut, masks))
-        return blocks
+    def place(self, rows: list[Row]) -> None:
+        """Write what rows begin with into their slots."""
+        slots = self._indices(rows)
+        width = max((row.length for row in rows), default=0)
+        texts = torch.tensor([row.text + [0] * (width - row.length) for row in rows]).view(len(rows), width)
+        prompts = torch.tensor([len(row.request.prompt) for row in rows])
+        masks = torch.tensor([row.mask for row in rows])
+        given = (texts != masks[:, None]) & (torch.arange(width) < prompts[:, None])
+        for table, values in ((self.tokens, texts), (self.given, given), (self.plan, torch.zeros_like(texts))):
+            table[:, :width].index_copy_(0, slots, values.to(self.device))
+        numbers = torch.tensor([numbers_of(row) for row in rows], dtype=torch.float32)
+        choices = [
+            (SCORES.index(row.strategy.confidence), RULES.index(row.strategy.selection), row.request.options.top_k or 0)
+            for row in rows
+        ]
+        choices = torch.tensor([(*each, len(row.request.prompt)) for each, row in zip(choices, rows, strict=True)])
+        self.numbers.index_copy_(0, slots, numbers.to(self.device))
+        self.choices.index_copy_(0, slots, choices.to(self.device))
+        self.counts.index_fill_(0, slots, 0)
 
-    def _cells(self, row: list[int], prompt_length: int, row_length: int) -> list[tuple[int, int]]:
-        """The grid's cells that hold masks among the columns that are shown, as (start, end)."""
-        if self.mask_token_id not in row[:row_length]:
-            return []
-        first, length = row.index(self.mask_token_id), self.block_length
-        if length is None:
-            return [(first, len(row))]
-        anchor = 0 if self.block_grid == "zero" else prompt_length % length
-        # The cell that the first mask falls into; the one before the anchor is cut short by the canvas' beginning.
-        start = anchor + (first - anchor) // length * length
-        cells = [(max(cell, 0), min(cell + length, len(row))) for cell in range(start, len(row), length)]
-        return [cell for cell in cells if self.mask_token_id in row[cell[0] : min(cell[1], row_length)]]
+    def place_list(self, name: str, width: int, rows: list[Row]) -> torch.Tensor:
+        """`(slots, width)` with the token ids that an option of the rows lists."""
+        key = (name, width)
+        if key not in self.lists:
+            self.lists[key] = torch.full((self.slots, width), -1, device=self.device)
+        values = [list_of(row, name) for row in rows]
+        values = [(each or [-1]) + (each or [-1])[-1:] * (width - max(len(each), 1)) for each in values]
+        self.lists[key].index_copy_(0, self._indices(rows), torch.tensor(values, device=self.device))
+        return self.lists[key]
 
-    def at(self, columns: torch.Tensor | None) -> torch.Tensor:
-        """The tokens at `columns`; `None` stands for the whole canvas."""
-        return self.tokens[:, : self.width] if columns is None else self.tokens.gather(1, columns)
+    def place_plan(self, row: Row, plan: torch.Tensor) -> None:
+        """Say at which step of its block each position of it may be transferred, `(width,)`."""
+        start, end = row.span
+        self.plan[row.slot, start:end] = plan.to(self.device)
 
-    def masked(self, block: Block) -> torch.Tensor:
-        """`(batch, block)` bool, the block's positions that are still masks."""
-        return (self.at(block.columns) == self.mask_token_id) & block.valid
+    def text(self, row: Row) -> torch.Tensor:
+        """`(shown,)`, what the output shows of a row."""
+        return self.tokens[row.slot, : row.shown]
 
-    def write(self, block: Block, tokens: torch.Tensor) -> None:
-        """Put `(batch, block)` tokens into a block."""
-        self.tokens.scatter_(1, torch.where(block.valid, block.columns, self.width), tokens)
-
-    def to_sequences(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """`(batch, prompt + max_new_tokens)` in the library's layout: the prompt as it was given, padding included,
-        then the new tokens."""
-        tokens = self.tokens if tokens is None else tokens
-        shown = tokens.gather(1, self._shown.clamp(min=0))
-        prompt = self._input_ids
-        shown[:, : prompt.shape[1]] = torch.where(
-            self._shown[:, : prompt.shape[1]] < 0, prompt, shown[:, : prompt.shape[1]]
-        )
-        return shown
-
-    def from_sequences(self, sequences: torch.Tensor) -> None:
-        """Take over tokens that a hook changed, in the layout of [`Canvas.to_sequences`]."""
-        if not isinstance(sequences, torch.Tensor) or sequences.shape != self._shown.shape:
-            got = tuple(sequences.shape) if isinstance(sequences, torch.Tensor) else sequences
-            raise ValueError(
-                f"`generation_tokens_hook_func` must return the sequences, {tuple(self._shown.shape)}, but gave {got}."
-            )
-        columns = torch.where(self._shown < 0, self.width, self._shown)
-        self.tokens.scatter_(1, columns, sequences)
+    def _indices(self, rows: list[Row]) -> torch.Tensor:
+        return torch.tensor([row.slot for row in rows], dtype=torch.long, device=self.device)
 
 
-def span_columns(starts: torch.Tensor, ends: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(batch, width)` columns from `starts` on. Those that would reach `ends` repeat the last column before it (and
-    those below 0 the first), so that a window never touches a column that is not its row's."""
-    columns = starts[:, None] + torch.arange(width, device=starts.device)
-    return torch.minimum(columns, ends[:, None] - 1).clamp(min=0), columns < ends[:, None]
+def numbers_of(row: Row) -> list[float]:
+    options = row.request.options
+    values = {name: getattr(options, name) for name in NUMBERS}
+    values["temperature"] = options.sampling_temperature
+    return [float(value if value is not None else name == "top_p") for name, value in values.items()]
 
 
-def still_open(masked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """`(batch, block)` bool: `masked`, less the rows of which no column that is shown is masked."""
-    return masked & (masked & shown).any(-1, keepdim=True)
+def list_of(row: Row, name: str) -> list[int]:
+    """The token ids that an option of a row lists."""
+    tokens = getattr(row.request.options, name)
+    if tokens is None:
+        return []
+    return list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]

@@ -4,32 +4,24 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import Cache, GenerationMixin, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, logging
 
-from .attention import without_flash_attention
-from .cache import POLICIES, BlockCache, CachePolicy, CanvasCache, identity_of
-from .canvas import Canvas, Window
+from .backend import ModelBackend
+from .cache import CanvasCache, identity_of
+from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
-from .denoising import Denoiser, Hooks
+from .decoder import Decoder
 from .evaluation_mode import evaluating
-from .graphs import (
-    FastPath,
-    StepGraphs,
-    are_possible,
-    capacity_for,
-    fingerprint_of,
-    lend,
-    places_of,
-    put_back,
-    release,
-    take,
-)
+from .graphs import are_possible
+from .hooks import Hooks, Session
 from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, row_lengths, unpack_inputs
-from .sampling import guide, make_processors
+from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
+from .requests import Request
+from .sampling import make_processors
 from .stopping import StopStrings, make_criteria
 
 logger = logging.get_logger(__name__)
@@ -69,6 +61,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         default_remasking_strategy: used where neither call nor `generation_config.json` names one.
         confidence_source: `"raw"` reads confidence from the logits as the model gave them, `"processed"` after
             temperature, top-k and top-p.
+        sees_earlier_blocks: whether a block sees earlier ones alone, or a token the whole canvas.
+        makes_masks: whether attention takes a made mask; else the model knows by itself what its tokens see.
+        has_fixed_block_length: whether it decodes in blocks of `default_block_length` alone.
         capacity_step: on the fast path there is room for a multiple of so many columns. A conversation that outgrows it
             has its steps captured anew.
     """
@@ -80,6 +75,9 @@ class DiffusionGenerationMixin(GenerationMixin):
     default_block_length: int | None = 32
     default_remasking_strategy: str = "low_confidence_static"
     confidence_source: str = "processed"
+    sees_earlier_blocks: bool = False
+    makes_masks: bool = True
+    has_fixed_block_length: bool = False
     capacity_step: int = 256
 
     def generate(
@@ -143,86 +141,131 @@ class DiffusionGenerationMixin(GenerationMixin):
         width = int(row_lengths(input_ids, attention_mask).max()) + new_tokens
         check_fits(self.config, width, new_tokens)
         config.block_length = config.block_length or self.default_block_length
+        if self.has_fixed_block_length and config.block_length != self.default_block_length:
+            raise ValueError(
+                f"`block_length={config.block_length}` is not the model's `block_size={self.default_block_length}`, in "
+                "which its state moves on: leave `block_length` out."
+            )
         whole = max(width, config.block_length) if self.block_grid == "zero" else width
-        check_batch(len(input_ids) * config.num_return_sequences, whole, generator, streamer)
-        if config.num_return_sequences > 1:
-            input_ids = input_ids.repeat_interleave(config.num_return_sequences, dim=0)
-            if attention_mask is not None:
-                attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0)
+        each = config.num_return_sequences
+        check_batch(len(input_ids) * each, whole, generator, streamer)
+        input_ids = input_ids.repeat_interleave(each, dim=0)
+        lengths = row_lengths(input_ids, attention_mask).repeat_interleave(each if attention_mask is not None else 1)
+        prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
+        requests = [Request(*one, new_tokens, config, each) for *one, each in zip(prompts, generators, strict=True)]
+        # Blocks of the grid at 0 are decoded whole, which may take a few positions more.
+        columns = max(len(request.canvas(self.block_grid)) for request in requests)
+        check_fits(self.config, columns, new_tokens, f", in whole blocks of `block_length={config.block_length}`,")
         hooks = Hooks(
             generation_tokens_hook_func,
             generation_logits_hook_func,
             LogitsProcessorList(make_processors(config) + list(logits_processor or [])),
             StoppingCriteriaList(make_criteria(config) + list(stopping_criteria or [])),
             StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None,
-        )
-        canvas = Canvas(
-            input_ids.to(self.device),
-            None if attention_mask is None else attention_mask.to(self.device),
-            new_tokens,
-            config.block_length,
-            self.block_grid,
-            config.mask_token_id,
-        )
-        # Blocks of the grid at 0 are decoded whole, which may take a few positions more.
-        check_fits(self.config, canvas.width, new_tokens, f", in whole blocks of `block_length={config.block_length}`,")
-        with nullcontext() if past_key_values is None else used_by_one(past_key_values):
-            return self._denoise(canvas, config, hooks, generator, streamer, past_key_values)
-
-    def _denoise(
-        self, canvas: Canvas, config: DiffusionGenerationConfig, hooks: Hooks, generator, streamer, past_key_values
-    ) -> DiffusionGenerateOutput | torch.LongTensor:
-        fused = None
-        if are_possible(canvas.tokens.device) and not (config.disable_compile or config.cache_policy == "none"):
-            # What these hooks do is unknown: they run between the parts of a step, which a graph has not.
-            if not (hooks.tokens or hooks.logits or hooks.processors):
-                fused = self.step_forward()
-        policy, cache, graphs = self._make_policy(canvas, config, past_key_values, fused is not None)
-        fast = None
-        if graphs is not None:
-            fused.prepare(cache, graphs.rows * graphs.repeats)
-            forward = self._make_fused_forward(fused, config, cache)
-            compiled = torch.compile(forward, dynamic=False) if config.torch_compile else forward
-            fast = FastPath(graphs, forward, compiled, canvas, config.block_length or 1, fused)
-        denoiser = Denoiser(
-            self._make_forward(canvas, config, cache, fast),
-            canvas,
-            policy,
-            config,
-            self.confidence_source,
-            hooks,
-            generator,
             streamer,
-            fast,
+            config.output_history,
         )
-        device = canvas.tokens.device
+        with nullcontext() if past_key_values is None else used_by_one(past_key_values):
+            return self._decode(requests, columns, input_ids, hooks, past_key_values)
+
+    def _decode(
+        self, requests: list[Request], columns: int, input_ids: torch.Tensor, hooks: Hooks, past: CanvasCache | None
+    ) -> DiffusionGenerateOutput | torch.LongTensor:
+        """Decode a batch whose arguments are right. `columns`: of the longest canvas."""
+        config, device = requests[0].options, self.device
+        fused, fingerprint = None, ()
+        if are_possible(device) and not (config.disable_compile or config.cache_policy == "none" or hooks.sees_logits):
+            fused, fingerprint = fused_of(self)
+        backend = ModelBackend(self, config.cache_policy != "none", fused, config.cfg_scale, config.torch_compile)
+        workspace, cache, final_lengths = self._open(backend, requests, columns, fingerprint, past)
+        sessions: list[Session] = []
+        decoder = Decoder(
+            backend,
+            workspace,
+            fused is not None,
+            (lambda *step: sessions[0].process(*step)) if hooks.sees_logits else None,
+            lambda has_passed: sessions[0].after_step(has_passed),
+            hooks.tokens is not None,
+        )
         # Graphs and Triton's kernels run on the current device, whatever the tensors are on.
         with evaluating(self), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            denoiser.run()
-        sequences = canvas.to_sequences()
-        returns_dict = config.return_dict_in_generate or config.output_history
-        is_reusable = config.cache_policy == "block" and not config.cfg_scale
-        if is_reusable:
-            cache.identity = identity_of(self)
-            cache.remember(canvas.at(None).clone(), policy.written, config.block_length)
-        tokens_per_forward = denoiser.row_transfers / denoiser.row_forward_passes.clamp(min=1)
-        if graphs is not None and past_key_values is not None:
-            graphs.places = places_of(cache)
-        elif graphs is not None:
-            # Other calls may have the buffers from here on, or when the caller drops the cache.
-            if is_reusable and returns_dict:
-                cache = lend(self, graphs)
-            else:
-                put_back(self, graphs)
-        if not returns_dict:
-            return sequences
-        return DiffusionGenerateOutput(
-            sequences=sequences,
-            history=None if denoiser.history is None else tuple(denoiser.history),
-            num_forward_passes=denoiser.num_forward_passes,
-            tokens_per_forward=tokens_per_forward,
-            past_key_values=cache if is_reusable else None,
+            rows = decoder.add(*requests, final_lengths=final_lengths)
+            sessions.append(Session(hooks, workspace.canvas, input_ids, rows, decoder.forget))
+            run(decoder, sessions[0])
+        canvas, session = workspace.canvas, sessions[0]
+        if bool(canvas.saw_nan):
+            logger.warning_once(
+                "The model gave logits that are no numbers, and what was decoded from them means nothing. In float16 this "
+                "is an overflow: load the model with `dtype=torch.bfloat16` or `torch.float32`."
+            )
+        output = DiffusionGenerateOutput(
+            session.sequences(),
+            tuple(session.history) if hooks.keeps_history else None,
+            decoder.num_forward_passes,
+            canvas.counts[:, 1] / canvas.counts[:, 0].clamp(min=1),
         )
+        returns_dict, is_reusable = config.return_dict_in_generate or config.output_history, False
+        if config.cache_policy == "block" and not config.cfg_scale:
+            is_reusable, cache.identity = True, identity_of(self)
+            final_lengths = [row.final_length for row in rows]
+            cache.remember(canvas.tokens[:, :columns].clone(), final_lengths, config.block_length)
+        if fused is not None and past is not None:
+            workspace.pointers = pointers_of(cache)
+        elif fused is not None and is_reusable and returns_dict:
+            cache = hold(self, workspace)
+        elif fused is not None:
+            release(self, workspace)
+        output.past_key_values = cache if is_reusable else None
+        return output if returns_dict else output.sequences
+
+    def _open(
+        self,
+        backend: ModelBackend,
+        requests: list[Request],
+        columns: int,
+        fingerprint: tuple,
+        past: CanvasCache | None,
+    ) -> tuple[Workspace, CanvasCache | None, list[int] | None]:
+        """The buffers for a batch, their cache, and up to where it holds what is final, where it goes on from a turn."""
+        slots, options = len(requests), requests[0].options
+        has_graphs = backend.fused is not None
+        capacity = capacity_for(columns, self.capacity_step) if has_graphs else columns
+        key = (fingerprint, slots, capacity, backend.repeats)
+
+        def make() -> Workspace:
+            canvas = Canvas(slots, capacity, self.device)
+            return Workspace(canvas, backend.open(slots, capacity + 1), key)
+
+        if past is None:
+            workspace = acquire(self, key, make) if has_graphs else make()
+            if has_graphs:
+                backend.fused.prepare(workspace.state, slots * backend.repeats)
+            return workspace, workspace.state, None
+        if options.cache_policy != "block":
+            raise ValueError(
+                f"`past_key_values` needs `cache_policy='block'`, but it is {options.cache_policy!r}: only blocks "
+                "that see no later ones have keys that stay valid."
+            )
+        if options.cfg_scale:
+            raise ValueError(
+                "`cfg_scale` masks the whole prompt, the earlier turns too, so that nothing of `past_key_values` "
+                "would stay valid: start without it."
+            )
+        past.check(self, slots, options.block_length)
+        workspace = past.workspace
+        fits = workspace is not None and (workspace.key[:2], workspace.pointers) == (key[:2], pointers_of(past))
+        if not (has_graphs and fits and workspace.canvas.capacity >= columns):
+            # Not the cache itself, which holds its workspace.
+            workspace = Workspace(Canvas(slots, capacity, self.device), copy(past) if has_graphs else past, key)
+            past.workspace = workspace if has_graphs else None
+        texts = [request.canvas(self.block_grid) for request in requests]
+        tokens = torch.tensor([text + [0] * (columns - len(text)) for text in texts]).to(self.device)
+        past.reserve(slots)
+        final_lengths = past.resume(tokens, options.block_length, workspace.canvas.capacity + 1)
+        if has_graphs:
+            backend.fused.prepare(past, slots)
+        return workspace, past, final_lengths
 
     def _prepare_diffusion_config(self, generation_config, kwargs) -> DiffusionGenerationConfig:
         """Merge call, given configuration and the model's, fill in the model's defaults, and check the result."""
@@ -287,118 +330,15 @@ class DiffusionGenerationMixin(GenerationMixin):
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in (*generation_config.DEFAULTS, *ALIASES)}
         return generation_config.updated(**options), kwargs
 
-    def _make_fused_forward(self, fused, config: DiffusionGenerationConfig, cache: CanvasCache):
-        """The forward pass of [`FastPath`]."""
-        guided = config.cfg_scale > 0
-
-        def forward(tokens, columns, lengths, keep, given, settled):
-            if guided:
-                tokens = torch.cat([tokens, torch.where(given, config.mask_token_id, tokens)])
-                columns, lengths, keep, settled = (x.repeat(2, 1) for x in (columns, lengths, keep, settled))
-            logits = fused(tokens, columns, lengths, keep, settled, cache)
-            return guide(logits, config.cfg_scale) if guided else logits
-
-        return forward
-
-    def _make_forward(
-        self, canvas: Canvas, config: DiffusionGenerationConfig, cache: CanvasCache | None, fast: FastPath | None
-    ):
-        """One forward pass over a window: `Window -> (batch, block, vocab)`."""
-        guided = config.cfg_scale > 0
-        repeats = 2 if guided else 1
-        every_column = torch.arange(canvas.width, device=canvas.tokens.device).expand(len(canvas.tokens), -1)
-        decoding_kwargs = self.decoding_kwargs(config.block_length)
-
-        def repeat(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return tensor if tensor is None or repeats == 1 else tensor.repeat(repeats, 1)
-
-        def forward(window: Window) -> torch.Tensor:
-            if fast is not None and fast.covers(window):
-                return fast.logits(window)
-            tokens = canvas.at(window.columns)
-            if guided:
-                is_prompt = canvas.given[:, :-1] if window.columns is None else canvas.given.gather(1, window.columns)
-                tokens = torch.cat([tokens, torch.where(is_prompt, config.mask_token_id, tokens)])
-            columns = every_column if window.columns is None else window.columns
-            if cache is not None:
-                cache.place(replace(window, columns=repeat(window.columns), settled=repeat(window.settled)))
-            # FlashAttention takes padded queries to be the last ones of their keys; a window stands anywhere.
-            unfit = window.columns is not None and window.key_mask is not None
-            with without_flash_attention(self.config) if unfit else nullcontext():
-                logits = self(
-                    input_ids=tokens,
-                    attention_mask=repeat(window.key_mask),
-                    position_ids=repeat(columns),
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                    return_dict=True,
-                    logits_to_keep=repeat(window.keep),
-                    **decoding_kwargs,
-                ).logits
-            return guide(logits, config.cfg_scale) if guided else logits
-
-        return forward
-
-    def decoding_kwargs(self, block_length: int | None) -> dict:
-        """What the model's forward pass needs to know besides the window."""
-        return {}
-
     def release_graphs(self) -> None:
         """Give back the memory that the fast path keeps for the next calls: the caches and CUDA graphs of the last ones."""
-        release(self)
+        release_all(self)
 
     def step_forward(self) -> Callable | None:
-        """What [`FastPath`] runs in the place of `forward`, without guidance: `(tokens, columns, lengths, keep, settled,
-        cache) -> (batch, kept, vocab)`, with the methods `covers(window)`, whether it does all that a window asks for,
-        and `prepare(cache, batch)`. None where the model has no such thing."""
+        """What runs the steps on a GPU in the place of `forward`, without guidance: `(tokens, window, cache) -> (rows, kept,
+        vocab)`, with the methods `covers(window)`, whether it does all that a window asks for, and `prepare(cache, slots)`,
+        which allocates. It is kept for the model and must not hold it. None where the model has no such thing."""
         return None
-
-    def _make_policy(
-        self,
-        canvas: Canvas,
-        config: DiffusionGenerationConfig,
-        past_key_values: CanvasCache | None,
-        with_graphs: bool,
-    ) -> tuple[CachePolicy, CanvasCache | None, StepGraphs | None]:
-        """The policy and, where it keeps one, its cache; with its graphs if asked for."""
-        rows, width = len(canvas.tokens), canvas.width + 1  # rows that wait write to the column behind
-        repeats = 2 if config.cfg_scale else 1
-        graphs = None
-        if with_graphs and past_key_values is None:
-            graphs = take(self, rows, repeats, width, self.make_cache)
-        if config.cache_policy != "block":
-            if past_key_values is not None:
-                raise ValueError(
-                    f"`past_key_values` needs `cache_policy='block'`, but it is {config.cache_policy!r}: only blocks "
-                    "that see no later ones have keys that stay valid."
-                )
-            cache = graphs.cache if graphs else None if config.cache_policy == "none" else self.make_cache(canvas.width)
-            return POLICIES[config.cache_policy](canvas, self.logits_shift), cache, graphs
-        written = [0] * rows
-        cache = past_key_values
-        if cache is None:
-            cache = graphs.cache if graphs else self.make_cache(width)
-        else:
-            if config.cfg_scale:
-                raise ValueError(
-                    "`cfg_scale` masks the whole prompt, the earlier turns too, so that nothing of `past_key_values` "
-                    "would stay valid: start without it."
-                )
-            cache.check(self, rows, config.block_length)
-            graphs = cache.graphs
-            if graphs is not None:
-                fits = graphs.fits(self, rows, width) and graphs.places == places_of(cache)
-                if not (with_graphs and fits):
-                    graphs = cache.graphs = graphs.retire()
-            if with_graphs and graphs is None:
-                # Not the cache itself, which holds its graphs.
-                shared = copy(cache)
-                capacity = capacity_for(width, self.capacity_step)
-                graphs = StepGraphs(shared, rows, repeats, capacity, self.device, fingerprint_of(self))
-                cache.graphs = graphs
-            written = cache.resume(canvas.at(None), config.block_length, graphs.capacity if with_graphs else width)
-        policy = BlockCache(canvas, self.logits_shift, cache, written, config.prefill_chunk_size, config.block_length)
-        return policy, cache, graphs if with_graphs else None
 
     def make_cache(self, width: int) -> CanvasCache:
         """An empty cache for a canvas of `width` columns."""
@@ -449,6 +389,27 @@ def _is_there(name: str | os.PathLike, kwargs: dict) -> bool:
         ),
         str,
     )
+
+
+def run(decoder: Decoder, session: Session) -> None:
+    """Decode every row, with the hooks of a session."""
+    if session.hooks.tokens is not None:
+        session.run_tokens_hook(None)
+        for row in session.rows:
+            row.begin(decoder.canvas.tokens[row.slot, : row.length].tolist())
+    session.confirm()
+    while decoder.busy:
+        session.finish_blocks(decoder.step())
+    if session.hooks.tokens is not None:
+        # The hook may have put masks back where no step was left for them.
+        session.hooks.tokens = None
+        for row in session.rows:
+            if not row.has_ended:
+                row.begin(decoder.canvas.tokens[row.slot, : row.length].tolist())
+        while decoder.busy:
+            session.finish_blocks(decoder.step())
+    session.confirm()
+    session.pad_after_ends()
 
 
 def used_by_one(cache: CanvasCache):

@@ -1,7 +1,7 @@
-"""Remasking: how sure a proposal is, how many a step must transfer, and which.
+"""Remasking: how many tokens a step must transfer, and which. A strategy is a score to rank by and a count to take.
 
-A strategy is a confidence score, a selection rule and a schedule of quotas. Everything here works on tensors of fixed
-shape, row by row, so that a step can be captured in a graph and a row never depends on its neighbours.
+Everything on tensors works row by row, on fixed shapes, so that a step can be captured in a graph, rows with different
+strategies share a step, and a row never depends on its neighbours.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,10 @@ import torch
 # `RELATIVE * score`. The smallest values under which rows did not depend on their neighbours, on CPUs and on an H100:
 # benchmarks/tie_tolerance.py.
 ABSOLUTE, RELATIVE = 2.5e-7, 1e-6
+
+# What stands in the tables of rows: the index of a score, of a rule.
+SCORES = (None, "probability", "margin", "neg_entropy", "random")
+RULES = ("quota", "threshold", "factor", "entropy_bound", "sequential", "bernoulli")
 
 
 @dataclass(frozen=True)
@@ -47,43 +51,28 @@ STRATEGIES = {
 }
 
 
-def transfer_quotas(masks: list[int], steps: list[int | None], strategy: Strategy, eps: float) -> torch.Tensor:
+def transfer_quotas(masks: int, steps: int | None, strategy: Strategy, eps: float) -> list[int]:
     """How many tokens each step of a block must transfer.
 
     Args:
-        masks: the masked positions in each row's block.
-        steps: the denoising steps of each row's block; `None` transfers one token a step.
+        masks: the masked positions in the block.
+        steps: the denoising steps of the block; `None` transfers one token a step.
         strategy: `schedule` is `uniform` (LLaDA, SDAR: the masks divided by the steps, the remainder on the first
             steps) or `timestep` (Dream: `int(masks left * (1 - t[i+1] / t[i]))`, the rest on the last step).
         eps: the last timestep.
-
-    Returns:
-        `(batch, steps)` on the CPU, as many columns as the slowest row needs.
     """
-    rows = []
-    for count, number in zip(masks, steps, strict=True):
-        if number is None or strategy.selection in ("factor", "entropy_bound"):
-            rows.append([1] * count)
-        elif strategy.schedule == "uniform":
-            rows.append([count // number + (i < count % number) for i in range(min(number, count))])
-        else:
-            quotas, left = [], count
-            for ratio in _transfer_ratios(number, eps)[:-1]:
-                quotas.append(int(torch.tensor(left, dtype=torch.float32) * ratio))
-                left -= quotas[-1]
-            rows.append([*quotas, left] if count else [])
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
+    if steps is None or strategy.selection in ("factor", "entropy_bound"):
+        return [1] * masks
+    if strategy.schedule == "uniform":
+        return [masks // steps + (step < masks % steps) for step in range(min(steps, masks))]
+    timesteps, quotas, left = _timesteps(steps, eps), [], masks
+    for ratio in (1 - timesteps[1:] / timesteps[:-1])[:-1]:
+        quotas.append(int(torch.tensor(left, dtype=torch.float32) * ratio))
+        left -= quotas[-1]
+    return [*quotas, left] if masks else []
 
 
-def bernoulli_quotas(plan: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """`(batch, steps)` on the CPU: how many masked positions the plan of [`bernoulli_plan`] transfers at each step."""
-    last = int(torch.where(masked, plan, -1).max())
-    steps = torch.arange(last + 1, device=plan.device)
-    return ((plan[..., None] == steps) & masked[..., None]).sum(1).cpu()
-
-
-def bernoulli_plan(noise: torch.Tensor, steps: list[int], eps: float) -> torch.Tensor:
+def bernoulli_plan(noise: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
     """The step at which Dream's `origin` transfers each position.
 
     Its rule, transfer each masked position with probability `1 - t[i+1] / t[i]` at step i, leaves a position masked
@@ -91,94 +80,104 @@ def bernoulli_plan(noise: torch.Tensor, steps: list[int], eps: float) -> torch.T
     before the block starts which steps transfer nothing and need no forward pass.
 
     Args:
-        noise: `(batch, block)`, uniform in [0, 1).
-        steps: the denoising steps of each row's block.
+        noise: `(block,)`, uniform in [0, 1).
+        steps: the denoising steps of the block.
         eps: the last timestep.
 
     Returns:
-        `(batch, block)`, the step of each position, from 0 to its row's steps - 1.
+        `(block,)`, the step of each position, from 0 to `steps` - 1.
     """
-    survival = torch.zeros(len(steps), max(steps))
-    for row, number in enumerate(steps):
-        survival[row, : number - 1] = _timesteps(number, eps)[1:-1]
+    survival = torch.zeros(steps)
+    survival[: steps - 1] = _timesteps(steps, eps)[1:-1]
     # How many of the falling survival probabilities are above the number drawn.
-    rising = survival.to(noise).flip(-1)
-    return max(steps) - torch.searchsorted(rising, noise, right=True)
+    return steps - torch.searchsorted(survival.to(noise).flip(-1), noise, right=True)
 
 
 def _timesteps(steps: int, eps: float) -> torch.Tensor:
     return torch.linspace(1, eps, steps + 1, dtype=torch.float32)
 
 
-def _transfer_ratios(steps: int, eps: float) -> torch.Tensor:
-    timesteps = _timesteps(steps, eps)
-    return 1 - timesteps[1:] / timesteps[:-1]
-
-
 def select(
-    strategy: Strategy,
-    confidence: torch.Tensor,
+    rules: frozenset[str],
+    rule: torch.Tensor,
+    scores: torch.Tensor,
+    is_probability: torch.Tensor,
     masked: torch.Tensor,
     quota: torch.Tensor,
-    *,
-    threshold: float,
-    entropy_bound: float,
-    factor: float,
+    threshold: torch.Tensor,
+    entropy_bound: torch.Tensor,
+    factor: torch.Tensor,
+    alg_temp: torch.Tensor | None = None,
     gumbel: torch.Tensor | None = None,
-    alg_temp: float = 0.0,
 ) -> torch.Tensor:
     """Which masked positions to transfer. Of positions equally sure, the leftmost go first.
 
     Args:
-        confidence: `(batch, block)` float32, as [`sampling.confidence`] returns it.
-        masked: `(batch, block)` bool, the positions that may be transferred.
-        quota: `(batch,)`, how many the step must transfer. A row whose quota is 0 transfers nothing.
-        threshold, entropy_bound, factor: read by the rules of those names.
-        gumbel: `(batch, block)` standard Gumbel noise: the quota is then drawn from `softmax(confidence / alg_temp)`
-            without replacement (the Gumbel-top-k trick, arXiv:1903.06059) instead of taken from the top.
+        rules: those that any row has.
+        rule: `(rows, 1)`, the index in `RULES` of each row's.
+        scores: `(rows, block)` float32, as [`sampling.propose`] returns them.
+        is_probability: `(rows, 1)` bool, whether a row's scores are probabilities.
+        masked: `(rows, block)` bool, the positions that may be transferred.
+        quota: `(rows, 1)`, how many the step must transfer. A row whose quota is 0 transfers nothing.
+        threshold, entropy_bound, factor: `(rows, 1)`, read by the rules of those names.
+        alg_temp, gumbel: `(rows, 1)` and `(rows, block)` standard Gumbel noise: where the temperature is above 0, the quota
+            is drawn from `softmax(scores / alg_temp)` without replacement (the Gumbel-top-k trick, arXiv:1903.06059) instead
+            of taken from the top, by the rules that have one.
 
     Returns:
-        `(batch, block)` bool.
+        `(rows, block)` bool.
     """
-    if strategy.selection == "sequential":
-        return masked & (masked.cumsum(-1) <= quota[:, None])
-
-    score = confidence
-    if gumbel is not None and strategy.selection in ("quota", "threshold"):
-        score = (confidence / alg_temp).clamp(min=torch.finfo(torch.float32).min / 2) + gumbel
-    is_probability = strategy.confidence == "probability" and score is confidence
-    order, rank = rank_of(torch.where(masked, score, -torch.inf), is_probability)
-    best = masked & (rank < quota[:, None])
-    if strategy.selection == "quota":
-        return best
-    if strategy.selection == "threshold":
-        above = masked & (confidence > threshold)
-        return torch.where((above.sum(-1) >= quota)[:, None], above, best) & (quota > 0)[:, None]
-
+    quota = quota.expand(len(masked), 1)
+    if rules <= {"bernoulli"}:
+        return masked & (quota > 0)
+    leftmost = masked & (masked.cumsum(-1) <= quota)
+    if rules <= {"sequential"}:
+        return leftmost
+    has = lambda name: rule == RULES.index(name)
+    ranked_by = scores
+    if gumbel is not None:
+        drawn = (scores / alg_temp.clamp(min=1e-30)).clamp(min=torch.finfo(torch.float32).min / 2) + gumbel
+        draws = (alg_temp > 0) & (has("quota") | has("threshold"))
+        ranked_by, is_probability = torch.where(draws, drawn, scores), is_probability & ~draws
+    order, rank = rank_of(torch.where(masked, ranked_by, -torch.inf), is_probability)
+    count = quota
     number = torch.arange(1, order.shape[1] + 1, device=order.device)
-    ranked = torch.where(masked, confidence, -torch.inf).gather(-1, order)
-    if strategy.selection == "factor":
+    ranked = torch.where(masked, scores, -torch.inf).gather(-1, order) if rules & {"factor", "entropy_bound"} else None
+    if "factor" in rules:
         # The thresholds rise as the sorted confidences fall: the positions that pass are a prefix.
-        passes = ranked >= 1 - factor / (number + 1)
-    else:
-        # Confidence is the negative entropy: ascending entropy is descending confidence.
-        passes = (-ranked).cumsum(-1) < entropy_bound
-    count = (passes.sum(-1).clamp(min=1) * (quota > 0))[:, None]
-    return masked & (rank < count)
+        passing = (ranked >= 1 - factor / (number + 1)).sum(-1, keepdim=True)
+        count = torch.where(has("factor"), passing.clamp(min=1), count)
+    if "entropy_bound" in rules:
+        # The score is the negative entropy: ascending entropy is falling score.
+        passing = ((-ranked).cumsum(-1) < entropy_bound).sum(-1, keepdim=True)
+        count = torch.where(has("entropy_bound"), passing.clamp(min=1), count)
+    chosen = masked & (rank < count)
+    if "threshold" in rules:
+        above = masked & (scores > threshold)
+        is_enough = has("threshold") & (above.sum(-1, keepdim=True) >= quota)
+        chosen = torch.where(is_enough, above, chosen)
+    if "sequential" in rules:
+        chosen = torch.where(has("sequential"), leftmost, chosen)
+    if "bernoulli" in rules:
+        chosen = torch.where(has("bernoulli"), masked, chosen)
+    return chosen & (quota > 0)
 
 
-def rank_of(scores: torch.Tensor, is_probability: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order positions by falling score, `(batch, block)` both ways: the position at each rank, the rank of each position.
+def rank_of(scores: torch.Tensor, is_probability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order positions by falling score, `(rows, block)` both ways: the position at each rank, the rank of each position.
 
     Scores that differ by no more than rounding count as equal, and the leftmost goes first. Exact ties are common, since
     on a canvas of masks alone every position sees the same; which of them came out ahead would depend on the shape of
     the batch.
+
+    Args:
+        is_probability: `(rows, 1)` bool, the rows whose scores are probabilities.
     """
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     falling = scores.gather(-1, by_score)
-    tolerance = ABSOLUTE * (1 + falling[:, :-1].abs())
-    if is_probability:
-        tolerance = torch.minimum(tolerance, RELATIVE * falling[:, :-1].abs())
+    size = falling[:, :-1].abs()
+    tolerance = ABSOLUTE * (1 + size)
+    tolerance = torch.where(is_probability, torch.minimum(tolerance, RELATIVE * size), tolerance)
     drops = falling[:, :-1] - falling[:, 1:] > tolerance
     group = torch.nn.functional.pad(drops.long().cumsum(-1), (1, 0))
     order = torch.empty_like(by_score).scatter_(-1, by_score, group).argsort(dim=-1, stable=True)

@@ -1,34 +1,26 @@
-"""Logits to proposals: guidance, warpers, arg-max or Gumbel-max, and the confidence of what is proposed."""
+"""Logits to proposals: guidance, warpers, arg-max or Gumbel-max, and the score of what is proposed."""
 
 from collections.abc import Sequence
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from ..kernels.vocabulary import best_tokens, best_tokens_torch
+from ..kernels.vocabulary import best_tokens
 from .configuration import DiffusionGenerationConfig
 
 
 class Noise:
-    """The random numbers of one step.
+    """Random numbers for the rows of a step.
 
     Args:
-        device: where they are needed; they are drawn where the generator lives.
-        generator: one for the batch, `None` for torch's own, or a list with one for each row: a row's numbers are then
-            the same whatever rows stand beside it.
-        widths: with a list, the columns of each row's block; 0 where a row takes no part in the step, whose generator
-            stays as it is.
+        device: where they are needed; they are drawn where a generator lives.
+        generators: of each row. Rows that share one (None: PyTorch's own) share a draw; a row that has its own draws what
+            it needs and nothing else, so that its numbers are the same whatever rows stand beside it.
+        widths: the columns of each row's block; 0 where a row needs none of these numbers.
     """
 
-    def __init__(self, device: torch.device, generator=None, widths: list[int] | None = None):
-        self.device, self.generator, self.widths = device, generator, widths
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator | None], widths: Sequence[int]):
+        self.device, self.generators, self.widths = device, generators, widths
 
     def uniform(self, shape: Sequence[int]) -> torch.Tensor:
         """Uniform in [0, 1), float32."""
@@ -43,12 +35,17 @@ class Noise:
         return self._draw(shape, draw)
 
     def _draw(self, shape, draw):
-        if not isinstance(self.generator, (list, tuple)):
-            source = self.device if self.generator is None else self.generator.device
-            return draw(tuple(shape), generator=self.generator, device=source).to(self.device)
+        source = lambda generator: self.device if generator is None else generator.device
+        first = self.generators[0]
+        if all(each is first for each in self.generators):
+            noise = draw(tuple(shape), generator=first, device=source(first)).to(self.device)
+            if all(self.widths):
+                return noise
+            idle = torch.tensor([not width for width in self.widths], device=self.device)
+            return noise.masked_fill_(idle.view(-1, *[1] * (len(shape) - 1)), 0)
         noise = None
-        for row, (generator, width) in enumerate(zip(self.generator, self.widths, strict=True)):
-            drawn = draw((width, *shape[2:]), generator=generator, device=generator.device)
+        for row, (generator, width) in enumerate(zip(self.generators, self.widths, strict=True)):
+            drawn = draw((width, *shape[2:]), generator=generator, device=source(generator))
             noise = torch.zeros(shape, dtype=drawn.dtype, device=self.device) if noise is None else noise
             noise[row, :width] = drawn.to(self.device)
         return noise
@@ -57,7 +54,7 @@ class Noise:
 def guide(logits: torch.Tensor, cfg_scale: float) -> torch.Tensor:
     """Classifier-free guidance as in LLaDA: `uncond + (cfg_scale + 1) * (cond - uncond)`.
 
-    `logits`: `(2 * batch, block, vocab)`, the conditional rows first. Returns `(batch, block, vocab)`.
+    `logits`: `(2 * rows, block, vocab)`, the conditional rows first. Returns `(rows, block, vocab)`.
     """
     conditional, unconditional = logits.chunk(2)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
@@ -69,65 +66,71 @@ def make_processors(config: DiffusionGenerationConfig) -> list:
     return [] if penalty in (None, 1) else [RepetitionPenaltyLogitsProcessor(float(penalty))]
 
 
-def make_warpers(config: DiffusionGenerationConfig) -> tuple[LogitsProcessorList, LogitsProcessorList]:
-    """The library's warpers in the library's order: temperature, and the filters that leave the best tokens only."""
-    temperature, filters = LogitsProcessorList(), LogitsProcessorList()
-    if config.sampling_temperature not in (0, 1):
-        temperature.append(TemperatureLogitsWarper(config.sampling_temperature))
-    if config.top_k:
-        filters.append(TopKLogitsWarper(config.top_k))
-    if config.top_p is not None and config.top_p < 1:
-        filters.append(TopPLogitsWarper(float(config.top_p)))
-    if config.min_p:
-        filters.append(MinPLogitsWarper(float(config.min_p)))
-    return temperature, filters
+def process(processors: LogitsProcessorList, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Run logits processors, which know `(rows, vocab)`, over `(rows, block, vocab)`.
 
-
-def process(processors: LogitsProcessorList, input_ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    """Run logits processors, which know `(rows, vocab)`, over `(batch, block, vocab)`.
-
-    `input_ids`: `(batch, length)`, what a processor that looks at the sequence sees for every position of its row.
+    `input_ids`: `(rows, length)`, what a processor that looks at the sequence sees for every position of its row.
     """
-    batch, block, vocab = logits.shape
-    if input_ids is not None:
-        input_ids = input_ids.repeat_interleave(block, dim=0)
-    return processors(input_ids, logits.reshape(batch * block, vocab)).view(batch, block, vocab)
+    rows, block, vocab = logits.shape
+    input_ids = input_ids.repeat_interleave(block, dim=0)
+    return processors(input_ids, logits.reshape(rows * block, vocab)).view(rows, block, vocab)
 
 
-def propose(logits: torch.Tensor, mask_token_id: int, temperature: float, noise: Noise) -> torch.Tensor:
-    """The proposed token of each position, never the mask.
-
-    The arg-max at temperature 0, else a draw from `softmax(logits)` (the temperature is already in the logits) by the
-    Gumbel-max trick.
-
-    `logits`: `(batch, block, vocab)`, unchanged on return. Returns `(batch, block)`.
-    """
-    mask_logit = logits[..., mask_token_id].clone()
-    logits[..., mask_token_id] = -torch.inf
-    if temperature > 0:
-        proposals = (logits.double() + noise.gumbel(logits.shape)).argmax(-1)
-    else:
-        proposals = logits.argmax(-1)
-    logits[..., mask_token_id] = mask_logit
-    return proposals
-
-
-def confidence(kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int, noise: Noise):
-    """How sure the model is of its proposals.
+def filtered(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """The library's top-k, top-p and min-p warpers, in its order, with numbers of each row's own.
 
     Args:
-        kind: `probability` of the proposal, `margin` between the two best tokens, `neg_entropy` of the distribution
-            (nats), `random`, or `None` where the selection reads no confidence.
-        logits: `(batch, block, vocab)`. The mask token counts in the distribution, as it does in the originals.
-        proposals: `(batch, block)`.
+        logits: `(rows, block, vocab)`.
+        top_k, top_p, min_p: `(rows, 1, 1)`; 0, 1 and 0 change nothing.
 
     Returns:
-        `(batch, block)` float32.
+        The logits with -inf in the places of what is left out.
     """
+    rising, tokens = logits.sort(dim=-1)
+    vocab = logits.shape[-1]
+    kept = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab)
+    least = rising.gather(-1, (vocab - kept).expand(*logits.shape[:2], 1))
+    rising = rising.masked_fill(rising < least, -torch.inf)
+    out = rising.softmax(-1).cumsum(-1) <= 1 - top_p
+    out[..., -1] = False
+    out &= top_p < 1
+    rising = rising.masked_fill(out, -torch.inf)
+    probabilities = rising.softmax(-1)
+    out = probabilities < min_p * probabilities[..., -1:]
+    out[..., -1] = False
+    rising = rising.masked_fill(out, -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, tokens, rising)
+
+
+def propose(
+    logits: torch.Tensor, mask_token_id: int, kinds: frozenset[str | None], gumbel: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str | None, torch.Tensor]]:
+    """The proposed token of each position, never the mask, and how sure the model is of it.
+
+    Args:
+        logits: `(rows, block, vocab)`, unchanged on return. The mask counts in the distribution, as in the originals.
+        kinds: of scores: `probability` of the proposal, `margin` between the two best tokens, `neg_entropy` of the
+            distribution (nats), None for zeros.
+        gumbel: as `logits`, float64: the proposal is then a draw from `softmax(logits)` by the Gumbel-max trick.
+
+    Returns:
+        `(rows, block)` tokens, and for each kind `(rows, block)` float32, NaN where the logits are.
+    """
+    if gumbel is None and logits.is_cuda:
+        proposals, probability, margin, entropy = best_tokens(logits, mask_token_id)
+        return proposals, {"probability": probability, "margin": margin, "neg_entropy": -entropy, None: probability * 0}
+    mask_logit = logits[..., mask_token_id].clone()
+    logits[..., mask_token_id] = -torch.inf
+    proposals = (logits if gumbel is None else logits.double() + gumbel).argmax(-1)
+    logits[..., mask_token_id] = mask_logit
+    return proposals, {kind: score(kind, logits, proposals, mask_token_id) for kind in kinds}
+
+
+def score(kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """One of the scores of [`propose`]."""
     if kind is None:
-        return torch.zeros(proposals.shape, dtype=torch.float32, device=proposals.device)
-    if kind == "random":
-        return noise.uniform(proposals.shape)
+        is_nan = logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
+        return torch.zeros(proposals.shape, device=logits.device).masked_fill(is_nan, torch.nan)
     log_probs = logits.float().log_softmax(-1)
     if kind == "probability":
         return log_probs.gather(-1, proposals[..., None]).squeeze(-1).exp()
@@ -138,12 +141,3 @@ def confidence(kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, 
     probs[..., mask_token_id] = 0
     best, second = probs.topk(2, dim=-1).values.unbind(-1)
     return best - torch.maximum(second, mask_prob)
-
-
-def read_best(kind: str | None, logits: torch.Tensor, mask_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`propose`] at temperature 0 and [`confidence`] in one pass over the logits. `kind` is not `random`."""
-    read = best_tokens if logits.is_cuda else best_tokens_torch
-    proposals, probability, margin, entropy = read(logits, mask_token_id)
-    if kind is None:
-        return proposals, torch.zeros_like(probability)
-    return proposals, {"probability": probability, "margin": margin, "neg_entropy": -entropy}[kind]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..generation.window import Window
+
 
 @dataclass
 class BlockLayout:
@@ -15,6 +17,7 @@ class BlockLayout:
     valid: `(rows or 1, blocks * block_size)` bool, False where no token stands; None where one stands everywhere.
     slots: `(rows, length)`, where in the blocks each token stands; None where they stand in order from the start.
     samples: `(rows, blocks)`, which of the samples packed into a row a block belongs to; None where it is one.
+    window: of the decoding loop, which says in which slots of a cache the rows stand; None where they are the cache's.
     final: blocks from the first on that move a cache's state on, a number or `(rows,)`.
     clean_rows: the last rows, if any, whose states the rows before them read.
     """
@@ -24,6 +27,7 @@ class BlockLayout:
     valid: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     samples: torch.Tensor | None = None
+    window: Window | None = None
     final: int | torch.Tensor = 0
     clean_rows: int = 0
 

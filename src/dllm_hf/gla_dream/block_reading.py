@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..generation.canvas import Window
-from ..generation.fused import FusedStack, is_patched
-from ..generation.graphs import can_be_captured
+from ..fused.stack import FusedStack, can_be_captured, is_patched
+from ..generation.window import Window
 from ..kernels.layers import rotate_torch
 from .gated_linear_attention import MIN_LOG_DECAY, chunk_gla, short_convolution
 from .generation_utils_gla_dream import GLADreamCache, is_step
@@ -71,11 +70,13 @@ class BlockReading(FusedStack):
     def covers(self, window: Window) -> bool:
         return is_step(window, self.config.block_size)
 
-    def prepare(self, cache: GLADreamCache, batch: int) -> None:
-        cache.allocate(self.config, batch, self.dtype, self.norm.weight.device)
+    def prepare(self, cache: GLADreamCache, slots: int) -> None:
+        cache.allocate(self.config, slots, self.dtype, self.norm.weight.device)
 
-    def attend(self, index: int, normed, cos, sin, columns, moves, cache: GLADreamCache) -> torch.Tensor:
-        """`normed`: `(blocks * batch, block_size, hidden)`, block after block; `moves`: see [`move_states`]."""
+    def attend(self, index: int, normed, cos, sin, sees, cache: GLADreamCache) -> torch.Tensor:
+        """`normed`: `(blocks * rows, block_size, hidden)`, block after block; `sees`: `slots` and `moves`, see
+        [`move_states`]."""
+        slots, moves = sees
         attention, state = self.layers[index].self_attn, cache.layers[index].state
         query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
         if convolutions := convolutions_of(attention):
@@ -85,34 +86,35 @@ class BlockReading(FusedStack):
         def read(rows: slice, moves_on: bool):
             return self.read(
                 query[rows], key[rows], value[rows], low_rank[rows], decay.weight, decay.bias, cos[rows], sin[rows], state,
-                norm.weight, norm.eps, self.config.gate_logit_normalizer,
+                slots, norm.weight, norm.eps, self.config.gate_logit_normalizer,
                 self.config.inter_block_injection_mode == "global", moves_on,
             )  # fmt: skip
 
-        finished = len(normed) - len(state)
+        finished = len(normed) - len(slots)
         if finished:
             before, last_states, log_decays, last_outputs = read(slice(finished), True)
             shares = self.config.share_inter_intra_gate_weights
             gate_logits = (attention.intra_gate_proj if shares else attention.inter_gate_proj)(last_outputs)
-            self.move(state, last_states, log_decays, gate_logits, moves)
+            self.move(state, slots, last_states, log_decays, gate_logits, moves)
         (scans,) = read(slice(finished, None), False)
         if finished:
             scans = torch.cat([before, scans])
         return self.mix(scans, attention.intra_gate_proj(scans), gate)
 
-    def __call__(self, tokens, columns, lengths, keep, settled, cache: GLADreamCache) -> torch.Tensor:
-        batch, size = len(tokens), self.config.block_size
+    def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
+        rows, size, slots = len(tokens), self.config.block_size, window.slots
         # Each block is a row to all but the states, which the finished ones move on first.
-        by_block = (x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1) for x in (tokens, columns))
-        moves = (settled > columns[:, :1])[:, 0]
-        hidden_states = self.last_hidden(*by_block, moves, cache)
-        hidden_states = hidden_states.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, 2)
+        by_block = (x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1) for x in (tokens, window.columns))
+        moves = (window.final > window.columns[:, :1])[:, 0]
+        hidden_states = self.last_hidden(*by_block, (slots, moves), cache)
+        hidden_states = hidden_states.unflatten(0, (-1, rows)).transpose(0, 1).flatten(1, 2)
         if not self.config.logits_shift:
-            return self.head(hidden_states.take_along_dim(keep[..., None], dim=1))
-        logits = self.head(cache.with_token_before(hidden_states).take_along_dim(keep[..., None] + 1, dim=1))
+            return self.head(hidden_states.take_along_dim(window.keep[..., None], dim=1))
+        with_before = cache.with_token_before(hidden_states, window)
+        logits = self.head(with_before.take_along_dim(window.keep[..., None] + 1, dim=1))
         if hidden_states.shape[1] > size:
-            last = torch.where(moves[:, None], hidden_states[:, size - 1], cache.last_hidden)
-            cache.last_hidden.copy_(last)
+            last = torch.where(moves[:, None], hidden_states[:, size - 1], cache.last_hidden[slots])
+            cache.last_hidden.index_copy_(0, slots, last)
         return logits
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
@@ -165,6 +167,7 @@ def read_block_torch(
     cos: torch.Tensor,
     sin: torch.Tensor,
     state: torch.Tensor,
+    slots: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
     gate_logit_normalizer: float,
@@ -172,7 +175,8 @@ def read_block_torch(
     moves_on: bool,
 ) -> tuple[torch.Tensor, ...]:
     """The twin of [`read_block`]."""
-    batch, heads, key_dim, value_dim = state.shape
+    heads, key_dim, value_dim = state.shape[1:]
+    state = state[slots]
     query, key = (rotate_torch(x.unflatten(-1, (-1, key_dim)), cos, sin) for x in (query, key))
     value = value.unflatten(-1, (-1, value_dim))
     logits = F.linear(low_rank, decay_weight, decay_bias).float().view(key.shape)
@@ -202,6 +206,7 @@ def read_block(
     cos: torch.Tensor,
     sin: torch.Tensor,
     state: torch.Tensor,
+    slots: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
     gate_logit_normalizer: float,
@@ -216,7 +221,8 @@ def read_block(
         low_rank: `(batch, block_size, rank)`, what `decay_weight`, `(kv_heads * key_dim, rank)`, and `decay_bias`
             turn into the logits of the decays.
         cos, sin: `(batch, block_size, key_dim)`, contiguous.
-        state: `(batch, heads, key_dim, value_dim)` float32, contiguous, before the block.
+        state: `(all slots, heads, key_dim, value_dim)` float32, contiguous, before the block.
+        slots: `(batch,)` int64, where in `state` each row's is.
         norm_weight, eps: of the norm over each head's values.
         is_global: whether every token reads the state undecayed, or the scans start from it.
         moves_on: whether [`move_states`] follows.
@@ -233,13 +239,13 @@ def read_block(
     out = torch.empty(batch, size, 2 * heads * value_dim, dtype=query.dtype, device=query.device)
     last_states = log_decays = last_outputs = out  # not written
     if moves_on:
-        last_states, log_decays = state.new_empty(batch, 2, *state.shape[1:]), state.new_empty(state.shape[:3])
+        last_states, log_decays = state.new_empty(batch, 2, *state.shape[1:]), state.new_empty(batch, heads, key_dim)
         last_outputs = out.new_empty(batch, out.shape[2])
     power = lambda number: max(16, triton.next_power_of_2(number))
     # More than 32 rows in tf32 would be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
     precision = "ieee" if query.dtype == torch.float32 or size > 32 else "tf32"
     _read_block[(heads, batch, 2)](
-        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
+        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, slots, norm_weight, out,
         last_states, log_decays, last_outputs, key_dim**-0.5, 1.0 / gate_logit_normalizer, MIN_LOG_DECAY, eps,
         query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
         GROUPS=heads * key_dim // key.shape[2], SIZE=size, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
@@ -252,6 +258,7 @@ def read_block(
 
 def move_states_torch(
     state: torch.Tensor,
+    slots: torch.Tensor,
     last_states: torch.Tensor,
     log_decays: torch.Tensor,
     gate_logits: torch.Tensor,
@@ -259,13 +266,15 @@ def move_states_torch(
 ) -> None:
     """The twin of [`move_states`]."""
     forward, backward = last_states.unbind(1)
-    gate = gate_logits.sigmoid().view(len(state), -1, 1, state.shape[3]).to(state.dtype)
-    moved = log_decays.exp()[..., None] * state + torch.lerp(backward, forward, gate)
-    state.copy_(torch.where(moves[:, None, None, None], moved, state))
+    gate = gate_logits.sigmoid().view(len(slots), -1, 1, state.shape[3]).to(state.dtype)
+    before = state[slots]
+    moved = log_decays.exp()[..., None] * before + torch.lerp(backward, forward, gate)
+    state.index_copy_(0, slots, torch.where(moves[:, None, None, None], moved, before))
 
 
 def move_states(
     state: torch.Tensor,
+    slots: torch.Tensor,
     last_states: torch.Tensor,
     log_decays: torch.Tensor,
     gate_logits: torch.Tensor,
@@ -274,14 +283,15 @@ def move_states(
     """The unit between blocks, see [`GLADreamAttention`]: the states behind a block, in the place of those before it.
 
     Args:
-        state: `(batch, heads, key_dim, value_dim)` float32, contiguous.
+        state: `(all slots, heads, key_dim, value_dim)` float32, contiguous.
+        slots: `(batch,)` int64, where in `state` each row's is; no two are the same.
         last_states, log_decays: as [`read_block`] returns them.
         gate_logits: `(batch, heads * value_dim)`, contiguous.
         moves: `(batch,)` bool, the rows whose states move.
     """
-    batch, heads, key_dim, value_dim = state.shape
-    _move_states[(triton.cdiv(key_dim, 16), heads, batch)](
-        state, last_states, log_decays, gate_logits, moves.to(torch.int32),
+    heads, key_dim, value_dim = state.shape[1:]
+    _move_states[(triton.cdiv(key_dim, 16), heads, len(slots))](
+        state, slots, last_states, log_decays, gate_logits, moves.to(torch.int32),
         KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_K=16, BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
     )  # fmt: skip
 
@@ -345,7 +355,7 @@ if triton is not None:
 
     @triton.jit
     def _read_block(
-        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, norm_weight, out,
+        query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, slots, norm_weight, out,
         last_states, log_decays, last_outputs, scale, inverse_normalizer, min_log_decay, eps,
         query_token, key_token, value_token, low_rank_token,
         GROUPS: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -355,6 +365,7 @@ if triton is not None:
         """One head of one block, in one direction."""
         head, batch, from_end = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
         heads, kv_head = tl.num_programs(0), head // GROUPS
+        slot = tl.load(slots + batch)
         step, ranks, ends = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
         exists, is_value = step < SIZE, ends < VALUE_DIM
         token = batch * SIZE + step
@@ -407,7 +418,7 @@ if triton is not None:
                 place = (((batch * 2 + from_end) * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
                 tl.store(last_states + place, last, mask=is_key[:, None] & is_value)
                 tl.store(log_decays + (batch * heads + head) * KEY_DIM + dim, total, mask=is_key)
-            place = ((batch * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
+            place = ((slot * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
             before = tl.load(state + place, mask=is_key[:, None] & is_value, other=0.0)
             if not IS_GLOBAL:
                 q = q * tl.exp(left)
@@ -431,7 +442,7 @@ if triton is not None:
 
     @triton.jit
     def _move_states(
-        state, last_states, log_decays, gate_logits, moves,
+        state, slots, last_states, log_decays, gate_logits, moves,
         KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
         head, batch, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
@@ -446,9 +457,10 @@ if triton is not None:
         forward = tl.load(last_states + (of_batch + of_head) * KEY_DIM * VALUE_DIM + place, mask=inside, other=0.0)
         of_head_backward = of_batch + of_head + heads
         backward = tl.load(last_states + of_head_backward * KEY_DIM * VALUE_DIM + place, mask=inside, other=0.0)
-        before = tl.load(state + of_head * KEY_DIM * VALUE_DIM + place, mask=inside, other=0.0)
+        target = state + (tl.load(slots + batch) * heads + head) * KEY_DIM * VALUE_DIM + place
+        before = tl.load(target, mask=inside, other=0.0)
         moved = kept[:, None] * before + backward + (forward - backward) / (1.0 + tl.exp(-logits))
-        tl.store(state + of_head * KEY_DIM * VALUE_DIM + place, moved, mask=inside)
+        tl.store(target, moved, mask=inside)
 
     @triton.jit
     def _mix_scans(scans, gate_logits, output_gate, out, size, logits_token, gate_token, BLOCK: tl.constexpr):

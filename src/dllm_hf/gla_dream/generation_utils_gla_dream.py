@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..generation.cache import CanvasCache
-from ..generation.canvas import Window
+from ..generation.window import Window
 
 
 def is_step(window: Window, block_size: int) -> bool:
@@ -21,23 +21,28 @@ class GLADreamCacheLayer(CacheLayerMixin):
     def __init__(self, width: int = 0):
         super().__init__()
         self.state: torch.Tensor | None = None
+        self.slots: int | None = None
 
     def lazy_initialization(self, state: torch.Tensor, dtype: torch.dtype) -> None:
         self.state, self.dtype, self.device = state, dtype, state.device
         self.is_initialized = True
 
-    def update(self, state: torch.Tensor, dtype: torch.dtype) -> None:
-        """Replace the state. `dtype`: that of the model."""
-        if self.is_initialized:
+    def rows_of(self, window: Window | None) -> torch.Tensor | None:
+        """The states of the rows of a window; None before there is one."""
+        if self.state is None or window is None or window.is_every_slot:
+            return self.state
+        return self.state.index_select(0, window.slots)
+
+    def update(self, state: torch.Tensor, dtype: torch.dtype, window: Window | None = None) -> None:
+        """Replace the states of the rows of a window. `dtype`: that of the model."""
+        if window is not None and not window.is_every_slot:
+            if not self.is_initialized:
+                self.lazy_initialization(state.new_zeros(self.slots, *state.shape[1:]), dtype)
+            self.state.index_copy_(0, window.slots, state)
+        elif self.is_initialized:
             self.state.copy_(state)
         else:
             self.lazy_initialization(state.clone(), dtype)
-
-    def restart(self, rows: torch.Tensor) -> None:
-        """Start some rows anew. `rows`: `(batch,)` bool."""
-        if self.is_initialized:
-            rows = rows.repeat(len(self.state) // len(rows))  # with guidance, a second run of the same rows
-            self.state.masked_fill_(rows.to(self.device)[:, None, None, None], 0)
 
     def widen(self, width: int) -> None:
         """A longer canvas needs no more room."""
@@ -102,6 +107,7 @@ class GLADreamCache(CanvasCache):
         self.pending: torch.Tensor | None = None
         self.seen: int | None = 0
         self._window: Window | None = None
+        self.last_window: Window | None = None  # of the last forward pass
 
     def allocate(self, config: PreTrainedConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make what a graph must find: zeros, as before the first block. `dtype`: of the model."""
@@ -113,17 +119,17 @@ class GLADreamCache(CanvasCache):
         if config.logits_shift and self.last_hidden is None:
             self.last_hidden = torch.zeros(batch, config.hidden_size, dtype=dtype, device=device)
 
-    def place(self, window: Window) -> None:
+    def set_window(self, window: Window) -> None:
         self._window = window
 
     def take_window(self) -> Window | None:
-        """The window that was placed for this forward pass; None where none was."""
-        window, self._window = self._window, None
-        return window
+        """The window that was set for this forward pass; None where none was."""
+        self.last_window, self._window = self._window, None
+        return self.last_window
 
-    def remember(self, tokens: torch.Tensor, written: list[int], block_length: int) -> None:
-        super().remember(tokens, written, block_length)
-        self.seen = written[0] if len(set(written)) == 1 else None
+    def remember(self, tokens: torch.Tensor, final_lengths: list[int], block_length: int) -> None:
+        super().remember(tokens, final_lengths, block_length)
+        self.seen = final_lengths[0] if len(set(final_lengths)) == 1 else None
 
     def restart(self) -> None:
         super().restart()
@@ -135,20 +141,20 @@ class GLADreamCache(CanvasCache):
         self.pending, self.seen, self._window = None, 0, None
 
     def resume(self, tokens: torch.Tensor, block_length: int, width: int) -> list[int]:
-        written = super().resume(tokens, block_length, width)
+        final = super().resume(tokens, block_length, width)
         # The states move on from here. Should the call fail, nobody knows how far: start anew.
-        self.written = [-1] * len(written)
+        self.final_lengths = [-1] * len(final)
         self.seen = self.pending = None
-        return written
+        return final
 
-    def retreat(self, written: list[int], columns: list[int], block_length: int) -> list[int]:
+    def forget(self, slot: int, final_length: int, column: int, block_length: int) -> int:
         """A state cannot go back in part: what changes before it starts the row anew."""
-        kept = [row if column >= row >= 0 else 0 for row, column in zip(written, columns, strict=True)]
-        restarted = torch.tensor([new != old for new, old in zip(kept, written, strict=True)])
-        if restarted.any():
-            for layer in self.layers:
-                layer.restart(restarted)
-        return kept
+        if column >= final_length >= 0:
+            return final_length
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.state[slot] = 0
+        return 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that a forward pass without the loop goes on after."""
@@ -157,10 +163,13 @@ class GLADreamCache(CanvasCache):
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("A recurrent state cannot be cropped: start again with a new cache.")
 
-    def with_token_before(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(batch, length, hidden)` of a window -> `(batch, 1 + length, hidden)`, the token before it first. Where the text
+    def with_token_before(self, hidden_states: torch.Tensor, window: Window | None) -> torch.Tensor:
+        """`(rows, length, hidden)` of a window -> `(rows, 1 + length, hidden)`, the token before it first. Where the text
         begins with the window there is none, and its first one stands there."""
-        before = hidden_states[:, :1] if self.last_hidden is None else self.last_hidden[:, None]
+        before = hidden_states[:, :1]
+        if self.last_hidden is not None:
+            before = self.last_hidden if window is None or window.is_every_slot else self.last_hidden[window.slots]
+            before = before[:, None]
         return torch.cat([before.to(hidden_states.dtype), hidden_states], dim=1)
 
     @property
@@ -174,7 +183,9 @@ class GLADreamCache(CanvasCache):
     def move_on(self, tokens: int, pending: torch.Tensor) -> None:
         """Take note of a forward pass without the loop: `tokens` more went into the states, `pending` wait."""
         self.seen, self.pending = self.seen + tokens, pending
-        self.written = [-1] * len(self.written)  # what the loop remembers of the text is not all of it any more
+        self.final_lengths = [-1] * len(
+            self.final_lengths
+        )  # what the loop remembers of the text is not all of it any more
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)

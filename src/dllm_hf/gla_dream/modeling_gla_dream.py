@@ -6,6 +6,8 @@ feed-forward network. The state before a block depends linearly on the one befor
 of a training sequence, are computed at once.
 """
 
+import weakref
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -21,9 +23,9 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 from transformers.utils import can_return_tuple, logging
 
-from ..generation.canvas import Window
-from ..generation.graphs import can_be_captured
+from ..fused.stack import can_be_captured
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.window import Window
 from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sample_ids
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
@@ -157,7 +159,7 @@ class GLADreamAttention(nn.Module):
             for reverse in (False, True)
         ]
         (forward, _), (backward, _) = scans
-        states = cache.layers[self.layer_idx].state if cache is not None else None
+        states = cache.layers[self.layer_idx].rows_of(layout.window) if cache is not None else None
         if needs_ends:
             states = self._states(layout, states, rows, scans, log_decay)
             if moves_on:
@@ -166,7 +168,7 @@ class GLADreamAttention(nn.Module):
                     after = states[:, final]
                 else:
                     after = states.take_along_dim(final.view(-1, 1, 1, 1, 1), dim=1)[:, 0]
-                cache.layers[self.layer_idx].update(after, forward.dtype)
+                cache.layers[self.layer_idx].update(after, forward.dtype, layout.window)
             states = states[:, :-1]
             if layout.clean_rows:
                 states = states.repeat(rows // layout.clean_rows, 1, 1, 1, 1)
@@ -328,7 +330,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         if output_hidden_states:
             every.append(hidden_states)
         if cache is not None and self.config.logits_shift:
-            self._keep_last_hidden(cache, hidden_states, layout.final)
+            self._keep_last_hidden(cache, hidden_states, layout.final, layout.window)
         as_given = lambda x: layout.to_tokens(x, inputs_embeds.shape[1])[:, inputs_embeds.shape[1] - length :]
         return BaseModelOutputWithPast(
             last_hidden_state=as_given(hidden_states),
@@ -365,9 +367,9 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             # Windows are whole blocks. Rows that have fewer repeat their last column, in blocks that nobody reads.
             start = window.columns[:, :1]
             layout = self._contiguous_layout(0, inputs_embeds)
-            layout.positions = start + layout.positions
-            if window.settled is not None:
-                layout.final = ((window.settled - start) // size).clamp(min=0)[:, 0]
+            layout.positions, layout.window = start + layout.positions, window
+            if inputs_embeds.shape[1] > size or not window.keep.shape[1]:  # else it is the block that is being decoded
+                layout.final = ((window.final - start) // size).clamp(min=0)[:, 0]
             return inputs_embeds, layout
 
         if cache.seen is None:
@@ -399,7 +401,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         cache.move_on(layout.final * size, inputs_embeds[:, layout.final * size :])
         return inputs_embeds, layout
 
-    def _keep_last_hidden(self, cache: GLADreamCache, hidden_states: torch.Tensor, final: int | torch.Tensor) -> None:
+    def _keep_last_hidden(self, cache: GLADreamCache, hidden_states, final: int | torch.Tensor, window) -> None:
         """Keep the last hidden state before the block that comes next, where this pass has moved on to it."""
         if isinstance(final, int):
             if final:
@@ -408,9 +410,11 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         last = (final * self.config.block_size - 1).clamp(min=0)
         fresh = hidden_states.take_along_dim(last[:, None, None], dim=1)[:, 0]
         if cache.last_hidden is None:
-            cache.last_hidden = fresh.clone()
+            cache.last_hidden = fresh.new_zeros(cache.layers[0].slots or len(fresh), fresh.shape[1])
+            cache.last_hidden.index_copy_(0, window.slots, fresh)
         else:  # in its place, where a graph finds it
-            cache.last_hidden.copy_(torch.where((final > 0)[:, None], fresh, cache.last_hidden))
+            kept = torch.where((final > 0)[:, None], fresh, cache.last_hidden[window.slots])
+            cache.last_hidden.index_copy_(0, window.slots, kept)
 
 
 class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrainedModel):
@@ -418,6 +422,8 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
 
     block_grid = "zero"
     cache_policies = ("block", "none")
+    sees_earlier_blocks, makes_masks = True, False
+    has_fixed_block_length = True  # in which its state moves on
     capacity_step = 4096  # room for a column costs it nothing
 
     def __init__(self, config: GLADreamConfig):
@@ -490,14 +496,6 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
     @property
     def default_block_length(self) -> int:
         return self.config.block_size
-
-    def decoding_kwargs(self, block_length: int | None) -> dict:
-        if block_length != self.config.block_size:
-            raise ValueError(
-                f"`block_length={block_length}` is not the model's `block_size={self.config.block_size}`, in which its "
-                "state moves on: leave `block_length` out."
-            )
-        return {}
 
     def make_cache(self, width: int) -> GLADreamCache:
         return GLADreamCache(self, width)
@@ -612,7 +610,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         ):
             return keep_positions(hidden_states, logits_to_keep)
         # Index -1 is the token before the window.
-        return keep_positions(cache.with_token_before(hidden_states), logits_to_keep + 1)
+        return keep_positions(cache.with_token_before(hidden_states, cache.last_window), logits_to_keep + 1)
 
 
 def _is_as_built(layer: nn.Module) -> bool:
@@ -634,21 +632,25 @@ class OwnForward:
     """The model's own forward pass as a step, where [`BlockReading`] does not know how."""
 
     def __init__(self, model: GLADreamModel):
-        self.model, self.size = model, model.config.block_size
+        self.reference, self.size = weakref.ref(model), model.config.block_size
+
+    @property
+    def model(self) -> GLADreamModel:
+        return self.reference()
 
     def covers(self, window: Window) -> bool:
         return is_step(window, self.size)
 
-    def prepare(self, cache: GLADreamCache, batch: int) -> None:
-        cache.allocate(self.model.config, batch, self.model.dtype, self.model.device)
+    def prepare(self, cache: GLADreamCache, slots: int) -> None:
+        cache.allocate(self.model.config, slots, self.model.dtype, self.model.device)
 
-    def __call__(self, tokens, columns, lengths, keep, settled, cache: GLADreamCache) -> torch.Tensor:
-        cache.place(Window(columns, keep, 0, None, settled=settled if columns.shape[1] > self.size else None))
+    def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
+        cache.set_window(window)
         return self.model(
             input_ids=tokens,
-            position_ids=columns,
+            position_ids=window.columns,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
-            logits_to_keep=keep,
+            logits_to_keep=window.keep,
         ).logits

@@ -16,35 +16,57 @@ LOG2E = 1.4426950408889634
 
 
 def canvas_attention_torch(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    base: torch.Tensor,
+    width: int,
+    scale: float,
 ) -> torch.Tensor:
     """The twin of [`canvas_attention`]."""
-    width = keys.shape[2]
-    unseen = torch.arange(width, device=keys.device) >= lengths[:, None, :, None]
+    columns = torch.arange(width, device=keys.device)
+    unseen = columns >= lengths[:, None, :, None]
     # What lies behind the visible keys may be anything, also not a number.
-    behind = (torch.arange(width, device=keys.device) >= lengths.amax(-1)[:, None])[:, None, :, None]
-    groups = query.shape[2] // keys.shape[1]
+    behind = (columns >= lengths.amax(-1)[:, None])[:, None, :, None]
+    groups = query.shape[2] // keys.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)
-    keys, values = (each.to(wide).masked_fill(behind, 0).repeat_interleave(groups, dim=1) for each in (keys, values))
+    keys, values = (
+        each[:, base[:, None] + columns]
+        .transpose(0, 1)
+        .to(wide)
+        .masked_fill(behind, 0)
+        .repeat_interleave(groups, dim=1)
+        for each in (keys, values)
+    )
     scores = query.to(wide).transpose(1, 2) @ keys.transpose(2, 3) * scale
     probs = scores.masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0)
     return (probs @ values).transpose(1, 2).to(query.dtype)
 
 
 def canvas_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    base: torch.Tensor,
+    width: int,
+    scale: float,
 ) -> torch.Tensor:
     """Args:
         query: `(batch, window, heads, head_dim)`, the last dimension contiguous, as of `keys` and `values`.
-        keys, values: `(batch, kv_heads, width, head_dim)`; heads i * groups to (i + 1) * groups - 1 read key head i.
-        lengths: `(batch, window)` int32: a query sees the columns before this one. With none the result is 0.
+        keys, values: `(kv_heads, columns, head_dim)`, an arena in which each row has an extent; heads i * groups to
+            (i + 1) * groups - 1 read key head i.
+        lengths: `(batch, window)` int32: a query sees so many columns of its row's extent. With none the result is 0.
+        base: `(batch,)` int64, where the extent of each row begins.
+        width: of an extent; no length is larger.
         scale: of the scores.
 
     Returns:
         `(batch, window, heads, head_dim)`, contiguous.
     """
     batch, window, heads, head_dim = query.shape
-    kv_heads, width = keys.shape[1:3]
+    kv_heads = keys.shape[0]
     groups = heads // kv_heads
     rows = window * groups
     lengths = lengths.contiguous()
@@ -62,9 +84,9 @@ def canvas_attention(
         sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     _attend[(tiles, batch * kv_heads, splits)](
-        query, keys, values, lengths, out, parts, sums, scale * LOG2E,
+        query, keys, values, lengths, base, out, parts, sums, scale * LOG2E,
         window, kv_heads, chunk, batch * window * heads,
-        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
@@ -97,11 +119,11 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        query, keys, values, lengths, out, parts, sums, scale,
+        query, keys, values, lengths, base, out, parts, sums, scale,
         window, kv_heads, chunk, number,
         query_batch, query_token, query_head,
-        key_batch, key_head, key_column,
-        value_batch, value_head, value_column,
+        key_head, key_column,
+        value_head, value_column,
         GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -116,8 +138,9 @@ if triton is not None:
         length = tl.load(lengths + batch * window + token, mask=exists, other=0)
         place = batch.to(tl.int64) * query_batch + token * query_token + head * query_head
         tile = tl.load(query + place[:, None] + dims, mask=exists[:, None] & real, other=0.0)
-        keys += batch.to(tl.int64) * key_batch + kv_head * key_head
-        values += batch.to(tl.int64) * value_batch + kv_head * value_head
+        begin = tl.load(base + batch)
+        keys += begin * key_column + kv_head.to(tl.int64) * key_head
+        values += begin * value_column + kv_head.to(tl.int64) * value_head
 
         end = tl.minimum(tl.max(length, 0), (split + 1) * chunk)
         highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -132,9 +155,9 @@ if triton is not None:
             score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
             higher = tl.maximum(highest, tl.max(score, 1))
             # A row may see none of these keys: infinity minus infinity would be no number.
-            base = tl.where(higher == -float("inf"), 0.0, higher)
-            prob = tl.exp2(score - base[:, None])
-            fade = tl.exp2(highest - base)
+            lowest = tl.where(higher == -float("inf"), 0.0, higher)
+            prob = tl.exp2(score - lowest[:, None])
+            fade = tl.exp2(highest - lowest)
             total = total * fade + tl.sum(prob, 1)
             value = tl.load(values + column[:, None] * value_column + dims, mask=inside, other=0.0)
             result = result * fade[:, None]

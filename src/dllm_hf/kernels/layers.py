@@ -109,9 +109,8 @@ def rotate_and_store_torch(
             x = add_rms_norm_torch(x, None, weight, eps)[0]
         return rotate_torch(x, cos, sin)
 
-    index = columns[:, None, :, None].expand(-1, keys.shape[1], -1, head_dim)
-    keys.scatter_(2, index, rotated(key, key_norm).transpose(1, 2))
-    values.scatter_(2, index, value.view(batch, window, -1, head_dim).transpose(1, 2))
+    for arena, states in ((keys, rotated(key, key_norm)), (values, value.view(batch, window, -1, head_dim))):
+        arena[:, columns] = states.permute(2, 0, 1, 3)
     return rotated(query, query_norm)
 
 
@@ -135,15 +134,15 @@ def rotate_and_store(
         query: `(batch, window, heads * head_dim)`; `key` and `value`: `(batch, window, kv_heads * head_dim)`. The last
             dimension contiguous, tokens at equal distances.
         cos, sin: `(batch, window, head_dim)`, contiguous.
-        columns: `(batch, window)` int64. Where one repeats, so must its key and value.
-        keys, values: `(batch, kv_heads, width, head_dim)`, written in place.
+        columns: `(batch, window)` int64, of the arena. Where one repeats, so must its key and value.
+        keys, values: `(kv_heads, columns, head_dim)`, the arena, written in place.
         query_norm, key_norm: `(head_dim,)`, the weights of norms over each head; `eps` is theirs.
 
     Returns:
         The queries, `(batch, window, heads, head_dim)`.
     """
     batch, window = query.shape[:2]
-    kv_heads, _, head_dim = keys.shape[1:]
+    kv_heads, _, head_dim = keys.shape
     heads = query.shape[2] // head_dim
     columns = columns.contiguous()  # may be one row for the whole batch
     rotated = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
@@ -152,8 +151,7 @@ def rotate_and_store(
     _rotate_and_store[(batch * window, programs)](
         query, key, value, cos, sin, columns, rotated, keys, values,
         query if query_norm is None else query_norm, key if key_norm is None else key_norm, eps,
-        window, heads, kv_heads, query.stride(1), key.stride(1), value.stride(1),
-        *keys.stride()[:3], *values.stride()[:3],
+        heads, kv_heads, query.stride(1), key.stride(1), value.stride(1), *keys.stride()[:2], *values.stride()[:2],
         HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=together,
         HAS_NORM=query_norm is not None, num_warps=4,
     )  # fmt: skip
@@ -199,8 +197,8 @@ if triton is not None:
     @triton.jit
     def _rotate_and_store(
         query, key, value, cos, sin, columns, rotated, keys, values, query_norm, key_norm, eps,
-        window, heads, kv_heads, query_token, key_token, value_token,
-        key_batch, key_head, key_column, value_batch, value_head, value_column,
+        heads, kv_heads, query_token, key_token, value_token,
+        key_head, key_column, value_head, value_column,
         HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
     ):  # fmt: skip
         """A few heads of one token: of the queries, then of the keys, then of the values."""
@@ -208,12 +206,11 @@ if triton is not None:
         of_queries, of_keys = tl.cdiv(heads, HEADS), tl.cdiv(kv_heads, HEADS)
         index, each = tl.arange(0, BLOCK), tl.arange(0, HEADS)
         column = tl.load(columns + token)
-        batch = token // window
         if number >= of_queries + of_keys:
             head = (number - of_queries - of_keys) * HEADS + each
             inside = (head < kv_heads)[:, None] & (index < HALF)
             source = value + token * value_token + head[:, None] * 2 * HALF + index
-            target = values + batch * value_batch + column * value_column + head[:, None] * value_head + index
+            target = values + column * value_column + head[:, None].to(tl.int64) * value_head + index
             tl.store(target, tl.load(source, mask=inside), mask=inside)
             tl.store(target + HALF, tl.load(source + HALF, mask=inside), mask=inside)
         else:
@@ -228,7 +225,7 @@ if triton is not None:
                 inside = (head < kv_heads)[:, None] & (index < HALF)
                 source = key + token * key_token + head[:, None] * 2 * HALF + index
                 weight = key_norm
-                target = keys + batch * key_batch + column * key_column + head[:, None] * key_head + index
+                target = keys + column * key_column + head[:, None].to(tl.int64) * key_head + index
             first = tl.load(source, mask=inside, other=0.0)
             second = tl.load(source + HALF, mask=inside, other=0.0)
             dtype = first.dtype

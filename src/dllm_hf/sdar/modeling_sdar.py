@@ -75,6 +75,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
     """Forward pass and decoding contract of the block-diffusion models."""
 
     block_grid = "zero"
+    sees_earlier_blocks = True
     cache_policies = ("block", "none")
 
     def __init__(self, config):
@@ -85,9 +86,6 @@ class BlockDiffusionLM(MaskedDiffusionLM):
     @property
     def default_block_length(self) -> int:
         return self.config.block_size
-
-    def decoding_kwargs(self, block_length: int | None) -> dict:
-        return {"block_size": block_length}
 
     def forward(
         self,

@@ -1,0 +1,242 @@
+"""The one loop: rows that come and go, each at its own block and step, one denoising step at a time."""
+
+from collections.abc import Callable
+
+import torch
+
+from .backend import Backend
+from .canvas import LISTS, list_of
+from .graphs import MAX_CAPTURED_TOKENS
+from .pool import Workspace
+from .requests import Request, Row
+from .sampling import Noise
+from .step import Features, denoise, draw
+from .window import Frame, Window, make_window
+
+
+class Decoder:
+    """Decodes the rows that it holds; each gets what it gets alone.
+
+    Args:
+        backend: gives the logits.
+        workspace: the buffers, and with them the number of slots and of columns.
+        uses_graphs: whether steps that the backend covers are captured.
+        process: `(logits, rows) -> logits`, runs between forward pass and selection, over the logits of every row that the
+            decoder holds, `(rows, block, vocab)`. No step is captured then: a graph does not expose them.
+        after_step: `has_passed -> None`, runs when a step has transferred its tokens, and is told whether it made a forward
+            pass.
+        is_hooked: whether it may change tokens, so that only the canvas knows what is left.
+
+    Attributes:
+        num_forward_passes: of all rows together.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        workspace: Workspace,
+        uses_graphs: bool = False,
+        process: Callable | None = None,
+        after_step: Callable[[bool], None] | None = None,
+        is_hooked: bool = False,
+    ):
+        self.backend, self.workspace, self.canvas = backend, workspace, workspace.canvas
+        self.uses_graphs, self.process = uses_graphs and process is None, process
+        self.after_step, self.is_hooked = after_step, is_hooked
+        self.rows: list[Row | None] = [None] * self.canvas.slots
+        self.features: dict[int, Features] = {}  # of each slot's row
+        self.num_forward_passes = 0
+        self._window: tuple[tuple, Window] | None = None
+
+    # --- rows come and go
+
+    def add(self, *requests: Request, final_lengths: list[int] | None = None) -> list[Row]:
+        """Begin to decode rows.
+
+        Args:
+            final_lengths: for each, the column up to which the state holds what is final.
+
+        Raises:
+            ValueError: there is no slot left, or a row is longer than its extent.
+        """
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        if len(free) < len(requests):
+            raise ValueError(f"{len(requests)} rows do not fit into {len(free)} free slots: remove rows first.")
+        backend = self.backend
+        contract = (backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
+        rows = [Row(request, slot, *contract) for request, slot in zip(requests, free)]
+        for row, length in zip(rows, final_lengths or [0] * len(rows), strict=True):
+            if row.length > self.canvas.capacity:
+                raise ValueError(
+                    f"A canvas of {row.length} columns does not fit into {self.canvas.capacity}: shorten the prompt, or "
+                    "ask for fewer `max_new_tokens`."
+                )
+            if not length and row.first_feeds == "not yet final":
+                backend.forget(self.workspace.state, row.slot, -1, 0, row.block_length)
+            row.final_length = length
+            self.rows[row.slot], self.features[row.slot] = row, Features.of(row)
+        self.canvas.place(rows)
+        present = [row for row in self.rows if row is not None]
+        for index, name in enumerate(LISTS):
+            for width in {self.features[row.slot].widths[index] for row in present} - {0}:
+                self.canvas.place_list(name, width, present)
+        return rows
+
+    def remove(self, row: Row) -> None:
+        """Free the slot of a row, finished or not."""
+        if self.rows[row.slot] is row:
+            self.rows[row.slot] = None
+            self.features.pop(row.slot)
+
+    def forget(self, row: Row, column: int) -> int:
+        """Forget what the state holds of a row from `column` on. Returns the column up to which it is final now."""
+        return self.backend.forget(self.workspace.state, row.slot, row.final_length, column, row.block_length)
+
+    @property
+    def busy(self) -> list[Row]:
+        """The rows that are not done."""
+        return [row for row in self.rows if row is not None and not row.is_done]
+
+    # --- one step
+
+    def step(self) -> list[Row]:
+        """A denoising step of every row that is not done. Returns the rows that finished a block."""
+        rows = self.busy
+        for row in rows:
+            if not row.is_open:
+                self._open_block(row)
+        before = self.num_forward_passes
+        while prefilling := [row for row in rows if row.wants_pass and row.is_prefilling]:
+            self._pass(prefilling)
+        for group in self._groups([row for row in rows if row.wants_pass]):
+            self._pass(group)
+        if self.after_step is not None:
+            self.after_step(self.num_forward_passes > before)
+        looks = [row for row in rows if self._must_look(row)]
+        report = self._report(looks) if looks else {}
+        finished = []
+        for row in rows:
+            left, has_end = report.get(row.slot, (True, False))
+            if row.note_step(is_filled=not left and row.needs_look(self.is_hooked)):
+                finished.append(row)
+                if has_end:
+                    row.end(row.shown)
+        return finished
+
+    def _open_block(self, row: Row) -> None:
+        start, end = row.span
+        if row.final_length > start:  # masks have been put back into a finished block
+            row.final_length = self.forget(row, start)
+        masked = None
+        if self.is_hooked:
+            masked = (self.canvas.tokens[row.slot, start:end] == row.mask).cpu()
+        uniform = lambda width: Noise(self.canvas.device, [row.request.generator], [width]).uniform((1, width))[0]
+        plan = row.open_block(uniform, masked)
+        if plan is not None:
+            self.canvas.place_plan(row, plan)
+
+    def _must_look(self, row: Row) -> bool:
+        """Whether the host must know what the last step left: if the block is filled, or if it holds an end."""
+        is_last = row.step + 1 >= len(row.quotas)
+        return row.needs_look(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
+
+    def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool]]:
+        """By slot: whether a mask is left in the row's block among what is shown, and whether it holds an end."""
+        if not self.is_hooked:
+            report = self.canvas.report.tolist()
+            return {row.slot: (bool(report[row.slot][0]), bool(report[row.slot][1])) for row in rows}
+        found = {}
+        for row in rows:
+            (start, end), ends = row.span, list_of(row, LISTS[0])
+            tokens = self.canvas.tokens[row.slot, :end].tolist()
+            new = tokens[max(start, len(row.request.prompt)) :]
+            found[row.slot] = (row.mask in tokens[start : row.shown], any(token in ends for token in new))
+        return found
+
+    def _groups(self, rows: list[Row]) -> list[list[Row]]:
+        """The rows of each forward pass of a step. Rows whose windows are long go apart, unless all fit into a small pass:
+        the others would be padded to their length."""
+        if not rows or self.process is not None:
+            return [rows] if rows else []
+        widths = [row.frame().end - row.frame().start for row in rows]
+        if max(widths) * len(rows) <= max(MAX_CAPTURED_TOKENS, 2 * sum(widths)):
+            return [rows]
+        limit = 2 * max(row.span[1] - row.span[0] for row in rows) + 1
+        wide = [row for row, width in zip(rows, widths) if width > limit]
+        narrow = [row for row, width in zip(rows, widths) if width <= limit]
+        return [group for group in (wide, narrow) if group]
+
+    def _pass(self, rows: list[Row]) -> None:
+        """One forward pass over the windows of rows, and what follows from it."""
+        rows = sorted(rows, key=lambda row: row.slot)
+        if self.process is not None:  # which knows all of them
+            every = [row for row in self.rows if row is not None]
+        else:
+            every = rows
+        frames = [row.frame() if row in rows else self._idle_frame() for row in every]
+        slots = [row.slot for row in every]
+        if self.uses_graphs and len(slots) < self.canvas.slots:
+            # Subsets of many sizes would be as many graphs: idle rows fill up to a power of two.
+            wanted = min(1 << (len(slots) - 1).bit_length(), self.canvas.slots)
+            others = [slot for slot in range(self.canvas.slots) if slot not in slots][: wanted - len(slots)]
+            slots, frames = slots + others, frames + [self._idle_frame()] * len(others)
+        window = self._make_window(frames, slots)
+        features = Features.union(self.features[row.slot] for row in rows)
+        quotas = [
+            [row.quotas[row.step], row.step] if row in rows and not row.is_prefilling else [0, 0] for row in every
+        ]
+        quota = torch.tensor(quotas + [[0, 0]] * (len(slots) - len(every)), device=self.canvas.device)
+        noise = {}
+        if window.block.shape[1]:
+            noise = draw(
+                features, rows, (len(rows), window.block.shape[1], self.backend.vocab_size), window.block.device
+            )
+            if len(slots) > len(rows):
+                places = torch.tensor([slots.index(row.slot) for row in rows], device=window.block.device)
+                spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, places, each)
+                noise = {use: spread(each) for use, each in noise.items()}
+        self._run(window, quota, noise, features)
+        self.num_forward_passes += 1
+        for row in rows:
+            row.note_pass()
+
+    def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features) -> None:
+        backend, canvas, state = self.backend, self.canvas, self.workspace.state
+        reads_raw_logits = backend.confidence_source == "raw"
+        guided = getattr(backend, "cfg_scale", 0)
+
+        def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
+            if not guided:
+                return backend(tokens, window, state)
+            given = canvas.given[window.slots[:, None], window.columns]
+            return backend(tokens, window, state, torch.where(given, features.mask_token_id, tokens))
+
+        def compute(window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
+            denoise(canvas, window, quota, forward, noise, features, reads_raw_logits)
+
+        if self.process is not None:
+
+            def processed(tokens: torch.Tensor, window: Window) -> torch.Tensor:
+                logits = forward(tokens, window)
+                return self.process(logits, [row for row in self.rows if row]) if window.block.shape[1] else logits
+
+            denoise(canvas, window, quota, processed, noise, features, reads_raw_logits)
+            return
+        small = window.columns.numel() <= MAX_CAPTURED_TOKENS and not window.is_canvas and window.block.shape[1]
+        if self.uses_graphs and small and backend.covers(window):
+            self.workspace.graphs.run((features, guided), compute, window, quota, noise)
+        else:
+            compute(window, quota, noise)
+
+    def _make_window(self, frames: list[Frame], slots: list[int]) -> Window:
+        key = (tuple(frames), tuple(slots))
+        if self._window is None or self._window[0] != key:
+            backend, capacity = self.backend, self.canvas.capacity
+            before = backend.logits_shift if backend.sees_earlier_blocks else 0
+            window = make_window(frames, slots, self.canvas.slots, capacity, backend.logits_shift, before)
+            self._window = key, window.to(self.canvas.device)
+        return self._window[1]
+
+    def _idle_frame(self) -> Frame:
+        """Of a row that takes no part: it feeds the scratch column, and nothing reads it."""
+        return Frame(self.canvas.capacity, self.canvas.capacity + 1, 0, 0, 1, 0, 0, 0)

@@ -1,0 +1,193 @@
+"""The denoising step: from the canvas to the canvas. A pure function of tensors, so that it can be captured in a graph."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+import torch
+
+from .canvas import LISTS, Canvas, list_of
+from .remasking import SCORES, select
+from .requests import Row
+from .sampling import Noise, filtered, propose
+from .sampling import score as score_of
+from .window import Window
+
+
+@dataclass(frozen=True)
+class Features:
+    """What any row of a step asks for. With the shapes, all that its code depends on.
+
+    scores, rules: see [`remasking`].
+    samples, filters, draws, plans: whether any has a temperature, top-k, top-p or min-p, an `alg_temp`, a drawn plan.
+    widths: of the lists of `LISTS`; 0 where no row has one.
+    mask_token_id: the mask of all of them.
+    """
+
+    scores: frozenset
+    rules: frozenset
+    samples: bool
+    filters: bool
+    draws: bool
+    plans: bool
+    widths: tuple[int, ...]
+    mask_token_id: int
+
+    @classmethod
+    def of(cls, row: Row) -> "Features":
+        options, strategy = row.request.options, row.strategy
+        return cls(
+            frozenset([strategy.confidence]),
+            frozenset([strategy.selection]),
+            options.sampling_temperature > 0,
+            bool(options.top_k or (options.top_p or 1) < 1 or options.min_p),
+            bool(options.alg_temp),
+            strategy.selection == "bernoulli",
+            tuple(padded_width(len(list_of(row, name))) for name in LISTS),
+            options.mask_token_id,
+        )
+
+    @classmethod
+    def union(cls, every: Iterable["Features"]) -> "Features":
+        """Those of a step over several rows."""
+        every = list(dict.fromkeys(every))
+        if len(every) == 1:
+            return every[0]
+        first, values = every[0], {field.name: [getattr(each, field.name) for each in every] for field in fields(cls)}
+        return cls(
+            frozenset().union(*values["scores"]),
+            frozenset().union(*values["rules"]),
+            *(any(values[name]) for name in ("samples", "filters", "draws", "plans")),
+            tuple(map(max, zip(*values["widths"]))),
+            first.mask_token_id,
+        )
+
+
+def padded_width(number: int) -> int:
+    """A power of two, so that lists of about the same length share graphs; 0 for none."""
+    return 1 << (number - 1).bit_length() if number else 0
+
+
+def draw(
+    features: Features, rows: list[Row], shape: tuple[int, int, int], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The random numbers of a step, by what they are for. `shape`: of the logits, `(rows, block, vocab)`."""
+
+    def noise(needs: Callable[[Row], bool]) -> Noise:
+        widths = [row.span[1] - row.span[0] if needs(row) else 0 for row in rows]
+        return Noise(device, [row.request.generator for row in rows], widths)
+
+    drawn = {}
+    if features.samples:
+        drawn["tokens"] = noise(lambda row: row.request.options.sampling_temperature > 0).gumbel(shape)
+    if "random" in features.scores:
+        drawn["scores"] = noise(lambda row: row.strategy.confidence == "random").uniform(shape[:2])
+    if features.draws:
+        drawn["positions"] = noise(lambda row: bool(row.request.options.alg_temp)).gumbel(shape[:2]).float()
+    return drawn
+
+
+def still_open(masked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """`(rows, block)` bool: `masked`, less the rows of which no position that is shown is masked."""
+    return masked & (masked & shown).any(-1, keepdim=True)
+
+
+def denoise(
+    canvas: Canvas,
+    window: Window,
+    quota: torch.Tensor,
+    forward: Callable[[torch.Tensor, Window], torch.Tensor],
+    noise: dict[str, torch.Tensor],
+    features: Features,
+    reads_raw_logits: bool,
+) -> torch.Tensor:
+    """One step: a forward pass, what it proposes, and the transfer of some of it.
+
+    Args:
+        quota: `(rows, 2)`, how many tokens each row must transfer, and which step of its block this is.
+        forward: `(tokens, window) -> (rows, block, vocab)`, logits, which may be written to; `tokens` is `(rows, window)`.
+        noise: of [`draw`].
+        reads_raw_logits: whether scores are read before temperature and filters.
+
+    Returns:
+        The logits, `(rows, block, vocab)`.
+    """
+    slots = window.slots[:, None]
+    logits = forward(canvas.tokens[slots, window.columns], window)
+    if not window.block.shape[1]:
+        return logits
+    now = canvas.tokens[slots, window.block]
+    masked = (now == features.mask_token_id) & (window.block < canvas.capacity)
+    if features.plans:
+        masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
+    masked = still_open(masked, window.shown)
+    proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits)
+    now = torch.where(transfer, proposals, now)
+    canvas.tokens.index_put_((slots, window.block), now)
+    transferred = transfer.sum(-1, keepdim=True)
+    canvas.counts.index_add_(0, window.slots, torch.cat([(transferred > 0).long(), transferred], dim=-1))
+    left = ((now == features.mask_token_id) & window.shown).any(-1)
+    ended = torch.zeros_like(left)
+    if features.widths[0]:
+        ends = canvas.lists["eos_token_id", features.widths[0]][window.slots]
+        new = (window.block >= canvas.choices[window.slots, 3:]) & (window.block < canvas.capacity)
+        ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
+    canvas.report.index_copy_(0, window.slots, torch.stack([left, ended], dim=-1).long())
+    return logits
+
+
+def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool):
+    """What a step proposes, `(rows, block)` tokens, and which of it is transferred, `(rows, block)` bool.
+
+    Args:
+        logits: `(rows, block, vocab)`; those of suppressed tokens are changed.
+        masked: `(rows, block)` bool, the masks that may receive a token.
+        quota: `(rows, 1)`.
+    """
+    numbers, choices = canvas.numbers[window.slots], canvas.choices[window.slots]
+    temperature, top_p, min_p, *bounds, alg_temp = (column[:, None] for column in numbers.unbind(-1))
+    kind, rule, top_k, _ = (column[:, None] for column in choices.unbind(-1))
+    _, suppressed, deferred = (
+        canvas.lists[name, width][window.slots] if width else None for name, width in zip(LISTS, features.widths)
+    )
+    if suppressed is not None:
+        has_any = (suppressed >= 0)[:, None].expand(*logits.shape[:2], -1)
+        tokens = suppressed.clamp(min=0)[:, None].expand_as(has_any)
+        logits.scatter_(-1, tokens, torch.where(has_any, -torch.inf, logits.gather(-1, tokens)))
+    processed = logits
+    if features.samples:
+        processed = logits / torch.where(temperature > 0, temperature, 1.0)[..., None].to(logits.dtype)
+    if features.filters:
+        # They count and rank tokens: the mask must not be among them.
+        without_mask = processed.clone()
+        without_mask[..., features.mask_token_id] = -torch.inf
+        without_mask = filtered(without_mask, *(x[..., None] for x in (top_k, top_p, min_p)))
+        has_filter = ((top_k > 0) | (top_p < 1) | (min_p > 0))[..., None]
+        processed = torch.where(has_filter, without_mask, processed)
+    kinds, is_raw = features.scores - {"random"}, reads_raw_logits and processed is not logits
+    proposals, scores = propose(processed, features.mask_token_id, () if is_raw else kinds, noise.get("tokens"))
+    if is_raw:
+        scores = {name: score_of(name, logits, proposals, features.mask_token_id) for name in kinds}
+    if "random" in features.scores:
+        scores["random"] = noise["scores"]
+    score = scores[next(iter(features.scores))]
+    for name in features.scores if len(features.scores) > 1 else ():
+        score = torch.where(kind == SCORES.index(name), scores[name], score)
+    lowest = torch.finfo(torch.float32).min
+    if deferred is not None:
+        # `torch.isin` looks at the device where the list is long.
+        score = score.masked_fill((proposals[..., None] == deferred[:, None]).any(-1), lowest)
+    # Logits that overflowed give no number, and nothing to prefer: such positions go last, but they go.
+    is_nan = score.isnan() | logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
+    canvas.saw_nan |= (is_nan & masked).any()
+    transfer = select(
+        features.rules,
+        rule,
+        score.nan_to_num(nan=lowest),
+        kind == SCORES.index("probability"),
+        masked,
+        quota,
+        *bounds,
+        alg_temp=alg_temp,
+        gumbel=noise.get("positions"),
+    )
+    return proposals, transfer
