@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dllm_hf.generation.cache import CanvasCache
-from dllm_hf.generation.canvas import Window
+from dllm_hf.generation.window import Window
 
 from ..builders import MASK, ScriptedModel, generate, new_tokens, recorded, script, tiny_model
 

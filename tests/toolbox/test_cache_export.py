@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import export
 
 from dllm_hf import CanvasCache
-from dllm_hf.generation.canvas import Window
+from dllm_hf.generation.window import Window
 
 from ..builders import new_model
 

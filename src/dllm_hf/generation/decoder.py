@@ -233,7 +233,8 @@ class Decoder:
         if self._window is None or self._window[0] != key:
             backend, capacity = self.backend, self.canvas.capacity
             before = backend.logits_shift if backend.sees_earlier_blocks else 0
-            window = make_window(frames, slots, self.canvas.slots, capacity, backend.logits_shift, before)
+            shapes = (self.canvas.slots, capacity, backend.logits_shift, before, 64 if self.uses_graphs else 1)
+            window = make_window(frames, slots, *shapes)
             self._window = key, window.to(self.canvas.device)
         return self._window[1]
 

@@ -410,6 +410,8 @@ def run(decoder: Decoder, session: Session) -> None:
             session.finish_blocks(decoder.step())
     session.confirm()
     session.pad_after_ends()
+    if session.hooks.streamer is not None:
+        session.hooks.streamer.end()
 
 
 def used_by_one(cache: CanvasCache):

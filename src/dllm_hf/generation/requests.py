@@ -194,6 +194,8 @@ class Row:
         """Whether only the canvas knows if the block is filled: where logits or a hook decide how much is transferred."""
         if not (self.strategy.is_adaptive or is_hooked or self.is_cut):
             return False
+        if not self.taken:  # the block has had no pass yet that could have filled it
+            return is_hooked
         return self.taken % self.request.options.steps_per_look == 0
 
     def rewind(self, final_length: int) -> None:

@@ -84,7 +84,9 @@ class Window:
         return replace(self, slots=self.slots.repeat(times) + runs, **tensors)
 
 
-def make_window(frames: list[Frame], slots: list[int], number: int, scratch: int, shift: int, before: int) -> Window:
+def make_window(
+    frames: list[Frame], slots: list[int], number: int, scratch: int, shift: int, before: int, multiple: int = 1
+) -> Window:
     """The window of a pass over rows that may differ in all, on the CPU.
 
     Args:
@@ -92,12 +94,13 @@ def make_window(frames: list[Frame], slots: list[int], number: int, scratch: int
         scratch: the column, behind all others of a row, where writes of repeated positions go.
         shift: the logits of a position stand that many columns before it.
         before: how many columns before the window logits may be asked of.
+        multiple: that windows which shrink from block to block are made up to: fewer shapes, fewer graphs.
     """
     table = torch.tensor([[*vars(frame).values()] for frame in frames])
     start, end, first, last, length, shown, final, grid = table[:, :, None].unbind(1)
     width, block_width = int((end - start).max()), int((last - first).max())
     if not grid.any() and width > block_width + shift and not (start == 0).all():
-        width += -width % 64  # windows that shrink from block to block: fewer shapes, fewer graphs
+        width += -width % multiple
     columns = torch.minimum(start + torch.arange(width), end - 1)
     seen_by_block = (columns // grid.clamp(min=1) + 1) * grid
     lengths = torch.where(grid > 0, torch.minimum(seen_by_block, end), length)
