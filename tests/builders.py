@@ -27,6 +27,7 @@ from dllm_hf import (
     SDARMoeConfig,
     SDARMoeForCausalLM,
 )
+from dllm_hf.generation.window import Window
 
 VOCAB, MASK, END, TURN_END = 64, 60, 61, 62
 PAD = END  # as in LLaDA and Dream
@@ -188,6 +189,26 @@ def new_tokens(model, row: list[int], **options) -> list[int]:
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def window_of(
+    columns: torch.Tensor, keep: torch.Tensor, final: torch.Tensor | None = None, slots: list[int] | None = None
+) -> Window:
+    """A window whose tokens see as many columns as the last of them all has before it, and itself."""
+    rows, lengths = len(columns), torch.full_like(columns, int(columns.max()) + 1, dtype=torch.int32)
+    return Window(
+        torch.arange(rows, device=columns.device) if slots is None else torch.tensor(slots, device=columns.device),
+        columns,
+        lengths,
+        keep,
+        columns[:, :1] if final is None else final,
+        keep,
+        torch.ones_like(keep, dtype=torch.bool),
+        int(columns.max()) + 1,
+        "all",
+        False,
+        slots is None,
+    )
 
 
 @contextmanager

@@ -3,18 +3,30 @@
 import pytest
 import torch
 
+from dllm_hf import DiffusionGenerationConfig
 from dllm_hf.generation.canvas import Canvas
+from dllm_hf.generation.hooks import Hooks, Session
+from dllm_hf.generation.requests import Request, Row
 
 from ..builders import MASK, ScriptedModel, generate, left_pad, script
 
 
-def make_canvas(rows, number, block_length=4, block_grid="prompt"):
-    inputs = left_pad(rows)
-    return Canvas(inputs["input_ids"], inputs["attention_mask"], number, block_length, block_grid, MASK)
+def make_row(prompt, number, block_length=4, block_grid="prompt", slot=0):
+    options = DiffusionGenerationConfig(
+        block_length=block_length, mask_token_id=MASK, remasking_strategy="low_confidence", cache_policy="none"
+    )
+    return Row(Request(prompt, number, options), slot, block_grid, False, 0)
 
 
-def spans(canvas, row=0):
-    return [block.spans[row] for block in canvas.blocks() if block.masks[row]]
+def spans(row):
+    return [span for span, _, _ in row.blocks]
+
+
+def make_session(prompts, number, **hooks):
+    rows = [make_row(prompt, number, slot=slot) for slot, prompt in enumerate(prompts)]
+    canvas = Canvas(len(rows), max(row.length for row in rows), torch.device("cpu"))
+    canvas.place(rows)
+    return Session(Hooks(**hooks), canvas, left_pad(prompts)["input_ids"], rows, None)
 
 
 @pytest.mark.parametrize(
@@ -32,40 +44,33 @@ def spans(canvas, row=0):
     ],
 )
 def test_blocks_are_cells_with_masks_of_a_grid_that_starts_at_the_prompts_end(row, number, block_length, expected):
-    assert spans(make_canvas([row], number, block_length)) == expected
-
-
-def test_each_row_has_its_own_grid():
-    canvas = make_canvas([[1, 2, 3], [], [1, 2, 3, 4, 5]], 6)
-    assert [spans(canvas, row) for row in range(3)] == [[(3, 7), (7, 9)], [(0, 4), (4, 6)], [(5, 9), (9, 11)]]
+    assert spans(make_row(row, number, block_length)) == expected
 
 
 def test_a_grid_at_0_fills_its_last_cell_and_shows_what_was_asked_for():
-    canvas = make_canvas([[1, 2, 3]], 3, block_grid="zero")
-    assert spans(canvas) == [(0, 4), (4, 8)]
-    assert canvas.to_sequences().shape == (1, 6)
+    row = make_row([1, 2, 3], 3, block_grid="zero")
+    assert spans(row) == [(0, 4), (4, 8)]
+    assert (row.shown, row.length) == (6, 8)
 
 
 def test_what_comes_in_goes_out_in_the_same_layout():
-    rows = [[1, 2, 3], [4], []]
-    sequences = make_canvas(rows, 2).to_sequences()
-    expected = left_pad(rows)["input_ids"]
-    assert sequences[:, :3].tolist() == expected.tolist()
+    prompts = [[1, 2, 3], [4], []]
+    sequences = make_session(prompts, 2).sequences()
+    assert sequences[:, :3].tolist() == left_pad(prompts)["input_ids"].tolist()
     assert (sequences[:, 3:] == MASK).all()
 
 
 def test_what_a_hook_changed_comes_back_to_its_column():
-    canvas = make_canvas([[1, 2, 3], [4]], 2)
-    changed = canvas.to_sequences()
-    changed[:, 3:] = torch.tensor([[10, 11], [12, 13]])
-    canvas.from_sequences(changed)
-    assert canvas.to_sequences().tolist() == changed.tolist()
-    assert canvas.tokens[1, :3].tolist() == [4, 12, 13]
+    def change(step, sequences, logits):
+        return torch.cat([sequences[:, :3], torch.tensor([[10, 11], [12, 13]])], dim=1)
 
-
-def test_rows_without_padding_need_no_key_mask():
-    assert make_canvas([[1, 2], [3, 4]], 2).key_mask is None
-    assert make_canvas([[1, 2], [3]], 2).key_mask.tolist() == [[True] * 4, [True] * 3 + [False]]
+    session = make_session([[1, 2, 3], [4]], 2, tokens=change)
+    session.run_tokens_hook(None)
+    assert session.sequences().tolist() == [
+        [1, 2, 3, 10, 11],
+        [*left_pad([[1, 2, 3], [4]])["input_ids"][1].tolist(), 12, 13],
+    ]
+    assert session.canvas.tokens[1, :3].tolist() == [4, 12, 13]
 
 
 @pytest.mark.parametrize(

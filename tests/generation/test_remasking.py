@@ -7,13 +7,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_hf.generation.remasking import STRATEGIES, bernoulli_plan, bernoulli_quotas, select, transfer_quotas
+from dllm_hf.generation.remasking import RULES, STRATEGIES, bernoulli_plan, select, transfer_quotas
 
 EPS = 1e-3
 
 
 def quotas(masks, steps, strategy="low_confidence_static"):
-    return transfer_quotas([masks], [steps], STRATEGIES[strategy], EPS)[0].tolist()
+    return transfer_quotas(masks, steps, STRATEGIES[strategy], EPS)
+
+
+def transferred(
+    names, confidence, masked, quota, threshold=0.9, entropy_bound=0.1, factor=1.0, alg_temp=0.0, gumbel=None
+):
+    """What a step transfers in rows that each have the strategy of a name, and numbers of their own or in common."""
+    strategies, rows = [STRATEGIES[name] for name in names], len(names)
+    column = lambda value: torch.as_tensor(value).expand(rows)[:, None]
+    return select(
+        frozenset(strategy.selection for strategy in strategies),
+        torch.tensor([[RULES.index(strategy.selection)] for strategy in strategies]),
+        confidence,
+        torch.tensor([[strategy.confidence == "probability"] for strategy in strategies]),
+        masked,
+        *map(column, (quota, threshold, entropy_bound, factor, alg_temp)),
+        gumbel=gumbel,
+    )
 
 
 def choose(strategy, confidence, quota=1, masked=None, threshold=0.9, entropy_bound=0.1, factor=1.0, **noise):
@@ -21,7 +38,7 @@ def choose(strategy, confidence, quota=1, masked=None, threshold=0.9, entropy_bo
     confidence = torch.tensor([confidence], dtype=torch.float32)
     masked = torch.ones_like(confidence, dtype=torch.bool) if masked is None else torch.tensor([masked])
     rules = {"threshold": threshold, "entropy_bound": entropy_bound, "factor": factor}
-    chosen = select(STRATEGIES[strategy], confidence, masked, torch.tensor([quota]), **rules, **noise)
+    chosen = transferred([strategy], confidence, masked, quota, **rules, **noise)
     return chosen[0].nonzero().flatten().tolist()
 
 
@@ -56,17 +73,9 @@ def test_timestep_quotas_are_those_of_dream(masks, steps, strategy):
     assert quotas(masks, steps, strategy) == expected
 
 
-def test_quotas_belong_to_their_row():
-    strategy = STRATEGIES["maskgit_plus"]
-    together = transfer_quotas([3, 0, 7], [5, 5, 2], strategy, EPS)
-    for row, (masks, steps) in enumerate([(3, 5), (0, 5), (7, 2)]):
-        alone = transfer_quotas([masks], [steps], strategy, EPS)[0].tolist()
-        assert together[row].tolist() == alone + [0] * (5 - len(alone))
-
-
 def test_a_bernoulli_plan_has_the_probabilities_of_deciding_step_by_step():
     steps, positions = 6, 200_000
-    plan = bernoulli_plan(torch.rand(1, positions, generator=torch.Generator().manual_seed(0)), [steps], EPS)[0]
+    plan = bernoulli_plan(torch.rand(positions, generator=torch.Generator().manual_seed(0)), steps, EPS)
     timesteps = torch.linspace(1, EPS, steps + 1)
     still_masked = torch.ones_like(plan, dtype=torch.bool)
     for step in range(steps):
@@ -76,12 +85,6 @@ def test_a_bernoulli_plan_has_the_probabilities_of_deciding_step_by_step():
         assert abs(share - probability) < 5 * deviation
         still_masked &= plan > step
     assert not still_masked.any()
-
-
-def test_a_bernoulli_plan_says_beforehand_how_much_each_step_transfers():
-    plan = torch.tensor([[0, 2, 2, 1], [3, 0, 0, 0]])
-    masked = torch.tensor([[True, True, True, False], [True, True, False, True]])
-    assert bernoulli_quotas(plan, masked).tolist() == [[1, 0, 2, 0], [2, 0, 0, 1]]
 
 
 # --- selection
@@ -185,25 +188,32 @@ def test_alg_temp_draws_with_the_probabilities_of_the_softmax():
     gumbel = -torch.empty(draws, 5).exponential_(generator=torch.Generator().manual_seed(0)).log()
     confidence = torch.tensor([CONFIDENCES]).expand(draws, -1)
     masked = torch.tensor([[True, True, False, True, True]]).expand(draws, -1)
-    rules = {"threshold": 0.9, "entropy_bound": 0.1, "factor": 1.0}
-    one_each = torch.ones(draws, dtype=torch.long)
-
-    chosen = select(STRATEGIES["maskgit_plus"], confidence, masked, one_each, **rules, gumbel=gumbel, alg_temp=alg_temp)
+    chosen = transferred(draws * ["maskgit_plus"], confidence, masked, 1, alg_temp=alg_temp, gumbel=gumbel)
 
     logits = torch.tensor(CONFIDENCES) / alg_temp
     logits[2] = -torch.inf
     torch.testing.assert_close(chosen.float().mean(0), logits.softmax(-1), atol=0.01, rtol=0)
 
 
-def test_a_row_is_chosen_from_as_if_it_were_alone():
-    confidence = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
-    masked = torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) < 0.7
-    quota = torch.tensor([1, 0, 3, 2])
-    rules = {"threshold": 0.5, "entropy_bound": 1.0, "factor": 0.8}
-    for strategy in STRATEGIES.values():
-        if strategy.selection != "bernoulli":
-            together = select(strategy, confidence, masked, quota, **rules)
-            alone = [
-                select(strategy, confidence[i : i + 1], masked[i : i + 1], quota[i : i + 1], **rules) for i in range(4)
-            ]
-            assert together.tolist() == torch.cat(alone).tolist()
+def test_rows_of_all_strategies_are_chosen_from_as_if_each_were_alone():
+    """Each with thresholds, bounds, factors, quotas and temperatures of its own, in one step."""
+    dice = torch.Generator().manual_seed(0)
+    uniform = lambda *shape: torch.rand(*shape, generator=dice)
+    names = 2 * list(STRATEGIES)
+    rows = len(names)
+    for width in (1, 5, 16, 33):
+        confidence = (uniform(rows, width) * 8).round() / 8 if width % 2 else uniform(rows, width)
+        is_entropy = torch.tensor([STRATEGIES[name].confidence == "neg_entropy" for name in names])[:, None]
+        confidence = torch.where(is_entropy, -3 * confidence, confidence)
+        masked, quota = uniform(rows, width) < 0.7, torch.randint(0, 6, (rows,), generator=dice)
+        numbers = {"threshold": uniform(rows), "entropy_bound": 4 * uniform(rows), "factor": 2 * uniform(rows)}
+        numbers["alg_temp"] = torch.tensor([0.0] * (rows // 2) + [0.3] * (rows - rows // 2))
+        gumbel = -torch.empty(rows, width).exponential_(generator=dice).log()
+        together = transferred(names, confidence, masked, quota, **numbers, gumbel=gumbel)
+        for row, name in enumerate(names):
+            own = {key: value[row] for key, value in numbers.items()}
+            noise = gumbel[row : row + 1] if own["alg_temp"] else None
+            alone = transferred(
+                [name], confidence[row : row + 1], masked[row : row + 1], quota[row], **own, gumbel=noise
+            )
+            assert together[row].tolist() == alone[0].tolist(), (name, width)

@@ -5,13 +5,12 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from dllm_hf import STRATEGIES, DiffusionGenerationConfig
-from dllm_hf.generation.sampling import Noise, confidence, guide, make_warpers, process, propose
+from dllm_hf import STRATEGIES
+from dllm_hf.generation.sampling import Noise, filtered, guide, process, propose
 
 from ..builders import (
     END,
@@ -39,7 +38,7 @@ WITH_CONFIDENCE = [
 
 
 CPU = torch.device("cpu")
-NOISE = Noise(CPU)
+SCORES = frozenset(["probability", "margin", "neg_entropy"])
 
 
 def row_noise(seeds, width):
@@ -56,15 +55,15 @@ def random_logits(*shape, scale=2.0):
 def test_temperature_0_proposes_the_arg_max():
     logits = random_logits(2, 5, VOCAB)
     logits[..., MASK] = -1
-    assert propose(logits, MASK, 0.0, NOISE).tolist() == logits.argmax(-1).tolist()
+    assert propose(logits, MASK, ())[0].tolist() == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_mask_is_never_proposed(temperature):
+@pytest.mark.parametrize("samples", [False, True])
+def test_the_mask_is_never_proposed(samples):
     logits = random_logits(2, 5, VOCAB)
     logits[..., MASK] = 100.0
     before = logits.clone()
-    assert MASK not in propose(logits, MASK, temperature, NOISE)
+    assert MASK not in propose(logits, MASK, (), row_noise([1, 2], 5).gumbel(logits.shape) if samples else None)[0]
     assert torch.equal(logits, before)
 
 
@@ -72,7 +71,8 @@ def test_draws_are_as_frequent_as_the_softmax_says():
     draws = 40_000
     logits = random_logits(8)
     logits[3] = -torch.inf  # the mask
-    proposals = propose(logits.expand(1, draws, 8).clone(), 3, 1.0, Noise(CPU, torch.Generator().manual_seed(0)))
+    gumbel = row_noise([0], draws).gumbel((1, draws, 8))
+    proposals, _ = propose(logits.expand(1, draws, 8).clone(), 3, (), gumbel)
     frequency = proposals.flatten().bincount(minlength=8) / draws
     probability = logits.double().softmax(-1)
     deviation = (probability * (1 - probability) / draws).sqrt()
@@ -81,29 +81,36 @@ def test_draws_are_as_frequent_as_the_softmax_says():
 
 def test_a_list_of_generators_draws_each_row_from_its_own():
     logits = random_logits(3, 4, VOCAB)
-    together = propose(logits, MASK, 1.0, row_noise([7, 8, 9], 4))
+    together = row_noise([7, 8, 9], 4).gumbel(logits.shape)
     for row, seed in enumerate([7, 8, 9]):
-        alone = propose(logits[row : row + 1], MASK, 1.0, row_noise([seed], 4))
-        assert together[row].tolist() == alone[0].tolist()
+        assert torch.equal(together[row], row_noise([seed], 4).gumbel((1, 4, VOCAB))[0])
 
 
-def warped(logits, **options):
-    temperature, filters = make_warpers(DiffusionGenerationConfig(**options))
-    return filters(None, temperature(None, logits))
+def test_a_row_that_needs_no_numbers_leaves_its_generator_as_it_is():
+    first, second = generators([1, 2])
+    Noise(CPU, [first, second], [4, 0]).gumbel((2, 4, VOCAB))
+    assert torch.equal(second.get_state(), torch.Generator().manual_seed(2).get_state())
 
 
-def test_temperature_top_k_and_top_p_run_in_the_librarys_order():
-    logits = random_logits(6, VOCAB)
-    expected = TemperatureLogitsWarper(0.5)(None, logits)
-    expected = TopKLogitsWarper(10)(None, expected)
-    expected = TopPLogitsWarper(0.8)(None, expected)
-    expected = MinPLogitsWarper(0.1)(None, expected)
-    assert torch.equal(warped(logits, temperature=0.5, top_k=10, top_p=0.8, min_p=0.1), expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}])
-def test_warpers_that_change_nothing_are_left_out(options):
-    assert not any(make_warpers(DiffusionGenerationConfig(**options)))
+def test_top_k_top_p_and_min_p_are_the_librarys_in_its_order_with_numbers_of_each_row():
+    rows = [
+        (0, 1.0, 0.0),
+        (10, 1.0, 0.0),
+        (0, 0.8, 0.0),
+        (0, 1.0, 0.1),
+        (10, 0.8, 0.1),
+        (1, 1.0, 0.0),
+        (1000, 0.05, 1.0),
+    ]
+    logits = random_logits(len(rows), 6, VOCAB)
+    logits[:, 0, 3:9] = logits[:, 0, 3:4]  # some that tie
+    got = filtered(logits, *(torch.tensor(column)[:, None, None] for column in zip(*rows)))
+    for row, (top_k, top_p, min_p) in enumerate(rows):
+        expected = logits[row]
+        for warper, number in ((TopKLogitsWarper, top_k), (TopPLogitsWarper, top_p), (MinPLogitsWarper, min_p)):
+            if number and (warper is not TopPLogitsWarper or number < 1):
+                expected = warper(number)(None, expected)
+        assert torch.equal(got[row], expected), rows[row]
 
 
 def test_a_processor_sees_a_row_for_each_position_and_the_sequence_it_is_in():
@@ -124,7 +131,7 @@ def test_a_processor_sees_a_row_for_each_position_and_the_sequence_it_is_in():
 
 def test_confidences_are_those_of_a_plain_softmax():
     logits = random_logits(2, 5, VOCAB)
-    proposals = propose(logits, MASK, 0.0, NOISE)
+    proposals, actuals = propose(logits, MASK, SCORES)
     probabilities = logits.double().softmax(-1)
     best, second = probabilities.sort(-1, descending=True).values[..., :2].unbind(-1)
     expected = {
@@ -133,7 +140,7 @@ def test_confidences_are_those_of_a_plain_softmax():
         "margin": best - second,
     }
     for kind, scores in expected.items():
-        actual = confidence(kind, logits, proposals, MASK, NOISE)
+        actual = actuals[kind]
         assert actual.dtype == torch.float32
         if kind == "margin":
             # Where the mask itself is best, the margin of the best other token over it is meant.
@@ -145,15 +152,13 @@ def test_confidences_are_those_of_a_plain_softmax():
 
 
 def test_confidences_stay_finite_where_warpers_removed_tokens():
-    logits = warped(random_logits(5, VOCAB), temperature=0.7, top_k=2, top_p=0.5)[None]
-    proposals = propose(logits, MASK, 0.0, NOISE)
-    for kind in ("probability", "neg_entropy", "margin"):
-        assert confidence(kind, logits, proposals, MASK, NOISE).isfinite().all()
+    numbers = (torch.tensor([[[value]]]) for value in (2, 0.5, 0.0))
+    _, scores = propose(filtered(random_logits(1, 5, VOCAB), *numbers), MASK, SCORES)
+    assert all(score.isfinite().all() for score in scores.values())
 
 
 def test_random_confidence_comes_from_the_generator():
-    proposals = torch.zeros(2, 5, dtype=torch.long)
-    first, again = (confidence("random", None, proposals, MASK, row_noise([1, 2], 5)) for _ in range(2))
+    first, again = (row_noise([1, 2], 5).uniform((2, 5)) for _ in range(2))
     assert first.tolist() == again.tolist()
     assert first[0].tolist() != first[1].tolist()
 
@@ -179,8 +184,10 @@ def test_guidance_doubles_the_batch_and_masks_every_token_of_the_prompt(model, p
     for call in calls:
         columns = call["position_ids"]
         conditional, unconditional = call["input_ids"].chunk(2)
-        assert columns.tolist() == columns[:2].tolist() * 2
-        prompt = (columns[:2] < 3) & ~((columns[:2] == 1) & torch.tensor([[True], [False]]))
+        rows = len(columns) // 2  # one of them where the other has nothing to fill in this pass
+        assert columns.tolist() == columns[:rows].tolist() * 2
+        has_mask = torch.tensor([[True], [False]])[:rows]
+        prompt = (columns[:rows] < 3) & ~((columns[:rows] == 1) & has_mask)
         assert (unconditional[prompt] == MASK).all()
         assert torch.equal(unconditional[~prompt], conditional[~prompt])
 

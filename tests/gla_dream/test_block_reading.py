@@ -10,7 +10,7 @@ from torch import nn
 from dllm_hf.gla_dream.block_reading import BlockReading
 from dllm_hf.gla_dream.modeling_gla_dream import GLADreamAttention, OwnForward
 
-from ..builders import new_model
+from ..builders import new_model, window_of
 from .conftest import INJECTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +48,7 @@ def check_a_step(model):
         found = []
         for forward in (OwnForward(model), BlockReading.of(model)):
             own = copy.deepcopy(cache)
-            logits = forward(tokens.gather(1, columns), columns, None, keep, settled, own)
+            logits = forward(tokens.gather(1, columns), window_of(columns, keep, settled), own)
             found.append([logits, own.last_hidden, *(layer.state for layer in own.layers)])
         for got, expected in zip(found[1], found[0], strict=True):
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-4)
@@ -97,9 +97,10 @@ def test_in_bfloat16_the_logits_are_as_near_to_float64_as_the_model_s_own():
             cache = model.make_cache(64)  # noqa: B023
             for layer, state in zip(cache.layers, states):  # noqa: B023
                 layer.lazy_initialization(state.clone(), torch.float32)
-            return forward(tokens, columns, None, columns - 32, columns[:, :1], cache).double()  # noqa: B023
+            return forward(tokens, window_of(columns, columns - 32), cache).double()  # noqa: B023
 
-        exact = logits(OwnForward(copy.deepcopy(model).double()))
+        precise = copy.deepcopy(model).double()
+        exact = logits(OwnForward(precise))
         for name, forward in (("kernel", BlockReading.of(model)), ("own", OwnForward(model))):
             errors[name] += float((logits(forward) - exact).norm() / exact.norm())
     assert 0 < errors["kernel"] <= 1.05 * errors["own"], errors

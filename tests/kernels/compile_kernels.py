@@ -53,12 +53,12 @@ JITFunction.run = compiled
 x, angles, columns = new(1, 32, 4096), new(1, 32, 128), new(1, 32, dtype=torch.long)
 # In one part, and with the keys split over programs.
 for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
-    keys = new(1, kv_heads, 768, 128)
-    canvas_attention(new(1, window, heads, 128), keys, keys, new(1, window, dtype=torch.int32), 0.1)
+    keys, base = new(kv_heads, 768, 128), new(1, dtype=torch.long)
+    canvas_attention(new(1, window, heads, 128), keys, keys, new(1, window, dtype=torch.int32), base, 768, 0.1)
 for residual, rounds_once in ((None, True), (x, False)):
     add_rms_norm(x, residual, new(4096), 1e-6, rounds_once)
 swiglu(x, x)
-keys = new(1, 8, 64, 128)
+keys = new(8, 64, 128)
 for norms in ((), (new(128), new(128), 1e-6)):
     rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, keys, keys, *norms)
 best_tokens(new(1, 32, 126464), 5)
@@ -70,9 +70,9 @@ for size, rank, is_global, moves_on in (
     parts = block.split((2048, 1024, 1024), dim=-1)
     short_convolutions(parts, [new(part.shape[2], 1, 5) for part in parts])
     _, *ends = read_block(
-        *parts, block[..., :rank], new(1024, rank), new(1024), turns, turns, state, new(128), 1e-6, 16.0, is_global,
+        *parts, block[..., :rank], new(1024, rank), new(1024), turns, turns, state, base, new(128), 1e-6, 16.0, is_global,
         moves_on,
     )  # fmt: skip
-move_states(state, *ends[:2], new(1, 2048), new(1, dtype=torch.bool))
+move_states(state, base, *ends[:2], new(1, 2048), new(1, dtype=torch.bool))
 mix_scans(x, x[..., :2048], x[..., :2048])
 print(json.dumps(found))

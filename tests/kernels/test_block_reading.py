@@ -29,14 +29,15 @@ def arguments(size, heads, kv_heads, key_dim, value_dim, rank, dtype, batch=2):
         "decay_bias": random(kv_heads * key_dim, dtype=dtype, seed=2),
         "cos": angles.cos().to(dtype),
         "sin": angles.sin().to(dtype),
-        "state": random(batch, heads, key_dim, value_dim, seed=3),
+        "state": random(batch + 2, heads, key_dim, value_dim, seed=3),
+        "slots": torch.tensor([batch + 1, *range(batch - 1)], device=DEVICE),
         "norm_weight": random(value_dim, dtype=dtype, seed=4),
     }
 
 
 def check(inputs, is_global, dtype, normalizer=16.0):
     """Reading alone, and what the unit between blocks needs."""
-    precise = {name: x.double() for name, x in inputs.items()}
+    precise = {name: x if name == "slots" else x.double() for name, x in inputs.items()}
     options = {"eps": 1e-6, "gate_logit_normalizer": normalizer, "is_global": is_global}
     for moves_on in (False, True):
         found = read_block(**inputs, **options, moves_on=moves_on)
@@ -82,13 +83,15 @@ def test_the_strongest_and_the_weakest_decays(size, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads, key_dim, value_dim", [(2, 16, 32), (1, 96, 24), (3, 5, 128)])
 def test_the_states_of_the_rows_that_move(heads, key_dim, value_dim, dtype):
-    state, last_states = random(3, heads, key_dim, value_dim), random(3, 2, heads, key_dim, value_dim)
+    state, last_states = random(5, heads, key_dim, value_dim), random(3, 2, heads, key_dim, value_dim)
+    slots = torch.tensor([4, 1, 0], device=DEVICE)
     others = -random(3, heads, key_dim).abs(), 3 * random(3, heads * value_dim, dtype=dtype)
     moves, before, expected = torch.tensor([True, False, True], device=DEVICE), state.clone(), state.double()
-    move_states(state, last_states, *others, moves)
-    move_states_torch(expected, last_states.double(), *(x.double() for x in others), moves)
+    move_states(state, slots, last_states, *others, moves)
+    move_states_torch(expected, slots, last_states.double(), *(x.double() for x in others), moves)
     close(state, expected, torch.float32)
-    assert torch.equal(state[1], before[1]) and not torch.equal(state[2], before[2])
+    assert torch.equal(state[1:4], before[1:4])
+    assert not torch.equal(state[0], before[0]) and not torch.equal(state[4], before[4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dllm_hf.generation import fused
+from dllm_hf.fused import stack as fused
 from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch, number_of_stages
 from dllm_hf.kernels.layers import (
     add_rms_norm,
@@ -17,7 +17,7 @@ from dllm_hf.kernels.layers import (
 )
 from dllm_hf.kernels.vocabulary import BLOCK, best_tokens, best_tokens_torch
 
-from ..builders import new_model
+from ..builders import new_model, window_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -34,6 +34,14 @@ def close(got, expected, dtype):
     assert error < (5e-6 if dtype == torch.float32 else 8e-3 if ON_GPU else 2e-2), float(error)
 
 
+def attend(function, query, keys, values, lengths, scale, slots=None):
+    """`keys`, `values`: `(slots, kv_heads, width, head_dim)`, put into an arena."""
+    width = keys.shape[2]
+    slots = torch.arange(len(query)) if slots is None else slots
+    arenas = (x.transpose(0, 1).flatten(1, 2) for x in (keys, values))
+    return function(query, *arenas, lengths, slots.to(DEVICE) * width, width, scale)
+
+
 def attention_case(batch, window, kv_heads, groups, head_dim, width, lengths, dtype=torch.float32):
     query = random(batch, window, kv_heads * groups, head_dim, dtype=dtype)
     keys, values = (random(batch, kv_heads, width, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
@@ -41,8 +49,10 @@ def attention_case(batch, window, kv_heads, groups, head_dim, width, lengths, dt
     for row, length in enumerate(lengths.amax(-1).tolist()):
         # What is not visible is not read: poison.
         keys[row, :, length:] = values[row, :, length:] = float("nan")
-    expected = canvas_attention_torch(query.double(), keys.double(), values.double(), lengths, head_dim**-0.5)
-    got = canvas_attention(query, keys, values, lengths, head_dim**-0.5)
+    slots = torch.arange(batch).flip(0)  # each row's extent stands where another row's number says
+    got = attend(canvas_attention, query, keys[slots], values[slots], lengths, head_dim**-0.5, slots)
+    precise = (x.double() for x in (query, keys, values))
+    expected = attend(canvas_attention_torch, *precise, lengths, head_dim**-0.5)
     assert got.shape == (batch, window, kv_heads * groups, head_dim) and got.is_contiguous()
     close(got, expected, dtype)
 
@@ -75,24 +85,27 @@ def test_each_query_sees_its_own_length():
 def test_a_query_that_sees_nothing_gets_zeros():
     query, keys, values = random(1, 2, 2, 64), random(1, 2, 140, 64), random(1, 2, 140, 64, seed=1)
     lengths = torch.tensor([[0, 140]], dtype=torch.int32, device=DEVICE)
-    got = canvas_attention(query, keys, values, lengths, 0.1)
+    got = attend(canvas_attention, query, keys, values, lengths, 0.1)
     assert (got[:, 0] == 0).all()
-    close(got, canvas_attention_torch(query, keys, values, lengths, 0.1), torch.float32)
+    close(got, attend(canvas_attention_torch, query, keys, values, lengths, 0.1), torch.float32)
 
 
 def test_large_scores_do_not_overflow():
     query, keys, values = 300 * random(1, 2, 2, 64), 300 * random(1, 2, 140, 64), random(1, 2, 140, 64, seed=1)
     lengths = torch.full((1, 2), 140, dtype=torch.int32, device=DEVICE)
-    got = canvas_attention(query, keys, values, lengths, 1.0)
-    close(got, canvas_attention_torch(query, keys, values, lengths, 1.0), torch.float32)
+    got = attend(canvas_attention, query, keys, values, lengths, 1.0)
+    close(got, attend(canvas_attention_torch, query, keys, values, lengths, 1.0), torch.float32)
 
 
-def test_keys_of_a_wider_buffer():
-    """As the cache gives them: the buffer goes on behind the columns that are passed."""
-    query, keys, values = random(2, 4, 2, 64), random(2, 2, 400, 64), random(2, 2, 400, 64, seed=1)
-    lengths = torch.full((2, 4), 250, dtype=torch.int32, device=DEVICE)
-    got = canvas_attention(query, keys[:, :, :300], values[:, :, :300], lengths, 0.1)
-    close(got, canvas_attention_torch(query, keys, values, lengths, 0.1), torch.float32)
+def test_extents_begin_anywhere_in_the_arena():
+    query, keys, values = random(3, 4, 2, 64), random(2, 900, 64), random(2, 900, 64, seed=1)
+    lengths = torch.tensor([[250], [3], [90]], dtype=torch.int32, device=DEVICE).expand(3, 4).contiguous()
+    base = torch.tensor([333, 5, 600], device=DEVICE)
+    got = canvas_attention(query, keys, values, lengths, base, 300, 0.1)
+    for row, (begin, length) in enumerate(zip(base.tolist(), (250, 3, 90))):
+        alone = (x[None, :, begin : begin + length] for x in (keys, values))
+        one = slice(row, row + 1)
+        close(got[one], attend(canvas_attention_torch, query[one], *alone, lengths[one], 0.1), torch.float32)
 
 
 @pytest.mark.gpu
@@ -148,17 +161,17 @@ def test_rotation_and_the_columns_of_the_cache(heads, kv_heads, head_dim, has_no
     sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     query, key, value = random(batch, window, sum(sizes), dtype=dtype).split(sizes, dim=-1)  # of one product
     cos, sin = (random(batch, window, head_dim, dtype=dtype, seed=seed) for seed in (3, 4))
-    columns = torch.tensor([[0, 7, 19], [4, 5, 6]], device=DEVICE)
+    columns = torch.tensor([[0, 7, 19], [24, 25, 26]], device=DEVICE)
     norms = [random(head_dim, dtype=dtype, seed=seed) if has_norm else None for seed in (5, 6)]
     results = []
     for function in (rotate_and_store, rotate_and_store_torch):
-        keys, values = torch.zeros(2, batch, kv_heads, width, head_dim, dtype=dtype, device=DEVICE)
+        keys, values = torch.zeros(2, kv_heads, batch * width, head_dim, dtype=dtype, device=DEVICE)
         rotated = function(query, key, value, cos, sin, columns, keys, values, *norms, 1e-6)
         results.append((rotated, keys, values))
     for got, expected in zip(*results):
         close(got, expected, dtype)
-    written = torch.zeros(batch, width, dtype=torch.bool, device=DEVICE).scatter_(1, columns, True)
-    assert (results[0][1].abs().sum((1, 3)) > 0).equal(written)
+    written = torch.zeros(batch * width, dtype=torch.bool, device=DEVICE).scatter_(0, columns.flatten(), True)
+    assert (results[0][1].abs().sum((0, 2)) > 0).equal(written)
 
 
 @pytest.mark.parametrize("vocab", [2, 11, 300, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
@@ -216,19 +229,19 @@ def test_a_vocabulary_of_the_real_size():
 @pytest.mark.parametrize("tokens_at_a_time", [8192, 5])
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "sdar_moe"])
 def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_time, monkeypatch):
-    monkeypatch.setattr(fused, "MOST_TOKENS", tokens_at_a_time)
+    monkeypatch.setattr(fused, "MLP_CHUNK", tokens_at_a_time)
     for name in ("add_rms_norm", "rotate_and_store", "canvas_attention", "swiglu"):
         monkeypatch.setattr(fused, f"{name}_torch", getattr(fused, name))
     model = new_model(family).to(DEVICE)
     tokens = torch.randint(60, (2, 8), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     columns = torch.arange(8, device=DEVICE).expand(2, 8)
-    lengths = torch.full((2, 8), 8, dtype=torch.int32, device=DEVICE)
     keep = torch.tensor([[0, 3, 7], [1, 1, 2]], device=DEVICE)
     with torch.no_grad():
         stack, cache = fused.FusedStack.of(model), model.make_cache(20)
-        stack.prepare(cache, len(tokens))
-        logits = stack(tokens, columns, lengths, keep, columns[:, :1], cache)
-        expected = model(tokens, **model.decoding_kwargs(8), logits_to_keep=keep).logits
+        stack.prepare(cache, 4)
+        logits = stack(tokens, window_of(columns, keep, slots=[3, 1]), cache)
+        block = {"block_size": 8} if "sdar" in family else {}
+        expected = model(tokens, **block, logits_to_keep=keep).logits
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import export
 
 from dllm_hf import CanvasCache
-from dllm_hf.generation.window import Window
+from dllm_hf.generation.window import Frame, make_window
 
 from ..builders import new_model
 
@@ -19,17 +19,18 @@ class Step(nn.Module):
         self.model = model
 
     def forward(self, input_ids, position_ids, cache):
-        kwargs = self.model.decoding_kwargs(4)
-        return self.model(input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, **kwargs).logits
+        return self.model(input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True).logits
 
 
 def cache_of(model, tokens: torch.Tensor) -> CanvasCache:
     """The cache of a canvas that was fed once, ready for a step over columns 4 to 7."""
-    cache = model.make_cache(tokens.shape[1] + 1)
-    columns = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
-    cache.place(Window(columns, columns[:, :0], tokens.shape[1], None, is_block_causal=model.block_grid == "zero"))
-    model(tokens, position_ids=columns, past_key_values=cache, use_cache=True, **model.decoding_kwargs(4))
-    cache.place(Window(columns[:, 4:8], columns[:, :0], 8, None))
+    rows, width = tokens.shape
+    cache = model.make_cache(width + 1)
+    for start, end in ((0, width), (4, 8)):
+        frame = Frame(start, end, start, end, 8, 8, start, 0)
+        cache.set_window(make_window([frame] * rows, list(range(rows)), rows, width, 0, 0))
+        if end == width:
+            model(tokens, position_ids=torch.arange(width).expand(rows, -1), past_key_values=cache, use_cache=True)
     return cache
 
 
