@@ -334,13 +334,14 @@ class Denoiser:
         return torch.isin(tokens, self.end_tokens) & (columns >= self.canvas.prompt_lengths[:, None])
 
     def _ends(self) -> torch.Tensor:
-        """`(batch,)`, the column behind the last token of each row, the first end of sequence after its prompt counted."""
-        if self.end_tokens is None:
-            return self.ends_at
+        """`(batch,)`, the column behind the last token of each row: the first end of sequence after its prompt, or, of a
+        row that has ended, the token before the first position that is still open."""
         tokens = self.canvas.tokens
         columns = torch.arange(tokens.shape[1], device=tokens.device)
-        behind = torch.where(self._is_end(tokens, columns), columns + 1, tokens.shape[1])
-        return torch.minimum(self.ends_at, behind.amin(-1))
+        first = lambda here: torch.where(here, columns, tokens.shape[1]).amin(-1)
+        is_open = (tokens == self.config.mask_token_id) & self.ended[:, None]
+        ends = torch.minimum(self.ends_at, first(is_open))
+        return ends if self.end_tokens is None else torch.minimum(ends, first(self._is_end(tokens, columns)) + 1)
 
     def _confirm(self) -> None:
         if self.stream:
