@@ -112,4 +112,4 @@ def test_steps_for_all_and_for_each_block_are_refused_together(model):
 
 def test_an_empty_prompt_with_nothing_to_add_is_refused(model):
     with pytest.raises(ValueError, match="max_new_tokens=0"):
-        generate(model, [[1, 2], []], max_new_tokens=0)
+        generate(model, [[], []], max_new_tokens=0)
