@@ -32,7 +32,7 @@ def until(row: list[int], ends: list[int], start: int) -> list[int]:
 @torch.no_grad()
 def assert_holds_final_states(model, cache):
     """The states are those that one forward pass over the tokens that they stand for leaves."""
-    for row, written in enumerate(cache.written):
+    for row, written in enumerate(cache.final_lengths):
         if not written:
             continue
         ids, positions = cache.tokens[row : row + 1, :written], torch.arange(written)[None]
@@ -230,11 +230,11 @@ def test_nothing_to_fill_in_a_second_turn_makes_no_forward_pass_and_spoils_nothi
     rows = [span(1, 14)]
     output = generate(model, rows, **TURN)
     [text] = texts(rows, output)
-    written = list(output.past_key_values.written)
+    written = list(output.past_key_values.final_lengths)
     nothing = generate(model, [text], past_key_values=output.past_key_values, **{**TURN, "max_new_tokens": 0})
     assert nothing.num_forward_passes == 0
     assert nothing.sequences.tolist() == [text]
-    assert nothing.past_key_values.written == written
+    assert nothing.past_key_values.final_lengths == written
     assert_fresh(model, nothing, [text + [50]], **TURN)
 
 

@@ -36,7 +36,7 @@ def until(row: list[int], ends: list[int], start: int) -> list[int]:
 @torch.no_grad()
 def assert_holds_final_keys(model, cache, block_length):
     """What the cache says it holds is what one forward pass over the tokens gives."""
-    for row, written in enumerate(cache.written):
+    for row, written in enumerate(cache.final_lengths):
         if not written:
             continue
         fresh = model(
@@ -56,7 +56,7 @@ def assert_fresh(model, output, rows, **options):
     resumed = generate(model, rows, past_key_values=output.past_key_values, **options)
     assert resumed.sequences.tolist() == expected.sequences.tolist()
     cache = resumed.past_key_values
-    assert all(kept >= fresh for kept, fresh in zip(cache.written, expected.past_key_values.written, strict=True))
+    assert all(kept >= fresh for kept, fresh in zip(cache.final_lengths, expected.past_key_values.final_lengths, strict=True))
     assert_holds_final_keys(model, cache, options["block_length"])
     return resumed
 
@@ -133,7 +133,7 @@ def test_a_row_that_waits_keeps_its_keys(model):
     """Nothing is written over them while the other row's blocks are decoded."""
     rows = [[*span(1, 20), MASK], [MASK, *span(2, 9), MASK, *span(10, 17), MASK]]
     output = generate(model, rows, **{**TURN, "max_new_tokens": 0})
-    assert output.past_key_values.written == [16, 16]
+    assert output.past_key_values.final_lengths == [16, 16]
     assert_holds_final_keys(model, output.past_key_values, 4)
 
 

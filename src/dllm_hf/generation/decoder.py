@@ -218,7 +218,10 @@ class Decoder:
 
             def processed(tokens: torch.Tensor, window: Window) -> torch.Tensor:
                 logits = forward(tokens, window)
-                return self.process(logits, [row for row in self.rows if row]) if window.block.shape[1] else logits
+                if not window.block.shape[1]:
+                    return logits
+                takes_part = quota[:, :1, None] > 0  # of other rows the logits mean nothing
+                return self.process(logits.masked_fill_(~takes_part, 0), [row for row in self.rows if row])
 
             denoise(canvas, window, quota, processed, noise, features, reads_raw_logits)
             return

@@ -106,7 +106,7 @@ def make_window(
     lengths = torch.where(grid > 0, torch.minimum(seen_by_block, end), length)
     position = first + torch.arange(block_width)
     exists = position < last
-    keep = (torch.minimum(position, last - 1) - shift).clamp(min=0) - start
+    keep = ((torch.minimum(position, last - 1) - shift).clamp(min=0) - start) * (last > first)
     visible = int(lengths.max())
     if bool((lengths == visible).all()):
         seen = "all"
