@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dllm_hf import LLaDAConfig, LLaDAModelLM, SDARConfig, SDARForCausalLM
-from dllm_hf.generation import remasking
-from dllm_hf.generation.denoising import Denoiser
+from dllm_hf.generation import remasking, step
 
 HUB = Path(__file__).parents[1] / "hub_configs"
 STRATEGIES = ("low_confidence_static", "entropy", "topk_margin")
@@ -72,21 +71,21 @@ class Recorder:
     """Keeps the scores and the choice of each step."""
 
     def __init__(self):
-        self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self):
-        self.select = select = remasking.select
+        self.select = select = step.select
 
-        def note(strategy, scores, masked, quota, **kwargs):
-            chosen = select(strategy, scores, masked, quota, **kwargs)
+        def note(rules, rule, scores, is_probability, masked, *others, **kwargs):
+            chosen = select(rules, rule, scores, is_probability, masked, *others, **kwargs)
             self.steps.append((scores.cpu(), masked.cpu(), chosen.cpu()))
             return chosen
 
-        Denoiser.decide.__globals__["select"] = note
+        step.select = note
         return self
 
     def __exit__(self, *error):
-        Denoiser.decide.__globals__["select"] = self.select
+        step.select = self.select
 
 
 def by_position(scores, masked, chosen) -> int:

@@ -56,7 +56,9 @@ def assert_fresh(model, output, rows, **options):
     resumed = generate(model, rows, past_key_values=output.past_key_values, **options)
     assert resumed.sequences.tolist() == expected.sequences.tolist()
     cache = resumed.past_key_values
-    assert all(kept >= fresh for kept, fresh in zip(cache.final_lengths, expected.past_key_values.final_lengths, strict=True))
+    assert all(
+        kept >= fresh for kept, fresh in zip(cache.final_lengths, expected.past_key_values.final_lengths, strict=True)
+    )
     assert_holds_final_keys(model, cache, options["block_length"])
     return resumed
 

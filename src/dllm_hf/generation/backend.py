@@ -78,6 +78,8 @@ class ModelBackend:
             return None
         cache = self.model.make_cache(width)
         cache.reserve(slots * self.repeats)
+        if self.fused is not None:
+            self.fused.prepare(cache, slots * self.repeats)
         return cache
 
     def covers(self, window: Window) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .backend import Backend
-from .canvas import LISTS, list_of
+from .canvas import LISTS, Canvas, list_of
 from .graphs import MAX_CAPTURED_TOKENS
 from .pool import Workspace
 from .requests import Request, Row
@@ -48,6 +48,12 @@ class Decoder:
         self.num_forward_passes = 0
         self._window: tuple[tuple, Window] | None = None
 
+    @classmethod
+    def open(cls, backend: Backend, slots: int, capacity: int, **options) -> "Decoder":
+        """A decoder with buffers of its own. `capacity`: columns of each slot; `options`: as above."""
+        canvas = Canvas(slots, capacity, backend.device)
+        return cls(backend, Workspace(canvas, backend.open(slots, capacity + 1)), **options)
+
     # --- rows come and go
 
     def add(self, *requests: Request, final_lengths: list[int] | None = None) -> list[Row]:
@@ -65,12 +71,13 @@ class Decoder:
         backend = self.backend
         contract = (backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
         rows = [Row(request, slot, *contract) for request, slot in zip(requests, free)]
+        longest = max((row.length for row in rows), default=0)
+        if longest > self.canvas.capacity:
+            raise ValueError(
+                f"A canvas of {longest} columns does not fit into {self.canvas.capacity}: shorten the prompt, or ask for "
+                "fewer `max_new_tokens`."
+            )
         for row, length in zip(rows, final_lengths or [0] * len(rows), strict=True):
-            if row.length > self.canvas.capacity:
-                raise ValueError(
-                    f"A canvas of {row.length} columns does not fit into {self.canvas.capacity}: shorten the prompt, or "
-                    "ask for fewer `max_new_tokens`."
-                )
             if not length and row.first_feeds == "not yet final":
                 backend.forget(self.workspace.state, row.slot, -1, 0, row.block_length)
             row.final_length = length
@@ -78,8 +85,9 @@ class Decoder:
         self.canvas.place(rows)
         present = [row for row in self.rows if row is not None]
         for index, name in enumerate(LISTS):
-            for width in {self.features[row.slot].widths[index] for row in present} - {0}:
-                self.canvas.place_list(name, width, present)
+            widths = {row: self.features[row.slot].widths[index] for row in present}
+            for width in set(widths.values()) - {0}:
+                self.canvas.place_list(name, width, [row for row in present if widths[row] <= width])
         return rows
 
     def remove(self, row: Row) -> None:

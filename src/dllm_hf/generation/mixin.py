@@ -18,7 +18,15 @@ from .decoder import Decoder
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
-from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, row_lengths, unpack_inputs
+from .inputs import (
+    DEFAULT_MAX_NEW_TOKENS,
+    check_batch,
+    check_fits,
+    check_inputs,
+    count_new_tokens,
+    row_lengths,
+    unpack_inputs,
+)
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
 from .requests import Request
 from .sampling import make_processors
@@ -239,8 +247,6 @@ class DiffusionGenerationMixin(GenerationMixin):
 
         if past is None:
             workspace = acquire(self, key, make) if has_graphs else make()
-            if has_graphs:
-                backend.fused.prepare(workspace.state, slots * backend.repeats)
             return workspace, workspace.state, None
         if options.cache_policy != "block":
             raise ValueError(
@@ -266,6 +272,13 @@ class DiffusionGenerationMixin(GenerationMixin):
         if has_graphs:
             backend.fused.prepare(past, slots)
         return workspace, past, final_lengths
+
+    def diffusion_request(self, prompt: list[int], generator: torch.Generator | None = None, **options) -> Request:
+        """What a [`Decoder`] decodes in one row: a prompt with the options of [`diffusion_generate`], resolved as it does."""
+        config = self._prepare_diffusion_config(None, options)
+        config.block_length = config.block_length or self.default_block_length
+        new_tokens = DEFAULT_MAX_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
+        return Request(list(prompt), new_tokens, config, generator)
 
     def _prepare_diffusion_config(self, generation_config, kwargs) -> DiffusionGenerationConfig:
         """Merge call, given configuration and the model's, fill in the model's defaults, and check the result."""
