@@ -51,15 +51,15 @@ class Canvas:
         masks = torch.tensor([row.mask for row in rows])
         given = (texts != masks[:, None]) & (torch.arange(width) < prompts[:, None])
         for table, values in ((self.tokens, texts), (self.given, given), (self.plan, torch.zeros_like(texts))):
-            table[:, :width].index_copy_(0, slots, values.to(self.device))
+            table[:, :width].index_copy_(0, slots, values.to(self.device, non_blocking=True))
         numbers = torch.tensor([numbers_of(row) for row in rows], dtype=torch.float32)
         choices = [
             (SCORES.index(row.strategy.confidence), RULES.index(row.strategy.selection), row.request.options.top_k or 0)
             for row in rows
         ]
         choices = torch.tensor([(*each, len(row.request.prompt)) for each, row in zip(choices, rows, strict=True)])
-        self.numbers.index_copy_(0, slots, numbers.to(self.device))
-        self.choices.index_copy_(0, slots, choices.to(self.device))
+        self.numbers.index_copy_(0, slots, numbers.to(self.device, non_blocking=True))
+        self.choices.index_copy_(0, slots, choices.to(self.device, non_blocking=True))
         self.counts.index_fill_(0, slots, 0)
 
     def place_list(self, name: str, width: int, rows: list[Row]) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Canvas:
             self.lists[key] = torch.full((self.slots, width), -1, device=self.device)
         values = [list_of(row, name) for row in rows]
         values = [(each or [-1]) + (each or [-1])[-1:] * (width - max(len(each), 1)) for each in values]
-        self.lists[key].index_copy_(0, self._indices(rows), torch.tensor(values, device=self.device))
+        self.lists[key].index_copy_(0, self._indices(rows), torch.tensor(values).to(self.device, non_blocking=True))
         return self.lists[key]
 
     def place_plan(self, row: Row, plan: torch.Tensor) -> None:
@@ -82,7 +82,7 @@ class Canvas:
         return self.tokens[row.slot, : row.shown]
 
     def _indices(self, rows: list[Row]) -> torch.Tensor:
-        return torch.tensor([row.slot for row in rows], dtype=torch.long, device=self.device)
+        return torch.tensor([row.slot for row in rows], dtype=torch.long).to(self.device, non_blocking=True)
 
 
 def numbers_of(row: Row) -> list[float]:

@@ -193,7 +193,8 @@ class Decoder:
         quotas = [
             [row.quotas[row.step], row.step] if row in rows and not row.is_prefilling else [0, 0] for row in every
         ]
-        quota = torch.tensor(quotas + [[0, 0]] * (len(slots) - len(every)), device=self.canvas.device)
+        # Not blocking: the host must keep ahead of the steps.
+        quota = torch.tensor(quotas + [[0, 0]] * (len(slots) - len(every))).to(self.canvas.device, non_blocking=True)
         noise = {}
         if window.block.shape[1]:
             noise = draw(
