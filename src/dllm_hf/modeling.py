@@ -134,12 +134,13 @@ def counted_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 def sample_ids(position_ids: torch.Tensor) -> torch.Tensor:
     """`(batch, length)`: which of the samples packed into a row a token belongs to; each starts at position 0."""
-    restarts = position_ids[:, 1:] == 0
-    if not torch.compiler.is_compiling() and ((position_ids.diff(dim=-1) < 0) & ~restarts).any():
+    starts = position_ids == 0
+    if not torch.compiler.is_compiling() and ((position_ids.diff(dim=-1) < 0) & ~starts[:, 1:]).any():
         raise ValueError(
             "`position_ids` go backwards inside a sample: they must rise from 0 in each of the samples of a row."
         )
-    return torch.nn.functional.pad(restarts.long().cumsum(-1), (1, 0))
+    begun = starts.long().cumsum(-1)
+    return begun - begun[:, :1]
 
 
 def packed_mask(
@@ -181,7 +182,9 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.ndim == 1:
         return hidden_states[:, logits_to_keep]
-    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    # `take_along_dim` would fix the length in an exported program.
+    batch, _, hidden = hidden_states.shape
+    return hidden_states.gather(1, logits_to_keep[..., None].expand(batch, -1, hidden))
 
 
 def attend_both_ways(model: PreTrainedModel) -> None:

@@ -139,3 +139,22 @@ def test_the_trainer_reduces_the_loss(family, tmp_path):
     trainer.train()
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(history[-3:]) < 0.5 * sum(history[:3]), history
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_an_exported_loss_takes_any_batch_and_length(shift):
+    class Loss(torch.nn.Module):
+        def forward(self, logits, labels, ratio, mask):
+            return masked_diffusion_loss(logits, labels, shift, ratio, mask)
+
+    def inputs(batch, length):
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 50, (batch, length), generator=generator)
+        logits = torch.randn(batch, length, VOCAB, generator=generator)
+        return logits, labels, torch.linspace(0.1, 0.9, batch), (torch.arange(length) > 0).long().expand(batch, -1)
+
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    shapes = (free, free, {0: torch.export.Dim.DYNAMIC}, free)
+    program = torch.export.export(Loss(), inputs(3, 7), dynamic_shapes=shapes).module()
+    for shape in [(3, 7), (2, 9), (5, 4)]:
+        torch.testing.assert_close(program(*inputs(*shape)), Loss()(*inputs(*shape)))
