@@ -22,6 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.utils import can_return_tuple, logging
 
 from ..generation.canvas import Window
+from ..generation.fused import is_divided
 from ..generation.graphs import can_be_captured
 from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sample_ids
@@ -600,6 +601,8 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
 
     def step_forward(self) -> "BlockReading | OwnForward | None":
         """See [`DiffusionGenerationMixin.step_forward`]."""
+        if is_divided(self):
+            return None
         reading = BlockReading.of(self) if all(_is_as_built(layer) for layer in self.model.layers) else None
         return reading or (OwnForward(self) if can_be_captured(self) else None)
 
