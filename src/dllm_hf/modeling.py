@@ -9,11 +9,13 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 
 from .generation.attention import uses_flash_attention
 from .generation.fused import FusedStack
 from .training.losses import masked_diffusion_loss
+
+logger = logging.get_logger(__name__)
 
 
 class MaskedDiffusionLM:
@@ -26,6 +28,7 @@ class MaskedDiffusionLM:
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _has_seen_labels = False
 
     def forward(
         self,
@@ -82,6 +85,7 @@ class MaskedDiffusionLM:
         logits = self.lm_head(self._kept(outputs, logits_to_keep))
         loss = None
         if labels is not None:
+            self._expect_noise(input_ids, labels, mask_ratio)
             loss = masked_diffusion_loss(
                 logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, samples
             )
@@ -109,6 +113,21 @@ class MaskedDiffusionLM:
             found = {name: value for name, value in read.state_dict().items() if name not in info["missing_keys"]}
             state_dict = {**found, **unknown}
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _expect_noise(self, input_ids, labels: torch.Tensor, mask_ratio) -> None:
+        """Warn of labels without a mask, which teach a model that sees both ways to copy what it sees. Only at the first
+        loss, since it looks at the device; `mask_ratio` comes from noise that was drawn."""
+        mask = self.config.mask_token_id
+        if self._has_seen_labels or input_ids is None or mask is None or torch.compiler.is_compiling():
+            return
+        self._has_seen_labels = True
+        labelled = labels != -100
+        if mask_ratio is None and labelled.any() and not (labelled & (input_ids == mask)).any():
+            logger.warning_once(
+                "There are `labels`, and no token of `input_ids` that they are for is masked: a model that sees the tokens "
+                "which it is to predict learns to copy them. Collators for autoregressive models give such batches: take "
+                "`dllm_hf.training.DataCollatorForMaskedDiffusion`, which draws the noise."
+            )
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> torch.Tensor | None:
         """The tokens counted, padding left out: `(batch, length)`."""
