@@ -62,6 +62,11 @@ class MaskedDiffusionLM:
         Returns:
             `logits` of the kept positions, as the head gives them: `logits_shift` is left to the reader.
         """
+        if mask_ratio is not None and labels is None:
+            raise ValueError(
+                "`mask_ratio` weighs the loss of `labels`, and there are none. `Trainer` takes them away for "
+                "`label_smoothing_factor` and `compute_loss_func`, which do not know this loss: leave both out."
+            )
         is_made = attention_mask is not None and len(attention_mask.shape) == 4
         packed = attention_mask
         if labels is not None and position_ids is not None and not is_made:
@@ -96,6 +101,18 @@ class MaskedDiffusionLM:
     def step_forward(self) -> FusedStack | None:
         """See [`DiffusionGenerationMixin.step_forward`]."""
         return FusedStack.of(self)
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """As the library's. Every trainer of TRL calls it when it is made, with its name; all of them go past `forward` to the
+        probabilities of the next token, so that only those are let through which say that they do not."""
+        names = [tags] if isinstance(tags, str) else tags
+        if "trl" in names and "masked-diffusion" not in names:
+            raise ValueError(
+                f"TRL's trainer ({', '.join(names)}) takes the loss of the next token, which is not this model's: use "
+                "`dllm_hf.training.MaskedDiffusionSFTTrainer` or `transformers.Trainer`. A trainer of your own that has "
+                "another loss says so with `_tag_names = ['trl', ..., 'masked-diffusion']`."
+            )
+        super().add_model_tags(tags)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As PyTorch's, for the names on disk as well: `Trainer` reads its checkpoints with it, and would pass over

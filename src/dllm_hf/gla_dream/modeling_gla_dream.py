@@ -529,6 +529,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
                 attention_mask,
                 position_ids,
                 inputs_embeds=inputs_embeds,
+                mask_ratio=mask_ratio,
                 return_dict=return_dict,
                 **kwargs,
             )

@@ -114,6 +114,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
                 attention_mask,
                 position_ids,
                 inputs_embeds=inputs_embeds,
+                mask_ratio=mask_ratio,
                 block_size=block_size,
                 return_dict=return_dict,
                 **kwargs,
