@@ -191,10 +191,11 @@ def packed_mask(
     Returns:
         `attention_mask` where no row holds more than one.
     """
-    # Padding stands at position 0 too, and belongs to no sample.
     positions = position_ids.expand_as(tokens)
     if attention_mask is not None:
-        positions = torch.where(attention_mask.bool(), positions, torch.arange(tokens.shape[1], device=tokens.device))
+        # Padding stands at position 0 too, and begins no sample: it takes the position of the token before it.
+        columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        positions = positions.gather(1, columns.masked_fill(attention_mask == 0, 0).cummax(-1).values)
     samples = sample_ids(positions)
     if not torch.compiler.is_compiling() and not samples.any():
         return attention_mask
