@@ -18,13 +18,13 @@ import torch
 import transformers.dynamic_module_utils
 from transformers import BertConfig, BertForMaskedLM, GenerationMixin
 
-from dllm_hf.cli import main
 from dllm_hf.hub import export_loop
 
 from .builders import character_tokenizer, load_script, new_model
 from .hub.standin import running_hub
 
 ROOT = Path(__file__).parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(\w+=\S+ )*((dllm-hf|python|make|pip) |(benchmarks|examples)/\w+\.py).*")
@@ -132,7 +132,8 @@ def help_of(*words: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
         if words[0] == "dllm-hf":
-            main([*words[1:], "--help"])
+            module, function = re.search('^dllm-hf = "(.+):(.+)"$', PROJECT, re.MULTILINE).groups()
+            getattr(importlib.import_module(module), function)([*words[1:], "--help"])
         else:
             with pytest.MonkeyPatch.context() as patch:
                 patch.syspath_prepend(ROOT / "benchmarks")  # as when it is run
@@ -151,8 +152,7 @@ def check(command: list[str]) -> None:
         return
     if name == "pip":
         extras = re.findall(r"\.\[(\w+)\]", " ".join(rest))
-        project = (ROOT / "pyproject.toml").read_text()
-        assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras), rest
+        assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras), rest
         return
     subcommand = [word for word in rest[:1] if word.isalpha() and word.islower()]
     said = help_of(name, *subcommand)
