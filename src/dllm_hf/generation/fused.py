@@ -116,6 +116,12 @@ def is_patched(stack: nn.Module) -> bool:
     return any("forward" in vars(module) for module in stack.modules() if not isinstance(module, nn.Linear))
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether other processes hold parts of the weights (`DTensor`), as with `tp_plan`: the modules' sizes are then not those
+    of what they compute, and a step waits for the others."""
+    return any(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
 class FusedStack:
     """Embeddings, layers, last norm and head of a model.
 
@@ -149,9 +155,11 @@ class FusedStack:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedStack | None":
         """None where the model has something that the kernels do not know: adapters, hooks, other attention than
-        theirs or SDPA (which nobody asked for in particular), parts on several devices."""
+        theirs or SDPA (which nobody asked for in particular), parts on several devices or in several processes."""
         stack, config = model.model, model.config
         if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(stack):
+            return None
+        if is_divided(model):
             return None
         rope = config.rope_parameters or {}
         if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
