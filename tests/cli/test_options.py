@@ -3,8 +3,8 @@
 import pytest
 
 from dllm_hf import STRATEGIES, DiffusionGenerationConfig
-from dllm_hf.cli.options import GENERATION_OPTIONS
 from dllm_hf.generation.configuration import ALIASES, CACHE_POLICIES
+from dllm_hf_cli.options import GENERATION_OPTIONS
 
 
 def test_every_option_of_the_generation_config_is_there_and_no_other():
