@@ -9,7 +9,7 @@ from .session import Session
 
 def generate(arguments: argparse.Namespace) -> int:
     session = Session(arguments)
-    tokens = list(session.tokenizer(arguments.prompt)["input_ids"]) if arguments.prompt else []
+    tokens = session.encode(arguments.prompt)
     session.load()
     completion = session.complete(tokens)
     for step in completion.history:

@@ -123,6 +123,10 @@ class Session:
             else:
                 streamer.interrupted()
             raise
+        except ValueError as error:
+            if any(f"`{name}" in str(error) for name in options):
+                raise
+            raise ValueError(f"{self.folder}: {error}") from error  # what its configurations ask for
         except (RuntimeError, MemoryError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"decoding with {self.folder} failed: {reason[0]}") from error
@@ -134,6 +138,10 @@ class Session:
             f"{new} tokens, {passes} forward passes, {new / max(passes, 1):.2f} tokens per forward, {seconds:.1f} s"
         )
         return Completion(tokens, [step[0].tolist() for step in output.history or ()], report)
+
+    def encode(self, text: str) -> list[int]:
+        with naming(f"the tokenizer in {self.folder} fails"):
+            return list(self.tokenizer(text)["input_ids"]) if text else []
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

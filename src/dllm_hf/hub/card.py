@@ -72,6 +72,8 @@ def make_loop_card(name: str) -> str:
 
 def card_header(folder: Path) -> dict:
     """The header of a folder's card; empty where there is none that can be read."""
+    if not (folder / "README.md").is_file():  # a pipe would be waited for
+        return {}
     try:
         return metadata_load(folder / "README.md") or {}
     except Exception:  # a card is written by hand: there are as many kinds as ways to get YAML wrong

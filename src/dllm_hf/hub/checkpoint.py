@@ -96,15 +96,16 @@ def _is_cached(repository: str) -> bool:
 def inside(folder: Path, name: str) -> Path:
     """The path of a file of a checkpoint, which need not exist. A link that leads elsewhere would publish what is there:
     it is a `ValueError`. The Hub's cache consists of links, to places of its own."""
-    path, top = folder / name, folder.resolve()
+    path, top = folder / name, Path(os.path.realpath(folder))
     places = [top]
     if top.parent.name == "snapshots":
         places.append(top.parents[1] / "blobs")
-    cache = Path(constants.HF_HUB_CACHE).resolve()
+    cache = Path(os.path.realpath(constants.HF_HUB_CACHE))
     if top.is_relative_to(cache):
         places.append(cache)
-    if not any(path.resolve().is_relative_to(place) for place in places):
-        raise ValueError(f"{path} is a link to {path.resolve()}, outside of {folder}: put the file itself there.")
+    target = Path(os.path.realpath(path))  # `Path.resolve` fails on links that go round in a circle
+    if not any(target.is_relative_to(place) for place in places):
+        raise ValueError(f"{path} is a link to {target}, outside of {folder}: put the file itself there.")
     return path
 
 
