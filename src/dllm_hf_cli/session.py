@@ -15,6 +15,7 @@ from transformers.utils import logging
 from dllm_hf.generation.configuration import as_token_list
 from dllm_hf.hub.checkpoint import (
     TOKENIZER_FILES,
+    check_size,
     checked_weights,
     empty_model,
     fetched,
@@ -65,8 +66,9 @@ class Session:
                 f"`num_return_sequences={self.sequences}`, from the command line or {folder / 'generation_config.json'}, "
                 f"is more than can be decoded together: give at most {MAX_SEQUENCES}."
             )
-        # What a quantised model loads is not what its file holds.
-        if getattr(model.config, "quantization_config", None) is None:
+        if getattr(model.config, "quantization_config", None) is not None:
+            check_size(folder, model)
+        else:
             _, unexpected = checked_weights(folder, model)
             if unexpected:
                 tell(

@@ -80,6 +80,13 @@ def test_sizes_far_beyond_the_weights_are_refused_without_their_memory(run, copy
     assert "of another shape" in refusal(run, copy)
 
 
+def test_so_are_those_of_quantised_weights(run, copy):
+    changes = {"d_model": 2**24, "quantization_config": {"quant_method": "torchao", "quant_type": "int8_weight_only"}}
+    change(copy / "config.json", **changes)
+    message = refusal(run, copy)
+    assert f"{copy / 'config.json'} describes a model of " in message and "its weights have" in message
+
+
 CONFIGS = {
     "is_causal": True,
     "rms_norm_eps": float("nan"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dllm_hf import LLaDAModelLM
+from dllm_hf_cli import main
 from dllm_hf_cli.output import printable
 
 from .conftest import CHAT_TEMPLATE
@@ -95,6 +96,13 @@ def test_no_color_is_obeyed_and_drafts_are_shown_all_the_same(run, folder, monke
     coloured = run("generate", folder, "Hi", "--max-new-tokens", 6)[1]
     assert "\033[33m" in coloured and "░" in plain
     assert plain == coloured.replace("\033[33m", "").replace("\033[0m", "")
+
+
+def test_what_the_encoding_of_the_output_does_not_have_is_escaped(evil, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", output)
+    assert main(["generate", str(evil), "Hi", "--temperature", "1", "--seed", "1"]) == 0
+    assert b"\\u20" in output.buffer.getvalue()
 
 
 # Ctrl-C

@@ -170,6 +170,18 @@ def checked_weights(folder: Path, model: PreTrainedModel) -> tuple[list[str], li
     return files + index, sorted(info.unexpected_keys)
 
 
+def check_size(folder: Path, model: PreTrainedModel) -> None:
+    """Of quantised weights, whose names and shapes only their library knows: whether the model can be in the files at
+    all. Raises as [`checked_weights`] does."""
+    files, _ = _weight_files(folder)
+    size, numbers = sum((folder / file).stat().st_size for file in files), model.num_parameters()
+    if numbers > 8 * size:
+        raise ValueError(
+            f"{folder / 'config.json'} describes a model of {numbers:,} numbers, and its weights have {size:,} bytes: one "
+            "of the files is of another model."
+        )
+
+
 def refuse_gaps(folder: Path, missing, mismatched, unconvertible=()) -> None:
     """Raises a `ValueError` where the library's report on loading says that weights are not the file's."""
     problems = []
