@@ -14,7 +14,6 @@ from transformers.utils import logging
 
 from dllm_hf.generation.configuration import as_token_list
 from dllm_hf.hub.checkpoint import (
-    TOKENIZER_FILES,
     check_size,
     checked_weights,
     empty_model,
@@ -56,6 +55,10 @@ class Session:
             logging.disable_progress_bar()
         self.device = torch.device(_checked_device(arguments.device))
         self.folder = folder = fetched(name, code=trust)
+        if (folder / "adapter_config.json").is_file():  # the library would load another model, the one it names
+            raise ValueError(
+                f"{folder} holds an adapter: merge it into its model (`merge_and_unload` of peft) and save that."
+            )
         model = empty_model(folder, trust)
         if not hasattr(model, "diffusion_generate"):
             raise ValueError(f"{name} is a {type(model).__name__}, which does not decode by diffusion.")
@@ -74,8 +77,8 @@ class Session:
                 tell(
                     f"dllm-hf: warning: {folder} holds {some(unexpected)} that the model in its config.json does not read."
                 )
-        for file in TOKENIZER_FILES:
-            if file.endswith(("config.json", "map.json")) and (folder / file).is_file():
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / file).is_file():
                 read_json(folder / file)
         with naming(f"{folder} has no tokenizer that can be read"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
@@ -126,7 +129,7 @@ class Session:
                 streamer.interrupted()
             raise
         except ValueError as error:
-            if any(f"`{name}" in str(error) for name in options):
+            if any(f"`{name}" in str(error) for name in self.options):
                 raise
             raise ValueError(f"{self.folder}: {error}") from error  # what its configurations ask for
         except (RuntimeError, MemoryError) as error:

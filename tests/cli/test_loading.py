@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ..hub.conftest import in_hub_cache
 from ..hub.spoiling import change, rewrite
 
 HUB_CONFIGS = Path(__file__).parents[2] / "hub_configs"
@@ -161,6 +162,11 @@ def test_the_file_is_judged_that_the_library_reads(run, copy, folder):
     assert run("generate", copy, *arguments)[:2] == run("generate", folder, *arguments)[:2]
 
 
+def test_an_adapter_is_not_taken_for_the_model_beside_it(run, copy, folder):
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": folder, "peft_type": "LORA"}))
+    assert "merge it into its model" in refusal(run, copy)
+
+
 def test_pickled_weights_are_not_loaded(run, copy):
     torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin")
     (copy / WEIGHTS).unlink()
@@ -250,3 +256,12 @@ def test_a_repository_that_was_downloaded_is_no_mistyped_folder(run, no_network,
     (tmp_path / "org" / "tiny2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert "the Hub was asked" in refusal(run, "org/tiny")
+
+
+def test_a_repository_that_was_downloaded_decodes_without_the_network(run, folder, monkeypatch, tmp_path):
+    in_hub_cache(Path(folder), tmp_path / "cache", "org/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, stdout, stderr = run("generate", "org/tiny", "Hi", "--max-new-tokens", 4)
+    assert (code, stdout) == run("generate", folder, "Hi", "--max-new-tokens", 4)[:2]
+    assert stderr.count("\n") == 1
