@@ -208,6 +208,8 @@ def load(args: Arguments, training: TrainingArguments):
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or (path.parent if is_new else args.model))
     config = AutoConfig.from_pretrained(args.model)
     family(config.model_type)  # refuses others
+    if tokenizer.mask_token is None and config.mask_token_id is not None:  # LLaDA's has the token, and no name for it
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
     if len(tokenizer) > config.vocab_size:
         raise SystemExit(f"The tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} (`vocab_size`).")
     if args.schedule == "complementary" and not hasattr(config, "block_size"):

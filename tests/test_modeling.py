@@ -226,3 +226,15 @@ def test_the_attention_back_end_comes_back_after_an_error(model, asked):
             **left_pad(ROWS), max_new_tokens=4, cache_policy="dual", generation_logits_hook_func=fails_in_a_window
         )
     assert model.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+@torch.no_grad()
+def test_a_sample_with_padding_may_begin_at_any_position(model):
+    """Padding stands at position 0, which is behind it and no sample of its own."""
+    tokens = torch.tensor([[3, MASK, 5, 0, 0]])
+    batch = {"input_ids": tokens, "labels": torch.where(tokens == MASK, 8, -100)}
+    batch["position_ids"] = torch.tensor([[5, 6, 7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    alone = model(**{name: values[:, :3] for name, values in batch.items()}).loss
+    torch.testing.assert_close(model(**batch, attention_mask=mask).loss, alone)

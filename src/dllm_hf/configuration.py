@@ -1,13 +1,83 @@
 """What the configurations of all families share."""
 
+import math
+from dataclasses import fields
 from typing import Any
+
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "head_dim",
+    "max_position_embeddings",
+    "block_size",
+    "gate_low_rank_dim",
+)
+MAX_LAYERS = 1000  # of published models the deepest has some 130; a number from a broken file would be built for hours
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
 
 class DiffusionConfigMixin:
-    """Goes before the library's configuration in a class's bases."""
+    """Goes before the library's configuration in a class's bases. Values of which no model can be made, or another one
+    than the weights are of, are refused by their name in `config.json`."""
 
     def __post_init__(self, **kwargs):
+        self._check_numbers()
+        self._complete(kwargs)
         super().__post_init__(**kwargs)
+        self._check_numbers()  # what was completed, and what the classes here do not know
+        self._check_attention()
+        self._check_special_tokens()
+
+    def _complete(self, kwargs: dict[str, Any]) -> None:
+        """Fill in, and check, what only one family has. `kwargs`: values that are no fields of the class."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """With `rope_theta`, which the original code reads, beside the library's `rope_parameters`."""
+        values = super().to_dict()
+        values["rope_theta"] = (self.rope_parameters or {}).get("rope_theta", self.default_theta)
+        return values
+
+    def _check_numbers(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{field.name}={value}` is no number: correct the configuration.")
+        for name in SIZES:
+            value, written = getattr(self, name, None), self.attribute_map.get(name, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"`{written}={value}` must be at least 1: correct the configuration.")
+            if name == "num_hidden_layers" and isinstance(value, int) and value > MAX_LAYERS:
+                raise ValueError(f"`{written}={value}` are more than {MAX_LAYERS} layers: correct the configuration.")
+        if self.rms_norm_eps <= 0:
+            raise ValueError(f"`rms_norm_eps={self.rms_norm_eps}` must be above 0: correct the configuration.")
+
+    def _check_attention(self) -> None:
+        if getattr(self, "is_causal", False):
+            raise ValueError(
+                f"`is_causal={self.is_causal!r}` would make attention causal, and a {self.model_type} attends both ways: "
+                "leave it out of the configuration."
+            )
+        rope = self.rope_parameters or {}
+        if rope.get("rope_type") not in ROPE_TYPES:
+            raise ValueError(
+                f"`rope_type={rope.get('rope_type')!r}` is unknown: choose one of {', '.join(ROPE_TYPES)}."
+            )
+        for name, value in rope.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if (number and not math.isfinite(value)) or (
+                name in ("rope_theta", "factor") and not (number and value > 0)
+            ):
+                raise ValueError(f"`{name}={value!r}` must be a number above 0: correct the configuration.")
+
+    def _check_special_tokens(self) -> None:
         for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
             tokens = getattr(self, name)
             for token in tokens if isinstance(tokens, list) else [tokens]:
@@ -16,9 +86,3 @@ class DiffusionConfigMixin:
                         f"`{name}={token}` is outside of the vocabulary of {self.vocab_size} tokens: "
                         "give the special tokens that belong to `vocab_size`."
                     )
-
-    def to_dict(self) -> dict[str, Any]:
-        """With `rope_theta`, which the original code reads, beside the library's `rope_parameters`."""
-        values = super().to_dict()
-        values["rope_theta"] = (self.rope_parameters or {}).get("rope_theta", self.default_theta)
-        return values

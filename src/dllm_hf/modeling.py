@@ -9,11 +9,13 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 
 from .fused.stack import FusedStack
 from .generation.attention import uses_flash_attention
 from .training.losses import masked_diffusion_loss
+
+logger = logging.get_logger(__name__)
 
 
 class MaskedDiffusionLM:
@@ -26,6 +28,7 @@ class MaskedDiffusionLM:
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _has_seen_labels = False
 
     def forward(
         self,
@@ -59,6 +62,11 @@ class MaskedDiffusionLM:
         Returns:
             `logits` of the kept positions, as the head gives them: `logits_shift` is left to the reader.
         """
+        if mask_ratio is not None and labels is None:
+            raise ValueError(
+                "`mask_ratio` weighs the loss of `labels`, and there are none. `Trainer` takes them away for "
+                "`label_smoothing_factor` and `compute_loss_func`, which do not know this loss: leave both out."
+            )
         is_made = attention_mask is not None and len(attention_mask.shape) == 4
         packed = attention_mask
         if labels is not None and position_ids is not None and not is_made:
@@ -82,6 +90,7 @@ class MaskedDiffusionLM:
         logits = self.lm_head(self._kept(outputs, logits_to_keep))
         loss = None
         if labels is not None:
+            self._expect_noise(input_ids, labels, mask_ratio)
             loss = masked_diffusion_loss(
                 logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, samples
             )
@@ -92,6 +101,18 @@ class MaskedDiffusionLM:
     def step_forward(self) -> FusedStack | None:
         """See [`DiffusionGenerationMixin.step_forward`]."""
         return FusedStack.of(self)
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """As the library's. Every trainer of TRL calls it when it is made, with its name; all of them go past `forward` to the
+        probabilities of the next token, so that only those are let through which say that they do not."""
+        names = [tags] if isinstance(tags, str) else tags
+        if "trl" in names and "masked-diffusion" not in names:
+            raise ValueError(
+                f"TRL's trainer ({', '.join(names)}) takes the loss of the next token, which is not this model's: use "
+                "`dllm_hf.training.MaskedDiffusionSFTTrainer` or `transformers.Trainer`. A trainer of your own that has "
+                "another loss says so with `_tag_names = ['trl', ..., 'masked-diffusion']`."
+            )
+        super().add_model_tags(tags)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As PyTorch's, for the names on disk as well: `Trainer` reads its checkpoints with it, and would pass over
@@ -109,6 +130,21 @@ class MaskedDiffusionLM:
             found = {name: value for name, value in read.state_dict().items() if name not in info["missing_keys"]}
             state_dict = {**found, **unknown}
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _expect_noise(self, input_ids, labels: torch.Tensor, mask_ratio) -> None:
+        """Warn of labels without a mask, which teach a model that sees both ways to copy what it sees. Only at the first
+        loss, since it looks at the device; `mask_ratio` comes from noise that was drawn."""
+        mask = self.config.mask_token_id
+        if self._has_seen_labels or input_ids is None or mask is None or torch.compiler.is_compiling():
+            return
+        self._has_seen_labels = True
+        labelled = labels != -100
+        if mask_ratio is None and labelled.any() and not (labelled & (input_ids == mask)).any():
+            logger.warning_once(
+                "There are `labels`, and no token of `input_ids` that they are for is masked: a model that sees the tokens "
+                "which it is to predict learns to copy them. Collators for autoregressive models give such batches: take "
+                "`dllm_hf.training.DataCollatorForMaskedDiffusion`, which draws the noise."
+            )
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> torch.Tensor | None:
         """The tokens counted, padding left out: `(batch, length)`."""
@@ -134,12 +170,13 @@ def counted_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 def sample_ids(position_ids: torch.Tensor) -> torch.Tensor:
     """`(batch, length)`: which of the samples packed into a row a token belongs to; each starts at position 0."""
-    restarts = position_ids[:, 1:] == 0
-    if not torch.compiler.is_compiling() and ((position_ids.diff(dim=-1) < 0) & ~restarts).any():
+    starts = position_ids == 0
+    if not torch.compiler.is_compiling() and ((position_ids.diff(dim=-1) < 0) & ~starts[:, 1:]).any():
         raise ValueError(
             "`position_ids` go backwards inside a sample: they must rise from 0 in each of the samples of a row."
         )
-    return torch.nn.functional.pad(restarts.long().cumsum(-1), (1, 0))
+    begun = starts.long().cumsum(-1)
+    return begun - begun[:, :1]
 
 
 def packed_mask(
@@ -154,10 +191,11 @@ def packed_mask(
     Returns:
         `attention_mask` where no row holds more than one.
     """
-    # Padding stands at position 0 too, and belongs to no sample.
     positions = position_ids.expand_as(tokens)
     if attention_mask is not None:
-        positions = torch.where(attention_mask.bool(), positions, torch.arange(tokens.shape[1], device=tokens.device))
+        # Padding stands at position 0 too, and begins no sample: it takes the position of the token before it.
+        columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        positions = positions.gather(1, columns.masked_fill(attention_mask == 0, 0).cummax(-1).values)
     samples = sample_ids(positions)
     if not torch.compiler.is_compiling() and not samples.any():
         return attention_mask
@@ -181,7 +219,9 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.ndim == 1:
         return hidden_states[:, logits_to_keep]
-    return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+    # `take_along_dim` would fix the length in an exported program.
+    batch, _, hidden = hidden_states.shape
+    return hidden_states.gather(1, logits_to_keep[..., None].expand(batch, -1, hidden))
 
 
 def attend_both_ways(model: PreTrainedModel) -> None:

@@ -1,10 +1,20 @@
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from dllm_hf import LLaDAModelLM
-from dllm_hf.cli import main
+from dllm_hf_cli import main
 
 from ..builders import character_tokenizer, llada_config
+
+# What an installation makes of the declaration in pyproject.toml.
+PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+MODULE, FUNCTION = re.search(r'^dllm-hf = "([\w.]+):(\w+)"$', PYPROJECT, re.MULTILINE).groups()
+SCRIPT = f"import sys; from {MODULE} import {FUNCTION}; sys.exit({FUNCTION}())"
+COMMAND = [sys.executable, "-c", SCRIPT]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}:{{ message.content }}{{ '\\n' }}{% endfor %}"

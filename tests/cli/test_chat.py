@@ -1,11 +1,14 @@
 """`dllm-hf chat`."""
 
 import io
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
 
 from dllm_hf import LLaDAModelLM
+
+from .conftest import CHAT_TEMPLATE
 
 
 @pytest.fixture
@@ -86,3 +89,44 @@ def test_without_a_chat_template_it_says_what_to_do(run, folder):
     code, stdout, stderr = run("chat", folder)
     assert (code, stdout) == (2, "") and stderr.count("\n") == 1
     assert "no chat template" in stderr and "dllm-hf generate" in stderr
+
+
+@pytest.mark.parametrize("command", ["/quit", "/exit"])
+def test_it_can_be_quit(say, prompts, command):
+    assert say("Hi", command, "never read")[0] == 0 and len(prompts) == 1
+
+
+def test_help_lists_the_commands_and_asks_the_model_nothing(say, prompts):
+    code, stdout, stderr = say("/help")
+    assert (code, stdout, prompts) == (0, "", [])
+    assert all(command in stderr for command in ("/clear", "/help", "/quit", "/exit", "Ctrl-C"))
+
+
+@pytest.mark.parametrize("line, meant", [("/claer", "/clear"), ("/hlep", "/help"), ("/q", None), ("/usr/bin", None)])
+def test_an_unknown_command_says_so_and_asks_the_model_nothing(say, prompts, line, meant):
+    code, stdout, stderr = say(line)
+    assert (code, stdout, prompts) == (0, "", [])
+    assert f"{line} is no command" in stderr and "/help" in stderr
+    assert (f"did you mean {meant}?" in stderr) if meant else ("did you mean" not in stderr)
+
+
+def test_a_message_may_begin_with_a_blank_and_a_slash(say, prompts, chat_folder):
+    say(" /quit", "/quit")
+    assert decoded(prompts, chat_folder) == ["user:<unk>quit\nassistant:"]  # there is no token for a slash
+
+
+def test_a_message_that_holds_the_mask_is_not_sent_and_says_why(say, prompts, chat_folder):
+    code, stdout, stderr = say("a <mask><mask> b", "Hi")
+    assert code == 0 and stdout.count("\n") == 1
+    assert "the conversation holds the mask, '<mask>'" in stderr and "dllm-hf generate" in stderr
+    assert decoded(prompts, chat_folder) == ["user:Hi\nassistant:"]
+
+
+def test_a_template_that_fails_on_a_message_forgets_it_and_goes_on(run, chat_folder, prompts, monkeypatch, tmp_path):
+    copy = shutil.copytree(chat_folder, tmp_path / "model")
+    fails = "{% if 'bad' in messages[-1].content %}{{ raise_exception('not this') }}{% endif %}" + CHAT_TEMPLATE
+    (copy / "chat_template.jinja").write_text(fails)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a bad one\nHi\n"))
+    code, _, stderr = run("chat", copy, "--max-new-tokens", 4)
+    assert code == 0 and "chat_template.jinja fails: not this" in stderr and "Traceback" not in stderr
+    assert decoded(prompts, chat_folder) == ["user:Hi\nassistant:"]

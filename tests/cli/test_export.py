@@ -1,15 +1,14 @@
 """`dllm-hf export`: what it prints, how it ends. What it writes is tested in `tests/hub`."""
 
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import dllm_hf.cli
-import dllm_hf.cli.export
-from dllm_hf.hub import repository
+import dllm_hf_cli.export
+
+exporting = importlib.import_module("dllm_hf.hub.export")  # as an attribute of `dllm_hf.hub` it is the function
 
 
 def names(folder: Path) -> set[str]:
@@ -25,7 +24,7 @@ def published(monkeypatch):
         calls.append((str(folder), name, private))
         return f"https://huggingface.co/{name}/commit/1"
 
-    monkeypatch.setattr(dllm_hf.cli.export, "push", push)
+    monkeypatch.setattr(dllm_hf_cli.export, "push", push)
     return calls
 
 
@@ -81,7 +80,7 @@ def test_a_push_that_failed_ends_with_2_and_leaves_what_was_written(run, folder,
     def push(*args, **kwargs):
         raise OSError("org/name was not published: no network.\nPush again.")
 
-    monkeypatch.setattr(dllm_hf.cli.export, "push", push)
+    monkeypatch.setattr(dllm_hf_cli.export, "push", push)
     code, stdout, stderr = run("export", folder, tmp_path / "out", "--push", "org/name")
     assert code == 2 and stdout == f"Written: {tmp_path / 'out'}\n"
     assert stderr.splitlines()[-1] == "dllm-hf: error: org/name was not published: no network. Push again."
@@ -134,7 +133,7 @@ def test_ctrl_c_ends_it_with_130_and_nothing_is_written(run, folder, tmp_path, m
     def stop(*files):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(repository, "_link_or_copy", stop)
+    monkeypatch.setattr(exporting, "_link_or_copy", stop)
     assert run("export", folder, tmp_path / "out")[0] == 130
     assert names(tmp_path) == set()
 
@@ -144,22 +143,3 @@ def test_help_is_given_on_request_and_names_every_option(run):
     assert (code, stderr) == (0, "") and stdout.startswith("usage: dllm-hf export")
     assert all(name in stdout for name in ("SOURCE", "OUT", "--config-only", "--push", "--private"))
     assert "export" in run("--help")[1]
-
-
-def test_its_help_and_the_refusal_of_its_arguments_need_neither_torch_nor_transformers():
-    # The command's package on its own: importing `dllm_hf`, which is outside of it, needs both.
-    file = dllm_hf.cli.__file__
-    alone = f"""
-import importlib.util, sys
-sys.modules["torch"] = sys.modules["transformers"] = sys.modules["huggingface_hub"] = None
-spec = importlib.util.spec_from_file_location("cli", {file!r}, submodule_search_locations=[{str(Path(file).parent)!r}])
-cli = sys.modules["cli"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cli)
-for argv, expected in ((["export", "--help"], 0), (["export"], 2), (["export", "a", "b", "--steps"], 2)):
-    try:
-        code = cli.main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    assert code == expected, argv
-"""
-    subprocess.run([sys.executable, "-c", alone], check=True, capture_output=True, timeout=60)

@@ -3,8 +3,8 @@
 import pytest
 
 from dllm_hf import STRATEGIES, DiffusionGenerationConfig
-from dllm_hf.cli.options import GENERATION_OPTIONS
 from dllm_hf.generation.configuration import ALIASES, CACHE_POLICIES
+from dllm_hf_cli.options import GENERATION_OPTIONS
 
 
 def test_every_option_of_the_generation_config_is_there_and_no_other():
@@ -28,3 +28,52 @@ def test_help_is_given_on_request(run, command):
 
 def test_the_version_is_given_on_request(run):
     assert run("--version")[:2] == (0, "dllm-hf 0.1.0\n")
+
+
+TYPOS = [
+    (["genrate"], "generate"),
+    (["chta"], "chat"),
+    (["exprot"], "export"),
+    (["--verison"], "--version"),
+    (["generate", "MODEL", "--stpes", "3"], "--steps"),
+    (["generate", "MODEL", "--temprature=1"], "--temperature"),
+    (["generate", "MODEL", "--max_new_token", "3"], "--max-new-tokens"),
+    (["generate", "MODEL", "--max-new", "3"], "--max-new-tokens"),
+    (["generate", "MODEL", "--no-stram"], "--no-stream"),
+    (["generate", "MODEL", "--dtype", "bfloat"], "bfloat16"),
+    (["chat", "MODEL", "--trust-remote-cod"], "--trust-remote-code"),
+    (["export", "SOURCE", "OUT", "--confg-only"], "--config-only"),
+]
+
+
+@pytest.mark.parametrize("arguments, meant", TYPOS, ids=str)
+def test_a_typo_is_answered_with_what_was_meant(run, arguments, meant):
+    code, stdout, stderr = run(*arguments)
+    assert (code, stdout) == (2, "") and stderr.count("\n") == 1
+    assert f"(did you mean {meant}?)" in stderr
+
+
+UNLIKE = [["paint"], ["generate", "MODEL", "--max-time", "3"], ["chat", "MODEL", "--unheard-of"], ["--x"]]
+UNLIKE += [["generate", "MODEL", "--dtype", "int8"], ["generate", "MODEL", "PROMPT", "more"]]
+
+
+@pytest.mark.parametrize("arguments", UNLIKE, ids=str)
+def test_what_is_unlike_everything_is_answered_without_a_guess(run, arguments):
+    code, stdout, stderr = run(*arguments)
+    assert (code, stdout) == (2, "") and stderr.count("\n") == 1
+    assert "did you mean" not in stderr
+
+
+NUMBERS = [name for name, (kind, _, _) in GENERATION_OPTIONS.items() if kind in (int, list, float)]
+
+
+@pytest.mark.parametrize("name", ["seed", *NUMBERS])
+@pytest.mark.parametrize("value", [10**20, 2**63 - 1, 10**9, -1])
+def test_no_number_brings_it_down(run, folder, name, value):
+    fill = [] if name in ("max_new_tokens", "max_length") else ["--max-new-tokens", 4]
+    code, stdout, stderr = run("generate", folder, "Hi", f"--{name}={value}", *fill)
+    assert code == 0 or (code, stdout) == (2, "")
+    assert stderr.count("\n") == 1 and "Traceback" not in stderr
+    kind = int if name == "seed" else GENERATION_OPTIONS[name][0]
+    if kind is not float and value == 10**20:
+        assert code == 2 and name.replace("_", "-") in stderr and "too large" in stderr

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_hf.cli import streaming
-from dllm_hf.cli.streaming import MASK, TerminalStreamer
+from dllm_hf_cli import streaming
+from dllm_hf_cli.streaming import MASK, TerminalStreamer
 
 MASK_ID = 0x10FFFF
 

@@ -105,6 +105,17 @@ def test_each_kind_of_rows_trains_and_is_evaluated_and_sampled(train, rows, opti
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
 
 
+def test_a_tokenizer_that_does_not_name_its_mask_takes_the_model_s(script, train, config, tmp_path):
+    """As LLaDA's published one, whose mask is an added token."""
+    folder = shutil.copytree(config.parent, tmp_path / "unnamed")
+    tokenizer = AutoTokenizer.from_pretrained(folder, mask_token=None)
+    assert tokenizer.mask_token is None and "░" in tokenizer.get_vocab()
+    tokenizer.save_pretrained(folder)
+    out, printed = train(INFILLING, model=folder / "config.json")
+    assert "'eval_loss'" in printed and "'eval_loss': '0'," not in printed
+    assert AutoTokenizer.from_pretrained(out).mask_token == "░"
+
+
 def test_what_it_saves_decodes(train):
     folder, _ = train(TEXT)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -103,7 +103,7 @@ def test_the_tokenizer_is_dream_s(tmp_path):
         ({"expand_v": 0}, "`hidden_size \\* expand_v`.*change one"),
         ({"expand_k": 0.375}, "3 wide.*pairs.*`hidden_size \\* expand_k / num_attention_heads` even"),
         ({"num_key_value_heads": 3}, "`num_key_value_heads=3` must divide `num_attention_heads=4`"),
-        ({"num_key_value_heads": 0}, "`num_key_value_heads=0` must divide"),
+        ({"num_key_value_heads": 0}, "`num_key_value_heads=0` must be at least 1"),
         ({"head_dim": 16}, "`head_dim=16`.*leave it out, or change `expand_k`"),
         ({"block_size": 0}, "`block_size=0` must be at least 1"),
         ({"logits_shift": 2}, "`logits_shift=2` must be 0, or 1"),

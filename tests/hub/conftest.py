@@ -1,10 +1,38 @@
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+
+from ..builders import BUILDERS, character_tokenizer, new_model
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in content(folder).items() if name.endswith(".safetensors")}
+
+
+def in_hub_cache(folder: Path, cache: Path, name: str) -> Path:
+    """Put a folder into a cache as `huggingface_hub` would have downloaded it."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    commit = hashlib.sha1(name.encode()).hexdigest()
+    snapshot = place / "snapshots" / commit
+    for made in (place / "refs", place / "blobs", snapshot):
+        made.mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    for path in (path for path in folder.iterdir() if path.is_file()):
+        blob = place / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, blob)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
 
 
 class Fresh:
@@ -47,3 +75,32 @@ class Fresh:
 def fresh_processes(tmp_path_factory):
     """`fresh_processes() -> Fresh`"""
     return lambda: Fresh(tmp_path_factory.mktemp("fresh") / "process")
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """A small checkpoint of each family, and one in shards. They are not to be changed."""
+    top = tmp_path_factory.mktemp("sources")
+    for family in BUILDERS:
+        new_model(family).save_pretrained(top / family)
+        character_tokenizer().save_pretrained(top / family)
+    new_model("llada").save_pretrained(top / "sharded", max_shard_size="20KB")
+    return top
+
+
+@pytest.fixture
+def source(sources, tmp_path):
+    return shutil.copytree(sources / "llada", tmp_path / "source")
+
+
+@pytest.fixture
+def sharded(sources, tmp_path):
+    return shutil.copytree(sources / "sharded", tmp_path / "source")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A hub's cache, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"

@@ -4,6 +4,7 @@ list, for each task of the JSON list in the file TASKS what it gave, or `{"error
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import traceback
@@ -60,11 +61,15 @@ def saved_again(name: str, folder: str) -> list:
 
 
 def card(name: str, folder: str) -> str:
-    """What the usage code in the card prints."""
+    """What the usage code in the card prints. A folder is named by its last part: one stands beside it."""
     code = re.search(r"```python\n(.*?)```", (Path(folder) / "README.md").read_text(encoding="utf-8"), re.S)[1]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {"__name__": "a_users_script"})
+    printed, here = io.StringIO(), os.getcwd()
+    os.chdir(Path(folder).parent)
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, {"__name__": "a_users_script"})
+    finally:
+        os.chdir(here)
     return printed.getvalue()
 
 

@@ -1,12 +1,9 @@
 """A repository that was exported, or saved with its code, runs where dllm_hf cannot be imported, and gives the same."""
 
-import hashlib
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -24,7 +21,7 @@ from dllm_hf import (
 from dllm_hf.hub import export
 
 from ..builders import BUILDERS, END, character_tokenizer, new_model
-from .conftest import Fresh
+from .conftest import Fresh, content, in_hub_cache, weights
 
 HERE = Path(__file__).parents[2]
 GOLDEN = sorted(path.parent for path in (HERE / "tests" / "golden").glob("*/cases.json"))
@@ -45,29 +42,6 @@ CLASSES = {
 }
 COMMON = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in content(folder).items() if name.endswith(".safetensors")}
-
-
-def in_hub_cache(folder: Path, cache: Path, name: str) -> Path:
-    """Put a folder into a cache as `huggingface_hub` would have downloaded it."""
-    place = cache / f"models--{name.replace('/', '--')}"
-    commit = hashlib.sha1(name.encode()).hexdigest()
-    snapshot = place / "snapshots" / commit
-    for made in (place / "refs", place / "blobs", snapshot):
-        made.mkdir(parents=True)
-    (place / "refs" / "main").write_text(commit)
-    for path in (path for path in folder.iterdir() if path.is_file()):
-        blob = place / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
-        shutil.copyfile(path, blob)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-    return snapshot
 
 
 def drawn(model) -> list[int]:
@@ -348,15 +322,6 @@ def test_a_configuration_alone_builds_the_model(originals, family):
 # From here on in this process
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A small checkpoint of one's own."""
-    folder = tmp_path / "source"
-    new_model("llada").save_pretrained(folder)
-    character_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def test_files_that_the_model_does_not_use_are_not_taken(source, tmp_path):
     clean = content(export(str(source), tmp_path / "clean"))
     others = ["modeling_llada.py", "setup.py", "pytorch_model.bin", "optimizer.pt", "notes.txt", ".gitattributes"]
@@ -452,35 +417,6 @@ def test_saving_without_code_is_as_the_librarys(tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
-# Cards
-
-
-def header(folder: Path):
-    return ModelCard.load(folder / "README.md").data
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A hub's cache, and no network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "cache"
-
-
-def test_a_repository_is_the_base_model_of_its_export_and_lends_it_its_licence(source, cache, tmp_path):
-    (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\nbase_model: some/other\n---\n# Theirs\n")
-    in_hub_cache(source, cache, "org/original")
-    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    out = export("org/original", tmp_path / "out", name="me/mine")
-    data = header(out)
-    assert (data.license, data.base_model, data.language) == ("mit", "org/original", "en")
-    text = (out / "README.md").read_text()
-    assert "org/original" in text and "mit" in text and 'name = "me/mine"' in text and "# mine" in text
-    assert weights(out) == weights(source)
-    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
-    assert not [path for path in out.iterdir() if path.is_symlink()]
-
-
 def test_saving_over_an_export_leaves_the_hubs_cache_as_it_was(source, cache, tmp_path):
     in_hub_cache(source, cache, "org/original")
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
@@ -488,22 +424,3 @@ def test_saving_over_an_export_leaves_the_hubs_cache_as_it_was(source, cache, tm
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained(tmp_path / "out")
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
-
-
-def test_a_folder_keeps_the_base_model_and_licence_of_its_card(source, tmp_path):
-    (source / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model: a/b\n---\n"
-    )
-    data = header(export(str(source), tmp_path / "out"))
-    assert (data.license, data.license_name, data.base_model) == ("other", "own", "a/b")
-
-
-@pytest.mark.parametrize("text", ["", "# No header\n", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nx\n---\n"])
-def test_a_card_without_a_readable_header_is_no_obstacle(source, tmp_path, text):
-    (source / "README.md").write_text(text)
-    assert header(export(str(source), tmp_path / "out")).license == "unknown"
-
-
-def test_the_card_says_what_the_model_is_and_does_not_promise_a_licence(source, tmp_path):
-    text = (export(str(source), tmp_path / "out") / "README.md").read_text()
-    assert "LLaDA" in text and "licence is not known" in text and "Apache-2.0" in text

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import huggingface_hub.constants
@@ -10,9 +9,10 @@ import huggingface_hub.utils._http
 import pytest
 
 from dllm_hf import hub as package
-from dllm_hf.cli import main
+from dllm_hf_cli import main
 
 from ..builders import character_tokenizer, new_model
+from ..cli.conftest import COMMAND
 from .standin import running_hub
 
 NAME = "org/tiny"
@@ -231,8 +231,7 @@ def test_the_command_writes_and_publishes(hub, source, tmp_path):
     """In a process of its own, with the endpoint set as a user would."""
     settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from dllm_hf.cli import main; sys.exit(main())"]
-        + ["export", str(source), str(tmp_path / "out"), "--push", NAME, "--private"],
+        [*COMMAND, "export", str(source), str(tmp_path / "out"), "--push", NAME, "--private"],
         env={**os.environ, **settings, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -28,6 +28,7 @@ def compare(folder: Path) -> dict:
         "share": local / sum(parameter.numel() for parameter in whole.parameters()),
         "difference": float((logits_of(parts) - logits_of(whole)).abs().max()),
         "same_tokens": decoded(parts) == decoded(whole),
+        "takes_the_plain_path": parts.step_forward() is None,
     }
 
 

@@ -38,6 +38,11 @@ def test_two_processes_compute_what_one_does(family, outcomes):
     assert outcomes[family]["same_tokens"]
 
 
+def test_no_process_decodes_on_kernels_or_graphs_that_know_nothing_of_the_others(family, outcomes):
+    """On two GPUs, where they are possible: they would take a part of the heads for all of them."""
+    assert outcomes[family]["takes_the_plain_path"]
+
+
 def test_each_process_holds_its_part_of_the_weights(family, outcomes):
     assert 0.45 < outcomes[family]["share"] < LARGEST_SHARE.get(family, 0.65)
 

@@ -129,10 +129,7 @@ def test_prompts_and_padding_are_never_masked_and_nothing_else_changes(rows, nam
             assert labels[place] != -100 or ratio[place] == 0
         if name == "llada":
             assert [label != -100 for label in labels] == learnt
-        if "attention_mask" in batch:
-            assert batch["attention_mask"][index].tolist() == [1] * len(text) + [0] * padding
-        else:
-            assert padding == 0 or eos_padding
+        assert batch["attention_mask"][index].tolist() == [1] * len(text) + [int(eos_padding)] * padding
     assert batch["input_ids"].shape[1] % (multiple or 1) == 0
 
 
@@ -229,13 +226,15 @@ def test_a_batch_is_as_long_as_its_longest_text_or_the_next_multiple():
     assert collator_of(pad_to_multiple_of=5)(ragged())["input_ids"].shape == (4, 20)
 
 
-def test_a_batch_without_padding_has_no_attention_mask():
-    assert set(collator_of()([feature(6), feature(6)])) == {"input_ids", "labels", "mask_ratio"}
+def test_every_batch_has_the_same_columns(schedule):
+    padded, even = (collator_of(schedule)(rows) for rows in (ragged(), [feature(6), feature(6)]))
+    assert set(padded) == set(even) == {"input_ids", "labels", "mask_ratio", "attention_mask"}
+    assert even["attention_mask"].all()
 
 
 def test_end_of_sequence_padding_is_learnt_like_the_text():
     batch = collator_of(eos_padding=True)(ragged())
-    assert "attention_mask" not in batch
+    assert batch["attention_mask"].all()
     assert batch["labels"][3].tolist() == ragged()[3]["labels"] + [END] * 12
 
 
@@ -278,9 +277,42 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_end_or_with_zeros():
     assert batch["input_ids"][1, 4:].tolist() == [0, 0]
 
 
-def test_the_mask_token_may_be_given():
-    batch = collator_of(mask_token_id=63)([feature(50)])
+@pytest.mark.parametrize("name", [None, "<mask>"])
+def test_the_mask_token_may_be_given(name):
+    """LLaDA's published tokenizer has a mask among its added tokens, and no `mask_token`."""
+    tokenizer = character_tokenizer()
+    tokenizer.mask_token = name
+    batch = DataCollatorForMaskedDiffusion(tokenizer, mask_token_id=63, seed=0)([feature(50)])
     assert (batch["input_ids"] == 63).any() and not (batch["input_ids"] == MASK).any()
+
+
+EMPTY, EMPTY_PACKED = {"input_ids": [], "labels": []}, {"input_ids": [], "labels": [], "position_ids": []}
+ALL_PADDING = {**feature(3), "attention_mask": [0, 0, 0]}
+
+
+@pytest.mark.parametrize(
+    "rows", [[feature(9), EMPTY], [EMPTY, feature(5)], [packed(4, 3), EMPTY_PACKED], [ALL_PADDING, feature(2)]]
+)
+def test_an_empty_text_is_a_row_of_padding(rows, schedule):
+    empty = [index for index, row in enumerate(rows) if row in (EMPTY, EMPTY_PACKED, ALL_PADDING)]
+    batch = collator_of(schedule)(rows)
+    for view in range(len(batch["input_ids"]) // len(rows)):
+        for index in empty:
+            row = view * len(rows) + index
+            assert batch["input_ids"][row].eq(PAD).all() and batch["labels"][row].eq(-100).all()
+            assert not batch["attention_mask"][row].any() and not batch["mask_ratio"][row].any()
+
+
+@pytest.mark.parametrize(
+    "rows", [[feature(9), EMPTY], [EMPTY], [EMPTY, EMPTY], [packed(4, 3), EMPTY_PACKED], [EMPTY_PACKED], [ALL_PADDING]]
+)
+def test_every_family_takes_empty_texts(rows, any_family, schedule):
+    model, batch = new_model(any_family).train(), collator_of(schedule)(rows)
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite() and all(x.grad.isfinite().all() for x in model.parameters() if x.grad is not None)
+    if (batch["labels"] == -100).all():
+        assert loss == 0
 
 
 # --- packed samples
@@ -414,6 +446,10 @@ def test_workers_make_the_same_batches_in_every_epoch():
         ({"schedule": "complementary"}, "needs `block_size`"),
         ({"schedule": "complementary", "block_size": 0}, "`block_size=0`"),
         ({"block_size": 4}, "`block_size`"),
+        ({"schedule": "complementary", "block_size": 2.5}, "`block_size=2.5`"),
+        ({"pad_to_multiple_of": 0}, "`pad_to_multiple_of=0`"),
+        ({"pad_to_multiple_of": -8}, "`pad_to_multiple_of=-8`"),
+        ({"mask_token_id": -1}, "`mask_token_id=-1`"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options, message):
@@ -423,7 +459,10 @@ def test_options_that_do_not_fit_are_refused_by_name(options, message):
 
 @pytest.mark.parametrize(
     "name, options, message",
-    [("mask_token", {}, "`mask_token_id`"), ("eos_token", {"eos_padding": True}, "`eos_padding`.*`eos_token`")],
+    [
+        ("mask_token", {}, "`mask_token_id=model.config.mask_token_id`"),
+        ("eos_token", {"eos_padding": True}, "`eos_padding`.*`eos_token`"),
+    ],
 )
 def test_a_tokenizer_that_lacks_a_token_is_refused(name, options, message):
     tokenizer = character_tokenizer()
@@ -437,8 +476,17 @@ def test_a_tokenizer_that_lacks_a_token_is_refused(name, options, message):
     [
         ([], "`input_ids`"),
         ([{"text": "a"}], "`input_ids`"),
-        ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], "`labels`.*`input_ids`"),
-        ([{"input_ids": [[1, 2, 3]]}], "`input_ids`"),
+        ([feature(3), {"text": "a"}], "Row 1 .* no `input_ids`"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], "`labels` of row 0.* 2 .* 3:"),
+        ([feature(3), {"input_ids": [1, 2], "attention_mask": [1, 1, 0]}], "`attention_mask` of row 1.* 3 .* 2:"),
+        ([packed(3, 4), {**packed(2), "position_ids": [0]}], "`position_ids` of row 1.* 1 .* 2:"),
+        ([packed(3, 4), feature(2)], "Row 1 .* no `position_ids`"),
+        ([feature(2), packed(3, 4)], "Row 0 .* no `position_ids`"),
+        ([{"input_ids": [[1, 2, 3]]}], "`input_ids` of row 0"),
+        ([{"input_ids": [[1, 2], [3]]}], "`input_ids` of row 0"),
+        ([{"input_ids": "abc"}], "`input_ids` of row 0"),
+        ([{"input_ids": [1.5, 2.0]}], "`input_ids` of row 0"),
+        ([{"input_ids": [1, 2, 3], "labels": [2, 3, -100]}], "`labels` of row 0.*-100"),
     ],
 )
 def test_features_that_do_not_fit_are_refused_by_name(features, message):

@@ -98,7 +98,7 @@ def test_the_loss_of_packed_texts_and_its_gradients_are_those_of_the_texts(famil
     model.zero_grad()
     total = 0
     for row, positions in enumerate(packed["position_ids"]):
-        real = packed["attention_mask"][row].bool() if "attention_mask" in packed else torch.ones_like(positions).bool()
+        real = packed["attention_mask"][row].bool()
         begins = ((positions == 0) & real).nonzero()[:, 0].tolist()
         for begin, end in zip(begins, [*begins[1:], int(real.sum())]):
             alone = {name: packed[name][row : row + 1, begin:end] for name in ("input_ids", "labels", "mask_ratio")}

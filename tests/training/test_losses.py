@@ -3,10 +3,13 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DataCollatorForLanguageModeling
 
+from dllm_hf import modeling
 from dllm_hf.training import masked_diffusion_loss
 
-from ..builders import FAMILIES, MASK, VOCAB, new_model
+from ..builders import BUILDERS, FAMILIES, MASK, VOCAB, character_tokenizer, new_model
 
 BATCH, LENGTH = 2, 6
 
@@ -139,3 +142,82 @@ def test_the_trainer_reduces_the_loss(family, tmp_path):
     trainer.train()
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(history[-3:]) < 0.5 * sum(history[:3]), history
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_an_exported_loss_takes_any_batch_and_length(shift):
+    class Loss(torch.nn.Module):
+        def forward(self, logits, labels, ratio, mask):
+            return masked_diffusion_loss(logits, labels, shift, ratio, mask)
+
+    def inputs(batch, length):
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 50, (batch, length), generator=generator)
+        logits = torch.randn(batch, length, VOCAB, generator=generator)
+        return logits, labels, torch.linspace(0.1, 0.9, batch), (torch.arange(length) > 0).long().expand(batch, -1)
+
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    shapes = (free, free, {0: torch.export.Dim.DYNAMIC}, free)
+    program = torch.export.export(Loss(), inputs(3, 7), dynamic_shapes=shapes).module()
+    for shape in [(3, 7), (2, 9), (5, 4)]:
+        torch.testing.assert_close(program(*inputs(*shape)), Loss()(*inputs(*shape)))
+
+
+# --- text without noise
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling.logger, "warning_once", said.append)
+    return said
+
+
+CLEAN = {"input_ids": torch.tensor([[3, 4, 5, 6, 7, 8]]), "labels": torch.tensor([[3, 4, 5, 6, 7, 8]])}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_batch_of_a_collator_for_autoregressive_models_is_warned_of_once(name, warnings):
+    model = new_model(name)
+    batch = DataCollatorForLanguageModeling(character_tokenizer(), mlm=False)([{"input_ids": [3, 4, 5, 6, 7, 8]}] * 2)
+    for _ in range(3):
+        model(**batch)
+    if name == "gla_dream":  # draws the noise itself
+        assert not warnings
+    else:
+        (warning,) = warnings
+        assert "`labels`" in warning and "DataCollatorForMaskedDiffusion" in warning
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_ids": torch.tensor([[3, MASK, 5, 6, 7, 8]])},
+        {"labels": torch.full((1, 6), -100)},
+        {
+            "mask_ratio": torch.full((1, 6), torch.inf)
+        },  # a text that chance left without a mask, as the collator has them
+    ],
+    ids=["a mask", "nothing to learn", "with the weights of drawn noise"],
+)
+def test_noisy_text_is_not_warned_of(name, changes, warnings):
+    new_model(name)(**{**CLEAN, **changes})
+    assert not warnings
+
+
+def test_a_loss_does_not_wait_for_the_device_after_the_first(model):
+    looks = []
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_local_scalar_dense" in str(function):
+                looks.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Looks():
+        model(**CLEAN)
+        assert looks
+        looks.clear()
+        model(**CLEAN)
+    assert not looks

@@ -122,6 +122,15 @@ def test_a_text_is_memorised(family, tmp_path):
     assert sum(losses(trainer)[-10:]) / 10 < math.log(VOCAB) / 2
 
 
+def test_what_takes_the_labels_away_is_refused(family, tmp_path):
+    """Label smoothing would be computed from all labels, masked or not, and by no weight."""
+    collator = DataCollatorForMaskedDiffusion(TOKENIZER, seed=0)
+    training = arguments(tmp_path, label_smoothing_factor=0.1)
+    trainer = Trainer(fresh_model(family), training, data_collator=collator, train_dataset=texts(4))
+    with pytest.raises(ValueError, match="`mask_ratio`.*`label_smoothing_factor`"):
+        trainer.train()
+
+
 # --- the same steps in another way
 
 

@@ -31,8 +31,11 @@ LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecod
 
 def can_be_captured(model: nn.Module) -> bool:
     """Whether a forward pass of the model is the same kernels every time, as far as can be seen: no hooks, adapters (which
-    can be switched off), parts on other devices, or weights that autocast copies."""
+    can be switched off), parts on other devices or in other processes (`DTensor`: the modules' sizes are then not those of
+    what they compute), or weights that autocast copies."""
     device = next(model.parameters()).device
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        return False
     if torch.is_autocast_enabled(device.type) or {p.device for p in model.parameters()} != {device}:
         return False
     return not any(

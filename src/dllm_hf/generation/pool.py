@@ -108,7 +108,8 @@ def fingerprint_of(model: torch.nn.Module) -> tuple:
         held = vars(module)
         hooks = (bool(held["_forward_hooks"]), bool(held["_forward_pre_hooks"]), "forward" in held)
         found.append((type(module), len(held), *hooks))
-        found.extend(each.data_ptr() for each in held["_parameters"].values() if each is not None)
+        weights = (each for each in held["_parameters"].values() if each is not None)
+        found.extend(getattr(each, "_local_tensor", each).data_ptr() for each in weights)
         found.extend(each.data_ptr() for each in held["_buffers"].values() if each is not None)
     return tuple(found)
 

@@ -42,12 +42,20 @@ class BlockLayout:
         """`(rows, blocks * block_size, hidden)` -> `(rows, length, hidden)`."""
         if self.slots is None:
             return blocks[:, :length]
-        return blocks.take_along_dim(self.slots.clamp(max=blocks.shape[1] - 1)[..., None], dim=1)
+        slots = self.slots.clamp(max=blocks.shape[1] - 1)[..., None]
+        return blocks.gather(1, slots.expand(-1, -1, blocks.shape[-1]))
+
+
+def block_count(length: int | torch.SymInt, block_size: int) -> int | torch.SymInt:
+    """The blocks that `length` tokens stand in. A program that is exported for any length gets an empty one more: where
+    there might be one alone, tracing would decide for good whether there is."""
+    blocks = -(-length // block_size)
+    return blocks if isinstance(length, int) else blocks + 1
 
 
 def _scattered(values: torch.Tensor, slots: torch.Tensor, width: int) -> torch.Tensor:
     """`values[row, i]` at `slots[row, i]` of `(rows, width, ...)`; what has no place is sent to `width`."""
-    empty = values.new_zeros(len(values), width + 1, *values.shape[2:])
+    empty = values.new_zeros(values.shape[0], width + 1, *values.shape[2:])
     index = slots.view(*slots.shape, *[1] * (values.ndim - 2)).expand_as(values)
     return empty.scatter(1, index, values)[:, :width]
 
@@ -71,7 +79,7 @@ def lay_out(
         _check_positions(position_ids, real)
     begins = restarts | (real & (position_ids % block_size == 0)) | is_first
     block = (begins.long().cumsum(-1) - 1).clamp(min=0)
-    blocks = -(-length // block_size) if counted else int(block.max()) + 1
+    blocks = block_count(length, block_size) if counted else int(block.max()) + 1
     slots = torch.where(real, block * block_size + position_ids % block_size, blocks * block_size)
     width = blocks * block_size
     samples = _scattered((restarts & ~is_first).long().cumsum(-1), torch.where(begins, block, blocks), blocks)

@@ -1,5 +1,7 @@
 """GLADream model configuration."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -77,11 +79,9 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
 
-    def __post_init__(self, **kwargs):
+    def _complete(self, kwargs: dict[str, Any]) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.block_size < 1:
-            raise ValueError(f"`block_size={self.block_size}` must be at least 1.")
         if self.logits_shift not in (0, 1):
             raise ValueError(f"`logits_shift={self.logits_shift}` must be 0, or 1 after an autoregressive model.")
         if self.inter_block_injection_mode not in INJECTION_MODES:
@@ -96,7 +96,7 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
                 f"`conv_size={self.conv_size}` must be an odd number, as many tokens before as after, or 0 for no "
                 "convolution."
             )
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads={self.num_key_value_heads}` must divide "
                 f"`num_attention_heads={self.num_attention_heads}`."
@@ -123,7 +123,6 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
             )
         self.head_dim = head_dim
         check_mode(self.attn_mode)
-        super().__post_init__(**kwargs)
 
     @classmethod
     def from_ar_config(cls, config: PreTrainedConfig, **fields) -> "GLADreamConfig":

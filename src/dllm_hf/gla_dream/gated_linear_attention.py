@@ -206,7 +206,8 @@ def block_states(
     """The recurrence over blocks, `S_i = diag(exp(d_i)) S_{i-1} + U_i`, for all blocks at once.
 
     Within `group` blocks every state is a weighted sum of the updates before it, which is one matrix product; the
-    weights are exponentials of differences that are never positive. Only from group to group it is a loop.
+    weights are exponentials of differences that are never positive. Only from group to group it is a loop. An exported
+    program has one group, whose weights grow with the square of the number of blocks.
 
     Args:
         updates: `(batch, blocks, heads, key_dim, value_dim)`, `U`.
@@ -219,16 +220,20 @@ def block_states(
     Returns:
         `(batch, blocks + 1, heads, key_dim, value_dim)`: the state before each block, and the one after the last.
     """
+    blocks = updates.shape[1]
+    if not isinstance(blocks, int):  # exported for texts of any length, which no loop can follow
+        starts, group = (0,), blocks
+    else:
+        starts = range(0, blocks, group)
     state = torch.zeros_like(updates[:, 0]) if initial_state is None else initial_state
     states, sample = [state[:, None]], None if samples is None else torch.zeros_like(samples[:, :1])
     with torch.autocast(updates.device.type, enabled=False):
-        for start in range(0, updates.shape[1], group):
+        for start in starts:
             decays = log_decays[:, start : start + group].permute(0, 2, 3, 1)  # (batch, heads, key_dim, blocks)
             cumulative = F.pad(decays.cumsum(-1), (1, 0))
             exponents = cumulative[..., 1:, None] - cumulative[..., None, :]
-            blocks = decays.shape[-1]
             # Row i: how much of the state before the group, and of each update, is left after block i.
-            is_past = torch.ones(blocks, blocks + 1, dtype=torch.bool, device=updates.device).tril(1)
+            is_past = torch.ones(*exponents.shape[-2:], dtype=torch.bool, device=updates.device).tril(1)
             if samples is not None:
                 now = samples[:, start : start + group]
                 is_past = is_past & (now[:, :, None] == torch.cat([sample, now], dim=1)[:, None])[:, None, None]
@@ -240,6 +245,6 @@ def block_states(
             state = after[:, -1]
     states = torch.cat(states, dim=1)
     if samples is not None:
-        starts = samples != F.pad(samples[:, :-1], (1, 0))
-        states = states.masked_fill(F.pad(starts, (0, 1))[..., None, None, None], 0)
+        is_first = samples != F.pad(samples, (1, 0))[:, :-1]
+        states = states.masked_fill(F.pad(is_first, (0, 1))[..., None, None, None], 0)
     return states

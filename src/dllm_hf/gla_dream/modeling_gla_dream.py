@@ -29,7 +29,7 @@ from ..generation.window import Window
 from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sample_ids
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
-from .block_layout import BlockLayout, lay_out
+from .block_layout import BlockLayout, block_count, lay_out
 from .block_reading import BlockReading, convolutions_of
 from .configuration_gla_dream import GLADreamConfig
 from .gated_linear_attention import (
@@ -167,7 +167,7 @@ class GLADreamAttention(nn.Module):
                 if isinstance(final, int):
                     after = states[:, final]
                 else:
-                    after = states.take_along_dim(final.view(-1, 1, 1, 1, 1), dim=1)[:, 0]
+                    after = states.gather(1, final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
                 cache.layers[self.layer_idx].update(after, forward.dtype, layout.window)
             states = states[:, :-1]
             if layout.clean_rows:
@@ -184,7 +184,7 @@ class GLADreamAttention(nn.Module):
         """`(rows, blocks * block_size, channels)`, each block by itself."""
         if layout.valid is not None:
             x = x.masked_fill(~layout.valid[..., None], 0)
-        blocks = x.reshape(len(x) * layout.blocks, -1, x.shape[-1])
+        blocks = x.reshape(x.shape[0] * layout.blocks, -1, x.shape[-1])
         return convolution(blocks).reshape(x.shape)
 
     def _fused(self, gate_proj: nn.Linear, forward: torch.Tensor, backward: torch.Tensor):
@@ -355,9 +355,10 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
 
     def _contiguous_layout(self, start: int, inputs_embeds: torch.Tensor) -> BlockLayout:
         length, size, device = inputs_embeds.shape[1], self.config.block_size, inputs_embeds.device
-        blocks = -(-length // size)
+        blocks = block_count(length, size)
         columns = torch.arange(blocks * size, device=device)[None]
-        return BlockLayout(blocks, columns + start, None if length % size == 0 else columns < length)
+        is_full = isinstance(length, int) and length % size == 0  # no int: see `block_count`
+        return BlockLayout(blocks, columns + start, None if is_full else columns < length)
 
     def _cached_layout(self, cache: GLADreamCache, inputs_embeds, attention_mask, position_ids):
         size = self.config.block_size
@@ -408,7 +409,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
                 cache.last_hidden = hidden_states[:, final * self.config.block_size - 1]
             return
         last = (final * self.config.block_size - 1).clamp(min=0)
-        fresh = hidden_states.take_along_dim(last[:, None, None], dim=1)[:, 0]
+        fresh = keep_positions(hidden_states, last[:, None])[:, 0]
         if cache.last_hidden is None:
             cache.last_hidden = fresh.new_zeros(cache.layers[0].slots or len(fresh), fresh.shape[1])
             cache.last_hidden.index_copy_(0, window.slots, fresh)
@@ -525,6 +526,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
                 attention_mask,
                 position_ids,
                 inputs_embeds=inputs_embeds,
+                mask_ratio=mask_ratio,
                 return_dict=return_dict,
                 **kwargs,
             )

@@ -1,6 +1,7 @@
 """Repositories for the Hugging Face Hub that run without this package."""
 
 from .bundle import bundle
-from .repository import add_saving_with_code, export, export_loop, push
+from .export import export, export_loop
+from .publish import add_saving_with_code, push
 
 __all__ = ["add_saving_with_code", "bundle", "export", "export_loop", "push"]

@@ -1,5 +1,8 @@
 """Model cards of repositories."""
 
+import json
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -29,7 +32,7 @@ The code in this repository is that of `dllm_hf` {version} (Apache-2.0); it need
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = "{name}"
+name = {name}
 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
@@ -55,7 +58,7 @@ The denoising loop of `dllm_hf` {version} for masked language models of other or
 
 ```python
 tokens = model.generate(
-    input_ids, custom_generate="{name}", trust_remote_code=True, mask_token_id=tokenizer.mask_token_id, max_new_tokens=32
+    input_ids, custom_generate={name}, trust_remote_code=True, mask_token_id=tokenizer.mask_token_id, max_new_tokens=32
 )
 ```
 
@@ -63,43 +66,66 @@ Options are those of `diffusion_generate` (`block_length`, `steps`, `remasking_s
 """
 
 
-def make_loop_card(name: str, version: str) -> str:
-    return LOOP_CARD.format(name=name, version=version)
+def make_loop_card(name: str) -> str:
+    return LOOP_CARD.format(name=_literal(name), version=version("dllm-hf"))
 
 
 def card_header(folder: Path) -> dict:
     """The header of a folder's card; empty where there is none that can be read."""
+    if not (folder / "README.md").is_file():  # a pipe would be waited for
+        return {}
     try:
         return metadata_load(folder / "README.md") or {}
     except Exception:  # a card is written by hand: there are as many kinds as ways to get YAML wrong
         return {}
 
 
-def make_card(model_type: str, name: str, version: str, source: str | None, header: dict) -> str:
+def make_card(model_type: str, name: str, source: str | None, header: dict) -> str:
     """The card of a repository.
 
     Args:
         name: what `from_pretrained` will be called with.
-        source: where the weights come from, unchanged; None where they are the model's own.
-        header: that of the source's card, for its licence and language.
+        source: the repository that the weights come from, unchanged; None where they are the model's own, or a folder's.
+        header: that of the source's card, for its licence and language. Others wrote it: of its values only those are
+            taken that are what the Hub expects.
     """
+    licence = _plain(header.get("license"), r"[A-Za-z0-9.+-]{1,64}")
+    kept = {key: _plain(header.get(key)) for key in ("license_name", "license_link", "language")}
     values = {
-        "license": header.get("license", "unknown"),
-        **{key: header[key] for key in ("license_name", "license_link", "language") if key in header},
+        "license": licence or "unknown",
+        **{key: value for key, value in kept.items() if value},
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
     }
-    base = source if source and "/" in source and not Path(source).exists() else header.get("base_model")
+    base = source or _plain(header.get("base_model"), r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
     if base:
         values["base_model"] = base
     values["tags"] = ["dllm-hf", "diffusion", "text-diffusion", model_type.lower().replace("_", "-"), "custom_code"]
-    licence = f"their licence: {values['license']}" if "license" in header else "their licence is not known here"
-    origin = f"The weights are those of {source}, unchanged; {licence}." if source else f"The weights: {licence}."
+    names = licence if isinstance(licence, str) else ", ".join(licence or [])
+    stated = f"their licence: {names}" if licence else "their licence is not known here"
+    origin = f"The weights are those of {source}, unchanged; {stated}." if source else f"The weights: {stated}."
     return CARD.format(
         header=ModelCardData(**values).to_yaml() + "\n",
-        title=name.rstrip("/").split("/")[-1],
+        title=_escaped(name.rstrip("/").split("/")[-1]),
         description=DESCRIPTIONS[model_type],
-        version=version,
+        version=version("dllm-hf"),
         origin=origin,
-        name=name,
+        name=_literal(name),
     )
+
+
+def _plain(value, pattern: str = r".{1,200}") -> str | list[str] | None:
+    """A short text, or a list of such; None for anything else."""
+    texts = value if isinstance(value, list) else [value]
+    is_plain = bool(texts) and all(isinstance(t, str) and t.isprintable() and re.fullmatch(pattern, t) for t in texts)
+    return value if is_plain else None
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", " ".join(text.split()))
+
+
+def _literal(text: str) -> str:
+    """A string of Python's."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)

@@ -77,7 +77,7 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
     bos_token_id: int | None = None
     eot_token_id: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def _complete(self, kwargs: dict[str, Any]) -> None:
         architectures = " ".join(self.architectures or [])
         if "MoE" in architectures or "num_experts" in kwargs or "expert_intermediate_size" in kwargs:
             raise ValueError(
@@ -101,7 +101,6 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
         if self.eot_token_id is None and self.vocab_size == LLaDAConfig.vocab_size:
             # The published config.json does not name the token that ends a turn, <|eot_id|>.
             self.eot_token_id = 126348
-        super().__post_init__(**kwargs)
 
     @property
     def attention_bias(self) -> bool:

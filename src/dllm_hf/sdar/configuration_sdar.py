@@ -11,12 +11,9 @@ from ..configuration import DiffusionConfigMixin
 class BlockDiffusionConfigMixin(DiffusionConfigMixin):
     """What SDAR's configurations share. Goes before the library's in a class's bases."""
 
-    def __post_init__(self, **kwargs):
-        if self.block_size < 1:
-            raise ValueError(f"`block_size={self.block_size}` must be at least 1.")
+    def _complete(self, kwargs: dict[str, Any]) -> None:
         if self.use_sliding_window:
             raise ValueError("`use_sliding_window=True` is not supported: a block sees every earlier block.")
-        super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

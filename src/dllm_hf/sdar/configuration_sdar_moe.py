@@ -1,6 +1,6 @@
 """SDAR-MoE model configuration."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3MoeConfig
@@ -27,9 +27,9 @@ class SDARMoeConfig(BlockDiffusionConfigMixin, Qwen3MoeConfig):
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
 
-    def __post_init__(self, **kwargs):
+    def _complete(self, kwargs: dict[str, Any]) -> None:
+        super()._complete(kwargs)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"`num_experts_per_tok={self.num_experts_per_tok}` must be from 1 to `num_experts={self.num_experts}`."
             )
-        super().__post_init__(**kwargs)

@@ -112,6 +112,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
                 attention_mask,
                 position_ids,
                 inputs_embeds=inputs_embeds,
+                mask_ratio=mask_ratio,
                 block_size=block_size,
                 return_dict=return_dict,
                 **kwargs,
@@ -144,6 +145,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
                 logits_to_keep=torch.arange(length, device=input_ids.device),
                 **options,
             )
+        self._expect_noise(input_ids, labels, mask_ratio)
         loss = masked_diffusion_loss(
             output.logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch, position_ids
         )

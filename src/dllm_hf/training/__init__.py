@@ -5,9 +5,14 @@ from importlib import import_module
 from .losses import masked_diffusion_loss
 
 # Imported when they are asked for: the models need the losses only, and the library's trainer takes a second.
-_LATER = {"DataCollatorForMaskedDiffusion": ".collator", "chat_texts": ".data", "pack": ".data"}
+_LATER = {
+    "DataCollatorForMaskedDiffusion": ".collator",
+    "MaskedDiffusionSFTTrainer": ".sft",
+    "chat_texts": ".data",
+    "pack": ".data",
+}
 
-__all__ = ["DataCollatorForMaskedDiffusion", "chat_texts", "masked_diffusion_loss", "pack"]
+__all__ = ["DataCollatorForMaskedDiffusion", "MaskedDiffusionSFTTrainer", "chat_texts", "masked_diffusion_loss", "pack"]
 
 
 def __getattr__(name: str):

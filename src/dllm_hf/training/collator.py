@@ -11,6 +11,7 @@ from .noising import context_weights, mask_complementary, mask_sequences
 
 SCHEDULES = ("llada", "dream", "complementary")
 WEIGHTINGS = ("1/t", "1-t", "cart", "none")
+OPTIONAL = ("labels", "position_ids", "attention_mask")  # of a text, beside `input_ids`
 
 
 @dataclass
@@ -19,13 +20,14 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
 
     A text is `input_ids`, a list or 1-D tensor. If it has `labels` too, they say what to learn: where they are -100, as
     in a prompt, tokens are never masked. Packed samples have `position_ids` that start from 0 in each
-    ([`~dllm_hf.training.pack`]). `attention_mask`, 0 on padding, takes padding away.
+    ([`~dllm_hf.training.pack`]). `attention_mask`, 0 on padding, takes padding away. An empty text becomes a row of
+    padding, from which nothing is learnt.
 
         collator = DataCollatorForMaskedDiffusion(tokenizer, seed=0)
         Trainer(model, args, train_dataset=texts, data_collator=collator, callbacks=[collator])
 
-    The batch has `input_ids`, `labels`, `mask_ratio` (what a token's loss is divided by), all `(batch, length)`, and
-    where needed `attention_mask` and `position_ids`. The positions that are labelled are those that the loss is
+    The batch has `input_ids`, `labels`, `mask_ratio` (what a token's loss is divided by), `attention_mask`, and for
+    packed samples `position_ids`, all `(batch, length)`. The positions that are labelled are those that the loss is
     divided by, so that `Trainer` counts them right under gradient accumulation and in several processes.
 
     Args:
@@ -40,7 +42,8 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
         eos_padding: pad with end-of-sequence tokens that are learnt like the text, so that the model says by itself
             where an answer ends, as LLaDA's and Dream's fine-tuning does.
         pad_to_multiple_of: makes the length of a batch a multiple of this.
-        mask_token_id: the tokenizer's if not given.
+        mask_token_id: the tokenizer's if not given. A tokenizer may have none, as LLaDA's, whose mask is an added token:
+            give `model.config.mask_token_id`.
         seed: with it, and passed to `Trainer` as a callback as well, noise depends on nothing but seed, epoch and batch:
             a resumed run sees what the unbroken one would have seen, whatever the number of workers. Without it,
             PyTorch's generator draws.
@@ -73,12 +76,14 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
             raise ValueError(
                 "`schedule='complementary'` needs `block_size`, the model's, and the others have no use for it."
             )
-        if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"`block_size={self.block_size}` must be at least 1.")
         if self.mask_token_id is None:
             self.mask_token_id = self.tokenizer.mask_token_id
         if self.mask_token_id is None:
-            raise ValueError("The tokenizer has no mask token: give `mask_token_id`, as in the model's configuration.")
+            raise ValueError("The tokenizer has no mask token: give `mask_token_id=model.config.mask_token_id`.")
+        for name, least in (("block_size", 1), ("pad_to_multiple_of", 1), ("mask_token_id", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"`{name}={value!r}` must be an integer of at least {least}.")
         if self.eos_padding and self.tokenizer.eos_token_id is None:
             raise ValueError("`eos_padding` needs a tokenizer with an `eos_token`.")
 
@@ -115,9 +120,8 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
             else:
                 ratio = 1 / self._weights(rates, real & (labels == -100), samples)
         ratio = torch.where(labels != -100, ratio, 0.0)
-        batch = {"input_ids": noisy, "labels": labels, "mask_ratio": ratio}
-        if not real.all():
-            batch["attention_mask"] = real.long()
+        # A mask that masks nothing too, so that all batches have the same columns.
+        batch = {"input_ids": noisy, "labels": labels, "mask_ratio": ratio, "attention_mask": real.long()}
         if positions is not None:
             batch["position_ids"] = positions
         return batch
@@ -129,47 +133,72 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
 
     def _padded(self, features: list[dict[str, Any]]):
         """Tokens, what may be masked, what is no padding, and the positions of packed samples or None; all `(batch,
-        length)`. Padding stands on the right: where decoding pads, positions would not start at the first column."""
-        if not features or "input_ids" not in features[0]:
+        length)`. Padding stands on the right: where decoding pads, positions would not start at the first column. An
+        empty text is a row of padding."""
+        if not features or not any("input_ids" in feature for feature in features):
             raise ValueError(
                 "The collator got no `input_ids`: tokenize the dataset first (`Trainer` drops columns that the model's "
                 "`forward` does not know, unless `remove_unused_columns=False`)."
             )
-        has_positions = "position_ids" in features[0]
-        if has_positions and self.eos_padding:
+        packed = any(feature.get("position_ids") is not None for feature in features)
+        if packed and self.eos_padding:
             raise ValueError(
                 "`eos_padding` pads single texts: leave it out for packed samples, which end by themselves."
             )
-        rows = []
-        for feature in features:
-            ids = torch.as_tensor(feature["input_ids"])
-            labels = torch.as_tensor(feature["labels"]) if feature.get("labels") is not None else ids
-            if labels.shape != ids.shape or ids.ndim != 1:
-                raise ValueError(
-                    f"`labels` {tuple(labels.shape)} and `input_ids` {tuple(ids.shape)} of a text must be two lists of "
-                    "the same length."
-                )
-            row = [ids, labels != -100]
-            if has_positions:
-                row.append(torch.as_tensor(feature["position_ids"]))
-            if feature.get("attention_mask") is not None:
-                kept = torch.as_tensor(feature["attention_mask"]).bool()
-                row = [column[kept] for column in row]
-            rows.append(row)
-        length = max(len(row[0]) for row in rows)
+        rows = [_read(number, feature, packed) for number, feature in enumerate(features)]
+        length = max(1, *(len(row[0]) for row in rows))
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         tokenizer = self.tokenizer
         filler = (
             tokenizer.eos_token_id if self.eos_padding or tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
-        columns = [
-            _stacked([row[i] for row in rows], length, value)
-            for i, value in enumerate([0 if filler is None else filler, self.eos_padding, 0][: 2 + has_positions])
-        ]
+        fillers = [0 if filler is None else filler, self.eos_padding, 0]
+        columns = [_stacked(list(column), length, value) for column, value in zip(zip(*rows), fillers)]
         real = _stacked([torch.ones_like(row[1]) for row in rows], length, self.eos_padding)
-        tokens, maskable = columns[0].long(), columns[1]
-        return tokens, maskable, real, columns[2].long() if has_positions else None
+        return columns[0], columns[1], real, columns[2] if packed else None
+
+
+def _read(number: int, feature: dict[str, Any], packed: bool) -> list[torch.Tensor]:
+    """Tokens, what may be masked and, of packed samples, positions of a text without its padding, `(length,)` each."""
+    for name in ("input_ids", "position_ids")[: 1 + packed]:
+        if feature.get(name) is None:
+            raise ValueError(
+                f"Row {number} of the batch has no `{name}`, and others do: give it in all rows or in none."
+            )
+    ids = _numbers(number, "input_ids", feature["input_ids"])
+    given = {name: _numbers(number, name, feature[name]) for name in OPTIONAL if feature.get(name) is not None}
+    for name, values in given.items():
+        if len(values) != len(ids):
+            raise ValueError(
+                f"`{name}` of row {number} of the batch has {len(values)} elements, and `input_ids` {len(ids)}: both "
+                "must be as many."
+            )
+    labels = given.get("labels", ids)
+    maskable = labels != -100
+    if (labels != ids)[maskable].any():
+        raise ValueError(
+            f"`labels` of row {number} of the batch are not the tokens at their places: give the token itself where it "
+            "is to be learnt, -100 elsewhere, and clean text in `input_ids`. The collator draws the noise."
+        )
+    row = [ids, maskable, *([given["position_ids"]] if packed else [])]
+    if "attention_mask" in given:
+        row = [values[given["attention_mask"] != 0] for values in row]
+    return row
+
+
+def _numbers(number: int, name: str, values) -> torch.Tensor:
+    """`(length,)`, int64."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`{name}` of row {number} of the batch is no list of integers ({error}).") from None
+    if tensor.ndim != 1 or (len(tensor) and (tensor.is_floating_point() or tensor.is_complex())):
+        raise ValueError(
+            f"`{name}` of row {number} of the batch must be a list of integers, but is {tuple(tensor.shape)} of "
+            f"{tensor.dtype}: one text in each row."
+        )
+    return tensor.long()
 
 
 def _stacked(rows: list[torch.Tensor], length: int, value) -> torch.Tensor:

@@ -40,7 +40,7 @@ def masked_diffusion_loss(
         )
     labels = labels.to(logits.device)
     if logits_shift:
-        logits = logits.take_along_dim(previous_tokens(labels, position_ids, token_mask)[..., None], dim=1)
+        logits = logits.gather(1, previous_tokens(labels, position_ids, token_mask)[..., None].expand_as(logits))
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     losses = losses.view(labels.shape)
     labelled = labels != -100
@@ -51,7 +51,7 @@ def masked_diffusion_loss(
                 f"`mask_ratio` must be `(batch,)` or `(batch, length)` = {tuple(labels.shape)}, "
                 f"but is {tuple(mask_ratio.shape)}."
             )
-        ratio = mask_ratio.to(losses).view(len(labels), -1)
+        ratio = mask_ratio.to(losses).view(labels.shape[0], -1)
         losses = losses / torch.where(labelled, ratio, 1.0)
         counted = (ratio > 0).expand_as(labels)
         number = (counted if token_mask is None else counted & token_mask.bool()).sum()

@@ -1,7 +1,17 @@
 """The command line's options. Importing this must stay cheap."""
 
 import argparse
+import difflib
+from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+from .output import tell, write
+
+COMMANDS = {
+    "generate": "continue or infill a prompt",
+    "chat": "converse",
+    "export": "write a repository that runs without dllm_hf",
+}
 
 # Option of `DiffusionGenerationConfig` -> type, help, and the originals' names for it. Written out instead of being read
 # from `DEFAULTS`, whose module needs torch, and which mostly says None; a test keeps the two in step.
@@ -47,26 +57,107 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+    """Errors are one line, and suggest what may have been meant."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        tell(f"{self.prog}: error: {message} (see {self.prog} --help)")
+        self.exit(2)
+
+    def _print_message(self, message: str, file=None) -> None:
+        write(message)  # help: the only thing that is printed besides errors
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Arguments in any order, `--max_new_tokens` for `--max-new-tokens`."""
+        end = argv.index("--") if "--" in argv else len(argv)
+        hyphens = []
+        for argument in argv[:end]:
+            name, equals, value = argument.partition("=")
+            hyphens.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+        arguments, unknown = self.parse_known_intermixed_args(hyphens + argv[end:])
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            names = (argument.partition("=")[0] for argument in unknown if argument.startswith("-"))
+            hint = next(filter(None, (did_you_mean(name, known) for name in names)), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return arguments
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean ...?)`, or nothing where no known name is close: a wrong suggestion is worse than none."""
+    # Hyphens would make all options alike.
+    bare = {other.lstrip("-"): other for other in known}
+    wanted = name.lstrip("-")
+    longer = [other for other in bare if len(wanted) > 2 and other.startswith(wanted)]
+    close = difflib.get_close_matches(wanted, bare, n=1, cutoff=0.75) or longer
+    return f" (did you mean {bare[close[0]]}?)" if close else ""
+
+
+def one_of(*values: str) -> Callable[[str], str]:
+    """A type of argument."""
+
+    def check(text: str) -> str:
+        if text not in values:
+            meant = did_you_mean(text, values)
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown{meant}: choose one of {', '.join(values)}")
+        return text
+
+    return check
+
+
+def integer(text: str) -> int:
+    """A type of argument: what fits into 64 bits, as everything does that counts something."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is too large a number")
+    return value
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def command_parser(command: str) -> Parser:
+    """The parser of `generate` or `chat`."""
+    prog = f"dllm-hf {command}"
+    positionals = "MODEL [PROMPT | -]" if command == "generate" else "MODEL"
+    parser = Parser(prog=prog, usage=f"{prog} {positionals} [options]")
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
+    if command == "generate":
+        parser.description = (
+            "Continue a prompt, and fill the mask tokens written in it. Prints prompt and completion; in a terminal, "
+            "the drafts are visible while they settle. Ctrl-C ends it, and leaves what has settled."
+        )
+        parser.add_argument(
+            "prompt",
+            metavar="PROMPT",
+            nargs="?",
+            default="",
+            help="text, or - for standard input (less its last newline)",
+        )
+    else:
+        parser.description = "Converse with a model. /help lists its commands; Ctrl-C stops an answer, Ctrl-D quits."
+    parser.epilog = (
+        "A terminal is shown no control characters and no bidirectional formatting that a model writes; a file or a pipe "
+        "gets the text as it is. NO_COLOR is obeyed."
+    )
+    add_options(parser)
+    return parser
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--device", help="cuda, cuda:1, cpu, mps, ... (default: cuda if there is one, else cpu)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
     model.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: the checkpoint's"
+        "--dtype", default="auto", type=one_of(*dtypes), help=f"{', '.join(dtypes)} (default: the checkpoint's)"
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run code that the repository brings")
     output = parser.add_argument_group("output")
     output.add_argument("--no-stream", action="store_true", help="show no drafts, only the final text")
-    output.add_argument("--seed", type=int, help="makes random draws repeatable")
+    output.add_argument("--seed", type=integer, metavar="INT", help="makes random draws repeatable")
 
     generation = parser.add_argument_group(
         "generation", "Where one is not given, the model's generation_config.json and then the model's default apply."
@@ -76,28 +167,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             generation.add_argument(*names, dest=name, help=text, action=argparse.BooleanOptionalAction)
         elif kind is list:
-            generation.add_argument(*names, dest=name, help=text, type=int, nargs="+", metavar="ID")
+            generation.add_argument(*names, dest=name, help=text, type=integer, nargs="+", metavar="ID")
         else:
-            generation.add_argument(*names, dest=name, help=text, type=kind, metavar=kind.__name__.upper())
+            convert = integer if kind is int else kind
+            generation.add_argument(*names, dest=name, help=text, type=convert, metavar=kind.__name__.upper())
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Arguments in any order, `--max_new_tokens` for `--max-new-tokens`; the given options end up in `.generation`."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    hyphens = []
-    for argument in argv[:end]:
-        name, equals, value = argument.partition("=")
-        hyphens.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-    arguments = parser.parse_intermixed_args(hyphens + argv[end:])
-    given = {name: value for name, value in vars(arguments).items() if name in GENERATION_OPTIONS and value is not None}
-    arguments.generation = given
-    return arguments
+def generation_options(arguments: argparse.Namespace) -> dict:
+    """Those that were given."""
+    return {name: value for name, value in vars(arguments).items() if name in GENERATION_OPTIONS and value is not None}
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> Parser:
+    """The parser of `export`."""
     parser = Parser(
         prog="dllm-hf export",
-        allow_abbrev=False,
         description="Write a checkpoint, ours or an original, as a repository that runs without dllm_hf: weights, "
         "configuration, tokenizer, the code they need, and a card. The weights are linked or copied, not loaded.",
     )

@@ -1,4 +1,4 @@
-"""Drafts in a terminal."""
+"""What has settled, and drafts in a terminal."""
 
 import os
 import sys
@@ -6,12 +6,46 @@ import unicodedata
 from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from .output import printable, show, write
 
 MASK = "░"
 
 
-class TerminalStreamer(TextDiffusionStreamer):
+class SettledText(BaseStreamer):
+    """Keeps the text that is final, to show it where decoding is interrupted.
+
+    Args:
+        tokenizer: decodes; special tokens are skipped.
+        mask_token_id: in a draft, shown as `MASK`.
+        skip_tokens: so many tokens from the start, the prompt of a conversation, are not shown.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, skip_tokens: int = 0):
+        self.tokenizer, self.mask_token_id, self.skip_tokens = tokenizer, mask_token_id, skip_tokens
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        """All is final: the caller shows it."""
+
+    def interrupted(self) -> None:
+        if text := self._settled():
+            show(text)
+
+    def _settled(self) -> str:
+        return self._decode(self.tokens[self.skip_tokens :])
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.rstrip("\ufffd")
+
+
+class TerminalStreamer(SettledText):
     """Shows final text as it is and the draft behind it in yellow, masks as blocks.
 
     The library's streamer saves the cursor's position before a draft and restores it after. The saved position is one
@@ -19,23 +53,17 @@ class TerminalStreamer(TextDiffusionStreamer):
     the restored position is too low and the draft's first rows stay behind. This one counts rows instead: what may
     still change starts in column 0, its rows are wrapped here, and it is never taller than the screen. It also shows
     final text at once, where the library waits for the end of the word.
-
-    Args:
-        tokenizer: decodes; special tokens are skipped.
-        mask_token_id: shown as `MASK`.
-        skip_tokens: so many tokens from the start, the prompt of a conversation, are not shown.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, skip_tokens: int = 0):
-        super().__init__(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.mask_token_id, self.skip_tokens = mask_token_id, skip_tokens
-        self.tokens: list[int] = []  # final
-        self.printed = 0  # characters of their text that have left the changeable area for good
+        super().__init__(tokenizer, mask_token_id, skip_tokens)
+        self.printed = 0  # characters of the final text that have left the changeable area for good
         self.rows = 0  # height of the changeable area on the screen
+        self.colours = ("", "") if os.environ.get("NO_COLOR") else ("\033[33m", "\033[0m")
 
     def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-        self._show(self._decode(self.tokens[self.skip_tokens :]))
+        super().put(value)
+        self._show(self._settled())
 
     def put_draft(self, value: torch.Tensor, **kwargs) -> None:
         runs: list[list[int]] = [[]]
@@ -45,21 +73,22 @@ class TerminalStreamer(TextDiffusionStreamer):
             else:
                 runs[-1].append(token)
         # The run that continues the final text is decoded together with it: its first token may finish a character.
-        final = self._decode(self.tokens[self.skip_tokens :])
+        final = self._settled()
         draft = MASK.join(map(self._decode, runs))
         self._show(final, draft[len(final) :])
 
     def end(self) -> None:
-        """Leave the final text, without a draft, on lines of its own. Also right after an interruption."""
-        self._show(self._decode(self.tokens[self.skip_tokens :]))
+        """Leave the final text, without a draft, on lines of its own."""
+        self._show(self._settled())
         if self.rows:
-            self._write("\n")
+            write("\n")
         self.rows = 0
 
+    def interrupted(self) -> None:
+        self.end()
+
     def _decode(self, tokens: list[int]) -> str:
-        text = self.tokenizer.decode(tokens, **self.decode_kwargs).rstrip("\ufffd").expandtabs(4)
-        # A model must not control the terminal.
-        return "".join(c for c in text if c == "\n" or unicodedata.category(c) != "Cc")
+        return printable(super()._decode(tokens).expandtabs(4))
 
     def _show(self, final: str, draft: str = "") -> None:
         width, height = _terminal_size()
@@ -71,13 +100,8 @@ class TerminalStreamer(TextDiffusionStreamer):
             rows = [*rows[: height - 2], "…"]
         changeable = "\n".join(rows)
         self.rows = len(rows) if changeable else 0
-        colours = ("\033[33m", "\033[0m") if len(changeable) > len(tail) else ("", "")
-        self._write(erase + "".join(done) + tail + colours[0] + changeable[len(tail) :] + colours[1])
-
-    @staticmethod
-    def _write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        colours = self.colours if len(changeable) > len(tail) else ("", "")
+        write(erase + "".join(done) + tail + colours[0] + changeable[len(tail) :] + colours[1])
 
 
 def wrap(text: str, width: int) -> Iterator[str]:

@@ -1,0 +1,106 @@
+"""`dllm-hf chat`."""
+
+import argparse
+import signal
+import threading
+from contextlib import contextmanager
+
+from .options import did_you_mean
+from .output import read_line, show, tell
+from .session import Session
+
+try:
+    import readline  # noqa: F401  gives `input` line editing and a history
+except ImportError:  # Windows
+    pass
+
+COMMANDS = {
+    "/clear": "forget the conversation",
+    "/help": "list these commands",
+    "/quit": "quit, as /exit and Ctrl-D do",
+}
+TEMPLATE_SECONDS = 10  # for what takes milliseconds
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    session = Session(arguments)
+    if not session.tokenizer.chat_template:
+        raise ValueError(
+            f"{arguments.model} has no chat template, so it was not trained to converse: continue a text with "
+            "`dllm-hf generate`, or add a chat_template.jinja to the folder."
+        )
+    _prompt(session, [{"role": "user", "content": "Hi"}])  # a template that is broken says so before anybody has typed
+    session.load()
+    messages: list[dict[str, str]] = []
+    while True:
+        line = read_line("> ")
+        text = line.strip()
+        if not line or (line.startswith("/") and text in ("/quit", "/exit")):
+            return 0
+        if not line.startswith("/"):
+            if text:
+                messages = _turn(session, [*messages, {"role": "user", "content": text}]) or messages
+        elif text == "/clear":
+            messages = []
+        elif text == "/help":
+            tell("; ".join(f"{name}: {what}" for name, what in COMMANDS.items()) + ". Ctrl-C stops an answer.")
+        else:
+            tell(
+                f"{text} is no command{did_you_mean(text, COMMANDS)}: /help lists them. A blank before it makes it a message."
+            )
+
+
+def _turn(session: Session, messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """The conversation with the model's answer, or None where there is no answer: the question is then forgotten."""
+    try:
+        prompt = _prompt(session, messages)
+        if session.option("mask_token_id") in prompt:
+            raise ValueError(
+                f"the conversation holds the mask, {session.tokenizer.mask_token!r}, which the model would fill in where "
+                "it stands: write it in another way, or infill with `dllm-hf generate`."
+            )
+        # A turn ends before the sequence does; which token ends it, the tokenizer or LLaDA's config knows.
+        ends = [session.tokenizer.eos_token_id, getattr(session.model.config, "eot_token_id", None)]
+        completion = session.complete(prompt, show_prompt=False, more_ends=[end for end in ends if end is not None])
+    except KeyboardInterrupt:
+        tell("(stopped; the question is forgotten)")
+        return None
+    except ValueError as error:
+        tell(f"{error} (the question is forgotten; /clear forgets the whole conversation)")
+        return None
+    answer = session.text(completion.tokens[0][len(prompt) :])
+    if not session.streams:
+        show(answer)
+    tell(completion.report)
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _prompt(session: Session, messages: list[dict[str, str]]) -> list[int]:
+    """What the chat template makes of a conversation. Raises a `ValueError` where it fails, or takes too long."""
+    file = session.folder / "chat_template.jinja"
+    file = file if file.is_file() else session.folder / "tokenizer_config.json"
+    try:
+        with _time_limit(TEMPLATE_SECONDS):
+            encoding = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # the template is a program
+        raise ValueError(f"the chat template in {file} fails: {error}") from error
+    return list(encoding["input_ids"])
+
+
+@contextmanager
+def _time_limit(seconds: float):
+    """Raises a `TimeoutError`. Without signals (on Windows, or in a thread) there is no limit."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"it has not ended after {seconds:g} seconds")
+
+    handler, timer = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)

@@ -1,0 +1,176 @@
+"""What the documentation says to type can be typed: snippets of Python run, commands know the options they are given."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import sys
+from functools import cache
+from itertools import dropwhile
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import huggingface_hub.utils._http
+import pytest
+import torch
+import transformers.dynamic_module_utils
+from transformers import BertConfig, BertForMaskedLM, GenerationMixin
+
+from dllm_hf.hub import export_loop
+
+from .builders import character_tokenizer, load_script, new_model
+from .hub.standin import running_hub
+
+ROOT = Path(__file__).parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(\w+=\S+ )*((dllm-hf|python|make|pip) |(benchmarks|examples)/\w+\.py).*")
+
+# What stands in for checkpoints, devices and sizes that tests have not.
+REPLACED = {
+    '"GSAI-ML/LLaDA-8B-Instruct"': '"tiny"',
+    '"cuda"': '"cpu"',
+    'SFTConfig("out")': 'SFTConfig("out", use_cpu=True)',
+    "vocab_size=151936, hidden_size=512, num_hidden_layers=8": (
+        "vocab_size=1000, mask_token_id=999, pad_token_id=998, eos_token_id=998, bos_token_id=997, hidden_size=64, "
+        "num_hidden_layers=1"
+    ),
+}
+# (page, number of the snippet): why it does not run here.
+CANNOT_RUN: dict[tuple[str, int], str] = {}
+if importlib.util.find_spec("trl") is None:
+    CANNOT_RUN["docs/compatibility.md", 0] = "TRL needs Python 3.11"
+
+
+class MaskedBert(BertForMaskedLM, GenerationMixin):
+    """Of which docs/hub.md tells: a masked model of other origin."""
+
+
+def snippets(page: str) -> list[tuple[int, str]]:
+    """The snippets of Python of a page, each with the line that it begins at."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [(text[: fence.start()].count("\n") + 2, fence[2]) for fence in FENCE.finditer(text) if fence[1] == "python"]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page, in words: of fences without a language, and inside of lines."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fences = [fence[2] for fence in FENCE.finditer(text) if fence[1] in ("", "sh")]
+    lines = [line for block in fences for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall("`([^`\n]+)`", FENCE.sub("", text))
+    found = [shlex.split(line, comments=True) for line in lines if COMMAND.fullmatch(line)]
+    # Variables of the environment may stand before a command, and the interpreter before a script.
+    bare = [list(dropwhile(lambda word: "=" in word or word == "python", words)) for words in found]
+    return [words for words in bare if words[0] != "-m"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A LLaDA whose tokenizer has a chat template, and a mask that `mask_token` does not name: as the published one."""
+    folder = tmp_path_factory.mktemp("docs") / "tiny"
+    new_model("llada", max_sequence_length=512).save_pretrained(folder)
+    tokenizer = character_tokenizer()
+    tokenizer.mask_token = None
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the Hub, on this machine."""
+    with running_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+        for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+        yield hub
+
+
+def before(page: str, number: int) -> dict:
+    """What a snippet takes for given, as the text around it says."""
+    if (page, number) == ("docs/hub.md", 0):
+        return {"model": new_model("llada"), "tokenizer": character_tokenizer()}
+    if (page, number) == ("docs/hub.md", 1):
+        export_loop("OUT")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+        model = MaskedBert(BertConfig(vocab_size=128, pad_token_id=0, **sizes)).eval()
+        return {"model": model, "input_ids": torch.tensor([[5, 6, 7]])}
+    return {}
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the library's own requests
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
+def test_the_snippets_of_a_page_run_one_after_the_other(page, tiny, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "tiny").symlink_to(tiny)
+    names, left_out = {"__name__": "snippet"}, []
+    for number, (line, code) in enumerate(snippets(page)):
+        if (page, number) in CANNOT_RUN:
+            left_out.append(f"snippet {number}: {CANNOT_RUN[page, number]}")
+            continue
+        for real, small in REPLACED.items():
+            code = code.replace(real, small)
+        names |= before(page, number)
+        exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), names)
+    if left_out:
+        pytest.skip("; ".join(left_out))
+
+
+@cache
+def help_of(*words: str) -> str:
+    """What a command says of itself."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+        if words[0] == "dllm-hf":
+            module, function = re.search('^dllm-hf = "(.+):(.+)"$', PROJECT, re.MULTILINE).groups()
+            getattr(importlib.import_module(module), function)([*words[1:], "--help"])
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.syspath_prepend(ROOT / "benchmarks")  # as when it is run
+                patch.setattr(sys, "argv", [*words, "--help"])
+                load_script(words[0]).main()
+    assert not ended.value.code
+    return printed.getvalue()
+
+
+def check(command: list[str]) -> None:
+    name, rest = command[0], command[1:]
+    if name == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        for word in rest:
+            assert re.search(rf"^{word.partition('=')[0]}(:| *\?=)", makefile, re.MULTILINE), f"make has no {word}"
+        return
+    if name == "pip":
+        extras = re.findall(r"\.\[(\w+)\]", " ".join(rest))
+        assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras), rest
+        return
+    subcommand = [word for word in rest[:1] if word.isalpha() and word.islower()]
+    said = help_of(name, *subcommand)
+    for option in [word for word in rest if word.startswith("--")]:
+        option = option.partition("=")[0].strip("[]")
+        assert re.search(rf"(^|[\s,[]){option}(?![\w-])", said), f"{name} has no {option}"
+    for word in rest:
+        if word.startswith("hub_configs/"):
+            assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_commands_of_a_page_know_their_options(page):
+    for command in commands(page):
+        check(command)
+
+
+def test_the_readme_has_commands_and_snippets():
+    """Else the patterns above have stopped finding them."""
+    assert len(snippets("README.md")) >= 5
+    assert {command[0] for command in commands("README.md")} >= {"make", "dllm-hf", "pip", "examples/train.py"}
