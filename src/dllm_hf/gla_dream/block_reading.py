@@ -242,6 +242,7 @@ def read_block(
         last_states, log_decays = state.new_empty(batch, 2, *state.shape[1:]), state.new_empty(batch, heads, key_dim)
         last_outputs = out.new_empty(batch, out.shape[2])
     power = lambda number: max(16, triton.next_power_of_2(number))
+    # Key dimensions at a time. With 16 the outputs of a block that moves on were garbage (float32, triton 3.6, an H100).
     # More than 32 rows in tf32 would be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
     precision = "ieee" if query.dtype == torch.float32 or size > 32 else "tf32"
     _read_block[(heads, batch, 2)](
@@ -249,7 +250,7 @@ def read_block(
         last_states, log_decays, last_outputs, key_dim**-0.5, 1.0 / gate_logit_normalizer, MIN_LOG_DECAY, eps,
         query.stride(1), key.stride(1), value.stride(1), low_rank.stride(1),
         GROUPS=heads * key_dim // key.shape[2], SIZE=size, RANK=rank, KEY_DIM=key_dim, VALUE_DIM=value_dim,
-        BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=min(32, power(key_dim)), BLOCK_V=power(value_dim),
+        BLOCK_T=power(size), BLOCK_R=power(rank), BLOCK_K=32, BLOCK_V=power(value_dim),
         IS_GLOBAL=is_global, MOVES_ON=moves_on, PRECISION=precision,
         num_warps=4 if size <= 32 else 8, num_stages=2 if size <= 32 else 1,
     )  # fmt: skip
