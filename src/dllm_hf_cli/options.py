@@ -26,6 +26,8 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "do_sample": (bool, "draw proposals, or (--no-do-sample) take the most likely ones", ()),
     "top_k": (int, "draw from the k most likely tokens", ("topk",)),
     "top_p": (float, "draw from the most likely tokens that reach this probability together", ("topp",)),
+    "min_p": (float, "draw from the tokens that are at least so probable, as a part of the most likely one", ()),
+    "repetition_penalty": (float, "above 1: make tokens that stand in the text already less likely", ()),
     "remasking_strategy": (
         str,
         "which proposals a step transfers: low_confidence_static (low_confidence), low_confidence_dynamic, sequential, "
@@ -41,6 +43,9 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "cache_policy": (str, "none, prefix, dual or block, where the model offers it", ()),
     "prefill_chunk_size": (int, "cache policy block: a longer prompt is computed in pieces", ()),
     "suppress_tokens": (list, "token ids that are never proposed", ()),
+    "bad_words_ids": (list, "words of one token each that are never proposed either", ()),
+    "stop_strings": (tuple, "end the text behind the first of these", ()),
+    "max_time": (float, "seconds after which the text ends with the block that is being decoded", ()),
     "confidence_suppress_tokens": (list, "token ids that are transferred last", ()),
     "logits_eos_inf": (bool, "never propose the end of sequence", ()),
     "confidence_eos_eot_inf": (bool, "transfer the ends of sequence and of turn last", ()),
@@ -168,6 +173,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             generation.add_argument(*names, dest=name, help=text, action=argparse.BooleanOptionalAction)
         elif kind is list:
             generation.add_argument(*names, dest=name, help=text, type=integer, nargs="+", metavar="ID")
+        elif kind is tuple:
+            generation.add_argument(*names, dest=name, help=text, nargs="+", metavar="TEXT")
         else:
             convert = integer if kind is int else kind
             generation.add_argument(*names, dest=name, help=text, type=convert, metavar=kind.__name__.upper())
@@ -175,7 +182,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def generation_options(arguments: argparse.Namespace) -> dict:
     """Those that were given."""
-    return {name: value for name, value in vars(arguments).items() if name in GENERATION_OPTIONS and value is not None}
+    given = {name: value for name, value in vars(arguments).items() if name in GENERATION_OPTIONS and value is not None}
+    if "bad_words_ids" in given:
+        given["bad_words_ids"] = [[token] for token in given["bad_words_ids"]]
+    return given
 
 
 def export_parser() -> Parser:

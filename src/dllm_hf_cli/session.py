@@ -119,6 +119,7 @@ class Session:
                 torch.tensor([prompt], dtype=torch.long).view(1, -1),
                 generator=self.generator,
                 streamer=streamer,
+                tokenizer=self.tokenizer,
                 return_dict_in_generate=True,
                 **options,
             )

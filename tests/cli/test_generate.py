@@ -7,6 +7,8 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..builders import CHARACTERS
+
 REPORT = re.compile(r"(\d+) tokens, (\d+) forward passes, ([\d.]+) tokens per forward, [\d.]+ s\n$")
 
 
@@ -132,3 +134,15 @@ def test_mistakes_are_one_line_on_stderr_with_exit_code_2(run, folder, bare_fold
 def test_a_model_that_is_neither_here_nor_on_the_hub_is_a_mistake_too(run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     one_line_error(run("generate", "nobody/nothing", "Hi"), "no folder nobody/nothing")
+
+
+def test_the_text_ends_behind_a_stop_string(run, folder):
+    text = run("generate", folder, "Hi")[1].rstrip("\n")
+    stop = text[6:8]
+    stopped = run("generate", folder, "Hi", "--stop-strings", stop, "never there")[1].rstrip("\n")
+    assert stopped == text[: text.index(stop, 2) + 2]
+
+
+def test_words_that_are_not_wanted_are_not_written(run, folder):
+    token = CHARACTERS.index(run("generate", folder, "Hi")[1][2])
+    assert CHARACTERS[token] not in run("generate", folder, "Hi", "--bad-words-ids", str(token))[1][2:]

@@ -53,7 +53,7 @@ def test_a_typo_is_answered_with_what_was_meant(run, arguments, meant):
     assert f"(did you mean {meant}?)" in stderr
 
 
-UNLIKE = [["paint"], ["generate", "MODEL", "--max-time", "3"], ["chat", "MODEL", "--unheard-of"], ["--x"]]
+UNLIKE = [["paint"], ["generate", "MODEL", "--watermark", "3"], ["chat", "MODEL", "--unheard-of"], ["--x"]]
 UNLIKE += [["generate", "MODEL", "--dtype", "int8"], ["generate", "MODEL", "PROMPT", "more"]]
 
 
