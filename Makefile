@@ -30,7 +30,7 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-upstream lint clean venv FORCE
+.PHONY: help demo test test-slow test-upstream lint clean venv FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -41,7 +41,10 @@ demo: $(RUN_STAMP) ## Install, then watch small models continue a prompt and sol
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) examples/sudoku.py solve hub_configs/llada-tiny-sudoku --delay 0.2
 
 test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
-	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(DEV_STAMP) ## Install, then search at random (DLLM_HF_FUZZ=10000 for more than 200 cases of each)
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) -m slow tests/fuzz $(PYTEST_ARGS)
 
 test-upstream: $(DEV_STAMP) ## Install, then run transformers' own model tests (docs/upstream_tests.md)
 	OMP_NUM_THREADS=$(OMP_THREADS) PYTHON=$(PY) .ci/test-upstream $(PYTEST_ARGS)
