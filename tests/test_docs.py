@@ -129,17 +129,20 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, tiny, hub, tmp_pat
 @cache
 def help_of(*words: str) -> str:
     """What a command says of itself."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
-        if words[0] == "dllm-hf":
-            module, function = re.search('^dllm-hf = "(.+):(.+)"$', PROJECT, re.MULTILINE).groups()
-            getattr(importlib.import_module(module), function)([*words[1:], "--help"])
-        else:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.syspath_prepend(ROOT / "benchmarks")  # as when it is run
-                patch.setattr(sys, "argv", [*words, "--help"])
-                load_script(words[0]).main()
-    assert not ended.value.code
+    printed, code = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            if words[0] == "dllm-hf":
+                module, function = re.search('^dllm-hf = "(.+):(.+)"$', PROJECT, re.MULTILINE).groups()
+                code = getattr(importlib.import_module(module), function)([*words[1:], "--help"])
+            else:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.syspath_prepend(ROOT / "benchmarks")  # as when it is run
+                    patch.setattr(sys, "argv", [*words, "--help"])
+                    load_script(words[0]).main()
+        except SystemExit as stop:
+            code = stop.code
+    assert not code and printed.getvalue()
     return printed.getvalue()
 
 

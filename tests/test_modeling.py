@@ -194,7 +194,8 @@ def asked(model, monkeypatch):
 @pytest.mark.parametrize("policy", ["prefix", "dual"])
 def test_flash_attention_gives_way_to_sdpa_where_windows_of_rows_of_different_lengths_are_fed(model, asked, policy):
     prompts = [[3, 4, 5, 6, 7], [11, 12, 13], [21, 22, 23, 24]]
-    model.diffusion_generate(**left_pad(prompts), max_new_tokens=4, cache_policy=policy)
+    in_step = {"denoising_steps": 2, "remasking_strategy": "low_confidence_static"}  # all rows in each pass
+    model.diffusion_generate(**left_pad(prompts), max_new_tokens=4, cache_policy=policy, **in_step)
     canvas = 5 + 4
     assert {attention for attention, columns in asked if columns < canvas} == {"sdpa"}
     assert {attention for attention, columns in asked if columns == canvas} == {"flash_attention_2"}

@@ -158,10 +158,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         each = config.num_return_sequences
         check_batch(len(input_ids) * each, whole, generator, streamer)
         input_ids = input_ids.repeat_interleave(each, dim=0)
-        lengths = row_lengths(input_ids, attention_mask).repeat_interleave(each if attention_mask is not None else 1)
-        prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
-        generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
-        requests = [Request(*one, new_tokens, config, each) for *one, each in zip(prompts, generators, strict=True)]
+        requests = make_requests(input_ids, attention_mask, new_tokens, config, generator)
         # Blocks of the grid at 0 are decoded whole, which may take a few positions more.
         columns = max(len(request.canvas(self.block_grid)) for request in requests)
         check_fits(self.config, columns, new_tokens, f", in whole blocks of `block_length={config.block_length}`,")
@@ -402,6 +399,18 @@ def _is_there(name: str | os.PathLike, kwargs: dict) -> bool:
         ),
         str,
     )
+
+
+def make_requests(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, new_tokens: int, config, generator
+) -> list[Request]:
+    """A request for each row of a batch, `num_return_sequences` for each of its mask's rows."""
+    lengths = row_lengths(input_ids, None)
+    if attention_mask is not None:
+        lengths = row_lengths(input_ids, attention_mask).repeat_interleave(config.num_return_sequences)
+    prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+    generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
+    return [Request(prompt, new_tokens, config, one) for prompt, one in zip(prompts, generators, strict=True)]
 
 
 def run(decoder: Decoder, session: Session) -> None:
