@@ -200,6 +200,4 @@ class GLADreamAttention(nn.Module):
 
 def convolutions_of(attention: nn.Module) -> list[nn.Module]:
     """Those of queries, keys and values, where there are any."""
-    if not hasattr(attention, "q_conv1d"):
-        return []
-    return [attention.q_conv1d, attention.k_conv1d, attention.v_conv1d]
+    return [getattr(attention, f"{name}_conv1d") for name in "qkv" if hasattr(attention, f"{name}_conv1d")]
