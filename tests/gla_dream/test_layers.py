@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dllm_hf.gla_dream import modeling_gla_dream
+from dllm_hf.gla_dream import attention_gla_dream
 from dllm_hf.gla_dream.gated_linear_attention import block_states
 
 from ..builders import MASK, left_pad, new_model
@@ -119,7 +119,7 @@ def test_a_token_sees_its_own_block_and_every_earlier_one(model):
 
 
 def test_with_the_state_cut_blocks_are_independent(model, monkeypatch):
-    monkeypatch.setattr(modeling_gla_dream, "block_states", lambda *args: torch.zeros_like(block_states(*args)))
+    monkeypatch.setattr(attention_gla_dream, "block_states", lambda *args: torch.zeros_like(block_states(*args)))
     assert torch.equal(sees(model), BLOCKS[:, None] == BLOCKS)
 
 

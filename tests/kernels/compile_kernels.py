@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dllm_hf.gla_dream.block_reading import LARGEST, mix_scans, move_states, read_block, short_convolutions
+from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states, read_block, short_convolutions
 from dllm_hf.kernels.attention import canvas_attention
 from dllm_hf.kernels.layers import add_rms_norm, rotate_and_store, swiglu
 from dllm_hf.kernels.vocabulary import best_tokens

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from dllm_hf.gla_dream.modeling_gla_dream import DecayProjection
+from dllm_hf.gla_dream.attention_gla_dream import DecayProjection
 
 from ..builders import new_model
 from .conftest import decoded, logits_of, training_batch

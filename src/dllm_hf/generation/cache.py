@@ -180,9 +180,6 @@ class CanvasCache(Cache):
         held = (value for layer in self.layers for value in vars(layer).values())
         return [value for value in held if isinstance(value, torch.Tensor)]
 
-    # Read by models that make their own masks: the loop makes them.
-    is_block_causal = False
-
     def reserve(self, slots: int) -> None:
         """Say for how many rows there must be room, whatever the first pass feeds."""
         for layer in self.layers:

@@ -1,230 +1,30 @@
 """GLADream: block diffusion on gated linear attention.
 
-A layer has three units. Inside a block, a gated linear attention (arXiv:2312.06635) scans the tokens in both directions.
-Between blocks, a unidirectional one carries a state: a matrix for each head that does not grow with the text. Then a
-feed-forward network. The state before a block depends linearly on the one before, so that all blocks of a prompt, or
-of a training sequence, are computed at once.
+A layer has three units: gated linear attention inside a block, in both directions; the one between blocks, which
+carries a state ([`GLADreamAttention`] has both); and a feed-forward network.
 """
-
-import weakref
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2MLP,
-    Qwen2RotaryEmbedding,
-    apply_rotary_pos_emb,
-)
-from transformers.utils import can_return_tuple, logging
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RotaryEmbedding
+from transformers.utils import can_return_tuple
 
 from ..fused.stack import can_be_captured
 from ..generation.mixin import DiffusionGenerationMixin
-from ..generation.window import Window
 from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sample_ids
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
+from .attention_gla_dream import DecayProjection, GLADreamAttention, ShortConvolution, convolutions_of
 from .block_layout import BlockLayout, block_count, lay_out
-from .block_reading import BlockReading, convolutions_of
 from .configuration_gla_dream import GLADreamConfig
-from .gated_linear_attention import (
-    MIN_LOG_DECAY,
-    block_states,
-    check_installed,
-    gated_linear_attention,
-    short_convolution,
-)
-from .generation_utils_gla_dream import GLADreamCache, is_step
-
-logger = logging.get_logger(__name__)
-
-# For how many steps a head keeps a token before training (when it has faded to 1/e): three quarters of the heads for a
-# few, the others for many, spread evenly on a logarithmic scale between these two.
-SHORT_MEMORY, LONG_MEMORIES = 4.0, (64.0, 8192.0)
-
-
-class DecayProjection(nn.Linear):
-    """Projection to the logits of the decays, of which every `head_dim` belong to a head."""
-
-    def __init__(self, in_features: int, out_features: int, head_dim: int):
-        super().__init__(in_features, out_features)
-        self.head_dim = head_dim
-
-    def memory_bias(self, gate_logit_normalizer: float) -> torch.Tensor:
-        """The biases before training. Most heads see their neighbours, which is quick to learn from, and some keep a
-        token for thousands of steps: without them nothing far away would have a gradient."""
-        heads = self.out_features // self.head_dim
-        long = max(heads // 4, 1) if heads > 1 else 0
-        shortest, longest = LONG_MEMORIES
-        places = (torch.arange(long, device=self.bias.device) + 0.5) / max(long, 1)
-        steps = F.pad(shortest * (longest / shortest) ** places, (heads - long, 0), value=SHORT_MEMORY)
-        # What is kept in each step, exp(logsigmoid(bias) / gate_logit_normalizer), is exp(-1 / steps).
-        return torch.exp(-gate_logit_normalizer / steps).logit().repeat_interleave(self.head_dim)
-
-
-class ShortConvolution(nn.Conv1d):
-    """See [`short_convolution`]."""
-
-    def __init__(self, channels: int, size: int):
-        super().__init__(channels, channels, size, groups=channels, bias=False)
-
-    def initial_weight(self) -> torch.Tensor:
-        """The noise that `torch` and `fla` begin with, around the identity: without that, what tells tokens apart is
-        mixed before anything is learnt, and recall comes much later."""
-        size = self.kernel_size[0]
-        weight = torch.empty_like(self.weight).uniform_(-(size**-0.5), size**-0.5)
-        weight[..., size // 2] += 1
-        return weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return short_convolution(x, self.weight)
-
-
-class GLADreamAttention(nn.Module):
-    """The unit inside a block and the unit between blocks. The parameters that `fla.layers.GatedLinearAttention` has as
-    well have its names."""
-
-    def __init__(self, config: GLADreamConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.num_heads, self.head_k_dim, self.head_v_dim = (
-            config.num_attention_heads,
-            config.head_dim,
-            config.head_v_dim,
-        )
-        hidden, kv_heads, bias = config.hidden_size, config.num_key_value_heads, config.attention_bias
-        self.groups = self.num_heads // kv_heads
-        value_dim = self.num_heads * self.head_v_dim
-        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_k_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.head_k_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.head_v_dim, bias=bias)
-        if config.conv_size:
-            self.q_conv1d = ShortConvolution(self.q_proj.out_features, config.conv_size)
-            self.k_conv1d = ShortConvolution(self.k_proj.out_features, config.conv_size)
-            self.v_conv1d = ShortConvolution(self.v_proj.out_features, config.conv_size)
-        self.g_proj = nn.Linear(hidden, value_dim, bias=False)
-        self.gk_proj = nn.Sequential(
-            nn.Linear(hidden, config.gate_low_rank_dim, bias=False),
-            DecayProjection(config.gate_low_rank_dim, kv_heads * self.head_k_dim, self.head_k_dim),
-        )
-        self.g_norm_swish_gate = nn.RMSNorm(self.head_v_dim, eps=config.rms_norm_eps)
-        self.o_proj = nn.Linear(value_dim, hidden, bias=False)
-        self.intra_gate_proj = nn.Linear(2 * value_dim, value_dim, bias=False)
-        if not config.share_inter_intra_gate_weights:
-            self.inter_gate_proj = nn.Linear(2 * value_dim, value_dim, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        layout: BlockLayout,
-        cache: GLADreamCache | None = None,
-    ) -> torch.Tensor:
-        """`hidden_states`: `(rows, blocks * block_size, hidden)`."""
-        rows, width = hidden_states.shape[:2]
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if convolutions := convolutions_of(self):
-            query, key, value = (
-                self._convolved(convolution, x, layout)
-                for convolution, x in zip(convolutions, (query, key, value), strict=True)
-            )
-        query = query.view(rows, width, self.num_heads, self.head_k_dim)
-        key = key.view(rows, width, -1, self.head_k_dim)
-        value = value.view(rows, width, -1, self.head_v_dim)
-        log_decay = F.logsigmoid(self.gk_proj(hidden_states).float()).view(key.shape)
-        # Clamped for every implementation, so that all of them compute the same.
-        log_decay = (log_decay / self.config.gate_logit_normalizer).clamp(min=MIN_LOG_DECAY)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the positions are wider
-        if layout.valid is not None:
-            # Where no token stands, nothing enters a state and nothing decays.
-            empty = ~layout.valid[..., None, None]
-            key, log_decay = key.masked_fill(empty, 0), log_decay.masked_fill(empty, 0)
-        if self.groups > 1:
-            key, value, log_decay = (x.repeat_interleave(self.groups, dim=2) for x in (key, value, log_decay))
-
-        query, key, value, log_decay = (
-            x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
-        )
-        moves_on = cache is not None and not (isinstance(layout.final, int) and layout.final == 0)
-        needs_ends = moves_on or layout.blocks > 1 or layout.clean_rows > 0
-        options = {"output_final_state": needs_ends, "mode": self.config.attn_mode}
-        scans = [
-            gated_linear_attention(query, key, value, log_decay, reverse=reverse, **options)
-            for reverse in (False, True)
-        ]
-        (forward, _), (backward, _) = scans
-        states = cache.layers[self.layer_idx].rows_of(layout.window) if cache is not None else None
-        if needs_ends:
-            states = self._states(layout, states, rows, scans, log_decay)
-            if moves_on:
-                final = layout.final
-                if isinstance(final, int):
-                    after = states[:, final]
-                else:
-                    after = states.gather(1, final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
-                cache.layers[self.layer_idx].update(after, forward.dtype, layout.window)
-            states = states[:, :-1]
-            if layout.clean_rows:
-                states = states.repeat(rows // layout.clean_rows, 1, 1, 1, 1)
-            states = states.flatten(0, 1)
-        if states is not None:
-            from_start, from_end = self._injected(query, log_decay, states)
-            forward, backward = forward + from_start, backward + from_end
-        output = self._fused(self.intra_gate_proj, forward, backward)[0]
-        output = output.reshape(rows, width, -1) * F.silu(self.g_proj(hidden_states))
-        return self.o_proj(output)
-
-    def _convolved(self, convolution: ShortConvolution, x: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
-        """`(rows, blocks * block_size, channels)`, each block by itself."""
-        if layout.valid is not None:
-            x = x.masked_fill(~layout.valid[..., None], 0)
-        blocks = x.reshape(x.shape[0] * layout.blocks, -1, x.shape[-1])
-        return convolution(blocks).reshape(x.shape)
-
-    def _fused(self, gate_proj: nn.Linear, forward: torch.Tensor, backward: torch.Tensor):
-        """`gate * norm(forward) + (1 - gate) * norm(backward)`, and the gate, for scans `(..., heads, head_v_dim)`."""
-        norm = self.g_norm_swish_gate
-        forward, backward = (norm(x.to(norm.weight.dtype)) for x in (forward, backward))
-        gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
-        return torch.lerp(backward, forward, gate.to(backward.dtype)), gate
-
-    def _states(self, layout, initial, rows, scans, log_decay) -> torch.Tensor:
-        """The unit between blocks: the state before each block and the one after the last, `(rows, blocks + 1, heads,
-        key_dim, value_dim)`, of the clean rows where there are any.
-
-        Args:
-            initial: the state before the first block, or None.
-            scans: from the start and from the end, both from zero: output `(rows * blocks, block_size, heads,
-                value_dim)` and last state.
-        """
-        (forward, forward_end), (backward, backward_end) = scans
-        gate_proj = self.intra_gate_proj if self.config.share_inter_intra_gate_weights else self.inter_gate_proj
-        clean = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
-        unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[clean]
-        _, gate = self._fused(gate_proj, unfold(forward[:, -1]), unfold(backward[:, 0]))
-        updates = torch.lerp(unfold(backward_end), unfold(forward_end), gate.to(forward_end.dtype)[..., None, :])
-        decays = unfold(log_decay.sum(1)).to(updates.dtype)
-        return block_states(updates, decays, initial, None if layout.samples is None else layout.samples[clean])
-
-    def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor):
-        """What the scans from the start and from the end read of `states`, each `(rows * blocks, block_size, heads,
-        head_v_dim)`."""
-        wide = states.dtype
-        with torch.autocast(states.device.type, enabled=False):
-            queries = (query * self.head_k_dim**-0.5).to(wide).transpose(1, 2)
-            if self.config.inter_block_injection_mode == "global":
-                read = (queries @ states).transpose(1, 2).to(query.dtype)
-                return read, read
-            decay = log_decay.to(wide).transpose(1, 2)
-            from_start = decay.cumsum(2)
-            from_end = from_start[:, :, -1:] - from_start + decay
-            return tuple(((queries * x.exp()) @ states).transpose(1, 2).to(query.dtype) for x in (from_start, from_end))
+from .from_autoregressive import from_autoregressive
+from .fused_gla_dream import EagerStep, FusedGLADream
+from .gated_linear_attention import check_installed
+from .generation_utils_gla_dream import GLADreamCache
 
 
 class GLADreamDecoderLayer(GradientCheckpointingLayer):
@@ -457,38 +257,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
             ValueError: the checkpoint is of another kind, or a field makes a parameter's shape another one than the
                 checkpoint's.
         """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GLADreamConfig.__annotations__}
-        located = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
-        ar_config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **located)
-        if config is None:
-            config = GLADreamConfig.from_ar_config(ar_config, **fields)
-        elif fields:
-            raise ValueError(f"Give {', '.join(f'`{name}`' for name in fields)} in `config`, or leave `config` out.")
-        ar_model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        model = cls._from_config(config, dtype=ar_model.dtype).to(ar_model.device)
-        given, own = ar_model.state_dict(), model.state_dict()
-        for name in own.keys() & given.keys():
-            if own[name].shape != given[name].shape:
-                raise ValueError(
-                    f"`{name}` is {tuple(own[name].shape)} here and {tuple(given[name].shape)} in the checkpoint: leave "
-                    "the sizes as the checkpoint has them."
-                )
-        model.load_state_dict({name: given[name] for name in own.keys() & given.keys()}, strict=False)
-        info = {
-            "copied": sorted(own.keys() & given.keys()),
-            "new": sorted(own.keys() - given.keys()),
-            "left_out": sorted(given.keys() - own.keys()),
-        }
-        for name, parameters in info.items():
-            logger.info("%s: %s", name, ", ".join(parameters) or "nothing")
-        logger.warning(
-            "GLADream from %s: %d parameters copied, %d new (%s), %d left out. Train it before use.",
-            pretrained_model_name_or_path,
-            *(len(info[name]) for name in ("copied", "new")),
-            ", ".join(sorted({name.split("self_attn.")[-1] for name in info["new"]})),
-            len(info["left_out"]),
-        )
-        return (model, info) if output_loading_info else model
+        return from_autoregressive(cls, pretrained_model_name_or_path, config, output_loading_info, **kwargs)
 
     @property
     def logits_shift(self) -> int:
@@ -597,10 +366,10 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def step_forward(self) -> "BlockReading | OwnForward | None":
+    def step_forward(self) -> FusedGLADream | EagerStep | None:
         """See [`DiffusionGenerationMixin.step_forward`]."""
-        reading = BlockReading.of(self) if all(_is_as_built(layer) for layer in self.model.layers) else None
-        return reading or (OwnForward(self) if can_be_captured(self) else None)
+        fused = FusedGLADream.of(self) if all(_is_as_built(layer) for layer in self.model.layers) else None
+        return fused or (EagerStep(self) if can_be_captured(self) else None)
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
         """None: the stack counts them itself, and knows then that a row is one text."""
@@ -628,31 +397,3 @@ def _is_as_built(layer: nn.Module) -> bool:
     ):
         return False
     return not vars(attention).keys() & vars(GLADreamAttention).keys() and "forward" not in vars(decay)
-
-
-class OwnForward:
-    """The model's own forward pass as a step, where [`BlockReading`] does not know how."""
-
-    def __init__(self, model: GLADreamModel):
-        self.reference, self.size = weakref.ref(model), model.config.block_size
-
-    @property
-    def model(self) -> GLADreamModel:
-        return self.reference()
-
-    def covers(self, window: Window) -> bool:
-        return is_step(window, self.size)
-
-    def prepare(self, cache: GLADreamCache, slots: int) -> None:
-        cache.allocate(self.model.config, slots, self.model.dtype, self.model.device)
-
-    def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
-        cache.set_window(window)
-        return self.model(
-            input_ids=tokens,
-            position_ids=window.columns,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            logits_to_keep=window.keep,
-        ).logits

@@ -15,15 +15,7 @@ except ImportError:  # on a CPU
 LOG2E = 1.4426950408889634
 
 
-def canvas_attention_torch(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    lengths: torch.Tensor,
-    base: torch.Tensor,
-    width: int,
-    scale: float,
-) -> torch.Tensor:
+def canvas_attention_torch(query, keys, values, lengths, base, width, scale) -> torch.Tensor:
     """The twin of [`canvas_attention`]."""
     columns = torch.arange(width, device=keys.device)
     unseen = columns >= lengths[:, None, :, None]

@@ -87,17 +87,7 @@ def rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def rotate_and_store_torch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    columns: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    query_norm: torch.Tensor | None = None,
-    key_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
+    query, key, value, cos, sin, columns, keys, values, query_norm=None, key_norm=None, eps=0.0
 ) -> torch.Tensor:
     """The twin of [`rotate_and_store`]."""
     batch, window = query.shape[:2]

@@ -9,10 +9,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     load_balancing_loss_func,
 )
 
+from ..block_diffusion import BlockCausalModel, BlockDiffusionLM
 from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import attend_both_ways
 from .configuration_sdar_moe import SDARMoeConfig
-from .modeling_sdar import BlockCausalModel, BlockDiffusionLM
 
 # On disk each expert has weights of its own; the library's grouped forward wants them stacked.
 register_checkpoint_conversion_mapping("sdar_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)

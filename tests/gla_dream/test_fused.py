@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dllm_hf.gla_dream.block_reading import BlockReading
-from dllm_hf.gla_dream.modeling_gla_dream import GLADreamAttention, OwnForward
+from dllm_hf.gla_dream.attention_gla_dream import GLADreamAttention
+from dllm_hf.gla_dream.fused_gla_dream import EagerStep, FusedGLADream
 
 from ..builders import new_model, window_of
 from .conftest import INJECTIONS
@@ -46,7 +46,7 @@ def check_a_step(model):
     def both(columns, starts_of_block, settled):
         keep = torch.arange(size, device=DEVICE) + starts_of_block - columns[:, :1] - model.logits_shift
         found = []
-        for forward in (OwnForward(model), BlockReading.of(model)):
+        for forward in (EagerStep(model), FusedGLADream.of(model)):
             own = copy.deepcopy(cache)
             logits = forward(tokens.gather(1, columns), window_of(columns, keep, settled), own)
             found.append([logits, own.last_hidden, *(layer.state for layer in own.layers)])
@@ -100,8 +100,8 @@ def test_in_bfloat16_the_logits_are_as_near_to_float64_as_the_model_s_own():
             return forward(tokens, window_of(columns, columns - 32), cache).double()  # noqa: B023
 
         precise = copy.deepcopy(model).double()
-        exact = logits(OwnForward(precise))
-        for name, forward in (("kernel", BlockReading.of(model)), ("own", OwnForward(model))):
+        exact = logits(EagerStep(precise))
+        for name, forward in (("kernel", FusedGLADream.of(model)), ("own", EagerStep(model))):
             errors[name] += float((logits(forward) - exact).norm() / exact.norm())
     assert 0 < errors["kernel"] <= 1.05 * errors["own"], errors
 
@@ -111,12 +111,12 @@ REFUSED = [{"attn_mode": "torch"}, {"block_size": 65}, {"gate_low_rank_dim": 65}
 
 @pytest.mark.parametrize("changes", REFUSED, ids=str)
 def test_what_the_kernel_has_no_room_for_runs_as_it_is(changes):
-    assert isinstance(new_model("gla_dream", **changes).step_forward(), OwnForward)
+    assert isinstance(new_model("gla_dream", **changes).step_forward(), EagerStep)
 
 
 def test_other_types_run_as_they_are():
-    assert isinstance(new_model("gla_dream").half().step_forward(), BlockReading)
-    assert isinstance(new_model("gla_dream").double().step_forward(), OwnForward)
+    assert isinstance(new_model("gla_dream").half().step_forward(), FusedGLADream)
+    assert isinstance(new_model("gla_dream").double().step_forward(), EagerStep)
 
 
 class Quantised(nn.Parameter):
@@ -184,12 +184,12 @@ CHANGES += [a_wider_convolution, a_transposed_convolution]
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_layer_that_was_changed_runs_as_it_is(change):
     model = new_model("gla_dream", conv_size=3)
-    assert isinstance(model.step_forward(), BlockReading)
+    assert isinstance(model.step_forward(), FusedGLADream)
     change(model.model.layers[1])
-    assert isinstance(model.step_forward(), OwnForward)
+    assert isinstance(model.step_forward(), EagerStep)
 
 
 def test_another_last_norm_runs_as_it_is():
     model = new_model("gla_dream")
     model.model.norm = nn.LayerNorm(32)
-    assert isinstance(model.step_forward(), OwnForward)
+    assert isinstance(model.step_forward(), EagerStep)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dllm_hf.gla_dream.block_reading import (
+from dllm_hf.gla_dream.kernels_gla_dream import (
     mix_scans,
     mix_scans_torch,
     move_states,

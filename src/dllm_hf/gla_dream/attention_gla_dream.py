@@ -1,0 +1,203 @@
+"""GLADream's attention: gated linear attention (arXiv:2312.06635) in both directions inside a block, and in one between
+blocks. The unit between blocks carries a state, a matrix for each head that does not grow with the text. The state
+before a block depends linearly on the one before, so that all blocks of a prompt, or of a training sequence, are
+computed at once.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+from .block_layout import BlockLayout
+from .configuration_gla_dream import GLADreamConfig
+from .gated_linear_attention import MIN_LOG_DECAY, block_states, gated_linear_attention, short_convolution
+from .generation_utils_gla_dream import GLADreamCache
+
+# For how many steps a head keeps a token before training (when it has faded to 1/e): three quarters of the heads for a
+# few, the others for many, spread evenly on a logarithmic scale between these two.
+SHORT_MEMORY, LONG_MEMORIES = 4.0, (64.0, 8192.0)
+
+
+class DecayProjection(nn.Linear):
+    """Projection to the logits of the decays, of which every `head_dim` belong to a head."""
+
+    def __init__(self, in_features: int, out_features: int, head_dim: int):
+        super().__init__(in_features, out_features)
+        self.head_dim = head_dim
+
+    def memory_bias(self, gate_logit_normalizer: float) -> torch.Tensor:
+        """The biases before training. Most heads see their neighbours, which is quick to learn from, and some keep a
+        token for thousands of steps: without them nothing far away would have a gradient."""
+        heads = self.out_features // self.head_dim
+        long = max(heads // 4, 1) if heads > 1 else 0
+        shortest, longest = LONG_MEMORIES
+        places = (torch.arange(long, device=self.bias.device) + 0.5) / max(long, 1)
+        steps = F.pad(shortest * (longest / shortest) ** places, (heads - long, 0), value=SHORT_MEMORY)
+        # What is kept in each step, exp(logsigmoid(bias) / gate_logit_normalizer), is exp(-1 / steps).
+        return torch.exp(-gate_logit_normalizer / steps).logit().repeat_interleave(self.head_dim)
+
+
+class ShortConvolution(nn.Conv1d):
+    """See [`short_convolution`]."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__(channels, channels, size, groups=channels, bias=False)
+
+    def initial_weight(self) -> torch.Tensor:
+        """The noise that `torch` and `fla` begin with, around the identity: without that, what tells tokens apart is
+        mixed before anything is learnt, and recall comes much later."""
+        size = self.kernel_size[0]
+        weight = torch.empty_like(self.weight).uniform_(-(size**-0.5), size**-0.5)
+        weight[..., size // 2] += 1
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return short_convolution(x, self.weight)
+
+
+class GLADreamAttention(nn.Module):
+    """The unit inside a block and the unit between blocks. The parameters that `fla.layers.GatedLinearAttention` has as
+    well have its names."""
+
+    def __init__(self, config: GLADreamConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.head_k_dim, self.head_v_dim = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.head_v_dim,
+        )
+        hidden, kv_heads, bias = config.hidden_size, config.num_key_value_heads, config.attention_bias
+        self.groups = self.num_heads // kv_heads
+        value_dim = self.num_heads * self.head_v_dim
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_k_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_k_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_v_dim, bias=bias)
+        if config.conv_size:
+            self.q_conv1d = ShortConvolution(self.q_proj.out_features, config.conv_size)
+            self.k_conv1d = ShortConvolution(self.k_proj.out_features, config.conv_size)
+            self.v_conv1d = ShortConvolution(self.v_proj.out_features, config.conv_size)
+        self.g_proj = nn.Linear(hidden, value_dim, bias=False)
+        self.gk_proj = nn.Sequential(
+            nn.Linear(hidden, config.gate_low_rank_dim, bias=False),
+            DecayProjection(config.gate_low_rank_dim, kv_heads * self.head_k_dim, self.head_k_dim),
+        )
+        self.g_norm_swish_gate = nn.RMSNorm(self.head_v_dim, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(value_dim, hidden, bias=False)
+        self.intra_gate_proj = nn.Linear(2 * value_dim, value_dim, bias=False)
+        if not config.share_inter_intra_gate_weights:
+            self.inter_gate_proj = nn.Linear(2 * value_dim, value_dim, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        layout: BlockLayout,
+        cache: GLADreamCache | None = None,
+    ) -> torch.Tensor:
+        """`hidden_states`: `(rows, blocks * block_size, hidden)`."""
+        rows, width = hidden_states.shape[:2]
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if convolutions := convolutions_of(self):
+            query, key, value = (
+                self._convolved(convolution, x, layout)
+                for convolution, x in zip(convolutions, (query, key, value), strict=True)
+            )
+        query = query.view(rows, width, self.num_heads, self.head_k_dim)
+        key = key.view(rows, width, -1, self.head_k_dim)
+        value = value.view(rows, width, -1, self.head_v_dim)
+        log_decay = F.logsigmoid(self.gk_proj(hidden_states).float()).view(key.shape)
+        # Clamped for every implementation, so that all of them compute the same.
+        log_decay = (log_decay / self.config.gate_logit_normalizer).clamp(min=MIN_LOG_DECAY)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the positions are wider
+        if layout.valid is not None:
+            # Where no token stands, nothing enters a state and nothing decays.
+            empty = ~layout.valid[..., None, None]
+            key, log_decay = key.masked_fill(empty, 0), log_decay.masked_fill(empty, 0)
+        if self.groups > 1:
+            key, value, log_decay = (x.repeat_interleave(self.groups, dim=2) for x in (key, value, log_decay))
+
+        query, key, value, log_decay = (
+            x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
+        )
+        moves_on = cache is not None and not (isinstance(layout.final, int) and layout.final == 0)
+        needs_ends = moves_on or layout.blocks > 1 or layout.clean_rows > 0
+        options = {"output_final_state": needs_ends, "mode": self.config.attn_mode}
+        scans = [
+            gated_linear_attention(query, key, value, log_decay, reverse=reverse, **options)
+            for reverse in (False, True)
+        ]
+        (forward, _), (backward, _) = scans
+        states = cache.layers[self.layer_idx].rows_of(layout.window) if cache is not None else None
+        if needs_ends:
+            states = self._states(layout, states, rows, scans, log_decay)
+            if moves_on:
+                final = layout.final
+                if isinstance(final, int):
+                    after = states[:, final]
+                else:
+                    after = states.gather(1, final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
+                cache.layers[self.layer_idx].update(after, forward.dtype, layout.window)
+            states = states[:, :-1]
+            if layout.clean_rows:
+                states = states.repeat(rows // layout.clean_rows, 1, 1, 1, 1)
+            states = states.flatten(0, 1)
+        if states is not None:
+            from_start, from_end = self._injected(query, log_decay, states)
+            forward, backward = forward + from_start, backward + from_end
+        output = self._fused(self.intra_gate_proj, forward, backward)[0]
+        output = output.reshape(rows, width, -1) * F.silu(self.g_proj(hidden_states))
+        return self.o_proj(output)
+
+    def _convolved(self, convolution: ShortConvolution, x: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+        """`(rows, blocks * block_size, channels)`, each block by itself."""
+        if layout.valid is not None:
+            x = x.masked_fill(~layout.valid[..., None], 0)
+        blocks = x.reshape(x.shape[0] * layout.blocks, -1, x.shape[-1])
+        return convolution(blocks).reshape(x.shape)
+
+    def _fused(self, gate_proj: nn.Linear, forward: torch.Tensor, backward: torch.Tensor):
+        """`gate * norm(forward) + (1 - gate) * norm(backward)`, and the gate, for scans `(..., heads, head_v_dim)`."""
+        norm = self.g_norm_swish_gate
+        forward, backward = (norm(x.to(norm.weight.dtype)) for x in (forward, backward))
+        gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
+        return torch.lerp(backward, forward, gate.to(backward.dtype)), gate
+
+    def _states(self, layout, initial, rows, scans, log_decay) -> torch.Tensor:
+        """The unit between blocks: the state before each block and the one after the last, `(rows, blocks + 1, heads,
+        key_dim, value_dim)`, of the clean rows where there are any.
+
+        Args:
+            initial: the state before the first block, or None.
+            scans: from the start and from the end, both from zero: output `(rows * blocks, block_size, heads,
+                value_dim)` and last state.
+        """
+        (forward, forward_end), (backward, backward_end) = scans
+        gate_proj = self.intra_gate_proj if self.config.share_inter_intra_gate_weights else self.inter_gate_proj
+        clean = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
+        unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[clean]
+        _, gate = self._fused(gate_proj, unfold(forward[:, -1]), unfold(backward[:, 0]))
+        updates = torch.lerp(unfold(backward_end), unfold(forward_end), gate.to(forward_end.dtype)[..., None, :])
+        decays = unfold(log_decay.sum(1)).to(updates.dtype)
+        return block_states(updates, decays, initial, None if layout.samples is None else layout.samples[clean])
+
+    def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor):
+        """What the scans from the start and from the end read of `states`, each `(rows * blocks, block_size, heads,
+        head_v_dim)`."""
+        wide = states.dtype
+        with torch.autocast(states.device.type, enabled=False):
+            queries = (query * self.head_k_dim**-0.5).to(wide).transpose(1, 2)
+            if self.config.inter_block_injection_mode == "global":
+                read = (queries @ states).transpose(1, 2).to(query.dtype)
+                return read, read
+            decay = log_decay.to(wide).transpose(1, 2)
+            from_start = decay.cumsum(2)
+            from_end = from_start[:, :, -1:] - from_start + decay
+            return tuple(((queries * x.exp()) @ states).transpose(1, 2).to(query.dtype) for x in (from_start, from_end))
+
+
+def convolutions_of(attention: nn.Module) -> list[nn.Module]:
+    """Those of queries, keys and values, where there are any."""
+    return [getattr(attention, f"{name}_conv1d") for name in "qkv" if hasattr(attention, f"{name}_conv1d")]

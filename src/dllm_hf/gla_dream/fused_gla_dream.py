@@ -1,0 +1,146 @@
+"""A denoising step of GLADream on our kernels: a block that reads the states and leaves them as they are, and before it,
+in its first step, the finished block that moves them on. A layer is ten launches instead of sixty, and eleven with
+short convolutions.
+"""
+
+import weakref
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..fused.stack import FusedStack, can_be_captured, is_patched
+from ..generation.window import Window
+from .attention_gla_dream import convolutions_of
+from .generation_utils_gla_dream import GLADreamCache, is_step
+from .kernels_gla_dream import (
+    LARGEST,
+    mix_scans,
+    mix_scans_torch,
+    move_states,
+    move_states_torch,
+    read_block,
+    read_block_torch,
+    short_convolutions,
+    short_convolutions_torch,
+)
+
+
+class FusedGLADream(FusedStack):
+    """The stack of a GLADream as [`FusedStack`] runs one, over windows of one block or two."""
+
+    def __init__(self, stack: PreTrainedModel, head: nn.Module):
+        super().__init__(stack, head)
+        self.convolve = short_convolutions if self.is_fused else short_convolutions_torch
+        self.read = read_block if self.is_fused else read_block_torch
+        self.mix = mix_scans if self.is_fused else mix_scans_torch
+        self.move = move_states if self.is_fused else move_states_torch
+
+    def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
+        (inputs,), others = super().inputs_of(attention), [attention.g_proj, attention.gk_proj[0]]
+        # Only those with biases are one product with those that have some.
+        return [inputs, others] if self.config.attention_bias else [inputs + others]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "FusedGLADream | None":
+        """None where the model has something that the kernel does not know, or has been told what to run. The layers are
+        those of [`GLADreamModel`]: it sees to that."""
+        config, stack = model.config, model.model
+        if config.attn_mode != "auto" or not can_be_captured(model) or is_patched(stack):
+            return None
+        sizes = (config.block_size, config.head_dim, config.head_v_dim, config.gate_low_rank_dim)
+        if any(size > most for size, most in zip(sizes, LARGEST, strict=True)) or model.dtype == torch.float64:
+            return None
+        norms, decays = [stack.norm], [layer.self_attn.gk_proj[1] for layer in stack.layers]
+        for layer in stack.layers:
+            norms += [layer.self_attn.g_norm_swish_gate, layer.input_layernorm, layer.post_attention_layernorm]
+        if any(type(norm) is not nn.RMSNorm for norm in norms):
+            return None
+        # The kernels read these themselves: quantised ones would be no memory to them.
+        parameters = [norm.weight for norm in norms]
+        parameters += [parameter for decay in decays for parameter in (decay.weight, decay.bias)]
+        parameters += [each.weight for layer in stack.layers for each in convolutions_of(layer.self_attn)]
+        if any(type(each) is not nn.Parameter or each.dtype != model.dtype for each in parameters):
+            return None
+        return cls(stack, model.lm_head) if all(each.is_contiguous() for each in parameters) else None
+
+    def covers(self, window: Window) -> bool:
+        return is_step(window, self.config.block_size)
+
+    def prepare(self, cache: GLADreamCache, slots: int) -> None:
+        cache.allocate(self.config, slots, self.dtype, self.norm.weight.device)
+
+    def attend(self, index: int, normed, cos, sin, sees, cache: GLADreamCache) -> torch.Tensor:
+        """`normed`: `(blocks * rows, block_size, hidden)`, block after block; `sees`: `slots` and `moves`, see
+        [`move_states`]."""
+        slots, moves = sees
+        attention, state = self.layers[index].self_attn, cache.layers[index].state
+        query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
+        if convolutions := convolutions_of(attention):
+            query, key, value = self.convolve((query, key, value), [each.weight for each in convolutions])
+        decay, norm = attention.gk_proj[1], attention.g_norm_swish_gate
+
+        def read(rows: slice, moves_on: bool):
+            return self.read(
+                query[rows], key[rows], value[rows], low_rank[rows], decay.weight, decay.bias, cos[rows], sin[rows], state,
+                slots, norm.weight, norm.eps, self.config.gate_logit_normalizer,
+                self.config.inter_block_injection_mode == "global", moves_on,
+            )  # fmt: skip
+
+        finished = len(normed) - len(slots)
+        if finished:
+            before, last_states, log_decays, last_outputs = read(slice(finished), True)
+            shares = self.config.share_inter_intra_gate_weights
+            gate_logits = (attention.intra_gate_proj if shares else attention.inter_gate_proj)(last_outputs)
+            self.move(state, slots, last_states, log_decays, gate_logits, moves)
+        (scans,) = read(slice(finished, None), False)
+        if finished:
+            scans = torch.cat([before, scans])
+        return self.mix(scans, attention.intra_gate_proj(scans), gate)
+
+    def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
+        rows, size, slots = len(tokens), self.config.block_size, window.slots
+        # Each block is a row to all but the states, which the finished ones move on first.
+        by_block = (x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1) for x in (tokens, window.columns))
+        moves = (window.final > window.columns[:, :1])[:, 0]
+        hidden_states = self.last_hidden(*by_block, (slots, moves), cache)
+        hidden_states = hidden_states.unflatten(0, (-1, rows)).transpose(0, 1).flatten(1, 2)
+        if not self.config.logits_shift:
+            return self.head(hidden_states.take_along_dim(window.keep[..., None], dim=1))
+        with_before = cache.with_token_before(hidden_states, window)
+        logits = self.head(with_before.take_along_dim(window.keep[..., None] + 1, dim=1))
+        if hidden_states.shape[1] > size:
+            last = torch.where(moves[:, None], hidden_states[:, size - 1], cache.last_hidden[slots])
+            cache.last_hidden.index_copy_(0, slots, last)
+        return logits
+
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
+        return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)
+
+
+class EagerStep:
+    """The model's own forward pass as a step, where [`FusedGLADream`] does not know how."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.reference, self.size = weakref.ref(model), model.config.block_size
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.reference()
+
+    def covers(self, window: Window) -> bool:
+        return is_step(window, self.size)
+
+    def prepare(self, cache: GLADreamCache, slots: int) -> None:
+        cache.allocate(self.model.config, slots, self.model.dtype, self.model.device)
+
+    def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
+        cache.set_window(window)
+        return self.model(
+            input_ids=tokens,
+            position_ids=window.columns,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=window.keep,
+        ).logits
