@@ -133,14 +133,17 @@ class BlockDiffusionLM(MaskedDiffusionLM):
             twice = None if attention_mask is None else torch.cat([attention_mask, attention_mask], dim=1)
             # Only shape, dtype and device of the embeddings are read.
             shaped_like = torch.empty(batch, 2 * length, 1, dtype=self.dtype, device=input_ids.device)
-            output = super().forward(
-                both,
-                block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size),
-                torch.cat([position_ids, position_ids], dim=1),
-                token_mask=twice,
-                logits_to_keep=torch.arange(length, device=input_ids.device),
-                **options,
-            )
+            # FlashAttention would get no mask at all. (With gradients it is refused by the stack.)
+            unfit = uses_flash_attention(self.config) and not torch.is_grad_enabled()
+            with without_flash_attention(self.config) if unfit else nullcontext():
+                output = super().forward(
+                    both,
+                    block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size),
+                    torch.cat([position_ids, position_ids], dim=1),
+                    token_mask=twice,
+                    logits_to_keep=torch.arange(length, device=input_ids.device),
+                    **options,
+                )
         self._expect_noise(input_ids, labels, mask_ratio)
         loss = masked_diffusion_loss(
             output.logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch, position_ids

@@ -275,3 +275,13 @@ def test_the_loss_comes_first_in_a_tuple(model):
 def test_inner_states_are_given_on_request(model):
     output = model(**batch_of(), output_hidden_states=True)
     assert len(output.hidden_states) == 3
+
+
+@torch.no_grad()
+def test_a_loss_without_gradients_is_the_same_under_flash_attention(model):
+    """As in an evaluation: FlashAttention knows no such mask, and gives way."""
+    noisy, labels = (torch.tensor([row]) for row in PAIRS[0])
+    expected = model(input_ids=noisy, labels=labels).loss
+    model.config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(model(input_ids=noisy, labels=labels).loss, expected)
+    assert model.config._attn_implementation == "flash_attention_2"
