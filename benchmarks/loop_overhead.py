@@ -34,13 +34,13 @@ def build_model() -> LLaDAModelLM:
 
 
 def noted_passes(model, decode):
-    """The keyword arguments of each forward pass of `decode`, and the window its cache stood at."""
+    """The keyword arguments of each forward pass of `decode`, with its cache's window and width."""
     passes = []
 
     def note(_, args, kwargs):
         cache = kwargs["past_key_values"]
-        window = None if cache is None else (cache.layers[0].columns, cache.layers[0].visible, cache.layers[0].width)
-        passes.append(({**kwargs, "input_ids": kwargs["input_ids"].clone()}, window))
+        at = None if cache is None else (cache.layers[0].window, cache.layers[0].width)
+        passes.append(({**kwargs, "input_ids": kwargs["input_ids"].clone()}, at))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     decode()
@@ -50,12 +50,11 @@ def noted_passes(model, decode):
 
 @torch.no_grad()
 def run_bare(model, passes):
-    window = passes[0][1]
-    cache = None if window is None else CanvasCache(model, window[2])
-    for kwargs, window in passes:
+    at = passes[0][1]
+    cache = None if at is None else CanvasCache(model, at[1])
+    for kwargs, at in passes:
         if cache is not None:
-            for layer in cache.layers:
-                layer.columns, layer.visible = window[:2]
+            cache.set_window(at[0])
         model(**{**kwargs, "past_key_values": cache})
 
 

@@ -181,7 +181,9 @@ def test_calls_of_other_lengths_share_graphs_and_do_not_disturb_each_other(famil
         both_ways(model, rows=ROWS[:2], **options, max_new_tokens=8)
         numbers.append(len(captured))
     # A returned cache holds its graphs as long as somebody has it, and a model keeps two workspaces.
-    assert numbers[0] and numbers[2] - numbers[1] <= (numbers[0] if policy == "block" else 0)
+    # In float32 the library's products of experts look at the device: such steps run without a graph.
+    assert numbers[0] or (family == "sdar_moe" and DEVICE == "cuda")
+    assert numbers[2] - numbers[1] <= (numbers[0] if policy == "block" else 0)
 
 
 @pytest.mark.parametrize("family", ["sdar", "gla_dream"])
