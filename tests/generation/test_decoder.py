@@ -11,7 +11,6 @@ from dllm_hf.generation.decoder import Decoder
 from dllm_hf.generation.pool import fused_of
 
 from ..builders import MASK, VOCAB, generate, new_model, tiny_model
-from .test_graphs import captured  # noqa: F401  what stands for graphs on a CPU
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none", "prefix", "dual")]
@@ -114,7 +113,7 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(family, policy, data):
 @pytest.mark.parametrize("family, policy", [cell for cell in CELLS if cell[1] != "none"])
 @settings(max_examples=3)
 @given(data=st.data())
-def test_rows_that_join_and_leave_get_it_from_graphs_too(family, policy, data, captured):  # noqa: F811
+def test_rows_that_join_and_leave_get_it_from_graphs_too(family, policy, data, captured):
     check(family, policy, data, has_graphs=True)
 
 
