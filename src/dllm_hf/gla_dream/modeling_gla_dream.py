@@ -218,6 +218,24 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             cache.last_hidden.index_copy_(0, window.slots, kept)
 
 
+def _check_training_inputs(input_ids, attention_mask, inputs_embeds, labels, kwargs: dict) -> None:
+    """Raises a `ValueError` for what a loss can't be computed of, and drops from `kwargs` what says nothing here."""
+    if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
+        raise ValueError("`labels` needs `input_ids` of the same shape: the clean text is made of both.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
+    if kwargs.pop("past_key_values", None) is not None:
+        raise ValueError("`past_key_values` and `labels` exclude each other: training reads the whole text.")
+    if torch.is_tensor(kwargs.get("logits_to_keep")) or kwargs.pop("logits_to_keep", 0):
+        raise ValueError("A loss needs the logits of every position: leave `logits_to_keep` out.")
+    kwargs.pop("use_cache", None)
+
+
+def _is_clean(input_ids, labelled, mask_token_id: int | None) -> bool:
+    """Whether tokens are labelled and none of them is masked."""
+    return bool(labelled.any()) and not bool((labelled & (input_ids == mask_token_id)).any())
+
+
 class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrainedModel):
     """GLADream with its head."""
 
@@ -270,6 +288,17 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
     def make_cache(self, width: int) -> GLADreamCache:
         return GLADreamCache(self, width)
 
+    def _add_noise(self, clean, labelled, positions, samples):
+        """The noisy text, its labels and its mask ratio (or `None`), of a clean text."""
+        mask_token_id = self.config.mask_token_id
+        if mask_token_id is None:
+            raise ValueError(
+                "The text is clean, and the model's configuration has no `mask_token_id` to noise it with."
+            )
+        if self.config.use_complementary_mask:
+            return *mask_complementary(clean, labelled, mask_token_id, positions // self.config.block_size), None
+        return mask_sequences(clean, labelled, mask_token_id, samples)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -299,15 +328,7 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
                 return_dict=return_dict,
                 **kwargs,
             )
-        if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
-            raise ValueError("`labels` needs `input_ids` of the same shape: the clean text is made of both.")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
-        if kwargs.pop("past_key_values", None) is not None:
-            raise ValueError("`past_key_values` and `labels` exclude each other: training reads the whole text.")
-        if torch.is_tensor(kwargs.get("logits_to_keep")) or kwargs.pop("logits_to_keep", 0):
-            raise ValueError("A loss needs the logits of every position: leave `logits_to_keep` out.")
-        kwargs.pop("use_cache", None)
+        _check_training_inputs(input_ids, attention_mask, inputs_embeds, labels, kwargs)
         batch, length = input_ids.shape
         positions = position_ids
         if positions is None:
@@ -317,21 +338,13 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         labelled = labels != -100
         if attention_mask is not None:
             labelled = labelled & attention_mask.bool()
-        clean, noisy = torch.where(labelled, labels, input_ids), input_ids
-        mask_token_id, size = self.config.mask_token_id, self.config.block_size
-        if mask_ratio is None and bool(labelled.any()) and not bool((labelled & (input_ids == mask_token_id)).any()):
-            if mask_token_id is None:
-                raise ValueError(
-                    "The text is clean, and the model's configuration has no `mask_token_id` to noise it with."
-                )
+        clean, noisy, size = torch.where(labelled, labels, input_ids), input_ids, self.config.block_size
+        if mask_ratio is None and _is_clean(input_ids, labelled, self.config.mask_token_id):
             if num_items_in_batch is None:
                 num_items_in_batch = labelled.sum()
-            if self.config.use_complementary_mask:
-                noisy, labels = mask_complementary(clean, labelled, mask_token_id, positions // size)
-            else:
-                packed = position_ids is not None and attention_mask is None
-                samples = sample_ids(positions.expand(batch, -1)) if packed else None
-                noisy, labels, mask_ratio = mask_sequences(clean, labelled, mask_token_id, samples)
+            packed = position_ids is not None and attention_mask is None
+            samples = sample_ids(positions.expand(batch, -1)) if packed else None
+            noisy, labels, mask_ratio = self._add_noise(clean, labelled, positions, samples)
         views = len(noisy) // batch  # two where each text is seen twice
         # One block has no clean block before it, whose state it could read.
         clean_rows = 0 if position_ids is None and length <= size else batch
