@@ -2,6 +2,7 @@
 
 import torch
 
+from .configuration import as_token_list
 from .remasking import RULES, SCORES
 from .requests import Row
 
@@ -94,7 +95,4 @@ def numbers_of(row: Row) -> list[float]:
 
 def list_of(row: Row, name: str) -> list[int]:
     """The token ids that an option of a row lists."""
-    tokens = getattr(row.request.options, name)
-    if tokens is None:
-        return []
-    return list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
+    return as_token_list(getattr(row.request.options, name))

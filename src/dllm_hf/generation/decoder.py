@@ -166,7 +166,7 @@ class Decoder:
         the others would be padded to their length."""
         if not rows or self.process is not None:
             return [rows] if rows else []
-        widths = [row.frame().end - row.frame().start for row in rows]
+        widths = [frame.end - frame.start for frame in (row.frame() for row in rows)]
         if max(widths) * len(rows) <= max(MAX_CAPTURED_TOKENS, 2 * sum(widths)):
             return [rows]
         limit = 2 * max(row.span[1] - row.span[0] for row in rows) + 1
@@ -215,25 +215,19 @@ class Decoder:
         guided = getattr(backend, "cfg_scale", 0)
 
         def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
-            if not guided:
-                return backend(tokens, window, state)
-            given = canvas.given[window.slots[:, None], window.columns]
-            return backend(tokens, window, state, torch.where(given, features.mask_token_id, tokens))
+            masked = ()
+            if guided:
+                given = canvas.given[window.slots[:, None], window.columns]
+                masked = (torch.where(given, features.mask_token_id, tokens),)
+            logits = backend(tokens, window, state, *masked)
+            if self.process is None or not window.block.shape[1]:
+                return logits
+            takes_part = quota[:, :1, None] > 0  # of other rows the logits mean nothing
+            return self.process(logits.masked_fill_(~takes_part, 0), [row for row in self.rows if row])
 
         def compute(window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
             denoise(canvas, window, quota, forward, noise, features, reads_raw_logits)
 
-        if self.process is not None:
-
-            def processed(tokens: torch.Tensor, window: Window) -> torch.Tensor:
-                logits = forward(tokens, window)
-                if not window.block.shape[1]:
-                    return logits
-                takes_part = quota[:, :1, None] > 0  # of other rows the logits mean nothing
-                return self.process(logits.masked_fill_(~takes_part, 0), [row for row in self.rows if row])
-
-            denoise(canvas, window, quota, processed, noise, features, reads_raw_logits)
-            return
         small = window.columns.numel() <= MAX_CAPTURED_TOKENS and not window.is_canvas and window.block.shape[1]
         if self.uses_graphs and small and backend.covers(window):
             self.workspace.graphs.run((features, guided), compute, window, quota, noise)

@@ -28,7 +28,7 @@ from .inputs import (
     unpack_inputs,
 )
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
-from .requests import Request
+from .requests import Request, Row
 from .sampling import make_processors
 from .stopping import StopStrings, make_criteria
 
@@ -148,12 +148,6 @@ class DiffusionGenerationMixin(GenerationMixin):
         new_tokens = count_new_tokens(config, input_ids, attention_mask)
         width = int(row_lengths(input_ids, attention_mask).max()) + new_tokens
         check_fits(self.config, width, new_tokens)
-        config.block_length = config.block_length or self.default_block_length
-        if self.has_fixed_block_length and config.block_length != self.default_block_length:
-            raise ValueError(
-                f"`block_length={config.block_length}` is not the model's `block_size={self.default_block_length}`, in "
-                "which its state moves on: leave `block_length` out."
-            )
         whole = max(width, config.block_length) if self.block_grid == "zero" else width
         each = config.num_return_sequences
         check_batch(len(input_ids) * each, whole, generator, streamer)
@@ -273,7 +267,6 @@ class DiffusionGenerationMixin(GenerationMixin):
     def diffusion_request(self, prompt: list[int], generator: torch.Generator | None = None, **options) -> Request:
         """What a [`Decoder`] decodes in one row: a prompt with the options of [`diffusion_generate`], resolved as it does."""
         config = self._prepare_diffusion_config(None, options)
-        config.block_length = config.block_length or self.default_block_length
         new_tokens = DEFAULT_MAX_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
         return Request(list(prompt), new_tokens, config, generator)
 
@@ -319,6 +312,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                     raise ValueError(f"`{switch}=True` needs an `eos_token_id`, and neither call nor config has one.")
                 setattr(config, option, [*as_token_list(getattr(config, option)), *tokens])
         config.remasking_strategy = config.remasking_strategy or self.default_remasking_strategy
+        config.block_length = config.block_length or self.default_block_length
+        if self.has_fixed_block_length and config.block_length != self.default_block_length:
+            raise ValueError(
+                f"`block_length={config.block_length}` is not the model's `block_size={self.default_block_length}`, in "
+                "which its state moves on: leave `block_length` out."
+            )
         config.cache_policy = config.cache_policy or self.cache_policies[0]
         if config.cache_policy not in self.cache_policies:
             raise ValueError(
@@ -415,21 +414,22 @@ def make_requests(
 
 def run(decoder: Decoder, session: Session) -> None:
     """Decode every row, with the hooks of a session."""
-    if session.hooks.tokens is not None:
-        session.run_tokens_hook(None)
-        for row in session.rows:
+
+    def decode(changed: list[Row]) -> None:
+        for row in changed:
             row.begin(decoder.canvas.tokens[row.slot, : row.length].tolist())
-    session.confirm()
-    while decoder.busy:
-        session.finish_blocks(decoder.step())
-    if session.hooks.tokens is not None:
-        # The hook may have put masks back where no step was left for them.
-        session.hooks.tokens = None
-        for row in session.rows:
-            if not row.has_ended:
-                row.begin(decoder.canvas.tokens[row.slot, : row.length].tolist())
+        session.confirm()
         while decoder.busy:
             session.finish_blocks(decoder.step())
+
+    is_hooked = session.hooks.tokens is not None
+    if is_hooked:
+        session.run_tokens_hook(None)
+    decode(session.rows if is_hooked else [])
+    if is_hooked:
+        # The hook may have put masks back where no step was left for them.
+        session.hooks.tokens = None
+        decode([row for row in session.rows if not row.has_ended])
     session.confirm()
     session.pad_after_ends()
     if session.hooks.streamer is not None:

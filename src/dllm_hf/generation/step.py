@@ -99,7 +99,7 @@ def denoise(
     noise: dict[str, torch.Tensor],
     features: Features,
     reads_raw_logits: bool,
-) -> torch.Tensor:
+) -> None:
     """One step: a forward pass, what it proposes, and the transfer of some of it.
 
     Args:
@@ -107,14 +107,11 @@ def denoise(
         forward: `(tokens, window) -> (rows, block, vocab)`, logits, which may be written to; `tokens` is `(rows, window)`.
         noise: of [`draw`].
         reads_raw_logits: whether scores are read before temperature and filters.
-
-    Returns:
-        The logits, `(rows, block, vocab)`.
     """
     slots = window.slots[:, None]
     logits = forward(canvas.tokens[slots, window.columns], window)
     if not window.block.shape[1]:
-        return logits
+        return
     now = canvas.tokens[slots, window.block]
     masked = (now == features.mask_token_id) & (window.block < canvas.capacity)
     if features.plans:
@@ -132,7 +129,6 @@ def denoise(
         new = (window.block >= canvas.choices[window.slots, 3:]) & (window.block < canvas.capacity)
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
     canvas.report.index_copy_(0, window.slots, torch.stack([left, ended], dim=-1).long())
-    return logits
 
 
 def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool):
