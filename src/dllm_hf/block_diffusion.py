@@ -15,7 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .generation.attention import uses_flash_attention, without_flash_attention
-from .modeling import MaskedDiffusionLM, counted_positions, sample_ids
+from .modeling import MaskedDiffusionLM, check_labels, counted_positions, sample_ids, text_positions
 from .training.losses import masked_diffusion_loss
 
 
@@ -113,8 +113,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
                 return_dict=return_dict,
                 **kwargs,
             )
-        if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
-            raise ValueError("`labels` needs `input_ids` of the same shape: the clean sequence is made of both.")
+        check_labels(input_ids, inputs_embeds, labels)
         if attention_mask is not None and len(attention_mask.shape) != 2:
             raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
         batch, length = input_ids.shape
@@ -124,9 +123,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
             output = super().forward(input_ids, attention_mask, block_size=block_size, **options)
         else:
             if position_ids is None:
-                position_ids = torch.arange(length, device=input_ids.device).expand(batch, -1)
-                if attention_mask is not None:
-                    position_ids = counted_positions(attention_mask)
+                position_ids = text_positions(input_ids, attention_mask)
             position_ids = position_ids.expand(batch, -1)
             clean = torch.where(labels == -100, input_ids, labels)
             both = torch.cat([input_ids, clean], dim=1)

@@ -138,8 +138,7 @@ class MaskedDiffusionLM:
         if self._has_seen_labels or input_ids is None or mask is None or torch.compiler.is_compiling():
             return
         self._has_seen_labels = True
-        labelled = labels != -100
-        if mask_ratio is None and labelled.any() and not (labelled & (input_ids == mask)).any():
+        if mask_ratio is None and is_clean(input_ids, labels != -100, mask):
             logger.warning_once(
                 "There are `labels`, and no token of `input_ids` that they are for is masked: a model that sees the tokens "
                 "which it is to predict learns to copy them. Collators for autoregressive models give such batches: take "
@@ -161,6 +160,24 @@ class MaskedDiffusionLM:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def is_clean(input_ids: torch.Tensor, labelled: torch.Tensor, mask_token_id: int | None) -> bool:
+    """Whether tokens are `labelled`, `(batch, length)` bool, and none of them is masked."""
+    return bool(labelled.any()) and not bool((labelled & (input_ids == mask_token_id)).any())
+
+
+def check_labels(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, labels: torch.Tensor) -> None:
+    """Raises a `ValueError` where a loss that reads the clean text cannot make it."""
+    if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
+        raise ValueError("`labels` needs `input_ids` of the same shape: the clean text is made of both.")
+
+
+def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """`(batch or 1, length)`: the positions of tokens where the caller gives none."""
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return counted_positions(attention_mask)
 
 
 def counted_positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -183,9 +183,8 @@ class GLADreamCache(CanvasCache):
     def move_on(self, tokens: int, pending: torch.Tensor) -> None:
         """Take note of a forward pass without the loop: `tokens` more went into the states, `pending` wait."""
         self.seen, self.pending = self.seen + tokens, pending
-        self.final_lengths = [-1] * len(
-            self.final_lengths
-        )  # what the loop remembers of the text is not all of it any more
+        # What the loop remembers of the text is not all of it any more.
+        self.final_lengths = [-1] * len(self.final_lengths)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)

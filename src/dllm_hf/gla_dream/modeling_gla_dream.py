@@ -15,7 +15,15 @@ from transformers.utils import can_return_tuple
 
 from ..fused.stack import can_be_captured
 from ..generation.mixin import DiffusionGenerationMixin
-from ..modeling import MaskedDiffusionLM, counted_positions, keep_positions, sample_ids
+from ..modeling import (
+    MaskedDiffusionLM,
+    check_labels,
+    counted_positions,
+    is_clean,
+    keep_positions,
+    sample_ids,
+    text_positions,
+)
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
 from .attention_gla_dream import DecayProjection, GLADreamAttention, ShortConvolution, convolutions_of
@@ -220,8 +228,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
 
 def _check_training_inputs(input_ids, attention_mask, inputs_embeds, labels, kwargs: dict) -> None:
     """Raises a `ValueError` for what a loss can't be computed of, and drops from `kwargs` what says nothing here."""
-    if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
-        raise ValueError("`labels` needs `input_ids` of the same shape: the clean text is made of both.")
+    check_labels(input_ids, inputs_embeds, labels)
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
     if kwargs.pop("past_key_values", None) is not None:
@@ -229,11 +236,6 @@ def _check_training_inputs(input_ids, attention_mask, inputs_embeds, labels, kwa
     if torch.is_tensor(kwargs.get("logits_to_keep")) or kwargs.pop("logits_to_keep", 0):
         raise ValueError("A loss needs the logits of every position: leave `logits_to_keep` out.")
     kwargs.pop("use_cache", None)
-
-
-def _is_clean(input_ids, labelled, mask_token_id: int | None) -> bool:
-    """Whether tokens are labelled and none of them is masked."""
-    return bool(labelled.any()) and not bool((labelled & (input_ids == mask_token_id)).any())
 
 
 class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrainedModel):
@@ -330,16 +332,12 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
             )
         _check_training_inputs(input_ids, attention_mask, inputs_embeds, labels, kwargs)
         batch, length = input_ids.shape
-        positions = position_ids
-        if positions is None:
-            positions = torch.arange(length, device=input_ids.device)[None]
-            if attention_mask is not None:
-                positions = counted_positions(attention_mask)
+        positions = text_positions(input_ids, attention_mask) if position_ids is None else position_ids
         labelled = labels != -100
         if attention_mask is not None:
             labelled = labelled & attention_mask.bool()
         clean, noisy, size = torch.where(labelled, labels, input_ids), input_ids, self.config.block_size
-        if mask_ratio is None and _is_clean(input_ids, labelled, self.config.mask_token_id):
+        if mask_ratio is None and is_clean(input_ids, labelled, self.config.mask_token_id):
             if num_items_in_batch is None:
                 num_items_in_batch = labelled.sum()
             packed = position_ids is not None and attention_mask is None
