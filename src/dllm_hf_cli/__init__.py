@@ -21,9 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stdout is None:
         tell("dllm-hf: error: standard output is closed: there is nowhere to write to.")
         return 2
-    if hasattr(
-        sys.stdout, "reconfigure"
-    ):  # what its encoding does not have is better shown in another way than not at all
+    if hasattr(sys.stdout, "reconfigure"):
+        # What its encoding does not have is better shown in another way than not at all.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(sys.argv[1:] if argv is None else argv)
