@@ -9,10 +9,7 @@ import sys
 from functools import cache
 from itertools import dropwhile
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub.constants
-import huggingface_hub.utils._http
 import pytest
 import torch
 import transformers.dynamic_module_utils
@@ -21,7 +18,7 @@ from transformers import BertConfig, BertForMaskedLM, GenerationMixin
 from dllm_hf.hub import export_loop
 
 from .builders import character_tokenizer, load_script, new_model
-from .hub.standin import running_hub
+from .hub.standin import lead_library_to, running_hub
 
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -86,12 +83,7 @@ def tiny(tmp_path_factory) -> Path:
 def hub(monkeypatch):
     """A stand-in for the Hub, on this machine."""
     with running_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
-        monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
-        for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-            monkeypatch.delenv(variable, raising=False)
+        lead_library_to(hub, monkeypatch)
         yield hub
 
 

@@ -6,6 +6,10 @@ import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import huggingface_hub.utils._http
 
 LARGE = ".safetensors"  # these go through the store of large files, the others are in the commit itself
 
@@ -163,3 +167,13 @@ def running_hub():
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def lead_library_to(hub: Hub, monkeypatch) -> None:
+    """`huggingface_hub` talks to the stand-in, by HTTP alone, and does not sleep before it tries again."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)

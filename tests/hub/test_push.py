@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import huggingface_hub.utils._http
@@ -13,7 +12,7 @@ from dllm_hf_cli import main
 
 from ..builders import character_tokenizer, new_model
 from ..cli.conftest import COMMAND
-from .standin import running_hub
+from .standin import lead_library_to, running_hub
 
 NAME = "org/tiny"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the library's own requests
@@ -27,13 +26,7 @@ def hub():
 
 @pytest.fixture(autouse=True)
 def library(hub, monkeypatch):
-    """`huggingface_hub` talks to the stand-in, by HTTP alone, and does not sleep before it tries again."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
-    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(variable, raising=False)
+    lead_library_to(hub, monkeypatch)
 
 
 @pytest.fixture(scope="module")
