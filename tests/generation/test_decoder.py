@@ -192,3 +192,8 @@ def test_the_rows_of_a_batch_do_not_wait_for_each_other():
     model = tiny_model("sdar")
     together = generate(model, [[1, 2, 3, MASK], [4, 5, 6, 7]], max_new_tokens=8, eos_token_id=[])
     assert together.num_forward_passes == 9  # one mask and eight, beside eight
+
+
+def test_a_request_for_blocks_that_the_model_cannot_decode_in_is_refused():
+    with pytest.raises(ValueError, match="`block_length=5`.*`block_size=4`.*leave"):
+        tiny_model("gla_dream").diffusion_request([1, 2], block_length=5)
