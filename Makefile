@@ -30,7 +30,7 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-upstream lint clean venv FORCE
+.PHONY: help demo test test-slow test-upstream lint types clean venv FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,9 @@ test-upstream: $(DEV_STAMP) ## Install, then run transformers' own model tests (
 lint: $(DEV_STAMP) ## Check style with ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+types: $(DEV_STAMP) ## Check types with mypy
+	$(PY) -m mypy
 
 clean: ## Remove .venv, caches and build output
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

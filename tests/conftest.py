@@ -33,6 +33,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def same_draws_in_every_order():
+    """Tests that draw from torch's global generator must not depend on which tests a worker ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
