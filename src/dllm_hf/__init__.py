@@ -6,6 +6,7 @@ Importing this package registers every family with the Auto classes.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .dream import DreamConfig, DreamModel, DreamTokenizer
+from .engine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from .families import FAMILIES
 from .generation import (
     STRATEGIES,
@@ -31,8 +32,10 @@ for _config, _model, _causal_lm, _tokenizer in FAMILIES:
 
 __all__ = [
     "FAMILIES",
+    "LLM",
     "STRATEGIES",
     "CanvasCache",
+    "CompletionOutput",
     "DiffusionGenerateOutput",
     "DiffusionGenerationConfig",
     "DiffusionGenerationMixin",
@@ -46,10 +49,12 @@ __all__ = [
     "GLADreamTokenizer",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "RequestOutput",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARModel",
     "SDARMoeConfig",
     "SDARMoeForCausalLM",
     "SDARMoeModel",
+    "SamplingParams",
 ]

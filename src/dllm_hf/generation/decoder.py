@@ -26,6 +26,9 @@ class Decoder:
         after_step: `has_passed -> None`, runs when a step has transferred its tokens, and is told whether it made a forward
             pass.
         is_hooked: whether it may change tokens, so that only the canvas knows what is left.
+        token_budget: columns that the wide windows of a step may feed together, which are pieces of prompts and passes over
+            a whole canvas: rows that denoise a block are not to wait for long. One of them always goes; the others wait,
+            and the one that has waited longest goes first. None: no limit.
 
     Attributes:
         num_forward_passes: of all rows together.
@@ -39,13 +42,15 @@ class Decoder:
         process: Callable | None = None,
         after_step: Callable[[bool], None] | None = None,
         is_hooked: bool = False,
+        token_budget: int | None = None,
     ):
         self.backend, self.workspace, self.canvas = backend, workspace, workspace.canvas
         self.uses_graphs, self.process = uses_graphs and process is None, process
-        self.after_step, self.is_hooked = after_step, is_hooked
+        self.after_step, self.is_hooked, self.token_budget = after_step, is_hooked, token_budget
         self.rows: list[Row | None] = [None] * self.canvas.slots
         self.features: dict[int, Features] = {}  # of each slot's row
-        self.num_forward_passes = 0
+        self.num_forward_passes, self._steps = 0, 0
+        self._last_passes: dict[int, int] = {}  # of each slot's row, in which step
         self._window: tuple[tuple, Window] | None = None
 
     @classmethod
@@ -81,8 +86,10 @@ class Decoder:
             if not length and row.first_feeds == "not yet final":
                 backend.forget(self.workspace.state, row.slot, -1, 0, row.block_length)
             row.final_length = length
-            self.rows[row.slot], self.features[row.slot] = row, Features.of(row)
         self.canvas.place(rows)
+        for row in rows:
+            self.rows[row.slot], self.features[row.slot] = row, Features.of(row)
+            self._last_passes[row.slot] = self._steps
         present = [row for row in self.rows if row is not None]
         for index, name in enumerate(LISTS):
             widths = {row: self.features[row.slot].widths[index] for row in present}
@@ -114,8 +121,12 @@ class Decoder:
             if not row.is_open:
                 self._open_block(row)
         before = self.num_forward_passes
+        self._steps += 1
+        rows = self._within_budget(rows)
         while prefilling := [row for row in rows if row.wants_pass and row.is_prefilling]:
             self._pass(prefilling)
+            if self.token_budget is not None:
+                rows = [row for row in rows if row not in prefilling]
         for group in self._groups([row for row in rows if row.wants_pass]):
             self._pass(group)
         if self.after_step is not None:
@@ -142,6 +153,23 @@ class Decoder:
         plan = row.open_block(uniform, masked)
         if plan is not None:
             self.canvas.place_plan(row, plan)
+
+    def _within_budget(self, rows: list[Row]) -> list[Row]:
+        """The rows that take part in a step."""
+        if self.token_budget is None:
+            return rows
+        narrow = 2 * max((row.span[1] - row.span[0] for row in rows), default=0) + 1
+        left, kept = self.token_budget, []
+        for row in sorted(rows, key=lambda row: self._last_passes[row.slot]):
+            frame = row.frame() if row.wants_pass else None
+            width = 0 if frame is None else frame.end - frame.start
+            if width > narrow:
+                if width > left and left < self.token_budget:
+                    continue
+                left -= width
+            kept.append(row)
+            self._last_passes[row.slot] = self._steps
+        return sorted(kept, key=lambda row: row.slot)
 
     def _must_look(self, row: Row) -> bool:
         """Whether the host must know what the last step left: if the block is filled, or if it holds an end."""

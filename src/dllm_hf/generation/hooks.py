@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .canvas import Canvas, list_of
+from .canvas import Canvas
 from .requests import Row
 from .sampling import process
-from .stopping import StopStrings
+from .stopping import StopStrings, end_of
 
 
 @dataclass
@@ -135,15 +135,6 @@ class Session:
         if end is not None:
             row.end(end)
 
-    def end_of(self, row: Row, text: list[int]) -> int:
-        """The column behind a row's last token, as far as it is known: the first end of sequence after its prompt, or, of a
-        row that has ended, the first position that is still open. `text`: what is shown of it now."""
-        ends, prompt = list_of(row, "eos_token_id"), len(row.request.prompt)
-        found = [column + 1 for column in range(prompt, row.shown) if text[column] in ends]
-        if row.has_ended and row.mask in text:
-            found.append(text.index(row.mask))
-        return min([row.ends_at, *found])
-
     def confirm(self) -> None:
         """Pass to the streamer what has become final, from left to right, as far as no mask stands before it."""
         if self.hooks.streamer is None:
@@ -151,7 +142,7 @@ class Session:
         row = self.rows[0]
         text = self.canvas.text(row).tolist()
         limit = text.index(row.mask) if row.mask in text else len(text)
-        limit = max(min(limit, self.end_of(row, text)), self.streamed)
+        limit = max(min(limit, end_of(row, text)), self.streamed)
         if limit > self.streamed or not self.has_begun:  # streamers take the first that they get for the prompt
             self.hooks.streamer.put(torch.tensor(text[self.streamed : limit]))
         self.streamed, self.has_begun = limit, True
@@ -161,7 +152,7 @@ class Session:
         there."""
         tokens = self.canvas.tokens[: len(self.rows)]
         texts = [text[: row.shown] for row, text in zip(self.rows, tokens.tolist(), strict=True)]
-        ends = [self.end_of(row, text) for row, text in zip(self.rows, texts, strict=True)]
+        ends = [end_of(row, text) for row, text in zip(self.rows, texts, strict=True)]
         if all(end == row.shown for end, row in zip(ends, self.rows, strict=True)):
             return
         columns = torch.arange(tokens.shape[1], device=tokens.device)

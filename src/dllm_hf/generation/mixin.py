@@ -19,7 +19,6 @@ from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
 from .inputs import (
-    DEFAULT_MAX_NEW_TOKENS,
     check_batch,
     check_fits,
     check_inputs,
@@ -267,8 +266,10 @@ class DiffusionGenerationMixin(GenerationMixin):
     def diffusion_request(self, prompt: list[int], generator: torch.Generator | None = None, **options) -> Request:
         """What a [`Decoder`] decodes in one row: a prompt with the options of [`diffusion_generate`], resolved as it does."""
         config = self._prepare_diffusion_config(None, options)
-        new_tokens = DEFAULT_MAX_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
-        return Request(list(prompt), new_tokens, config, generator)
+        input_ids, _ = check_inputs(torch.tensor([prompt], dtype=torch.long).view(1, -1), None, self.config.vocab_size)
+        request = Request(list(prompt), count_new_tokens(config, input_ids, None), config, generator)
+        check_fits(self.config, len(request.canvas(self.block_grid)), request.max_new_tokens)
+        return request
 
     def _prepare_diffusion_config(self, generation_config, kwargs) -> DiffusionGenerationConfig:
         """Merge call, given configuration and the model's, fill in the model's defaults, and check the result."""

@@ -4,7 +4,9 @@ from bisect import bisect_left
 
 from transformers import MaxTimeCriteria, PreTrainedTokenizerBase, StoppingCriteria
 
+from .canvas import list_of
 from .configuration import DiffusionGenerationConfig, as_token_list
+from .requests import Row
 
 
 class StopStrings:
@@ -32,3 +34,13 @@ class StopStrings:
 def make_criteria(config: DiffusionGenerationConfig) -> list[StoppingCriteria]:
     """The library's criteria that a configuration asks for."""
     return [] if config.max_time is None else [MaxTimeCriteria(float(config.max_time))]
+
+
+def end_of(row: Row, text: list[int]) -> int:
+    """The column behind a row's last token, as far as it is known: the first end of sequence after its prompt, or, of a row
+    that has ended, the first position that is still open. `text`: what is shown of it now."""
+    ends, prompt = list_of(row, "eos_token_id"), len(row.request.prompt)
+    found = [column + 1 for column in range(prompt, row.shown) if text[column] in ends]
+    if row.has_ended and row.mask in text:
+        found.append(text.index(row.mask))
+    return min([row.ends_at, *found])

@@ -1,0 +1,6 @@
+"""Many requests on one model: rows that join and leave the loop of `generation/` between its steps."""
+
+from .engine import QueueFullError
+from .llm import LLM
+from .outputs import CompletionOutput, Event, RequestOutput, Usage
+from .sampling_params import SamplingParams

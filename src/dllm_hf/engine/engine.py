@@ -1,0 +1,219 @@
+"""`Engine`: the queue and the slots of one model, and the step that moves both on. One thread at a time."""
+
+import itertools
+import math
+import time
+from collections import deque
+from contextlib import nullcontext
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..generation.backend import ModelBackend
+from ..generation.configuration import as_token_list
+from ..generation.decoder import Decoder
+from ..generation.evaluation_mode import evaluating
+from ..generation.graphs import are_possible
+from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.pool import fused_of
+from ..generation.stopping import StopStrings
+from .detokenizer import Detokenizer
+from .outputs import Event
+from .sampling_params import SamplingParams
+from .sequence import Sequence
+
+# Options that need the logits of a whole batch between forward pass and selection.
+_BATCH_OPTIONS = {"cfg_scale": (None, 0), "repetition_penalty": (None, 1)}
+
+
+class QueueFullError(RuntimeError):
+    """The queue holds as many completions as it may: try again when some have been admitted."""
+
+
+class Engine:
+    """Decodes what is submitted, as many completions at a time as there are slots, the others in the order in which they
+    came. Each gets what `diffusion_generate` gives it alone.
+
+    Args:
+        model: decides on families, policies and the device.
+        tokenizer: for texts; None serves token ids.
+        slots: completions that are decoded together.
+        capacity: columns of each, prompt and new tokens together.
+        options: of [`DiffusionGenerationConfig`], for every request that does not say otherwise.
+        max_queue: completions that may wait.
+        token_budget: columns of long windows in a step, see [`Decoder`].
+        uses_graphs: whether steps on a GPU run on fused kernels, as CUDA graphs.
+
+    Attributes:
+        waiting, running: completions without and with a slot.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionGenerationMixin,
+        tokenizer: PreTrainedTokenizerBase | None,
+        slots: int,
+        capacity: int,
+        options: dict,
+        max_queue: int,
+        token_budget: int,
+        uses_graphs: bool = True,
+    ):
+        self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
+        self.options = {"prefill_chunk_size": token_budget, **options}
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._defaults = model.diffusion_request([0], **self.options, max_new_tokens=1).options
+        has_cache = self._defaults.cache_policy != "none"
+        fused = fused_of(model)[0] if uses_graphs and has_cache and are_possible(model.device) else None
+        backend = ModelBackend(model, has_cache, fused)
+        self._decoder = Decoder.open(backend, slots, capacity, uses_graphs=fused is not None, token_budget=token_budget)
+        self._ended: list[Sequence] = []  # without a row; the next step tells it
+
+    @property
+    def num_forward_passes(self) -> int:
+        return self._decoder.num_forward_passes
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would do nothing and tell nothing."""
+        return not (self.waiting or self.running or self._ended)
+
+    # --- requests come and go
+
+    def prepare(self, prompt: list[int], params: SamplingParams, request_id: str) -> list[Sequence]:
+        """Check a request, and make its completions.
+
+        Raises:
+            ValueError: names the argument that is wrong and what to do.
+        """
+        options = {**self.options, **params.generation_options()}
+        ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
+        options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
+        first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+        sequences = []
+        for index in range(params.n):
+            generator = torch.Generator(self.model.device).manual_seed(first + index)
+            request = self.model.diffusion_request(prompt, generator, **options)
+            strings = as_token_list(request.options.stop_strings)
+            if strings and self.tokenizer is None:
+                raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
+            stop = StopStrings(self.tokenizer, strings) if strings else None
+            texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
+            timeout = params.timeout or request.options.max_time or math.inf
+            sequences.append(Sequence(request_id, index, request, timeout, stop, texts))
+        for name, neutral in _BATCH_OPTIONS.items():
+            if (value := getattr(request.options, name)) not in neutral:
+                raise ValueError(
+                    f"`{name}={value}` of the model's generation config needs the logits of a whole batch: use "
+                    "`diffusion_generate`, or remove it from `model.generation_config`."
+                )
+        columns = len(request.canvas(self._decoder.backend.block_grid))
+        if columns > self._decoder.canvas.capacity:
+            raise ValueError(
+                f"A prompt of {len(prompt)} tokens and `max_tokens={request.max_new_tokens}` take {columns} columns, but "
+                f"there are {self._decoder.canvas.capacity}: shorten either, or raise `max_model_len`."
+            )
+        return sequences
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Put the completions of a request at the end of the queue."""
+        now = time.monotonic()
+        for sequence in sequences:
+            sequence.submitted = now
+        self.waiting.extend(sequences)
+
+    def abort(self, request_id: str) -> None:
+        """End a request with what is final of it; nothing happens where it has finished."""
+        for sequence in [*self.waiting, *self.running]:
+            if sequence.request_id == request_id:
+                self._end(sequence, "abort")
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        sequence.end(reason)
+        if sequence.row is None:
+            self.waiting.remove(sequence)
+            self._ended.append(sequence)
+
+    # --- one step
+
+    def step(self) -> list[Event]:
+        """Admit what fits, move every admitted completion on by one denoising step, and tell what has happened.
+
+        An exception in a step ends the completions that took part in it, with the finish reason "error"; what waits goes on.
+        After an interruption (Ctrl-C) they have been aborted, and it is raised.
+        """
+        now = time.monotonic()
+        for sequence in [each for each in (*self.waiting, *self.running) if each.deadline <= now]:
+            self._end(sequence, "timeout")
+        events = []
+        try:
+            self._admit()
+            finished = self._decode()
+            events = self._tell(finished)
+        except Exception as error:
+            self._fail("error", error)
+        except BaseException:
+            self._fail("abort")
+            raise
+        events += [sequence.finish(None) for sequence in self._ended]
+        self._ended = []
+        return events
+
+    def _admit(self) -> None:
+        """Give the first that wait a slot. Where there is no memory for it, they go on waiting as long as others run."""
+        free = self._decoder.canvas.slots - len(self.running)
+        admitted = list(itertools.islice(self.waiting, free))
+        if not admitted:
+            return
+        self.running += admitted
+        for _ in admitted:
+            self.waiting.popleft()
+        try:
+            rows = self._decoder.add(*(sequence.request for sequence in admitted))
+        except torch.OutOfMemoryError:
+            if len(self.running) == len(admitted):
+                raise
+            del self.running[-len(admitted) :]
+            self.waiting.extendleft(reversed(admitted))
+            return
+        for sequence, row in zip(admitted, rows, strict=True):
+            sequence.row = row
+
+    def _decode(self) -> set[int]:
+        """A denoising step. Returns the slots whose rows have finished a block."""
+        if not self._decoder.busy:
+            return set()
+        device = self.model.device
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with torch.no_grad(), evaluating(self.model), current:
+            return {row.slot for row in self._decoder.step()}
+
+    def _tell(self, finished: set[int]) -> list[Event]:
+        """The events of a step. `finished`: the slots whose rows have finished a block."""
+        events, canvas = [], self._decoder.canvas
+        told = [each for each in self.running if each.row.slot in finished or each.shows_drafts]
+        slots = torch.tensor([each.row.slot for each in told], dtype=torch.long, device=canvas.device)
+        texts = canvas.tokens.index_select(0, slots).tolist() if told else []
+        for sequence, text in zip(told, texts):
+            row = sequence.row
+            text = text[: row.shown]
+            if sequence.shows_drafts and not row.is_done:
+                events.append(sequence.draft(text))
+            if row.slot in finished:
+                events.append(sequence.settle(row, text))
+        for sequence in [each for each in self.running if each.row.is_done]:
+            events.append(sequence.finish(canvas))
+            self._decoder.remove(sequence.row)
+            self.running.remove(sequence)
+        return [event for event in events if event is not None]
+
+    def _fail(self, reason: str, error: Exception | None = None) -> None:
+        """End everything that has a slot, after a step that did not come to its end."""
+        for sequence in self.running:
+            sequence.end(reason, error)
+            if sequence.row is not None:
+                self._decoder.remove(sequence.row)
+        self.waiting = deque(each for each in self.waiting if each.reason is None)
+        self._ended += self.running
+        self.running = []

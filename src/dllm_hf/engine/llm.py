@@ -1,0 +1,345 @@
+"""`LLM`: a model, its tokenizer and an engine, for programs that have many prompts."""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..generation.mixin import DiffusionGenerationMixin
+from .driver import Driver, Mailbox
+from .engine import Engine, QueueFullError
+from .outputs import Event, RequestOutput
+from .sampling_params import SamplingParams
+from .sequence import Sequence
+
+logger = logging.get_logger(__name__)
+
+Prompt = str | list[int] | list[dict[str, str]]
+DEFAULT_MAX_MODEL_LEN = 4096
+
+
+class LLM:
+    """Decodes many requests on one model at once; rows join and leave between steps.
+
+    Args:
+        model: a folder, a repository of the Hub, or a loaded model.
+        tokenizer: a folder, a repository or a tokenizer; by default that of `model`, if it has one. Without, prompts are
+            token ids and texts are empty.
+        mask_token_id, block_length, cache_policy: for every request; by default those of the model. Where the model offers
+            `cache_policy="block"`, that is the default.
+        dtype, trust_remote_code: as in `from_pretrained`.
+        device: by default a GPU if there is one.
+        max_num_seqs: completions that are decoded together.
+        max_model_len: columns of each, prompt and new tokens together; by default the model's positions, up to 4,096.
+        max_num_batched_tokens: columns of prompts and of whole canvases that a step computes beside the blocks; one such
+            window always goes.
+        max_queue: completions that may wait.
+        gpu_memory_utilization: part of the GPU's memory that weights and cache may take.
+        tensor_parallel_size: only 1.
+        enforce_eager: no CUDA graphs and no fused kernels.
+
+    Raises:
+        ValueError, OSError: name what is wrong, before weights are read where that is known by then.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionGenerationMixin,
+        *,
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        mask_token_id: int | None = None,
+        block_length: int | None = None,
+        cache_policy: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
+        max_num_seqs: int = 16,
+        max_model_len: int | None = None,
+        max_num_batched_tokens: int = 2048,
+        max_queue: int = 100_000,
+        gpu_memory_utilization: float = 0.9,
+        tensor_parallel_size: int = 1,
+        enforce_eager: bool = False,
+    ):
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_model_len", max_model_len),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_queue", max_queue),
+        ):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"`gpu_memory_utilization` must be above 0 and at most 1, but is {gpu_memory_utilization!r}."
+            )
+        if tensor_parallel_size != 1:
+            raise ValueError(
+                f"`tensor_parallel_size={tensor_parallel_size}`: an engine runs on one GPU. `from_pretrained(..., "
+                "tp_plan='auto')` divides a model for `diffusion_generate`."
+            )
+        if isinstance(model, (str, os.PathLike)):
+            source = model
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        else:
+            source = None
+            model = model if device is None else model.to(device)
+        if not hasattr(model, "diffusion_request"):
+            raise ValueError(f"`model` is a {type(model).__name__}, which does not decode by diffusion.")
+        self.model = model
+        self.tokenizer = self._load_tokenizer(tokenizer, source, trust_remote_code)
+        positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
+        capacity = max_model_len or min(positions, DEFAULT_MAX_MODEL_LEN)
+        if capacity > positions:
+            raise ValueError(f"`max_model_len={capacity}` is more than the {positions} positions of the model.")
+        if cache_policy is None and model.generation_config.cache_policy is None and "block" in model.cache_policies:
+            cache_policy = "block"
+        options = {"mask_token_id": mask_token_id, "block_length": block_length, "cache_policy": cache_policy}
+        options = {name: value for name, value in options.items() if value is not None}
+        self._check_memory(max_num_seqs, capacity, gpu_memory_utilization)
+        engine = Engine(
+            model,
+            self.tokenizer,
+            max_num_seqs,
+            capacity,
+            options,
+            max_queue,
+            max_num_batched_tokens,
+            uses_graphs=not enforce_eager,
+        )
+        self._driver, self._submitted, self._numbers = Driver(engine), Mailbox(), itertools.count()
+
+    def _load_tokenizer(self, tokenizer: Any, source: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            return tokenizer
+        if tokenizer is not None:
+            return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        if source is None:
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            logger.warning("%s has no tokenizer that can be read, so token ids are served: %s", source, error)
+            return None
+        # Without files some classes make a tokenizer that knows its special tokens alone.
+        return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+
+    def _check_memory(self, slots: int, capacity: int, part: float) -> None:
+        model = self.model
+        if model.device.type != "cuda":
+            return
+        config = model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        element = torch.empty((), dtype=model.dtype).element_size()
+        needed = 2 * config.num_hidden_layers * heads * head_dim * element * slots * (capacity + 1)
+        free, total = torch.cuda.mem_get_info(model.device)
+        available = int(free - (1 - part) * total)
+        if needed > available:
+            raise ValueError(
+                f"A cache of `max_num_seqs={slots}` times `max_model_len={capacity}` columns takes {needed / 2**30:.1f} "
+                f"GiB, but `gpu_memory_utilization={part}` leaves {max(available, 0) / 2**30:.1f}: reduce either number."
+            )
+
+    # --- for programs
+
+    def generate(
+        self,
+        prompts: Prompt | list[Prompt],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Decode prompts.
+
+        Args:
+            prompts: one or several, each a string, a list of token ids, or a chat (a list of `{"role", "content"}`); mask
+                tokens in them are positions to fill.
+            sampling_params: one for all prompts, or one for each.
+            use_tqdm: whether a progress bar shows requests and tokens a second.
+
+        Returns:
+            An output for each prompt, in their order. After Ctrl-C too: what had not finished by then has the finish
+            reason "abort".
+
+        Raises:
+            ValueError: a prompt or its parameters are wrong; nothing has been decoded then.
+        """
+        requests = self._prepare(prompts, sampling_params)
+        waiting, mailbox, tokens = deque(requests), Mailbox(), 0
+        outputs = {each[0].request_id: self._output(each[0]) for each in requests}
+        with tqdm(total=len(requests), unit="request", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            while waiting or mailbox.is_open:
+                try:
+                    events = self._turn(waiting, mailbox)
+                except KeyboardInterrupt:
+                    logger.warning("Interrupted: what has finished is returned, the rest as far as it is final.")
+                    events = self._withdraw(waiting, mailbox)
+                for event in events:
+                    tokens += len(event.token_ids)
+                    if event.output is not None:
+                        outputs[event.request_id].outputs.append(event.output)
+                        bar.update(event.request_id not in mailbox.left)
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+        for output in outputs.values():
+            output.outputs.sort(key=lambda each: each.index)
+        return list(outputs.values())
+
+    def generate_streaming(
+        self,
+        prompts: Prompt | list[Prompt],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        drafts: bool = False,
+    ) -> Iterator[Event]:
+        """As [`LLM.generate`], but tells what becomes final as it does, and with `drafts` how each canvas looks after each
+        step. Who stops to read aborts what has not finished."""
+        return self._stream(deque(self._prepare(prompts, sampling_params, drafts)))
+
+    def _stream(self, waiting: deque[list[Sequence]]) -> Iterator[Event]:
+        mailbox = Mailbox()
+        try:
+            while waiting or mailbox.is_open:
+                yield from self._turn(waiting, mailbox)
+        finally:
+            self._withdraw(waiting, mailbox)
+
+    def _turn(self, waiting: deque[list[Sequence]], mailbox: Mailbox) -> list[Event]:
+        """Submit what the queue has room for, and wait for events."""
+        while waiting:
+            try:
+                self._driver.submit(waiting[0], mailbox)
+            except QueueFullError:
+                break
+            waiting.popleft()
+        return self._driver.turn(mailbox)
+
+    def _withdraw(self, waiting: deque[list[Sequence]], mailbox: Mailbox) -> list[Event]:
+        """Abort requests, submitted or not. Returns their last events."""
+        events = []
+        for sequence in (each for sequences in waiting for each in sequences):
+            sequence.end("abort")
+            events.append(sequence.finish(None))
+        waiting.clear()
+        self._driver.abort(list(mailbox.left))
+        while mailbox.is_open:
+            events += self._driver.turn(mailbox)
+        return events
+
+    # --- for servers
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        drafts: bool = False,
+    ) -> str:
+        """Put a request at the end of the queue, from any thread. [`LLM.events`] tells what becomes of it.
+
+        Returns:
+            Its id.
+
+        Raises:
+            ValueError: the prompt or its parameters are wrong.
+            QueueFullError: too much is waiting.
+        """
+        [sequences] = self._prepare([prompt], sampling_params, drafts, request_id)
+        self._driver.submit(sequences, self._submitted)
+        return sequences[0].request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request with what is final of it, from any thread. Nothing happens where it has finished."""
+        self._driver.abort([request_id])
+
+    def events(self, wait: bool = False) -> Iterator[Event]:
+        """Decode what was submitted, and tell what becomes of it.
+
+        Args:
+            wait: where nothing is left, wait for what is submitted next, until [`LLM.close`]; else the iterator ends then.
+        """
+        while self._submitted.is_open or (wait and not self._driver.is_closed):
+            if not self._submitted.is_open:
+                self._driver.wait(self._submitted)
+                continue
+            yield from self._driver.turn(self._submitted)
+
+    def close(self) -> None:
+        """Abort everything. Whoever reads events gets the last ones."""
+        self._driver.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    # --- prompts
+
+    def _prepare(
+        self, prompts: Any, params: Any, drafts: bool = False, request_id: str | None = None
+    ) -> list[list[Sequence]]:
+        """Check prompts and parameters, and make the completions of each."""
+        prompts = [prompts] if _is_one(prompts) else list(prompts)
+        every = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(every) != len(prompts):
+            raise ValueError(
+                f"`sampling_params` lists {len(every)} for {len(prompts)} prompts: pass one, or one for each."
+            )
+        requests = []
+        for number, (prompt, one) in enumerate(zip(prompts, every, strict=True)):
+            one = SamplingParams() if one is None else one
+            if not isinstance(one, SamplingParams):
+                raise ValueError(f"`sampling_params` must hold `SamplingParams`, but holds {one!r}.")
+            try:
+                tokens = self.encode(prompt)
+                sequences = self._driver.engine.prepare(tokens, one, request_id or f"request-{next(self._numbers)}")
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
+            for sequence in sequences:
+                sequence.shows_drafts = drafts
+            requests.append(sequences)
+        return requests
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt.
+
+        Raises:
+            ValueError: it is none, or needs a tokenizer or a chat template that is not there.
+        """
+        if isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt):
+            return list(prompt)
+        is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
+        if not (is_chat or isinstance(prompt, str)):
+            raise ValueError(f"a prompt is a string, a list of token ids, or a list of messages, but not {prompt!r}.")
+        if self.tokenizer is None:
+            raise ValueError("there is no tokenizer: pass token ids, or `tokenizer=` to `LLM`.")
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"]) if prompt else []
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template: pass a string or token ids.")
+        encoding = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        return list(encoding["input_ids"])
+
+    def _output(self, sequence: Sequence) -> RequestOutput:
+        prompt = sequence.request.prompt
+        text = None if self.tokenizer is None else self.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+        return RequestOutput(sequence.request_id, prompt, text)
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is a prompt, and not several."""
+    if isinstance(prompts, str):
+        return True
+    prompts = list(prompts)
+    return (
+        bool(prompts) and all(type(each) is int for each in prompts) or any(isinstance(each, dict) for each in prompts)
+    )

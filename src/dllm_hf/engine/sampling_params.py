@@ -1,0 +1,96 @@
+"""`SamplingParams`: what a request asks for, under the names of vLLM and BlockInfer."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+# Options of `diffusion_generate` that are about a whole batch or look at its logits, and what to do instead.
+_REMEDIES = {
+    "cfg_scale": "guidance runs every row twice: use `diffusion_generate`",
+    "repetition_penalty": "it reads the whole sequence between the steps: use `diffusion_generate`",
+    "output_history": "pass `drafts=True` to `generate_streaming`",
+    "num_return_sequences": "the argument is called `n`",
+    "stop_strings": "the argument is called `stop`",
+    "max_time": "the argument is called `timeout`",
+    "cache_policy": "it is one for all requests: pass it to `LLM`",
+    "mask_token_id": "it is one for all requests: pass it to `LLM`",
+    **dict.fromkeys(("disable_compile", "torch_compile"), "it is one for all requests: pass `enforce_eager` to `LLM`"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Options of one request. None leaves an option to the model's `generation_config.json` and then to the model.
+
+    Args:
+        temperature: 0 proposes the arg-max.
+        topk, topp, min_p: 0, 1 and 0 keep all tokens.
+        max_tokens: positions to fill after the prompt; 0 only fills masks in it.
+        remasking_strategy: one of `dllm_hf.STRATEGIES`.
+        block_length: positions decoded together.
+        steps, denoising_steps: of the whole completion, or of each block.
+        dynamic_threshold: read by `low_confidence_dynamic`, in (0, 1]; 0 leaves it out.
+        eb_threshold: nats, read by `entropy_bounded`; 0 leaves it out.
+        factor: read by the strategy `factor`.
+        stop: a string, or several, at which the text ends. They are looked for whenever a block is finished, and the text
+            does not show them.
+        stop_token_ids: end the text as the model's end of sequence does.
+        ignore_eos: the model's end of sequence does not end the text.
+        seed: makes the draws of a request repeatable, whatever runs beside it; completion i draws with `seed + i`.
+        n: completions.
+        timeout: seconds after which a request ends, with what is final then, wherever it stands.
+        skip_special_tokens: whether the text leaves them out.
+        options: more options of [`DiffusionGenerationConfig`], by their names.
+    """
+
+    temperature: float | None = None
+    topk: int | None = None
+    topp: float | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    remasking_strategy: str | None = None
+    block_length: int | None = None
+    steps: int | None = None
+    denoising_steps: int | None = None
+    dynamic_threshold: float | None = None
+    eb_threshold: float | None = None
+    factor: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    timeout: float | None = None
+    skip_special_tokens: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or self.n < 1:
+            raise ValueError(f"`n` must be an integer of at least 1, but is {self.n!r}.")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63 - self.n):
+            raise ValueError(f"`seed` must be an integer from 0 to 2**63, but is {self.seed!r}.")
+        if self.timeout is not None and not (
+            isinstance(self.timeout, (int, float)) and 0 < self.timeout and math.isfinite(self.timeout)
+        ):
+            raise ValueError(f"`timeout` must be a number of seconds above 0, but is {self.timeout!r}.")
+        if not all(isinstance(string, str) and string for string in self.stop_strings):
+            raise ValueError(f"`stop` must be a string or a list of strings, none empty, but is {self.stop!r}.")
+        if not isinstance(self.options, dict):
+            raise ValueError(f"`options` must be a dict of options by their names, but is {self.options!r}.")
+        for name in self.options:
+            if name in _REMEDIES:
+                raise ValueError(f"`{name}` is no option of a request: {_REMEDIES[name]}.")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    def generation_options(self) -> dict[str, Any]:
+        """The options of [`DiffusionGenerationConfig`] that were given, by its names or those of the originals."""
+        names = ("temperature", "topk", "topp", "min_p", "max_tokens", "remasking_strategy", "block_length")
+        names += ("steps", "denoising_steps", "factor")
+        given = {name: getattr(self, name) for name in names}
+        for name in ("dynamic_threshold", "eb_threshold"):
+            given[name] = getattr(self, name) or None
+        given["stop_strings"] = self.stop_strings or None
+        return {**{name: value for name, value in given.items() if value is not None}, **self.options}

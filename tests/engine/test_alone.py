@@ -1,0 +1,68 @@
+"""A request gets the tokens that `diffusion_generate` gives it alone, whatever else runs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_hf import SamplingParams
+from dllm_hf.engine.engine import Engine
+
+from ..builders import tiny_model
+from ..generation.test_decoder import CAPACITY, CELLS, DEVICE, alone, calls
+
+SLOTS = 3
+
+
+def engine_of(model, policy: str, uses_graphs: bool = False, budget: int = 24, slots: int = SLOTS) -> Engine:
+    return Engine(model, None, slots, CAPACITY, {"cache_policy": policy}, 1000, budget, uses_graphs)
+
+
+def submitted(engine: Engine, call, name: str) -> None:
+    prompt, seed, options = call
+    options = dict(options)
+    params = SamplingParams(seed=seed, options=options)
+    engine.submit(engine.prepare(prompt, params, name))
+
+
+def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
+    """What each request got: its new tokens. `actions`: between the steps, requests to submit and to abort."""
+    waiting, outputs, told = list(enumerate(calls)), {}, {}
+    while waiting or not engine.is_idle:
+        action = actions.pop(0) if actions else "submit"
+        if action == "submit" and waiting:
+            number, call = waiting.pop(0)
+            submitted(engine, call, str(number))
+        elif action == "abort" and engine.running:
+            engine.abort(engine.running[0].request_id)
+        for event in engine.step():
+            told.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.output is not None:
+                outputs[event.request_id] = event.output
+                assert told[event.request_id] == event.output.token_ids
+    return outputs
+
+
+@pytest.mark.parametrize("family, policy", CELLS)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_beside_it(family, policy, data):
+    sizes = {"block_size": 4} if family not in ("llada", "dream") else {}
+    model = tiny_model(family, **sizes)
+    every = data.draw(st.lists(calls(), min_size=2, max_size=7))
+    if family == "gla_dream":
+        every = [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
+    actions = data.draw(st.lists(st.sampled_from(["submit", "submit", "step", "step", "abort"]), max_size=20))
+    engine = engine_of(model, policy, budget=data.draw(st.sampled_from([1, 16, 1000])))
+    outputs = run(engine, every, actions)
+    for number, call in enumerate(every):
+        output, prompt = outputs[str(number)], call[0]
+        text, per_forward = alone(model, policy, call)
+        if output.finish_reason == "abort":
+            assert text[len(prompt) :][: len(output.token_ids)] == output.token_ids
+            continue
+        assert output.token_ids == text[len(prompt) :], call
+        assert output.tokens_per_forward == pytest.approx(per_forward)
+        assert output.finish_reason == (
+            "stop" if output.token_ids[-1:] and output.token_ids[-1] in call[2]["eos_token_id"] else "length"
+        )

@@ -1,0 +1,321 @@
+"""`LLM` and `SamplingParams`: what programs and servers call."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from dllm_hf import LLM, SamplingParams
+from dllm_hf.engine import QueueFullError
+
+from ..builders import END, MASK, ScriptedModel, character_tokenizer, generators, script, tiny_model
+
+ROOM = {"max_tokens": 8, "block_length": 4}
+
+
+def scripted(text: str, **options) -> LLM:
+    """A model that continues an empty prompt with a text, whose blocks settle from left to right."""
+    tokens = character_tokenizer()(text)["input_ids"]
+    return LLM(ScriptedModel(script(tokens), eos_token_id=END), tokenizer=character_tokenizer(), **options)
+
+
+# --- generate
+
+
+def test_outputs_come_in_the_order_of_the_prompts_however_long_each_takes(llm):
+    prompts = ["abc", "de", "f", "ghij", "k"]
+    lengths = [12, 1, 7, 2, 9]
+    outputs = llm.generate(prompts, [SamplingParams(max_tokens=n, options={"eos_token_id": []}) for n in lengths])
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+    assert all(output.outputs[0].finish_reason == "length" and output.finished for output in outputs)
+
+
+def test_strings_token_ids_and_one_prompt_alone_are_prompts(llm):
+    params = SamplingParams(**ROOM)
+    [by_text], [by_ids] = llm.generate("abc", params), llm.generate([0, 1, 2], params)
+    [first, second] = llm.generate(["abc", [0, 1, 2]], params)
+    assert by_text.outputs == by_ids.outputs == first.outputs == second.outputs
+    assert llm.generate([], params) == []
+
+
+def test_chats_go_through_the_chat_template(llm):
+    llm.tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}:{% endfor %}"
+    [output] = llm.generate([{"role": "user", "content": "abc"}], SamplingParams(**ROOM))
+    assert output.prompt == "abc:"
+
+
+def test_several_samples_are_those_of_following_seeds(llm):
+    params = SamplingParams(temperature=1.0, seed=5, n=3, **ROOM)
+    [output] = llm.generate(["abc"], params)
+    assert [each.index for each in output.outputs] == [0, 1, 2]
+    for each, generator in zip(output.outputs, generators([5, 6, 7])):
+        alone = llm.model.diffusion_generate(
+            torch.tensor([[0, 1, 2]]), generator=[generator], temperature=1.0, cache_policy="dual",
+            max_new_tokens=8, block_length=4,
+        )  # fmt: skip
+        assert each.token_ids == [token for token in alone[0, 3:].tolist() if token != END] + [END] * (
+            each.finish_reason == "stop"
+        )
+
+
+def test_without_a_seed_torchs_own_decides(llm):
+    params = SamplingParams(temperature=3.0, **ROOM)
+    torch.manual_seed(3)
+    first = llm.generate(["abc"], params)[0].outputs
+    again = llm.generate(["abc"], params)[0].outputs
+    torch.manual_seed(3)
+    assert llm.generate(["abc"], params)[0].outputs == first != again
+
+
+def test_masks_in_a_prompt_are_filled(llm):
+    [output] = llm.generate(["ab<mask><mask>c"], SamplingParams(max_tokens=0))
+    [completion] = output.outputs
+    assert completion.token_ids == [] and MASK in output.prompt_token_ids
+    filled = completion.filled_prompt_token_ids
+    assert MASK not in filled and [filled[0], filled[1], filled[4]] == [0, 1, 2]
+    assert completion.filled_prompt == llm.tokenizer.decode(filled, skip_special_tokens=True)
+
+
+def test_a_completion_ends_with_its_end_token_and_has_no_padding():
+    llm = scripted("abc")
+    llm.model.script = script([0, 1, END, 5, 6, 7])
+    [output] = llm.generate([[]], SamplingParams(max_tokens=6, block_length=3))
+    assert output.outputs[0].token_ids == [0, 1, END]
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("ab", "stop")
+    [output] = llm.generate([[]], SamplingParams(max_tokens=6, block_length=3, ignore_eos=True))
+    assert output.outputs[0].token_ids == [0, 1, END, 5, 6, 7]
+    [output] = llm.generate([[]], SamplingParams(max_tokens=6, block_length=3, ignore_eos=True, stop_token_ids=[5]))
+    assert output.outputs[0].token_ids == [0, 1, END, 5]
+
+
+def test_a_stop_string_ends_the_text_which_does_not_show_it():
+    llm = scripted("one, two, three")
+    [output] = llm.generate([[]], SamplingParams(max_tokens=15, block_length=5, stop=[" two", "x"]))
+    [completion] = output.outputs
+    assert (completion.text, completion.finish_reason) == ("one,", "stop")
+    assert llm.tokenizer.decode(completion.token_ids) == "one, two"
+
+
+def test_how_many_passes_a_completion_took_is_said(llm):
+    [output] = llm.generate(["abc"], SamplingParams(denoising_steps=2, options={"eos_token_id": []}, **ROOM))
+    assert output.outputs[0].num_forward_passes == 4
+    assert output.outputs[0].tokens_per_forward == 2.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": 1.0, "max_tokens": 16, "remasking_strategy": "entropy_bounded", "block_length": 4, "denoising_steps": 4, "eb_threshold": 0.6},
+        {"temperature": 0.7, "max_tokens": 16, "remasking_strategy": "low_confidence", "block_length": 4, "denoising_steps": 32},
+        {"temperature": 0.2, "topk": 0, "topp": 0.95, "max_tokens": 16, "remasking_strategy": "entropy_bounded", "block_length": 4, "denoising_steps": 512, "dynamic_threshold": 0.0},
+    ],
+    ids=["sdar", "llada", "dream"],
+)  # fmt: skip
+def test_the_examples_of_blockinfer_work_as_written(arguments, request):
+    model = tiny_model(request.node.callspec.id)
+    llm = LLM(model, mask_token_id=MASK, block_length=4)
+    outputs = llm.generate([[1, 2, 3], [4, 5]], SamplingParams(**arguments))
+    assert all(1 <= len(output.outputs[0].token_ids) <= 16 for output in outputs)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "low_confidence", "random"],
+)
+def test_the_strategies_of_blockinfer_are_served(llm, strategy):
+    [output] = llm.generate(["abc"], SamplingParams(remasking_strategy=strategy, options={"eos_token_id": []}, **ROOM))
+    assert len(output.outputs[0].token_ids) == 8
+
+
+def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path, caplog):
+    tiny = tiny_model("sdar")
+    tiny.save_pretrained(tmp_path)
+    llm = LLM(tmp_path, device="cpu")
+    [output] = llm.generate([[1, 2, 3]], SamplingParams(**ROOM))
+    assert output.outputs[0].token_ids and output.outputs[0].text == ""
+    with pytest.raises(ValueError, match="there is no tokenizer: pass token ids"):
+        llm.generate(["abc"], SamplingParams(**ROOM))
+    with pytest.raises(ValueError, match="no tokenizer: use `stop_token_ids`"):
+        llm.generate([[1, 2]], SamplingParams(stop="a", **ROOM))
+
+
+# --- events
+
+
+def test_the_events_texts_are_the_completions_text():
+    llm = scripted("hello, world - and so on")
+    events = list(llm.generate_streaming([[], []], SamplingParams(max_tokens=20, block_length=4, stop="- an")))
+    for name in {event.request_id for event in events}:
+        own = [event for event in events if event.request_id == name]
+        assert len(own) > 3
+        assert "".join(event.text for event in own) == own[-1].output.text == "hello, world "
+        assert sum((event.token_ids for event in own), []) == own[-1].output.token_ids
+        assert [event.finish_reason for event in own] == [None] * (len(own) - 1) + ["stop"]
+        assert own[-1].usage.completion_tokens == len(own[-1].output.token_ids)
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    llm = scripted("abcdefgh")
+    texts = [
+        event.text for event in llm.generate_streaming([[]], SamplingParams(max_tokens=8, block_length=2, stop="dX"))
+    ]
+    assert texts == ["ab", "c", "def", "gh", ""]
+
+
+def test_half_a_character_is_held_back():
+    from dllm_hf.engine.detokenizer import Detokenizer
+
+    class Bytes:
+        def decode(self, tokens, **options):
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    texts = Detokenizer(Bytes(), [])
+    tokens = list("aä€".encode())
+    assert [texts.put(tokens[:size]) for size in range(1, len(tokens) + 1)] == ["a", "", "ä", "", "", "€"]
+
+
+def test_drafts_show_the_whole_canvas_masks_included(llm):
+    events = list(llm.generate_streaming(["abc"], SamplingParams(options={"eos_token_id": []}, **ROOM), drafts=True))
+    drafts = [event.draft for event in events if event.draft is not None]
+    assert len(drafts) == 7  # after each step but the last
+    assert [draft.count("<mask>") for draft in drafts] == [7, 6, 5, 4, 3, 2, 1]
+
+
+def test_who_stops_to_read_aborts_the_rest(llm):
+    stream = llm.generate_streaming(["abc", "de", "f"], SamplingParams(max_tokens=30, block_length=4))
+    next(stream)
+    stream.close()
+    assert llm._driver.engine.is_idle and all(row is None for row in llm._driver.engine._decoder.rows)
+
+
+# --- for servers
+
+
+def test_requests_are_submitted_and_aborted_while_others_run(llm):
+    first = llm.submit("abc", SamplingParams(max_tokens=20, block_length=4))
+    second = llm.submit("de", SamplingParams(max_tokens=20, block_length=4), request_id="mine")
+    assert second == "mine"
+    reasons = {}
+    for event in llm.events():
+        llm.abort("mine")
+        if event.output is not None:
+            reasons[event.request_id] = event.finish_reason
+    assert reasons["mine"] == "abort" and reasons[first] in ("length", "stop")
+
+
+def test_threads_share_an_engine_and_each_gets_its_own():
+    llm = LLM(tiny_model("sdar"), max_num_seqs=3)
+    prompts = [[number, number + 1] for number in range(8)]
+    params = SamplingParams(max_tokens=12)
+    expected = [llm.generate([prompt], params)[0].outputs for prompt in prompts]
+    got = [None] * len(prompts)
+
+    def ask(number):
+        got[number] = llm.generate([prompts[number]], params, use_tqdm=False)[0].outputs
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert got == expected
+
+
+def test_a_server_waits_for_requests_until_it_is_closed():
+    llm, seen = LLM(tiny_model("sdar")), []
+    server = threading.Thread(target=lambda: seen.extend(llm.events(wait=True)))
+    server.start()
+    for _ in range(2):
+        llm.submit([1, 2], SamplingParams(max_tokens=4))
+        deadline = time.monotonic() + 30
+        while not (seen and seen[-1].output) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    llm.close()
+    server.join(30)
+    assert not server.is_alive() and sum(event.output is not None for event in seen) == 2
+    with pytest.raises(ValueError, match="closed"):
+        llm.submit([1, 2], SamplingParams(max_tokens=4))
+
+
+def test_a_full_queue_refuses_and_generate_waits_for_room():
+    llm = LLM(tiny_model("sdar"), max_num_seqs=1, max_queue=2)
+    for _ in range(2):
+        llm.submit([1, 2], SamplingParams(max_tokens=4))
+    with pytest.raises(QueueFullError, match="2 completions are waiting.*`max_queue` is 2"):
+        llm.submit([1, 2], SamplingParams(max_tokens=4))
+    assert len(llm.generate([[1, 2]] * 6, SamplingParams(max_tokens=4))) == 6
+    assert sum(event.output is not None for event in llm.events()) == 2
+
+
+def test_a_request_ends_at_its_deadline_with_what_is_final(own_model):
+    llm = LLM(own_model, max_num_seqs=1)
+    own_model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    params = [SamplingParams(max_tokens=100, timeout=0.6, ignore_eos=True), SamplingParams(max_tokens=4, timeout=0.1)]
+    running, waiting = llm.generate([[1, 2], [3, 4]], params)
+    assert running.outputs[0].finish_reason == waiting.outputs[0].finish_reason == "timeout"
+    assert 0 < len(running.outputs[0].token_ids) < 100 and waiting.outputs[0].token_ids == []
+
+
+def test_leaving_the_context_aborts_what_runs(llm):
+    with llm:
+        llm.submit("abc", SamplingParams(max_tokens=30))
+    assert [event.finish_reason for event in llm.events()] == ["abort"]
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"n": 0}, "`n` must be an integer of at least 1"),
+        ({"seed": -1}, "`seed` must be an integer"),
+        ({"timeout": 0}, "`timeout` must be a number of seconds above 0"),
+        ({"stop": ""}, "`stop` must be a string or a list of strings"),
+        ({"options": {"cfg_scale": 1.0}}, "use `diffusion_generate`"),
+        ({"options": {"cache_policy": "dual"}}, "pass it to `LLM`"),
+        ({"options": {"stop_strings": "a"}}, "the argument is called `stop`"),
+    ],
+)
+def test_wrong_parameters_are_refused_when_they_are_made(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**arguments)
+
+
+@pytest.mark.parametrize(
+    "prompts, params, message",
+    [
+        (["abc", [5, 99]], {}, "prompt 1: .*token id 99"),
+        (["abc", 5], {}, "prompt 1: a prompt is a string, a list of token ids, or a list of messages"),
+        (["abc"], {"max_tokens": 200}, "take 203 columns|longer than the 128 positions"),
+        (["abc"], {"remasking_strategy": "lowconfidence"}, "`remasking_strategy='lowconfidence'` is unknown"),
+        (["abc"], {"options": {"tempratur": 1}}, "`tempratur` is not an option.*did you mean 'temperature'"),
+        ([[{"role": "user", "content": "a"}]], {}, "no chat template"),
+    ],
+)
+def test_wrong_prompts_are_refused_before_anything_runs(llm, prompts, params, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, SamplingParams(**{"max_tokens": 8, **params}))
+    assert llm._driver.engine.is_idle and llm._driver.engine.num_forward_passes == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"tensor_parallel_size": 2}, "an engine runs on one GPU"),
+        ({"max_num_seqs": 0}, "`max_num_seqs` must be an integer of at least 1"),
+        ({"max_model_len": 1000}, "more than the 128 positions"),
+        ({"gpu_memory_utilization": 1.5}, "above 0 and at most 1"),
+        ({"cache_policy": "block"}, "`cache_policy='block'` is not possible"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(tiny_model("llada"), **arguments)
+
+
+def test_as_many_parameters_as_prompts_or_one(llm):
+    with pytest.raises(ValueError, match="lists 2 for 3 prompts"):
+        llm.generate(["a", "b", "c"], [SamplingParams()] * 2)
