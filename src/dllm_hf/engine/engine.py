@@ -1,5 +1,6 @@
 """`Engine`: the queue and the slots of one model, and the step that moves both on. One thread at a time."""
 
+import heapq
 import itertools
 import math
 import time
@@ -68,6 +69,8 @@ class Engine:
         fused = fused_of(model)[0] if uses_graphs and has_cache and are_possible(model.device) else None
         backend = ModelBackend(model, has_cache, fused)
         self._decoder = Decoder.open(backend, slots, capacity, uses_graphs=fused is not None, token_budget=token_budget)
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
+        self._order = itertools.count()
         self._ended: list[Sequence] = []  # without a row; the next step tells it
 
     @property
@@ -120,7 +123,8 @@ class Engine:
         """Put the completions of a request at the end of the queue."""
         now = time.monotonic()
         for sequence in sequences:
-            sequence.submitted = now
+            if math.isfinite(sequence.timeout):
+                heapq.heappush(self._deadlines, (now + sequence.timeout, next(self._order), sequence))
         self.waiting.extend(sequences)
 
     def abort(self, request_id: str) -> None:
@@ -144,8 +148,10 @@ class Engine:
         After an interruption (Ctrl-C) they have been aborted, and it is raised.
         """
         now = time.monotonic()
-        for sequence in [each for each in (*self.waiting, *self.running) if each.deadline <= now]:
-            self._end(sequence, "timeout")
+        while self._deadlines and self._deadlines[0][0] <= now:
+            *_, sequence = heapq.heappop(self._deadlines)
+            if not sequence.is_finished:
+                self._end(sequence, "timeout")
         events = []
         try:
             self._admit()

@@ -1,6 +1,5 @@
 """`Sequence`: one completion of a request, from the queue to its end."""
 
-import time
 from dataclasses import dataclass, field
 
 from ..generation.canvas import Canvas
@@ -23,6 +22,7 @@ class Sequence:
     tokens: the new tokens that are final, as far as events have told of them.
     reason: why it has ended, where that is not the end of its canvas or an end of sequence.
     error: what went wrong in one of its steps.
+    is_finished: whether its last event has been told.
     """
 
     request_id: str
@@ -36,12 +36,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
     error: Exception | None = None
-    submitted: float = field(default_factory=time.monotonic)
-
-    @property
-    def deadline(self) -> float:
-        """On the clock of `time.monotonic`."""
-        return self.submitted + self.timeout
+    is_finished: bool = False
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End it wherever it stands."""
@@ -69,6 +64,7 @@ class Sequence:
 
     def finish(self, canvas: Canvas | None) -> Event:
         """The last event. `canvas`: None for what never had a row, or whose canvas cannot be trusted any more."""
+        self.is_finished = True
         known, passes, received, filled = len(self.tokens), 0, (0, 0), None
         if self.row is not None and canvas is not None:
             text, received = canvas.text(self.row).tolist(), canvas.counts[self.row.slot].tolist()
