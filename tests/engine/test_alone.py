@@ -50,6 +50,10 @@ def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_besid
     sizes = {"block_size": 4} if family not in ("llada", "dream") else {}
     model = tiny_model(family, **sizes)
     every = data.draw(st.lists(calls(), min_size=2, max_size=7))
+    if data.draw(st.booleans()):  # beginnings that block families share
+        beginning = data.draw(st.lists(st.integers(0, 9), min_size=4, max_size=20))
+        cuts = st.integers(0, len(beginning))
+        every = [(beginning[: data.draw(cuts)] + prompt[:8], *rest) for prompt, *rest in every]
     if family == "gla_dream":
         every = [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
     actions = data.draw(st.lists(st.sampled_from(["submit", "submit", "step", "step", "abort"]), max_size=20))

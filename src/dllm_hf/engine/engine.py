@@ -68,7 +68,14 @@ class Engine:
         has_cache = self._defaults.cache_policy != "none"
         fused = fused_of(model)[0] if uses_graphs and has_cache and are_possible(model.device) else None
         backend = ModelBackend(model, has_cache, fused)
-        self._decoder = Decoder.open(backend, slots, capacity, uses_graphs=fused is not None, token_budget=token_budget)
+        self._decoder = Decoder.open(
+            backend,
+            slots,
+            capacity,
+            uses_graphs=fused is not None,
+            token_budget=token_budget,
+            shares_beginnings=has_cache,
+        )
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
         self._order = itertools.count()
         self._ended: list[Sequence] = []  # without a row; the next step tells it
@@ -209,8 +216,9 @@ class Engine:
             if row.slot in finished:
                 events.append(sequence.settle(row, text))
         for sequence in [each for each in self.running if each.row.is_done]:
-            events.append(sequence.finish(canvas))
-            self._decoder.remove(sequence.row)
+            events.append(event := sequence.finish(canvas))
+            prompt = event.output.filled_prompt_token_ids or sequence.request.prompt
+            self._decoder.remove(sequence.row, [*prompt, *sequence.tokens])
             self.running.remove(sequence)
         return [event for event in events if event is not None]
 
@@ -219,7 +227,7 @@ class Engine:
         for sequence in self.running:
             sequence.end(reason, error)
             if sequence.row is not None:
-                self._decoder.remove(sequence.row)
+                self._decoder.remove(sequence.row, is_intact=False)
         self.waiting = deque(each for each in self.waiting if each.reason is None)
         self._ended += self.running
         self.running = []

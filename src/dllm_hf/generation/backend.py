@@ -47,6 +47,10 @@ class Backend(Protocol):
         """Forget of a row what depends on its tokens from `column` on. Returns the column up to which the state is final,
         which was `final_length`."""
 
+    def share(self, state: Any, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
+        """Give the row in slot `target` what the one in slot `source`, final up to `final_length`, holds before `column`.
+        Returns the column up to which `target` is final then. Where blocks see all others, nothing can be shared: 0."""
+
 
 class ModelBackend:
     """A model of this package, or one that [`custom_generate`] has wrapped.
@@ -91,6 +95,11 @@ class ModelBackend:
         for run in range(self.repeats):
             kept = state.forget(slot + run * self.slots_of(state), final_length, column, block_length)
         return kept
+
+    def share(
+        self, state: CanvasCache | None, source: int, target: int, final_length: int, column: int, block_length: int
+    ) -> int:
+        return 0 if state is None else state.share(source, target, final_length, column, block_length)
 
     def slots_of(self, state: CanvasCache) -> int:
         return state.layers[0].slots // self.repeats

@@ -230,6 +230,19 @@ class CanvasCache(Cache):
         """
         return min(final_length, column // block_length * block_length)
 
+    def share(self, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
+        """Copy what slot `source`, final up to `final_length`, holds before `column` to slot `target`.
+
+        Returns:
+            The column up to which `target` is final then.
+        """
+        column = column // block_length * block_length
+        for layer in self.layers:
+            if layer.is_initialized and source != target:
+                for buffer in (layer.keys, layer.values):
+                    buffer[target, :, :column] = buffer[source, :, :column]
+        return column
+
     def check(self, model: PreTrainedModel, batch: int, block_length: int) -> None:
         """Raises a `ValueError` where this cache cannot serve a call."""
         remedy = "start the conversation without `past_key_values`"

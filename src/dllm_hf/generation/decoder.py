@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .backend import Backend
+from .beginnings import Beginnings
 from .canvas import LISTS, Canvas, list_of
 from .graphs import MAX_CAPTURED_TOKENS
 from .pool import Workspace
@@ -29,6 +30,8 @@ class Decoder:
         token_budget: columns that the wide windows of a step may feed together, which are pieces of prompts and passes over
             a whole canvas: rows that denoise a block are not to wait for long. One of them always goes; the others wait,
             and the one that has waited longest goes first. None: no limit.
+        shares_beginnings: whether rows whose prompts begin alike compute the beginning once, where blocks see earlier ones
+            alone. The others take a copy of its keys and values, and wait for it if need be.
 
     Attributes:
         num_forward_passes: of all rows together.
@@ -43,6 +46,7 @@ class Decoder:
         after_step: Callable[[bool], None] | None = None,
         is_hooked: bool = False,
         token_budget: int | None = None,
+        shares_beginnings: bool = False,
     ):
         self.backend, self.workspace, self.canvas = backend, workspace, workspace.canvas
         self.uses_graphs, self.process = uses_graphs and process is None, process
@@ -51,6 +55,10 @@ class Decoder:
         self.features: dict[int, Features] = {}  # of each slot's row
         self.num_forward_passes, self._steps = 0, 0
         self._last_passes: dict[int, int] = {}  # of each slot's row, in which step
+        self._free = list(range(self.canvas.slots))  # the slot that has been free longest first
+        self._beginnings = Beginnings() if shares_beginnings and backend.sees_earlier_blocks else None
+        self._final_lengths: dict[int, int] = {}  # up to where a free slot is final
+        self._sources: dict[Row, tuple[Row, int]] = {}  # whose beginning a row waits for, and how many columns of it
         self._window: tuple[tuple, Window] | None = None
 
     @classmethod
@@ -70,38 +78,90 @@ class Decoder:
         Raises:
             ValueError: there is no slot left, or a row is longer than its extent.
         """
-        free = [slot for slot, row in enumerate(self.rows) if row is None]
-        if len(free) < len(requests):
-            raise ValueError(f"{len(requests)} rows do not fit into {len(free)} free slots: remove rows first.")
-        backend = self.backend
-        contract = (backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
-        rows = [Row(request, slot, *contract) for request, slot in zip(requests, free)]
-        longest = max((row.length for row in rows), default=0)
+        if len(self._free) < len(requests):
+            raise ValueError(f"{len(requests)} rows do not fit into {len(self._free)} free slots: remove rows first.")
+        longest = max((len(request.canvas(self.backend.block_grid)) for request in requests), default=0)
         if longest > self.canvas.capacity:
             raise ValueError(
                 f"A canvas of {longest} columns does not fit into {self.canvas.capacity}: shorten the prompt, or ask for "
                 "fewer `max_new_tokens`."
             )
-        for row, length in zip(rows, final_lengths or [0] * len(rows), strict=True):
-            if not length and row.first_feeds == "not yet final":
-                backend.forget(self.workspace.state, row.slot, -1, 0, row.block_length)
-            row.final_length = length
-        self.canvas.place(rows)
-        for row in rows:
-            self.rows[row.slot], self.features[row.slot] = row, Features.of(row)
-            self._last_passes[row.slot] = self._steps
-        present = [row for row in self.rows if row is not None]
-        for index, name in enumerate(LISTS):
-            widths = {row: self.features[row.slot].widths[index] for row in present}
-            for width in set(widths.values()) - {0}:
-                self.canvas.place_list(name, width, [row for row in present if widths[row] <= width])
+        rows: list[Row] = []
+        try:
+            for index, request in enumerate(requests):
+                rows.append(self._seat(request, None if final_lengths is None else final_lengths[index]))
+            self.canvas.place(rows)
+            present = [row for row in self.rows if row is not None]
+            for index, name in enumerate(LISTS):
+                widths = {row: self.features[row.slot].widths[index] for row in present}
+                for width in set(widths.values()) - {0}:
+                    self.canvas.place_list(name, width, [row for row in present if widths[row] <= width])
+        except BaseException:
+            for row in rows:
+                self.remove(row, is_intact=False)
+            raise
         return rows
 
-    def remove(self, row: Row) -> None:
-        """Free the slot of a row, finished or not."""
-        if self.rows[row.slot] is row:
-            self.rows[row.slot] = None
-            self.features.pop(row.slot)
+    def _seat(self, request: Request, final_length: int | None) -> Row:
+        """Give a request a slot, if possible one that holds its beginning."""
+        backend, slot, holders, shared = self.backend, self._free[0], [], 0
+        size, mask = request.options.block_length, request.options.mask_token_id
+        known = request.prompt[: request.prompt.index(mask)] if mask in request.prompt else request.prompt
+        if self._beginnings is not None:
+            holders, shared = self._beginnings.find(known, size)
+            slot = next((each for each in holders if self.rows[each] is None), slot)
+        self._free.remove(slot)
+        row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
+        self.rows[slot], self.features[slot], self._last_passes[slot] = row, Features.of(row), self._steps
+        if slot in holders:
+            self._take_beginning(row, slot, self._final_lengths[slot], shared)
+        else:
+            if not final_length and row.first_feeds == "not yet final":
+                backend.forget(self.workspace.state, slot, -1, 0, size)
+            row.final_length = final_length or 0
+        if self._beginnings is not None:
+            self._beginnings.put(slot, known, size)
+        if holders and slot not in holders:
+            source = max((self.rows[each] for each in holders), key=lambda each: each.final_length)
+            self._sources[row] = source, shared
+            self._take_beginnings()
+        return row
+
+    def _take_beginning(self, row: Row, slot: int, final_length: int, column: int) -> None:
+        """Take what a slot, which is final up to `final_length`, holds before `column`."""
+        column = min(column, final_length)
+        row.final_length = self.backend.share(
+            self.workspace.state, slot, row.slot, final_length, column, row.block_length
+        )
+
+    def _take_beginnings(self) -> None:
+        for row, (source, shared) in list(self._sources.items()):
+            if source.final_length >= shared:
+                self._take_beginning(row, source.slot, source.final_length, shared)
+                del self._sources[row]
+
+    def remove(self, row: Row, tokens: list[int] | None = None, is_intact: bool = True) -> None:
+        """Free the slot of a row, finished or not.
+
+        Args:
+            tokens: its text, where that is known: what comes next may begin with it. By default its prompt.
+            is_intact: whether the state holds what the row says; not so after a pass that has failed.
+        """
+        slot = row.slot
+        if self.rows[slot] is not row:
+            return
+        self._sources.pop(row, None)
+        for other in [other for other, (source, _) in self._sources.items() if source is row]:
+            _, shared = self._sources.pop(other)
+            if is_intact:
+                self._take_beginning(other, slot, row.final_length, shared)
+        if self._beginnings is not None:
+            text = row.request.prompt if tokens is None else tokens
+            self._beginnings.put(slot, text[: row.final_length] if is_intact else [], row.block_length)
+            self._final_lengths[slot] = row.final_length
+        self.rows[slot] = None
+        self.features.pop(slot)
+        self._free.append(slot)
 
     def forget(self, row: Row, column: int) -> int:
         """Forget what the state holds of a row from `column` on. Returns the column up to which it is final now."""
@@ -116,7 +176,8 @@ class Decoder:
 
     def step(self) -> list[Row]:
         """A denoising step of every row that is not done. Returns the rows that finished a block."""
-        rows = self.busy
+        self._take_beginnings()
+        rows = [row for row in self.busy if row not in self._sources]
         for row in rows:
             if not row.is_open:
                 self._open_block(row)

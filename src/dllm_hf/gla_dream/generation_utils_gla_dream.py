@@ -156,6 +156,15 @@ class GLADreamCache(CanvasCache):
                 layer.state[slot] = 0
         return 0
 
+    def share(self, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
+        """A state is that of one column: where it is past `column`, nothing of it can be used."""
+        if final_length > column:
+            return self.forget(target, -1, 0, block_length)
+        held = [layer.state for layer in self.layers if layer.is_initialized]
+        for tensor in [*held, *([] if self.last_hidden is None else [self.last_hidden])]:
+            tensor[target] = tensor[source]
+        return final_length
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that a forward pass without the loop goes on after."""
         return (self.seen or 0) + (0 if self.pending is None else self.pending.shape[1])

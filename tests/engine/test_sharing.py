@@ -1,0 +1,96 @@
+"""Requests whose prompts begin alike compute the beginning once, and get the same tokens."""
+
+import pytest
+import torch
+
+from dllm_hf import LLM, SamplingParams
+from dllm_hf.generation.beginnings import Beginnings
+
+from ..builders import MASK, recorded, tiny_model
+
+PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
+BEGINNING = [(7 * position) % 50 for position in range(40)]
+
+
+def fed(llm: LLM, prompts, params=PARAMS) -> tuple[int, list]:
+    """How many columns the model was fed, and the outputs."""
+    with recorded(llm.model) as calls:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    return sum(call["input_ids"].numel() for call in calls), [output.outputs for output in outputs]
+
+
+def alone(model, prompts):
+    return [LLM(model).generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", ["sdar", "sdar_moe"])
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_a_beginning_is_computed_once(family, slots):
+    """By whoever comes first; who comes at the same time waits for it, who comes later finds it in a slot."""
+    model = tiny_model(family)
+    prompts = [BEGINNING + [number] for number in range(8)]
+    columns, outputs = fed(LLM(model, max_num_seqs=slots), prompts)
+    assert [each.token_ids for [each] in outputs] == alone(model, prompts)
+    own = 8 * (5 * 4 + 2 * 8)  # of each row: two blocks, four steps and one, with the block before
+    assert columns <= 40 + own
+
+
+@pytest.mark.parametrize("family", ["sdar", "gla_dream"])
+def test_samples_of_a_prompt_share_its_prefill(family):
+    model = tiny_model(family)
+    columns, [outputs] = fed(LLM(model), [BEGINNING], SamplingParams(max_tokens=4, ignore_eos=True, n=6, seed=1))
+    assert columns < 2 * 40 + 6 * (4 * 4 + 2 * 4)
+    assert len({tuple(output.token_ids) for output in outputs}) == 1  # greedy
+
+
+def test_the_next_turn_of_a_conversation_finds_the_last_one():
+    llm = LLM(tiny_model("sdar"), max_num_seqs=4)
+    _, [[first]] = fed(llm, [BEGINNING])
+    longer = BEGINNING + first.token_ids + [3, 4, 5, 6]
+    columns, [[second]] = fed(llm, [longer])
+    assert second.token_ids == alone(llm.model, [longer])[0]
+    assert columns < 40
+
+
+def test_texts_that_differ_in_their_block_length_share_nothing():
+    llm = LLM(tiny_model("sdar"), max_num_seqs=2)
+    params = [SamplingParams(max_tokens=4, ignore_eos=True, block_length=size) for size in (4, 8)]
+    _, [_, [second]] = fed(llm, [BEGINNING, BEGINNING], params)
+    ids = torch.tensor([BEGINNING])
+    expected = llm.model.diffusion_generate(
+        ids, max_new_tokens=4, block_length=8, eos_token_id=[], cache_policy="block"
+    )
+    assert second.token_ids == expected[0, 40:].tolist()
+
+
+def test_what_a_failed_step_left_is_not_shared(own_model):
+    llm = LLM(own_model, max_num_seqs=2)
+    expected = alone(own_model, [BEGINNING])[0]
+    handle = own_model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    [output] = llm.generate([BEGINNING], PARAMS)
+    assert output.outputs[0].finish_reason == "error"
+    handle.remove()
+    assert llm.generate([BEGINNING], PARAMS)[0].outputs[0].token_ids == expected
+
+
+def test_a_mask_in_a_prompt_ends_what_can_be_shared():
+    """It is filled otherwise for each request."""
+    model = tiny_model("sdar")
+    prompts = [[*BEGINNING[:8], MASK, *BEGINNING[9:], number] for number in range(3)]
+    _, outputs = fed(LLM(model, max_num_seqs=3), prompts)
+    assert [each.token_ids for [each] in outputs] == alone(model, prompts)
+
+
+def test_beginnings_find_the_longest_run_of_whole_blocks():
+    beginnings = Beginnings()
+    beginnings.put(0, [1, 2, 3, 4, 5, 6], 2)
+    beginnings.put(1, [1, 2, 3, 4, 9, 9], 2)
+    assert beginnings.find([1, 2, 3, 4, 5, 6, 7], 2) == ([0], 6)
+    assert beginnings.find([1, 2, 3, 4, 5], 2) == ([0, 1], 4)
+    assert beginnings.find([1, 2, 3, 4, 5, 6], 3) == ([], 0)
+    assert beginnings.find([2, 1], 2) == ([], 0)
+    beginnings.put(0, [7, 7], 2)
+    assert beginnings.find([1, 2, 3, 4, 5, 6], 2) == ([1], 4)
+    beginnings.drop(1)
+    beginnings.drop(0)
+    assert not beginnings._slots and not beginnings._keys
