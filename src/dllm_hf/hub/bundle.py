@@ -8,8 +8,9 @@ is refused, with file and line, before it can fail on somebody else's machine.
 import ast
 import re
 import sys
-from importlib.metadata import version
 from pathlib import Path
+
+from .. import __version__
 
 PACKAGE = Path(__file__).parents[1]
 # What `transformers.dynamic_module_utils.get_relative_imports` takes for an import, wherever it stands.
@@ -100,4 +101,4 @@ def flattened(path: Path, root: Path = PACKAGE) -> tuple[str, list[Path]]:
         if number not in rewritten:
             refuse(number, "a text line that begins like an import would be taken for one: break it elsewhere.")
     origin = path.relative_to(root.parent).as_posix()
-    return f"# {origin} of dllm_hf {version('dllm-hf')}, Apache-2.0.\n" + flat_text, imported
+    return f"# {origin} of dllm_hf {__version__}, Apache-2.0.\n" + flat_text, imported

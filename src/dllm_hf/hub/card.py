@@ -2,11 +2,12 @@
 
 import json
 import re
-from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
+
+from .. import __version__
 
 DESCRIPTIONS = {
     "llada": "[LLaDA](https://arxiv.org/abs/2502.09992): a Llama whose attention has no direction, which fills in masked tokens.",
@@ -67,7 +68,7 @@ Options are those of `diffusion_generate` (`block_length`, `steps`, `remasking_s
 
 
 def make_loop_card(name: str) -> str:
-    return LOOP_CARD.format(name=_literal(name), version=version("dllm-hf"))
+    return LOOP_CARD.format(name=_literal(name), version=__version__)
 
 
 def card_header(folder: Path) -> dict:
@@ -108,7 +109,7 @@ def make_card(model_type: str, name: str, source: str | None, header: dict) -> s
         header=ModelCardData(**values).to_yaml() + "\n",
         title=_escaped(name.rstrip("/").split("/")[-1]),
         description=DESCRIPTIONS[model_type],
-        version=version("dllm-hf"),
+        version=__version__,
         origin=origin,
         name=_literal(name),
     )
