@@ -15,6 +15,6 @@ def generate(arguments: argparse.Namespace) -> int:
     for step in completion.history:
         print(repr(session.tokenizer.decode(step)), file=sys.stderr)
     if not session.streams:
-        show("\n\n".join(session.text(tokens) for tokens in completion.tokens))
+        show("\n\n".join(map(session.text, completion.tokens)))
     tell(completion.report)
     return 0

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
@@ -92,7 +93,7 @@ def make_card(model_type: str, name: str, source: str | None, header: dict) -> s
     """
     licence = _plain(header.get("license"), r"[A-Za-z0-9.+-]{1,64}")
     kept = {key: _plain(header.get(key)) for key in ("license_name", "license_link", "language")}
-    values = {
+    values: dict[str, Any] = {
         "license": licence or "unknown",
         **{key: value for key, value in kept.items() if value},
         "library_name": "transformers",
