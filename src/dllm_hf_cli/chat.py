@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .options import did_you_mean
-from .output import read_line, show, tell
+from .output import read_line, tell
 from .session import Session
 
 try:
@@ -58,17 +58,13 @@ def _turn(session: Session, messages: list[dict[str, str]]) -> list[dict[str, st
                 f"the conversation holds the mask, {session.tokenizer.mask_token!r}, which the model would fill in where "
                 "it stands: write it in another way, or infill with `dllm-hf generate`."
             )
-        completion = session.complete(prompt, is_turn=True)
+        answer = session.complete(prompt, is_turn=True)
     except KeyboardInterrupt:
         tell("(stopped; the question is forgotten)")
         return None
     except ValueError as error:
         tell(f"{error} (the question is forgotten; /clear forgets the whole conversation)")
         return None
-    answer = session.text(completion.tokens[0][len(prompt) :])
-    if not session.streams:
-        show(answer)
-    tell(completion.report)
     return [*messages, {"role": "assistant", "content": answer}]
 
 

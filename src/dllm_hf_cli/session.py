@@ -5,7 +5,6 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,37 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from dllm_hf.generation.configuration import as_token_list
-from dllm_hf.hub.checkpoint import (
-    check_size,
-    checked_weights,
-    empty_model,
-    fetched,
-    first_line,
-    naming,
-    read_generation_config,
-    read_json,
-    refuse_gaps,
-    some,
-)
+from dllm_hf.hub import checkpoint
 
 from .options import generation_options
-from .output import tell
+from .output import show, tell
 from .streaming import FinalText, TerminalStreamer
 
 MAX_SEQUENCES = 1000  # completions that are decoded together; a larger number is a slip, or comes from a strange file
-
-
-@dataclass
-class Completion:
-    """
-    tokens: of each sequence up to its end, prompt included.
-    history: the tokens after each step, with `--output-history`.
-    report: the line that ends a run.
-    """
-
-    tokens: list[list[int]]
-    history: list[list[int]]
-    report: str
 
 
 class Session:
@@ -60,16 +35,16 @@ class Session:
         if os.path.isdir(name):  # only downloads may show their progress
             logging.disable_progress_bar()
         self.device = _checked_device(arguments.device)
-        self.folder = folder = fetched(name, code=trust)
+        self.folder = folder = checkpoint.fetched(name, code=trust)
         if (folder / "adapter_config.json").is_file():  # the library would load another model, the one it names
             raise ValueError(
                 f"{folder} holds an adapter: merge it into its model (`merge_and_unload` of peft) and save that."
             )
-        read_json(folder / "config.json")
-        model = empty_model(folder, trust)
+        checkpoint.read_json(folder / "config.json")
+        model = checkpoint.empty_model(folder, trust)
         if not hasattr(model, "diffusion_generate"):
             raise ValueError(f"{name} is a {type(model).__name__}, which does not decode by diffusion.")
-        self.resolved = read_generation_config(folder, model).updated(**self.options)
+        self.resolved = checkpoint.read_generation_config(folder, model).updated(**self.options)
         sequences = self.resolved.num_return_sequences
         if sequences > MAX_SEQUENCES:
             raise ValueError(
@@ -77,15 +52,16 @@ class Session:
                 f"more than can be decoded together: give at most {MAX_SEQUENCES}."
             )
         if getattr(model.config, "quantization_config", None) is not None:
-            check_size(folder, model)
-        elif unexpected := checked_weights(folder, model)[1]:
+            checkpoint.check_size(folder, model)
+        elif unexpected := checkpoint.checked_weights(folder, model)[1]:
             tell(
-                f"dllm-hf: warning: {folder} holds {some(unexpected)} that the model in its config.json does not read."
+                f"dllm-hf: warning: {folder} holds {checkpoint.some(unexpected)} that the model in its config.json does "
+                "not read."
             )
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / file).is_file():
-                read_json(folder / file)
-        with naming(f"{folder} has no tokenizer that can be read"):
+                checkpoint.read_json(folder / file)
+        with checkpoint.naming(f"{folder} has no tokenizer that can be read"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         self.generator = torch.Generator(self.device)
         if arguments.seed is None:
@@ -96,7 +72,7 @@ class Session:
         self.streams = terminal and not arguments.no_stream and sequences == 1
 
     def load(self) -> None:
-        with naming(f"{self.folder} cannot be loaded"):
+        with checkpoint.naming(f"{self.folder} cannot be loaded"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation leaves out
                 self.folder,
                 dtype=self.arguments.dtype,
@@ -105,14 +81,17 @@ class Session:
             )
             model, info = loaded
             self.model = model.to(self.device)
-        refuse_gaps(self.folder, info["missing_keys"], info["mismatched_keys"])
+        checkpoint.refuse_gaps(self.folder, info["missing_keys"], info["mismatched_keys"])
 
-    def complete(self, prompt: list[int], is_turn: bool = False) -> Completion:
-        """Decode. Shows the text where it streams; elsewhere the caller shows it, except for the final text after
-        Ctrl-C.
+    def complete(self, prompt: list[int], is_turn: bool = False) -> str:
+        """Decode, show the text, and report speed on standard error. After Ctrl-C the text that is final is shown.
 
         Args:
-            is_turn: the prompt is a conversation: it is not shown, and the end of a turn ends the completion.
+            is_turn: the prompt is a conversation: it is not shown, the end of a turn ends the completion as well, and
+                of several completions only the first is shown.
+
+        Returns:
+            The text that was shown.
         """
         options = dict(self.options)
         ends = as_token_list(self.option("eos_token_id"))
@@ -121,10 +100,11 @@ class Session:
             ends = list(dict.fromkeys([*ends, *(token for token in turn_ends if token is not None)]))
             options["eos_token_id"] = ends
         mask = self.option("mask_token_id")
+        skipped = len(prompt) if is_turn else 0
         streamer = None
         if self.resolved.num_return_sequences == 1:
             streamer_class = TerminalStreamer if self.streams else FinalText
-            streamer = streamer_class(self.text, mask, len(prompt) if is_turn else 0)
+            streamer = streamer_class(self.text, mask, skipped)
         start = time.perf_counter()
         try:
             output = self.model.diffusion_generate(
@@ -146,17 +126,21 @@ class Session:
                 raise
             raise ValueError(f"{self.folder}: {error}") from error  # about an option from the folder's configurations
         except (RuntimeError, MemoryError) as error:
-            raise ValueError(f"decoding with {self.folder} failed: {first_line(error)}") from error
+            raise ValueError(f"decoding with {self.folder} failed: {checkpoint.first_line(error)}") from error
         seconds = time.perf_counter() - start
-        tokens = [_up_to_end(row, len(prompt), ends) for row in output.sequences.tolist()]
-        new = sum(len(row) - len(prompt) + prompt.count(mask) for row in tokens)
-        passes = output.num_forward_passes
+        for step in output.history or ():
+            print(repr(self.tokenizer.decode(step[0])), file=sys.stderr)
+        rows = [_up_to_end(row, len(prompt), ends) for row in output.sequences.tolist()]
+        text = "\n\n".join(self.text(row[skipped:]) for row in (rows[:1] if is_turn else rows))
+        if not self.streams:
+            show(text)
+        new, passes = sum(len(row) - len(prompt) + prompt.count(mask) for row in rows), output.num_forward_passes
         rate = f"{new / max(passes, 1):.2f} tokens per forward"
-        report = f"{new} tokens, {passes} forward passes, {rate}, {seconds:.1f} s"
-        return Completion(tokens, [step[0].tolist() for step in output.history or ()], report)
+        tell(f"{new} tokens, {passes} forward passes, {rate}, {seconds:.1f} s")
+        return text
 
     def encode(self, text: str) -> list[int]:
-        with naming(f"the tokenizer in {self.folder} fails"):
+        with checkpoint.naming(f"the tokenizer in {self.folder} fails"):
             return list(self.tokenizer(text)["input_ids"]) if text else []
 
     def text(self, tokens: list[int]) -> str:
@@ -182,4 +166,4 @@ def _checked_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {device} cannot be used: {first_line(error)}") from error
+        raise ValueError(f"--device {device} cannot be used: {checkpoint.first_line(error)}") from error

@@ -11,18 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families import family
 from ..generation.custom_generate import generate
+from . import checkpoint
 from .bundle import bundle
 from .card import card_header, make_card, make_loop_card
-from .checkpoint import (
-    TOKENIZER_FILES,
-    checked_weights,
-    empty_model,
-    fetched,
-    inside,
-    read_generation_config,
-    read_json,
-    some,
-)
 
 
 def export(source: str, out: str | os.PathLike, config_only: bool = False, name: str | None = None) -> Path:
@@ -41,20 +32,20 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
         ValueError, OSError: the source cannot be exported, and why. Nothing is written then.
     """
     target = _new_folder(out)
-    folder = fetched(source, weights=not config_only)
-    files = ["config.json", "generation_config.json", *([] if config_only else TOKENIZER_FILES)]
+    folder = checkpoint.fetched(source, weights=not config_only)
+    files = ["config.json", "generation_config.json", *([] if config_only else checkpoint.TOKENIZER_FILES)]
     for file in ["README.md", *files]:
-        inside(folder, file)
+        checkpoint.inside(folder, file)
     model = _checked_model(folder)
-    read_generation_config(folder, model)
+    checkpoint.read_generation_config(folder, model)
     if not config_only:
         if (folder / "tokenizer_config.json").is_file():
-            read_json(folder / "tokenizer_config.json")
-        weights, unexpected = checked_weights(folder, model)
+            checkpoint.read_json(folder / "tokenizer_config.json")
+        weights, unexpected = checkpoint.checked_weights(folder, model)
         if unexpected:
             raise ValueError(
-                f"The weights in {folder} hold {some(unexpected)} that the model in its config.json does not have: one "
-                "of the files is of another model."
+                f"The weights in {folder} hold {checkpoint.some(unexpected)} that the model in its config.json does not "
+                "have: one of the files is of another model."
             )
         files += weights
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,11 +76,11 @@ def add_code(folder: Path, config: PreTrainedConfig) -> None:
     for name, text in bundle(*classes.values(), *([tokenizer] if own_tokenizer else [])).items():
         (folder / name).write_text(text, encoding="utf-8")
     reference = lambda cls: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
-    values = read_json(folder / "config.json")
+    values = checkpoint.read_json(folder / "config.json")
     values["auto_map"] = {auto: reference(cls) for auto, cls in classes.items()}
     values["architectures"] = [causal_lm.__name__]
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = checkpoint.read_json(path) if path.is_file() else {}
     settings.pop("auto_map", None)
     if own_tokenizer:
         values["auto_map"]["AutoTokenizer"] = [reference(tokenizer), None]
@@ -127,7 +118,7 @@ def _new_folder(out: str | os.PathLike) -> Path:
 def _checked_model(folder: Path) -> PreTrainedModel:
     """The model that `config.json` describes, without weights."""
     path = folder / "config.json"
-    values = read_json(path)
+    values = checkpoint.read_json(path)
     try:
         _, model, causal_lm, _ = family(values.get("model_type", ""))
     except ValueError as error:
@@ -145,7 +136,7 @@ def _checked_model(folder: Path) -> PreTrainedModel:
         raise ValueError(
             f"{path} has a `quantization_config`: export the weights before quantisation, and quantise them on loading."
         )
-    return empty_model(folder)
+    return checkpoint.empty_model(folder)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
