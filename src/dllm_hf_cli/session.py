@@ -35,7 +35,7 @@ class Session:
         if os.path.isdir(name):  # only downloads may show their progress
             logging.disable_progress_bar()
         self.device = _checked_device(arguments.device)
-        self.folder = folder = checkpoint.fetched(name, code=trust)
+        self.folder = folder = checkpoint.fetch(name, code=trust)
         if (folder / "adapter_config.json").is_file():  # the library would load another model, the one it names
             raise ValueError(
                 f"{folder} holds an adapter: merge it into its model (`merge_and_unload` of peft) and save that."
@@ -55,13 +55,13 @@ class Session:
             checkpoint.check_size(folder, model)
         elif unexpected := checkpoint.checked_weights(folder, model)[1]:
             tell(
-                f"dllm-hf: warning: {folder} holds {checkpoint.some(unexpected)} that the model in its config.json does "
-                "not read."
+                f"dllm-hf: warning: {folder} holds {checkpoint.summary_of(unexpected)} that the model in its config.json "
+                "does not read."
             )
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / file).is_file():
                 checkpoint.read_json(folder / file)
-        with checkpoint.naming(f"{folder} has no tokenizer that can be read"):
+        with checkpoint.failing_with(f"{folder} has no tokenizer that can be read"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         self.generator = torch.Generator(self.device)
         if arguments.seed is None:
@@ -72,7 +72,7 @@ class Session:
         self.streams = terminal and not arguments.no_stream and sequences == 1
 
     def load(self) -> None:
-        with checkpoint.naming(f"{self.folder} cannot be loaded"):
+        with checkpoint.failing_with(f"{self.folder} cannot be loaded"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation leaves out
                 self.folder,
                 dtype=self.arguments.dtype,
@@ -140,7 +140,7 @@ class Session:
         return text
 
     def encode(self, text: str) -> list[int]:
-        with checkpoint.naming(f"the tokenizer in {self.folder} fails"):
+        with checkpoint.failing_with(f"the tokenizer in {self.folder} fails"):
             return list(self.tokenizer(text)["input_ids"]) if text else []
 
     def text(self, tokens: list[int]) -> str:

@@ -34,7 +34,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @contextmanager
-def naming(problem: str):
+def failing_with(problem: str):
     """Every exception inside becomes a `ValueError` that begins with `problem`: a file from elsewhere can fail in as
     many ways as there are libraries that read it."""
     try:
@@ -45,11 +45,11 @@ def naming(problem: str):
 
 
 def first_line(error: Exception) -> str:
-    """Of the message; the type of an error without one."""
+    """The first line of an error's message; the error's type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def fetched(source: str | os.PathLike, weights: bool = True, code: bool = False) -> Path:
+def fetch(source: str | os.PathLike, weights: bool = True, code: bool = False) -> Path:
     """The folder that holds a source's files: the source itself, or the folder to which its repository is downloaded.
 
     Args:
@@ -79,11 +79,11 @@ def _refuse_mistyped(source: str) -> None:
     """Raises an `OSError` for a path: a name on the Hub has one slash at most, and where there is a folder
     `hub_configs`, `hub_configs/x` is taken for a path."""
     parent = Path(source).parent
-    folders = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    folders = [path.name for path in parent.iterdir() if path.is_dir()] if os.path.isdir(parent) else []
     close = difflib.get_close_matches(Path(source).name, folders, n=1, cutoff=0.75)
     if source.startswith(("/", ".", "~")) or "\\" in source or source.count("/") > 1:
         repository = ""
-    elif (close or ("/" in source and parent.is_dir())) and not _is_cached(source):
+    elif (close or ("/" in source and os.path.isdir(parent))) and not _is_cached(source):
         repository = f" If you mean the Hub's repository of that name, `hf download {source}` first."
     else:
         return
@@ -98,7 +98,7 @@ def _is_cached(repository: str) -> bool:
         return False
 
 
-def inside(folder: Path, name: str) -> Path:
+def checked_path(folder: Path, name: str) -> Path:
     """The path of a checkpoint's file, which need not exist. A link to a file outside of the folder is a `ValueError`,
     since the export would publish that file; the Hub's cache consists of links to its own blobs, which are allowed."""
     path, top = folder / name, Path(os.path.realpath(folder))
@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict:
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a folder's `config.json` describes, on the meta device."""
-    with naming(f"{folder / 'config.json'} describes no model that can be built"):
+    with failing_with(f"{folder / 'config.json'} describes no model that can be built"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -141,7 +141,7 @@ def read_generation_config(folder: Path, model: Any) -> DiffusionGenerationConfi
     if not path.is_file():
         return model.generation_config
     read_json(path)
-    with naming(f"{path} cannot be used"):
+    with failing_with(f"{path} cannot be used"):
         return model.generation_config_class.from_pretrained(folder)
 
 
@@ -160,8 +160,8 @@ def checked_weights(folder: Path, model: PreTrainedModel) -> tuple[list[str], li
     files, index = _weight_files(folder)
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        tensors |= _tensors(inside(folder, file))
-    with naming(f"The weights in {folder} cannot be those of its config.json"), _no_progress_bar():
+        tensors |= _tensors(checked_path(folder, file))
+    with failing_with(f"The weights in {folder} cannot be those of its config.json"), _no_progress_bar():
         load = LoadStateDictConfig(
             device_map={"": torch.device("meta")},
             ignore_mismatched_sizes=True,
@@ -190,12 +190,12 @@ def refuse_gaps(folder: Path, missing, mismatched, unconvertible=()) -> None:
     """Raises a `ValueError` where transformers' report on loading names weights that do not come from the files."""
     problems = []
     if missing:
-        problems.append(f"{some(missing)} missing")
+        problems.append(f"{summary_of(missing)} missing")
     if mismatched:
         name, found, expected = min(mismatched)
         problems.append(f"{len(mismatched)} of another shape ({name} is {tuple(found)}, not {tuple(expected)})")
     if unconvertible:
-        problems.append(f"{some(unconvertible)} not to be put together")
+        problems.append(f"{summary_of(unconvertible)} not to be put together")
     if problems:
         raise ValueError(
             f"The weights in {folder} are not those of the model in its config.json: {'; '.join(problems)}. One of the "
@@ -203,7 +203,7 @@ def refuse_gaps(folder: Path, missing, mismatched, unconvertible=()) -> None:
         )
 
 
-def some(names) -> str:
+def summary_of(names) -> str:
     """`3 tensors (a, b, ...)`"""
     names = sorted(names)
     shown = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
@@ -214,7 +214,7 @@ def _weight_files(folder: Path) -> tuple[list[str], list[str]]:
     """The weight files that transformers would read, and their index where there is one."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS], []
-    path = inside(folder, INDEX)
+    path = checked_path(folder, INDEX)
     if not path.is_file():
         raise OSError(f"{folder} has no {WEIGHTS} and no {INDEX}{_remedy(folder)}.")
     try:

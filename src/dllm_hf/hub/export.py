@@ -32,10 +32,10 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
         ValueError, OSError: the source cannot be exported, and why. Nothing is written then.
     """
     target = _new_folder(out)
-    folder = checkpoint.fetched(source, weights=not config_only)
+    folder = checkpoint.fetch(source, weights=not config_only)
     files = ["config.json", "generation_config.json", *([] if config_only else checkpoint.TOKENIZER_FILES)]
     for file in ["README.md", *files]:
-        checkpoint.inside(folder, file)
+        checkpoint.checked_path(folder, file)
     model = _checked_model(folder)
     checkpoint.read_generation_config(folder, model)
     if not config_only:
@@ -44,8 +44,8 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
         weights, unexpected = checkpoint.checked_weights(folder, model)
         if unexpected:
             raise ValueError(
-                f"The weights in {folder} hold {checkpoint.some(unexpected)} that the model in its config.json does not "
-                "have: one of the files is of another model."
+                f"The weights in {folder} hold {checkpoint.summary_of(unexpected)} that the model in its config.json "
+                "does not have: one of the files is of another model."
             )
         files += weights
     target.parent.mkdir(parents=True, exist_ok=True)
