@@ -4,13 +4,13 @@ usage: decoding_quality.py measure CHECKPOINT ... --out results.jsonl [--text ti
        decoding_quality.py report results.jsonl --docs docs
 
 A Sudoku checkpoint solves 1,000 held-out puzzles at each of three levels; the share solved is counted. A text checkpoint
-continues held-out text, 64 characters by 192, and pays for the true text: where a step transfers a token, the true one
-goes in its place, and its negative log-probability under the model at that step is added up. The order follows the
-strategy, which sees the model's own confidences. So the loss is that of the held-out text in the order, and with the
-parallelism, of the decoder: tokens transferred together are paid for as if they were independent.
+decodes held-out text, 192 characters after 64, with teacher forcing: where a step transfers a token, the true token is
+written, and its negative log-probability under the model at that step is added to the loss. The strategy chooses the
+positions from the model's own confidences. So the loss is that of the held-out text in the decoder's order and with its
+parallelism: tokens transferred together count as independent.
 
 `measure` appends a JSON line for each setting; `report` writes the tables of docs/decoding_quality.md and its plots
-(with matplotlib). What docs/decoding_quality.jsonl holds has been measured.
+(with matplotlib). docs/decoding_quality.jsonl holds the results of such runs.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from sudoku import MASK, generate  # noqa: E402
 
 LEVELS = {"33-36 clues": (33, 36), "29-32 clues": (29, 32), "25-28 clues": (25, 28)}
-HELD_OUT_SEED = 1  # of `sudoku.py generate`: what the training data leaves out
+HELD_OUT_SEED = 1  # of `sudoku.py generate`, for the puzzles that the training data leaves out
 PROMPT, NEW = 64, 192
 STATIC, DYNAMIC = "low_confidence_static", "low_confidence_dynamic"
 
@@ -60,15 +60,15 @@ def text_settings(policies: tuple[str, ...]) -> list[dict]:
     others = [{"remasking_strategy": name} for name in ("sequential", "random", "entropy", "topk_margin")]
     settings = [{**each, "cache_policy": policies[0]} for each in steps + dynamic + others]
     for policy in policies[1:]:
-        # `block` and `none` are both exact: two settings show it.
+        # `block` gives the same as `none`: two settings are enough to show it.
         each_of = [steps[0], dynamic[3]] if policies[0] == "block" else steps + dynamic
         settings += [{**each, "cache_policy": policy} for each in each_of]
     return settings
 
 
-class TruePrice:
-    """A `generation_logits_hook_func` that puts the true token in the place of each proposal, with the proposal's
-    confidence, and adds up what the true tokens cost where they are transferred.
+class TeacherForcing:
+    """A `generation_logits_hook_func` that makes the true token each position's proposal, with the confidence of the
+    model's own one, and sums the negative log-probabilities of the true tokens that are transferred.
 
     Args:
         truth: `(rows, length)`, the prompt included; rows are equally long.
@@ -77,12 +77,12 @@ class TruePrice:
 
     def __init__(self, truth: torch.Tensor, mask_token_id: int, block: int):
         self.truth, self.mask, self.block = truth, mask_token_id, block
-        self.price = torch.zeros(truth.shape, device=truth.device)
+        self.losses = torch.zeros(truth.shape, device=truth.device)
         self.before: torch.Tensor | None = None
         self.total = torch.zeros((), dtype=torch.float64, device=truth.device)
 
     def __call__(self, step: int, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        self.settle(sequences)
+        self.add_transferred(sequences)
         self.before = sequences.clone()
         start = int((sequences == self.mask).any(0).nonzero()[0]) // self.block * self.block
         columns = slice(start, start + logits.shape[1])
@@ -90,15 +90,15 @@ class TruePrice:
         logits[..., self.mask] = -math.inf
         truth = self.truth[:, columns, None]
         true = logits.gather(-1, truth)
-        self.price[:, columns] = (logits.logsumexp(-1, keepdim=True) - true).squeeze(-1)
-        best, place = logits.max(-1, keepdim=True)
-        # The two change places: the probabilities, and with them every kind of confidence, stay what they were.
-        return logits.scatter(-1, place, true).scatter(-1, truth, best)
+        self.losses[:, columns] = (logits.logsumexp(-1, keepdim=True) - true).squeeze(-1)
+        best, proposal = logits.max(-1, keepdim=True)
+        # The logits of both tokens are swapped: the distribution, and with it every kind of confidence, stays the same.
+        return logits.scatter(-1, proposal, true).scatter(-1, truth, best)
 
-    def settle(self, sequences: torch.Tensor) -> None:
+    def add_transferred(self, sequences: torch.Tensor) -> None:
         if self.before is not None:
             transferred = (self.before == self.mask) & (sequences != self.mask)
-            self.total += self.price[transferred].sum()
+            self.total += self.losses[transferred].sum()
 
 
 def measure_sudoku(model, tokenizer, args):
@@ -127,14 +127,14 @@ def measure_text(model, tokenizer, args):
     tokens = torch.tensor(tokenizer(text[len(text) * 9 // 10 :], verbose=False).input_ids, device=args.device)
     windows = tokens[: len(tokens) // (PROMPT + NEW) * (PROMPT + NEW)].view(-1, PROMPT + NEW)[: args.rows]
     for setting in text_settings(model.cache_policies):
-        price = TruePrice(windows, tokenizer.mask_token_id, 32)
+        forcing = TeacherForcing(windows, tokenizer.mask_token_id, 32)
         began = time.perf_counter()
-        output = decode(model, windows[:, :PROMPT], NEW, setting, generation_logits_hook_func=price)
+        output = decode(model, windows[:, :PROMPT], NEW, setting, generation_logits_hook_func=forcing)
         seconds = time.perf_counter() - began
-        price.settle(output.sequences)
+        forcing.add_transferred(output.sequences)
         if not torch.equal(output.sequences, windows):
             raise RuntimeError(f"{setting}: the true text was not what was transferred.")
-        loss = price.total.item() / (len(windows) * NEW)
+        loss = forcing.total.item() / (len(windows) * NEW)
         number = torch.full((len(windows),), NEW)
         yield {"task": "text", **setting, "loss": loss, **costs(output, number, seconds)}
 
@@ -143,7 +143,7 @@ def decode(model, ids: torch.Tensor, new_tokens: int, setting: dict, **kwargs):
     options = {name: value for name, value in setting.items() if value is not None}
     generator = torch.Generator(ids.device).manual_seed(0)
     fixed = {"temperature": 0.0, "eos_token_id": [], "return_dict_in_generate": True, "generator": generator}
-    # What the checkpoint's own configuration recommends for another strategy is not meant for this one.
+    # The threshold that the checkpoint recommends is meant for its own strategy.
     strategy = setting["remasking_strategy"]
     if strategy != DYNAMIC:
         fixed["confidence_threshold"] = 0.9
@@ -151,7 +151,7 @@ def decode(model, ids: torch.Tensor, new_tokens: int, setting: dict, **kwargs):
 
 
 def costs(output, tokens: torch.Tensor, seconds: float) -> dict:
-    """NFE: the mean over rows."""
+    """Forward passes (NFE, the mean over rows), tokens per forward pass, and time."""
     passes = tokens.to(output.tokens_per_forward) / output.tokens_per_forward
     per_forward = tokens.sum().item() / passes.sum().item()
     return {"nfe": passes.mean().item(), "tokens_per_forward": per_forward, "seconds": seconds, "rows": len(tokens)}

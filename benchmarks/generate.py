@@ -5,12 +5,13 @@ usage: generate.py measure --out results.jsonl [--models llada dream sdar sdar_m
 
 Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B and a GLADream of 1B; a prompt of 512
 tokens and 256 new ones, each step transferring a fixed quota. The end of sequence is never proposed, so that every run
-does the same work. `qwen3` is an autoregressive Qwen3-8B by the library's `generate`, static cache and compiled: what a
-user would run otherwise.
+does the same work. `qwen3`, for comparison: an autoregressive Qwen3-8B in the `generate` of transformers, compiled, with a
+static cache.
 
 Floor: the model's matrix products alone, at as many rows as a step has, in a CUDA graph. `step`: milliseconds of one step
-more, from two calls that differ in the number of steps alone, so that what a block or a call costs once is left out;
-`mean`: milliseconds of a call over its forward passes. `first`: seconds that a first call takes more than the next one.
+more, from two calls that differ in the number of steps alone, so that the fixed cost of a block or a call is left out;
+`mean`: milliseconds of a call divided by its forward passes. `first`: seconds by which a first call is longer than the
+next.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def build(name: str):
 
 @torch.no_grad()
 def floor(model, rows: int) -> float:
-    """Milliseconds of the model's matrix products at `rows` rows; of experts, of as many as the rows can reach."""
+    """Milliseconds of the model's matrix products at `rows` rows, with as many experts as these rows can activate."""
     products = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     inputs = {
         width: torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for width in {w.shape[1] for w in products}
@@ -66,7 +67,7 @@ def floor(model, rows: int) -> float:
     experts = [module for module in model.modules() if getattr(module, "gate_up_proj", torch.empty(0)).ndim == 3]
     if experts:
         number, chosen = len(experts[0].gate_up_proj), rows * model.config.num_experts_per_tok
-        # Where each expert's rows end: spread evenly, so that as many experts as possible are read.
+        # The end of each expert's rows, which are spread evenly, so that as many experts as possible are read.
         ends = (torch.arange(1, number + 1, device="cuda") * chosen // number).to(torch.int32)
         grouped = [weight for module in experts for weight in (module.gate_up_proj, module.down_proj)]
         rows_of = {
@@ -97,7 +98,8 @@ def prompts(vocab: int, batch: int, length: int) -> torch.Tensor:
 
 
 def run_setting(model, ids, options: dict, block: int, quotas: list[int]) -> tuple[float, dict]:
-    """What a first call takes longer than a later one, and for each quota the seconds and forward passes of a call."""
+    """The seconds by which a first call is longer than a later one, and for each quota the seconds and forward passes of
+    a call."""
 
     def seconds(quota: int) -> tuple[float, int]:
         took, output = timed(lambda: model.diffusion_generate(ids, denoising_steps=-(-block // quota), **options))
@@ -107,7 +109,8 @@ def run_setting(model, ids, options: dict, block: int, quotas: list[int]) -> tup
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    # Compiles the kernels and captures the graphs, which all quotas share; a block's third step is the one that does.
+    # The first call compiles the kernels and captures the graphs, which all quotas share. Graphs are captured at a block's
+    # third step: the first call needs a quota with so many.
     warm = max([quota for quota in quotas if block >= 3 * quota] or [min(quotas)])
     first = seconds(warm)[0]
     found = {quota: seconds(quota) for quota in quotas}
@@ -243,9 +246,9 @@ COLUMNS = (
 def line(row: dict) -> str:
     step = row["step"]
     if step is None and row["policy"] in ("none", "static"):
-        step = row["mean"]  # every pass is such a step
+        step = row["mean"]  # without a policy all forward passes are alike
     cells = [row["model"], f"{row['prompt']} + {row['new']}", *(row[name] for name in COLUMNS[2:7])]
-    # A window of `prefix` has as many rows as the canvas has left.
+    # With `prefix` the number of rows changes from block to block: no floor holds for all steps.
     least = None if row["policy"] == "prefix" else row["floor"]
     known = [row["mean"], step, least]
     cells += ["" if each is None else f"{each:.2f}" for each in known]

@@ -4,8 +4,8 @@ beside an SDAR of its size.
 usage: gla_dream_context.py [--contexts 1024 8192 65536 262144] [--steps 8]
 Random bf16 weights, about 1B parameters each, blocks of 32 tokens. After a prompt of random tokens in the cache each
 model generates block after block; the time of a block is the difference of a long and a short turn, divided by the
-blocks between them, which leaves out what a turn costs once. Then prompt processing of 8k tokens at once, beside the same
-block by block.
+blocks between them, which leaves out the fixed cost of a turn. Then prompt processing of 8k tokens at once, and block by
+block.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def cache_bytes(cache) -> int:
 
 
 def turn(model, output, blocks: int, steps: int):
-    """`blocks` blocks more after an earlier turn. Returns the new turn and its seconds."""
+    """Decode `blocks` more blocks after an earlier turn. Returns the new turn's output and its seconds."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     output = model.diffusion_generate(
@@ -107,7 +107,7 @@ def main():
     args = parser.parse_args()
     shape = {**SHAPE, "num_hidden_layers": args.layers, "max_position_embeddings": 2 * max(args.contexts)}
     gla_dream = GLADreamConfig.from_pretrained(RECOMMENDED, intermediate_size=5632, **shape)
-    # Wider feed-forward networks make up for the gates.
+    # SDAR's feed-forward networks are wider, so that it has as many parameters as GLADream with its gates.
     sdar = SDARConfig(intermediate_size=7680, head_dim=128, **shape)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, bf16")
     rows = {}

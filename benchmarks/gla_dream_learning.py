@@ -34,7 +34,8 @@ QUESTION, RECALL_MASK = KEYS + VALUES + FILLERS, KEYS + VALUES + FILLERS + 1
 def build(
     name: str, width: int, layers: int, vocab: int, mask: int, context: int, heads: int = 4, tied: bool = False, **gla
 ):
-    """A model of the family; the feed-forward networks of SDAR and Dream are wider, which makes up for GLADream's gates."""
+    """A model of the family. The feed-forward networks of SDAR and Dream are wider, so that all models have about as many
+    parameters as GLADream with its gates."""
     shape = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     shape |= {"num_key_value_heads": heads, "max_position_embeddings": context, "mask_token_id": mask}
     shape |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -57,7 +58,7 @@ def build(
 
 
 def drop_out(model, rate: float) -> None:
-    """Dropout of what each layer's attention and feed-forward network add, the same for every family."""
+    """Add dropout to the outputs of each layer's attention and feed-forward network, the same for every family."""
 
     def hook(module, inputs, output):
         if isinstance(output, tuple):
@@ -70,7 +71,7 @@ def drop_out(model, rate: float) -> None:
 
 
 def train(model, tokens: torch.Tensor, args: argparse.Namespace) -> None:
-    """Kept apart from `transformers.Trainer` for its noise, which is drawn on the GPU: it is the same for every model."""
+    """`transformers.Trainer` is not used: here the noise is drawn on the GPU, and is the same for every model."""
     device = tokens.device
     generator = torch.Generator(device).manual_seed(args.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -121,7 +122,7 @@ def learn_text(name: str, seed: int, args) -> str:
     if args.dropout:
         drop_out(model, args.dropout)
     args.seed = seed
-    torch.set_float32_matmul_precision("high")  # what autocast leaves in float32
+    torch.set_float32_matmul_precision("high")  # for products that autocast leaves in float32
     began = time.perf_counter()
     train(model, training, args)
     took = time.perf_counter() - began
@@ -135,7 +136,7 @@ def recall_batch(rows: int, pairs: int, distance: torch.Tensor, generator: torch
     """Texts in which pairs of the first block are asked for again in block `distance`, `(rows,)`.
 
     Returns:
-        `(rows, length)` noisy tokens, with masks in the places of the answers, and the labels.
+        `(rows, length)` noisy tokens, with masks for the answers, and the labels.
     """
     device = generator.device
     length = (DISTANCE + 1) * BLOCK
@@ -147,14 +148,14 @@ def recall_batch(rows: int, pairs: int, distance: torch.Tensor, generator: torch
     tokens = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLERS, (rows, length), generator=generator, device=device)
     keys = draw(pairs, KEYS)
     values = KEYS + torch.randint(VALUES, (rows, pairs), generator=generator, device=device)
-    # Pairs stand at even places of the first block; questions, of three tokens, at multiples of four of the later one.
-    places = 2 * draw(pairs, BLOCK // 2)
-    tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
+    # Pairs begin at even columns of the first block; questions, of three tokens, at multiples of four of the later one.
+    columns = 2 * draw(pairs, BLOCK // 2)
+    tokens.scatter_(1, columns, keys).scatter_(1, columns + 1, values)
     order = draw(pairs, pairs)
-    places = distance[:, None] * BLOCK + 4 * draw(pairs, BLOCK // 4)
-    tokens.scatter_(1, places, QUESTION).scatter_(1, places + 1, keys.gather(1, order))
-    labels = torch.full_like(tokens, -100).scatter_(1, places + 2, values.gather(1, order))
-    return tokens.scatter_(1, places + 2, RECALL_MASK), labels
+    columns = distance[:, None] * BLOCK + 4 * draw(pairs, BLOCK // 4)
+    tokens.scatter_(1, columns, QUESTION).scatter_(1, columns + 1, keys.gather(1, order))
+    labels = torch.full_like(tokens, -100).scatter_(1, columns + 2, values.gather(1, order))
+    return tokens.scatter_(1, columns + 2, RECALL_MASK), labels
 
 
 def learn_recall(name: str, seed: int, args) -> str:

@@ -2,8 +2,8 @@
 
 usage: gla_kernels.py [--heads 16] [--head-dim 128]
 Both directions, from zero, as a layer of GLADream calls them. For each number of blocks the time of a forward pass (bf16)
-and of a forward and backward pass, as the median of many, and the ratio to the torch form. `attn_mode="auto"` goes by
-this table.
+and of a forward and backward pass, as the median of many, and the ratio to the torch form. The choice of
+`attn_mode="auto"` is based on these numbers.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/host_time.py [--repeats 50] [--families llada sdar]
 
-Models with as many layers as the published ones of 8B parameters and small ones in all else, since the time depends on the
-number of modules and not on their size. Prints the median milliseconds from the call to the first launch of the model's
-own (its embedding, or the replay of a graph), after warm-up calls of the same shape.
+The models have as many layers as the published ones of 8B parameters, and are small otherwise: the time depends on the
+number of modules and not on their size. Prints the median milliseconds from the call to the model's first kernel launch
+(its embedding, or the replay of a graph), after warm-up calls of the same shape.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FAMILIES = {
 
 
 class Stopwatch:
-    """Notes when the first of the model's own launches comes."""
+    """Measures the time from a call to the model's first kernel launch."""
 
     def __init__(self):
         self.began, self.launched = 0.0, None

@@ -2,7 +2,7 @@
 
 usage: loop_overhead.py [--repeats 5] [--new-tokens 64] [--prompt 128] [--threads 2]
 A LLaDA of about 100M parameters (random, float32). For each cache policy `diffusion_generate` runs once while its
-forward passes are noted; then it and the bare passes (same inputs, same cache) take turns. Prints the ratio of their
+forward passes are recorded; then it and the bare passes (same inputs, same cache) alternate. Prints the ratio of their
 median times, and how many rows of logits the head computed for each pass.
 """
 

@@ -1,9 +1,9 @@
 """Peak memory of processing a long prompt with SDAR's block cache, on a GPU.
 
 usage: prefill_memory.py [--lengths 4096 8192 16384 32768 65536] [--layers 36 ...]
-Random bf16 weights in the shape of SDAR-8B. Prints a line per length: the peak above weights and cache, and what each
-token beyond the last length added to it. A term in length squared would double that last number with each doubling of
-the length; a linear one leaves it as it is.
+Random bf16 weights in the shape of SDAR-8B. Prints a line per length: the peak above weights and cache, and its growth
+per token since the length before. This growth doubles with the length if memory is quadratic in it, and is constant if
+memory is linear.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What stands between the matrix products of a denoising step, on a GPU: our Triton kernels beside their alternatives.
+"""The operations between the matrix products of a denoising step, on a GPU: our Triton kernels beside alternatives.
 
 usage: step_kernels.py [--rows 32 256] [--out kernels.jsonl]
 
-Microseconds in a CUDA graph, in the shapes of LLaDA-8B and bf16, blocks of 32 and a canvas of 768 columns: as the library
-writes it (`torch`), the same compiled by Inductor, by Liger (https://github.com/linkedin/Liger-Kernel) where it is
-installed and has such a kernel, and ours.
+Microseconds in a CUDA graph, in the shapes of LLaDA-8B and bf16, blocks of 32 and a canvas of 768 columns: as
+transformers writes it (`torch`), the same compiled by Inductor, by Liger (https://github.com/linkedin/Liger-Kernel) where
+it is installed and has such a kernel, and ours.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def operations(batch: int) -> dict[str, dict]:
-    """For each operation its ways: functions without arguments."""
+    """For each operation its implementations, as functions without arguments."""
     x, residual, weight = random(batch, BLOCK, HIDDEN), random(batch, BLOCK, HIDDEN), random(HIDDEN)
     gate, up = random(batch, BLOCK, 2 * INTERMEDIATE).chunk(2, dim=-1)
     query, key, value = random(batch, BLOCK, 3 * HIDDEN).chunk(3, dim=-1)

@@ -1,9 +1,10 @@
-"""What a tolerance for ties is worth and what it costs.
+"""What a tolerance for ties brings and what it costs.
 
     python benchmarks/tie_tolerance.py [--device cuda] [--rows 24]
 
-For each model and dtype: how far scores are apart that tie exactly, and for tolerances of `remasking.rank_of` how many
-rows of masks alone depend on their neighbours, and how many steps over texts do not take the best score. The models are the small checkpoints of `hub_configs/` and random ones that are more or less sure of themselves.
+For each model and dtype: by how much scores differ that are equal in exact arithmetic; and for several tolerances of
+`remasking.rank_of`, how many rows of masks alone depend on the other rows of their batch, and how many steps over texts do
+not take the best score. The models are the small checkpoints of `hub_configs/`, and random ones of several confidences.
 """
 
 import argparse
@@ -20,7 +21,7 @@ STRATEGIES = ("low_confidence_static", "entropy", "topk_margin")
 
 
 def models(device):
-    """Name, model in float32."""
+    """Yields names and models in float32."""
     for family in ("llada", "dream", "sdar"):
         for task in ("shakespeare", "sudoku"):
             folder = HUB / f"{family}-tiny-{task}"
@@ -47,7 +48,8 @@ def models(device):
 
 
 def mask_rows(model, rows: int) -> list[list[int]]:
-    """Canvases of masks alone, of different lengths: every position sees the same, so that all scores tie exactly."""
+    """Canvases of masks alone, of different lengths: every position sees the same, so that all scores are equal in exact
+    arithmetic."""
     return [[model.config.mask_token_id] * (4 + 11 * index % 45) for index in range(rows)]
 
 
@@ -89,7 +91,7 @@ class Recorder:
 
 
 def by_position(scores, masked, chosen) -> int:
-    """Steps of rows whose choice is not the strictly best one."""
+    """The number of rows whose chosen positions are not those of the best scores."""
     count = chosen.sum(-1)
     best = torch.where(masked, scores, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     wrong = 0
@@ -112,7 +114,8 @@ def main():
 
 
 def widest_gap(scores: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Of positions that tie exactly, the largest difference between neighbours in rank: `(absolute, relative)`."""
+    """The largest difference between neighbours in rank, of positions whose scores are equal in exact arithmetic:
+    `(absolute, relative)`."""
     gaps = [torch.zeros(2)]
     for row, here in zip(scores.double(), masked):
         falling = row[here].sort(descending=True).values

@@ -1,4 +1,4 @@
-"""How the benchmarks time what runs on a GPU."""
+"""How the benchmarks measure time on a GPU."""
 
 import statistics
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 10, warmup: int = 2) 
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """What repeats the kernels of `run` as a CUDA graph."""
+    """A function that replays the kernels of `run` as a CUDA graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""What `train.py` does not have for the Shakespeare checkpoints: their tokenizer, and the bound that their cards give.
+"""For the Shakespeare checkpoints, beside `train.py`: their tokenizer, and the bound that their cards state.
 
 python examples/shakespeare.py tokenizer --text tinyshakespeare.txt --out FOLDER
 python examples/shakespeare.py bound CHECKPOINT --text tinyshakespeare.txt
@@ -52,7 +52,7 @@ def negative_evidence_bound(
 ) -> float:
     """Nats per token over all of `tokens`, `(number,)`, in windows of `context`.
 
-    Each window is seen once in each of `levels` equal slices of the noise; the seed is fixed.
+    Each window is evaluated `levels` times, with noise levels drawn from that many equal intervals; the seed is fixed.
     """
     generator = torch.Generator(tokens.device).manual_seed(0)
     full = len(tokens) // context * context

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import dllm_hf  # noqa: F401  registers the models
 
 MASK, END = ".", "<|endoftext|>"
-ANY = 0b111111111  # the candidates of a cell are nine bits; those of many puzzles are an int32 tensor (81, puzzles)
-FEWEST = 22  # clues; one of 25 grids can be emptied so far, and one of 370 further
+ANY = 0b111111111  # all candidates of a cell: a bit for each digit; `cells` are int32 tensors `(81, puzzles)` of them
+FEWEST = 22  # clues; one grid of 25 can be emptied down to 22, and one of 370 to fewer
 GENERATION_OPTIONS = {"remasking_strategy": str, "confidence_threshold": float, "steps": int, "block_length": int}
 LINE = b'{"text": "%s", "masked": "%s"}\n' % (b"." * 81, b"." * 81)
 TEXT, MASKED = slice(LINE.index(b"."), LINE.index(b".") + 81), slice(LINE.rindex(b".") - 80, LINE.rindex(b".") + 1)
@@ -35,7 +35,8 @@ TEXT, MASKED = slice(LINE.index(b"."), LINE.index(b".") + 81), slice(LINE.rindex
 @cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`(9, 27)`: the nine cells of each row, column and box. `(3, 81)`: the row, column and box of each cell.
-    `(512,)`: how many candidates a set of them has, but 10 for a known cell or an impossible one: they are not open."""
+    `(512,)`: the number of candidates in each set of them; 10 for sets of one or none, so that `argmin` finds a cell that
+    is still open."""
     cells = torch.arange(81).view(9, 9)
     boxes = cells.view(3, 3, 3, 3).transpose(1, 2).reshape(9, 9)
     members = torch.cat([cells, cells.T, boxes])
@@ -56,8 +57,8 @@ def _narrow(cells: torch.Tensor, rounds: int = 3) -> tuple[torch.Tensor, ...]:
         before = cells
         known = torch.where(cells & (cells - 1) == 0, cells, 0)
         bits = known << 9 | cells  # both are counted in one go
-        once = bits[members[0]]  # (27, puzzles): what at least one cell of the unit has
-        twice = torch.zeros_like(once)  # and at least two
+        once = bits[members[0]]  # (27, puzzles): the digits that at least one cell of the unit has
+        twice = torch.zeros_like(once)  # those that at least two cells have
         for nth_cells in members[1:]:
             more = bits[nth_cells]
             twice |= once & more
@@ -72,7 +73,7 @@ def _narrow(cells: torch.Tensor, rounds: int = 3) -> tuple[torch.Tensor, ...]:
 
 
 def _chunk(device: torch.device) -> int:
-    return 65536 if device.type == "cuda" else 2048  # on a CPU what fits into its cache
+    return 65536 if device.type == "cuda" else 2048  # as many as fit into a CPU's cache
 
 
 @torch.no_grad()
@@ -106,14 +107,14 @@ def solutions(puzzles: torch.Tensor, limit: int = 2, chunk: int | None = None) -
         if len(left) == 0:
             continue
         cells, rows, stuck = cells[:, left], rows[left], stuck[left]
-        place = _tables(device)[2][cells].argmin(0, keepdim=True)
-        candidates = cells.gather(0, place)
+        cell = _tables(device)[2][cells].argmin(0, keepdim=True)
+        candidates = cells.gather(0, cell)
         lowest = candidates & -candidates
         split = stuck.nonzero()[:, 0]
         if len(split):
-            others = cells[:, split].scatter(0, place[:, split], (candidates ^ lowest)[:, split])
+            others = cells[:, split].scatter(0, cell[:, split], (candidates ^ lowest)[:, split])
             stack.append((others, rows[split]))
-        stack.append((cells.scatter(0, place, torch.where(stuck, lowest, candidates)), rows))
+        stack.append((cells.scatter(0, cell, torch.where(stuck, lowest, candidates)), rows))
     return counts.clamp(max=limit), _digits(solved_cells)
 
 
@@ -141,12 +142,12 @@ def full_grids(number: int, generator: torch.Generator) -> torch.Tensor:
             left = (~solved & ~broken).nonzero()[:, 0]
             cells, stuck = cells[:, left], stuck[left]
             ties = torch.rand(cells.shape, generator=generator, device=device)
-            place = (_tables(device)[2][cells] + ties).argmin(0, keepdim=True)
-            candidates = cells.gather(0, place)
+            cell = (_tables(device)[2][cells] + ties).argmin(0, keepdim=True)
+            candidates = cells.gather(0, cell)
             is_candidate = candidates >> torch.arange(9, device=device)[:, None] & 1
             draws = 1 + torch.rand(is_candidate.shape, generator=generator, device=device)
             drawn = (1 << (is_candidate * draws).argmax(0)).int()
-            cells = cells.scatter(0, place, torch.where(stuck, drawn, candidates))
+            cells = cells.scatter(0, cell, torch.where(stuck, drawn, candidates))
     return torch.cat(grids)
 
 
@@ -166,8 +167,8 @@ def generate(
     Args:
         clues: the fewest and the most.
         generator: on the device that is to be used.
-        chunk: puzzles in work at a time.
-        progress: told of puzzles finished.
+        chunk: number of puzzles that are emptied at a time.
+        progress: called with the number of puzzles that were finished since the last call.
 
     Returns:
         `(number, 81)` uint8 each, 0 for a blank.
@@ -179,7 +180,7 @@ def generate(
     targets = torch.randint(clues[0], clues[1] + 1, (number,), generator=generator, device=device)
     finished = torch.zeros(2, number, 81, dtype=torch.uint8, device=device)
     waiting = torch.arange(number, device=device)
-    rows = waiting[:0]  # which of `finished` each grid in work is for
+    rows = waiting[:0]  # the row of `finished` that each grid in work will fill
     work = tuple(torch.zeros(0, *size, dtype=torch.long, device=device) for size in ((81,), (81,), (81,), (), ()))
     while len(waiting) or len(rows):
         if len(waiting) and len(rows) <= chunk // 2:
@@ -189,7 +190,7 @@ def generate(
             fresh = (full, full, turn, torch.zeros_like(new), torch.full_like(new, 24))
             rows, work = torch.cat([rows, new]), tuple(map(torch.cat, zip(work, fresh)))
         grid, puzzle, turn, position, group = work
-        # `turn`: when the order comes to each cell; cells before `position` are decided, and `group` are tried next.
+        # `turn`: the rank of each cell in the random order. Ranks below `position` are decided, the next `group` are tried.
         size = torch.minimum(group, (puzzle != 0).sum(1) - targets[rows])
         is_tried = (turn >= position[:, None]) & (turn < (position + size)[:, None])
         without = puzzle.masked_fill(is_tried, 0)
@@ -252,8 +253,8 @@ def tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:
     """One token per cell. Line breaks, spaces and the box lines | - + are skipped, and 0 is a blank as well.
 
     Args:
-        begin: an end-of-sequence token stands before the grid, as before every text of a Dream, which predicts a token
-            from what stands before it.
+        begin: put an end-of-sequence token before the grid, for a Dream, which predicts a token at the position before
+            it.
     """
     ids = {token: i for i, token in enumerate([*"123456789", END, MASK])}
     backend = Tokenizer(models.WordLevel(ids))
@@ -302,7 +303,7 @@ class Board:
         puzzle: 81 characters.
         tokens: the character of each token id.
         delay: seconds after each frame.
-        before: tokens that stand before the grid.
+        before: number of tokens before the grid.
     """
 
     COLOURS = {"clue": "1", "old": "36", "new": "7;32", "wrong": "7;31"}
@@ -319,7 +320,7 @@ class Board:
         self.final += len(value)
 
     def put_draft(self, value: torch.Tensor) -> None:
-        """What stands between the final tokens and the end of the block after a step; masks where nothing does yet."""
+        """The tokens after a step, from the end of the final ones to the end of the block, masks included."""
         before, self.step = list(self.cells), self.step + 1
         self.cells[self.final : self.final + len(value)] = [self.tokens[token] for token in value.tolist()]
         new = {i for i in range(81) if self.cells[i] != before[i]}
@@ -329,7 +330,7 @@ class Board:
         pass
 
     def draw(self, header: str, **marked: set[int]) -> None:
-        """`marked`: a style to the cells that have it."""
+        """`marked`: for a style the cells that are drawn in it."""
         rows, line = [header], f"+{'-' * 9}" * 3 + "+"
         for start in range(0, 81, 9):
             cells = [self._cell(i, marked) for i in range(start, start + 9)]
@@ -348,7 +349,7 @@ class Board:
 
 
 def solve(args: argparse.Namespace, puzzle: str, solution: str) -> bool:
-    """Show how a model fills in a puzzle. Whether it does so correctly."""
+    """Show how a model fills in a puzzle. Returns whether the solution is right."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
         model = AutoModelForCausalLM.from_pretrained(args.checkpoint).to(args.device).eval()

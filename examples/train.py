@@ -55,12 +55,14 @@ class Arguments:
         default=None, metadata={"help": "from a window of a text to the next in training, --context if not given"}
     )
     packing: bool = field(default=False, metadata={"help": "several completions or chats in a row, without padding"})
-    schedule: Literal["llada", "dream", "complementary"] = field(default="llada", metadata={"help": "of the noise"})
-    weighting: Literal["1/t", "1-t", "cart", "none"] = field(default="1/t", metadata={"help": "of schedule dream"})
-    cart_p: float = field(default=0.1, metadata={"help": "of weighting cart"})
+    schedule: Literal["llada", "dream", "complementary"] = field(default="llada", metadata={"help": "noise schedule"})
+    weighting: Literal["1/t", "1-t", "cart", "none"] = field(
+        default="1/t", metadata={"help": "weighting of the loss, for --schedule dream"}
+    )
+    cart_p: float = field(default=0.1, metadata={"help": "parameter of --weighting cart"})
     eos_padding: bool = field(default=False, metadata={"help": "learn the end-of-sequence tokens that pad an answer"})
     save_dtype: Literal["bfloat16", "float16", "float32"] = field(
-        default="bfloat16", metadata={"help": "of the weights in --output_dir at the end"}
+        default="bfloat16", metadata={"help": "type of the weights that are saved in --output_dir at the end"}
     )
     sample_prompt: str | None = field(default=None, metadata={"help": "continued after each evaluation"})
 
@@ -198,7 +200,7 @@ def as_numbers(tokenizer, texts: list[str]) -> list[np.ndarray]:
 
 
 def load(args: Arguments, training: TrainingArguments):
-    """Model and tokenizer."""
+    """The model in float32, and its tokenizer."""
     path = Path(args.model)
     is_new = path.suffix == ".json"
     if is_new and not path.is_file():
@@ -208,7 +210,7 @@ def load(args: Arguments, training: TrainingArguments):
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or (path.parent if is_new else args.model))
     config = AutoConfig.from_pretrained(args.model)
     family(config.model_type)  # refuses others
-    if tokenizer.mask_token is None and config.mask_token_id is not None:  # LLaDA's has the token, and no name for it
+    if tokenizer.mask_token is None and config.mask_token_id is not None:  # LLaDA's names none
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
     if len(tokenizer) > config.vocab_size:
         raise SystemExit(f"The tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} (`vocab_size`).")
@@ -224,7 +226,7 @@ def load(args: Arguments, training: TrainingArguments):
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The last that was written to its end: a run may be killed while it writes one, the state last."""
+    """The last complete checkpoint. The state is written last; a run may be killed before."""
     for checkpoint in reversed(sort_checkpoints(folder)):
         try:
             TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
@@ -275,7 +277,7 @@ def make_trainer(args: Arguments, training: TrainingArguments) -> Trainer:
         samples = Samples(tokenizer, tokenizer(args.sample_prompt, return_tensors="pt").input_ids, None)
     else:
         row = collator([eval_set[0]])
-        # Of packed texts the first; of complementary masks one.
+        # The first of packed texts, and one of the two rows with complementary masks.
         end = len(row["input_ids"][0])
         if "position_ids" in row:
             end = (row["position_ids"][0, 1:].tolist() + [0]).index(0) + 1

@@ -3,6 +3,8 @@
 Importing this package registers every family with the Auto classes.
 """
 
+__version__ = "0.1.0"
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .dream import DreamConfig, DreamModel, DreamTokenizer
@@ -19,8 +21,6 @@ from .gla_dream import GLADreamBaseModel, GLADreamCache, GLADreamConfig, GLADrea
 from .hub import add_saving_with_code
 from .llada import LLaDAConfig, LLaDAModelLM
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
-
-__version__ = "0.1.0"
 
 for _config, _model, _causal_lm, _tokenizer in FAMILIES:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)

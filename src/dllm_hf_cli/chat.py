@@ -2,11 +2,11 @@
 
 import argparse
 import signal
-import threading
 from contextlib import contextmanager
+from typing import Any
 
 from .options import did_you_mean
-from .output import read_line, show, tell
+from .output import read_line, tell
 from .session import Session
 
 try:
@@ -29,59 +29,53 @@ def chat(arguments: argparse.Namespace) -> int:
             f"{arguments.model} has no chat template, so it was not trained to converse: continue a text with "
             "`dllm-hf generate`, or add a chat_template.jinja to the folder."
         )
-    _prompt(session, [{"role": "user", "content": "Hi"}])  # a template that is broken says so before anybody has typed
+    _encode(session, [{"role": "user", "content": "Hi"}])  # a broken template is reported before anything is typed
     session.load()
     messages: list[dict[str, str]] = []
-    while True:
-        line = read_line("> ")
+    while (line := read_line("> ")) is not None:
         text = line.strip()
-        if not line or (line.startswith("/") and text in ("/quit", "/exit")):
-            return 0
         if not line.startswith("/"):
             if text:
                 messages = _turn(session, [*messages, {"role": "user", "content": text}]) or messages
+        elif text in ("/quit", "/exit"):
+            break
         elif text == "/clear":
             messages = []
         elif text == "/help":
             tell("; ".join(f"{name}: {what}" for name, what in COMMANDS.items()) + ". Ctrl-C stops an answer.")
         else:
-            tell(
-                f"{text} is no command{did_you_mean(text, COMMANDS)}: /help lists them. A blank before it makes it a message."
-            )
+            hint = did_you_mean(text, COMMANDS)
+            tell(f"{text} is no command{hint}: /help lists them. A blank before it makes it a message.")
+    return 0
 
 
 def _turn(session: Session, messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
     """The conversation with the model's answer, or None where there is no answer: the question is then forgotten."""
     try:
-        prompt = _prompt(session, messages)
+        prompt = _encode(session, messages)
         if session.option("mask_token_id") in prompt:
             raise ValueError(
                 f"the conversation holds the mask, {session.tokenizer.mask_token!r}, which the model would fill in where "
                 "it stands: write it in another way, or infill with `dllm-hf generate`."
             )
-        # A turn ends before the sequence does; which token ends it, the tokenizer or LLaDA's config knows.
-        ends = [session.tokenizer.eos_token_id, getattr(session.model.config, "eot_token_id", None)]
-        completion = session.complete(prompt, show_prompt=False, more_ends=[end for end in ends if end is not None])
+        answer = session.complete(prompt, is_turn=True)
     except KeyboardInterrupt:
         tell("(stopped; the question is forgotten)")
         return None
     except ValueError as error:
         tell(f"{error} (the question is forgotten; /clear forgets the whole conversation)")
         return None
-    answer = session.text(completion.tokens[0][len(prompt) :])
-    if not session.streams:
-        show(answer)
-    tell(completion.report)
     return [*messages, {"role": "assistant", "content": answer}]
 
 
-def _prompt(session: Session, messages: list[dict[str, str]]) -> list[int]:
-    """What the chat template makes of a conversation. Raises a `ValueError` where it fails, or takes too long."""
+def _encode(session: Session, messages: list[dict[str, str]]) -> list[int]:
+    """The tokens that the chat template makes of a conversation. Raises a `ValueError` where the template fails, or
+    takes too long."""
     file = session.folder / "chat_template.jinja"
     file = file if file.is_file() else session.folder / "tokenizer_config.json"
     try:
         with _time_limit(TEMPLATE_SECONDS):
-            encoding = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            encoding: Any = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except Exception as error:  # the template is a program
         raise ValueError(f"the chat template in {file} fails: {error}") from error
     return list(encoding["input_ids"])
@@ -89,8 +83,8 @@ def _prompt(session: Session, messages: list[dict[str, str]]) -> list[int]:
 
 @contextmanager
 def _time_limit(seconds: float):
-    """Raises a `TimeoutError`. Without signals (on Windows, or in a thread) there is no limit."""
-    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+    """Raises a `TimeoutError`. Windows, which has no SIGALRM, has no limit."""
+    if not hasattr(signal, "SIGALRM"):
         yield
         return
 

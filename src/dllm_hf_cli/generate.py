@@ -1,9 +1,7 @@
 """`dllm-hf generate`."""
 
 import argparse
-import sys
 
-from .output import show, tell
 from .session import Session
 
 
@@ -11,10 +9,5 @@ def generate(arguments: argparse.Namespace) -> int:
     session = Session(arguments)
     tokens = session.encode(arguments.prompt)
     session.load()
-    completion = session.complete(tokens)
-    for step in completion.history:
-        print(repr(session.tokenizer.decode(step)), file=sys.stderr)
-    if not session.streams:
-        show("\n\n".join(session.text(tokens) for tokens in completion.tokens))
-    tell(completion.report)
+    session.complete(tokens)
     return 0

@@ -1,9 +1,10 @@
-"""The command line's options. Importing this must stay cheap."""
+"""The command line's options. Importing this module must stay cheap."""
 
 import argparse
 import difflib
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from .output import tell, write
 
@@ -13,9 +14,9 @@ COMMANDS = {
     "export": "write a repository that runs without dllm_hf",
 }
 
-# Option of `DiffusionGenerationConfig` -> type, help, and the originals' names for it. Written out instead of being read
-# from `DEFAULTS`, whose module needs torch, and which mostly says None; a test keeps the two in step.
-# `return_dict_in_generate` is missing: it is about what Python gets back.
+# Option of `DiffusionGenerationConfig` -> type, help, and the originals' names for it. The table is not made from
+# `DiffusionGenerationConfig.DEFAULTS`, whose module imports torch and has no types; a test keeps the two equal.
+# `return_dict_in_generate` is left out: it changes only what Python gets back.
 GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "max_new_tokens": (int, "positions to fill after the prompt; 0 only fills masks in the prompt", ("gen_length", "max_tokens")),
     "max_length": (int, "length of prompt and new tokens together", ()),
@@ -26,15 +27,15 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "do_sample": (bool, "draw proposals, or (--no-do-sample) take the most likely ones", ()),
     "top_k": (int, "draw from the k most likely tokens", ("topk",)),
     "top_p": (float, "draw from the most likely tokens that reach this probability together", ("topp",)),
-    "min_p": (float, "draw from the tokens that are at least so probable, as a part of the most likely one", ()),
-    "repetition_penalty": (float, "above 1: make tokens that stand in the text already less likely", ()),
+    "min_p": (float, "draw from the tokens whose probability is at least this fraction of the most likely one's", ()),
+    "repetition_penalty": (float, "above 1: make tokens that the text already holds less likely", ()),
     "remasking_strategy": (
         str,
         "which proposals a step transfers: low_confidence_static (low_confidence), low_confidence_dynamic, sequential, "
         "entropy_bounded, factor, random, origin, maskgit_plus, topk_margin, entropy",
         ("remasking", "alg"),
     ),
-    "confidence_threshold": (float, "what low_confidence_dynamic asks of a token, in (0, 1]", ("threshold", "dynamic_threshold")),
+    "confidence_threshold": (float, "low_confidence_dynamic transfers tokens of at least this confidence, in (0, 1]", ("threshold", "dynamic_threshold")),
     "entropy_bound": (float, "nats that entropy_bounded accepts in a step", ("eb_threshold",)),
     "factor": (float, "read by the strategy factor", ()),
     "alg_temp": (float, "above 0: draw what is transferred from softmax(confidence / ALG_TEMP)", ()),
@@ -43,8 +44,8 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "cache_policy": (str, "none, prefix, dual or block, where the model offers it", ()),
     "prefill_chunk_size": (int, "cache policy block: a longer prompt is computed in pieces", ()),
     "suppress_tokens": (list, "token ids that are never proposed", ()),
-    "bad_words_ids": (list, "words of one token each that are never proposed either", ()),
-    "stop_strings": (tuple, "end the text behind the first of these", ()),
+    "bad_words_ids": (list, "words of one token each that are never proposed", ()),
+    "stop_strings": (tuple, "end the text after the first of these that it holds", ()),
     "max_time": (float, "seconds after which the text ends with the block that is being decoded", ()),
     "confidence_suppress_tokens": (list, "token ids that are transferred last", ()),
     "logits_eos_inf": (bool, "never propose the end of sequence", ()),
@@ -71,28 +72,31 @@ class Parser(argparse.ArgumentParser):
         tell(f"{self.prog}: error: {message} (see {self.prog} --help)")
         self.exit(2)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            meant = did_you_mean(value, action.choices)
+            raise argparse.ArgumentError(
+                action, f"{value!r} is unknown{meant}: choose one of {', '.join(action.choices)}"
+            )
+
     def _print_message(self, message: str, file=None) -> None:
-        write(message)  # help: the only thing that is printed besides errors
+        write(message)  # help: errors, the other messages, are printed by `error`
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Arguments in any order, `--max_new_tokens` for `--max-new-tokens`."""
         end = argv.index("--") if "--" in argv else len(argv)
-        hyphens = []
-        for argument in argv[:end]:
-            name, equals, value = argument.partition("=")
-            hyphens.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+        hyphens = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv[:end]]
         arguments, unknown = self.parse_known_intermixed_args(hyphens + argv[end:])
         if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
-            names = (argument.partition("=")[0] for argument in unknown if argument.startswith("-"))
-            hint = next(filter(None, (did_you_mean(name, known) for name in names)), "")
+            names = (word.partition("=")[0] for word in unknown if word.startswith("-"))
+            hint = next(filter(None, (did_you_mean(name, self._option_string_actions) for name in names)), "")
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return arguments
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean ...?)`, or nothing where no known name is close: a wrong suggestion is worse than none."""
-    # Hyphens would make all options alike.
+    # The leading hyphens would make all options alike.
     bare = {other.lstrip("-"): other for other in known}
     wanted = name.lstrip("-")
     longer = [other for other in bare if len(wanted) > 2 and other.startswith(wanted)]
@@ -100,109 +104,88 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {bare[close[0]]}?)" if close else ""
 
 
-def one_of(*values: str) -> Callable[[str], str]:
-    """A type of argument."""
-
-    def check(text: str) -> str:
-        if text not in values:
-            meant = did_you_mean(text, values)
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown{meant}: choose one of {', '.join(values)}")
-        return text
-
-    return check
-
-
 def integer(text: str) -> int:
-    """A type of argument: what fits into 64 bits, as everything does that counts something."""
+    """A type of argument: an integer of 64 bits, since torch takes no larger ones."""
     value = int(text)
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is too large a number")
     return value
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+# Type in `GENERATION_OPTIONS` -> what `add_argument` is given.
+ARGUMENT_OF_TYPE: dict[type, dict[str, Any]] = {
+    int: {"type": integer, "metavar": "INT"},
+    float: {"type": float, "metavar": "FLOAT"},
+    str: {"metavar": "STR"},
+    bool: {"action": argparse.BooleanOptionalAction},
+    list: {"type": integer, "nargs": "+", "metavar": "ID"},
+    tuple: {"nargs": "+", "metavar": "TEXT"},
+}
 
 
 def command_parser(command: str) -> Parser:
-    """The parser of `generate` or `chat`."""
-    prog = f"dllm-hf {command}"
-    positionals = "MODEL [PROMPT | -]" if command == "generate" else "MODEL"
-    parser = Parser(prog=prog, usage=f"{prog} {positionals} [options]")
+    """The parser of one of `COMMANDS`."""
+    parser = Parser(prog=f"dllm-hf {command}")
+    if command == "export":
+        _add_export_options(parser)
+        return parser
     parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
     if command == "generate":
+        parser.usage = f"{parser.prog} MODEL [PROMPT | -] [options]"
         parser.description = (
-            "Continue a prompt, and fill the mask tokens written in it. Prints prompt and completion; in a terminal, "
-            "the drafts are visible while they settle. Ctrl-C ends it, and leaves what has settled."
+            "Continue a prompt, and fill the mask tokens in it. Prints prompt and completion; on a terminal, the drafts "
+            "are shown while tokens become final. Ctrl-C ends it, and leaves the text that is final."
         )
-        parser.add_argument(
-            "prompt",
-            metavar="PROMPT",
-            nargs="?",
-            default="",
-            help="text, or - for standard input (less its last newline)",
-        )
+        prompt_help = "text, or - for standard input (without its last newline)"
+        parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help=prompt_help)
     else:
+        parser.usage = f"{parser.prog} MODEL [options]"
         parser.description = "Converse with a model. /help lists its commands; Ctrl-C stops an answer, Ctrl-D quits."
     parser.epilog = (
-        "A terminal is shown no control characters and no bidirectional formatting that a model writes; a file or a pipe "
-        "gets the text as it is. NO_COLOR is obeyed."
+        "Control characters and bidirectional formatting that a model writes are not shown on a terminal; a file or a "
+        "pipe gets the text as it is. NO_COLOR is obeyed."
     )
-    add_options(parser)
+    _add_decoding_options(parser)
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_decoding_options(parser: Parser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--device", help="cuda, cuda:1, cpu, mps, ... (default: cuda if there is one, else cpu)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    model.add_argument(
-        "--dtype", default="auto", type=one_of(*dtypes), help=f"{', '.join(dtypes)} (default: the checkpoint's)"
-    )
+    model.add_argument("--dtype", default="auto", choices=dtypes, help="default: the checkpoint's")
     model.add_argument("--trust-remote-code", action="store_true", help="run code that the repository brings")
     output = parser.add_argument_group("output")
     output.add_argument("--no-stream", action="store_true", help="show no drafts, only the final text")
     output.add_argument("--seed", type=integer, metavar="INT", help="makes random draws repeatable")
-
     generation = parser.add_argument_group(
-        "generation", "Where one is not given, the model's generation_config.json and then the model's default apply."
+        "generation", "Default: what the model's generation_config.json says, else the model's own default."
     )
     for name, (kind, text, other_names) in GENERATION_OPTIONS.items():
-        names = [flag(n) for n in dict.fromkeys(n.rstrip("_") for n in (name, *other_names))]
-        if kind is bool:
-            generation.add_argument(*names, dest=name, help=text, action=argparse.BooleanOptionalAction)
-        elif kind is list:
-            generation.add_argument(*names, dest=name, help=text, type=integer, nargs="+", metavar="ID")
-        elif kind is tuple:
-            generation.add_argument(*names, dest=name, help=text, nargs="+", metavar="TEXT")
-        else:
-            convert = integer if kind is int else kind
-            generation.add_argument(*names, dest=name, help=text, type=convert, metavar=kind.__name__.upper())
+        spellings = dict.fromkeys("--" + each.rstrip("_").replace("_", "-") for each in (name, *other_names))
+        generation.add_argument(*spellings, dest=name, help=text, **ARGUMENT_OF_TYPE[kind])
 
 
-def generation_options(arguments: argparse.Namespace) -> dict:
-    """Those that were given."""
+def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `DiffusionGenerationConfig` that were given."""
     given = {name: value for name, value in vars(arguments).items() if name in GENERATION_OPTIONS and value is not None}
     if "bad_words_ids" in given:
         given["bad_words_ids"] = [[token] for token in given["bad_words_ids"]]
     return given
 
 
-def export_parser() -> Parser:
-    """The parser of `export`."""
-    parser = Parser(
-        prog="dllm-hf export",
-        description="Write a checkpoint, ours or an original, as a repository that runs without dllm_hf: weights, "
-        "configuration, tokenizer, the code they need, and a card. The weights are linked or copied, not loaded.",
+def _add_export_options(parser: Parser) -> None:
+    parser.description = (
+        "Write a checkpoint, ours or an original, as a repository that runs without dllm_hf: weights, configuration, "
+        "tokenizer, the code they need, and a card. The weights are linked or copied, not loaded."
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder, or a repository of the Hugging Face Hub; or `custom_generate`, the "
-        "denoising loop alone, for `generate(custom_generate=...)` of other models",
+        help="a folder, or a repository of the Hugging Face Hub; or `custom_generate`, the denoising loop alone, for "
+        "`generate(custom_generate=...)` of other models",
     )
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist, or be empty")
     parser.add_argument("--config-only", action="store_true", help="without weights and tokenizer")
     parser.add_argument("--push", metavar="REPO", help="publish it on the Hub as well, under this name")
     parser.add_argument("--private", action="store_true", help="--push: a repository that others cannot see")
-    return parser

@@ -31,10 +31,10 @@ def test_the_true_text_is_paid_for_in_the_order_of_the_strategy(script, checkpoi
     """From left to right, one token a step: the chain rule, computed here by one forward pass for each token."""
     tokenizer, model = checkpoint
     text = torch.tensor(tokenizer(TEXT[:40]).input_ids)[None]
-    price = script.TruePrice(text, tokenizer.mask_token_id, 8)
+    forcing = script.TeacherForcing(text, tokenizer.mask_token_id, 8)
     setting = {"remasking_strategy": "sequential", "block_length": 8}
-    output = script.decode(model, text[:, :16], 24, setting, generation_logits_hook_func=price)
-    price.settle(output.sequences)
+    output = script.decode(model, text[:, :16], 24, setting, generation_logits_hook_func=forcing)
+    forcing.add_transferred(output.sequences)
     assert torch.equal(output.sequences, text)
 
     expected = 0.0
@@ -45,22 +45,22 @@ def test_the_true_text_is_paid_for_in_the_order_of_the_strategy(script, checkpoi
             logits = model(canvas).logits[0, place]
         logits[tokenizer.mask_token_id] = -torch.inf
         expected -= logits.log_softmax(-1)[text[0, place]].item()
-    assert price.total.item() == pytest.approx(expected, rel=1e-5)
+    assert forcing.total.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_tokens_transferred_together_are_paid_for_as_if_they_were_independent(script, checkpoint):
     tokenizer, model = checkpoint
     text = torch.tensor(tokenizer(TEXT[:48]).input_ids)[None]
-    price = script.TruePrice(text, tokenizer.mask_token_id, 24)
+    forcing = script.TeacherForcing(text, tokenizer.mask_token_id, 24)
     setting = {"remasking_strategy": "low_confidence_static", "denoising_steps": 1, "block_length": 24}
-    output = script.decode(model, text[:, :24], 24, setting, generation_logits_hook_func=price)
-    price.settle(output.sequences)
+    output = script.decode(model, text[:, :24], 24, setting, generation_logits_hook_func=forcing)
+    forcing.add_transferred(output.sequences)
     with torch.no_grad():
         canvas = torch.cat([text[:, :24], torch.full((1, 24), tokenizer.mask_token_id)], 1)
         logits = model(canvas).logits[0, 24:]
     logits[:, tokenizer.mask_token_id] = -torch.inf
     expected = -logits.log_softmax(-1).gather(-1, text[0, 24:, None]).sum().item()
-    assert price.total.item() == pytest.approx(expected, rel=1e-5)
+    assert forcing.total.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_setting_of_a_family_s_policies_decodes_a_puzzle(script, tmp_path, monkeypatch):

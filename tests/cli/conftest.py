@@ -10,8 +10,9 @@ from dllm_hf_cli import main
 
 from ..builders import character_tokenizer, llada_config
 
+ROOT = Path(__file__).parents[2]
 # What an installation makes of the declaration in pyproject.toml.
-PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 MODULE, FUNCTION = re.search(r'^dllm-hf = "([\w.]+):(\w+)"$', PYPROJECT, re.MULTILINE).groups()
 SCRIPT = f"import sys; from {MODULE} import {FUNCTION}; sys.exit({FUNCTION}())"
 COMMAND = [sys.executable, "-c", SCRIPT]

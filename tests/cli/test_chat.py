@@ -130,3 +130,10 @@ def test_a_template_that_fails_on_a_message_forgets_it_and_goes_on(run, chat_fol
     code, _, stderr = run("chat", copy, "--max-new-tokens", 4)
     assert code == 0 and "chat_template.jinja fails: not this" in stderr and "Traceback" not in stderr
     assert decoded(prompts, chat_folder) == ["user:Hi\nassistant:"]
+
+
+def test_the_history_of_an_answer_goes_to_stderr(say):
+    code, stdout, stderr = say("Hi", options=("--output-history", "--max-new-tokens", "6", "--steps", "3"))
+    *history, report = stderr.splitlines()
+    assert code == 0 and len(stdout) == 6 + 1 and "forward passes" in report
+    assert [line.count("<mask>") for line in history] == [4, 2, 0]

@@ -1,10 +1,14 @@
 """The options of the command line are those of the library."""
 
+from importlib.metadata import version
+
 import pytest
 
-from dllm_hf import STRATEGIES, DiffusionGenerationConfig
+from dllm_hf import STRATEGIES, DiffusionGenerationConfig, __version__
 from dllm_hf.generation.configuration import ALIASES, CACHE_POLICIES
 from dllm_hf_cli.options import GENERATION_OPTIONS
+
+from .conftest import PYPROJECT, ROOT
 
 
 def test_every_option_of_the_generation_config_is_there_and_no_other():
@@ -26,8 +30,11 @@ def test_help_is_given_on_request(run, command):
     assert (code, stderr) == (0, "") and stdout.startswith("usage: dllm-hf")
 
 
-def test_the_version_is_given_on_request(run):
-    assert run("--version")[:2] == (0, "dllm-hf 0.1.0\n")
+def test_the_version_is_one_number_everywhere(run):
+    assert 'dynamic = ["version"]' in PYPROJECT and 'path = "src/dllm_hf/__init__.py"' in PYPROJECT
+    assert version("dllm-hf") == __version__, "the installed version is another one: `pip install -e .` again"
+    assert run("--version")[:2] == (0, f"dllm-hf {__version__}\n")
+    assert f"\n## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 TYPOS = [

@@ -14,11 +14,9 @@ from dllm_hf_cli.streaming import MASK, TerminalStreamer
 MASK_ID = 0x10FFFF
 
 
-class CodePoints:
-    """A tokenizer whose tokens are characters."""
-
-    def decode(self, tokens, **kwargs):
-        return "".join(chr(token) for token in tokens)
+def characters(tokens: list[int]) -> str:
+    """Tokens that are code points, decoded."""
+    return "".join(map(chr, tokens))
 
 
 class Terminal:
@@ -72,7 +70,7 @@ class Terminal:
 def terminal(monkeypatch):
     def terminal(width=20, height=6):
         screen = Terminal(width, height)
-        monkeypatch.setattr(streaming, "_terminal_size", lambda: (width, height))
+        monkeypatch.setattr(streaming, "get_terminal_size", lambda: (width, height))
         monkeypatch.setattr("sys.stdout", screen)
         return screen
 
@@ -84,7 +82,7 @@ def tokens(text: str) -> torch.Tensor:
 
 
 def test_final_text_and_drafts_stand_one_behind_the_other(terminal):
-    screen, streamer = terminal(), TerminalStreamer(CodePoints(), MASK_ID)
+    screen, streamer = terminal(), TerminalStreamer(characters, MASK_ID)
     streamer.put(tokens("To be, "))
     streamer.put_draft(tokens("or ░░t"))
     assert screen.text() == "To be, or ░░t"
@@ -93,14 +91,14 @@ def test_final_text_and_drafts_stand_one_behind_the_other(terminal):
 
 
 def test_the_prompt_of_a_conversation_is_left_out(terminal):
-    screen, streamer = terminal(), TerminalStreamer(CodePoints(), MASK_ID, skip_tokens=4)
+    screen, streamer = terminal(), TerminalStreamer(characters, MASK_ID, skip_tokens=4)
     streamer.put(tokens("Who?"))
     streamer.put_draft(tokens("I░"))
     assert screen.text() == "I░"
 
 
 def test_a_draft_taller_than_the_screen_is_cut(terminal):
-    screen, streamer = terminal(height=6), TerminalStreamer(CodePoints(), MASK_ID)
+    screen, streamer = terminal(height=6), TerminalStreamer(characters, MASK_ID)
     streamer.put_draft(tokens("line\n" * 40))
     assert len(screen.lines) == 5 and screen.text().endswith("…")
     streamer.put(tokens("line\n" * 40))
@@ -109,7 +107,7 @@ def test_a_draft_taller_than_the_screen_is_cut(terminal):
 
 
 def test_an_interruption_leaves_the_final_text_and_an_empty_line_to_go_on(terminal):
-    screen, streamer = terminal(), TerminalStreamer(CodePoints(), MASK_ID)
+    screen, streamer = terminal(), TerminalStreamer(characters, MASK_ID)
     streamer.put(tokens("To be, "))
     streamer.put_draft(tokens("░" * 50))
     streamer.end()
@@ -117,7 +115,7 @@ def test_an_interruption_leaves_the_final_text_and_an_empty_line_to_go_on(termin
 
 
 def test_control_characters_do_not_reach_the_terminal(terminal):
-    screen, streamer = terminal(), TerminalStreamer(CodePoints(), MASK_ID)
+    screen, streamer = terminal(), TerminalStreamer(characters, MASK_ID)
     streamer.put(tokens("a\033[2Jb\rc\ad"))
     assert screen.text() == "a[2Jbcd"
 
@@ -130,10 +128,10 @@ BLOCKS = st.lists(st.tuples(st.text(CHARACTERS, max_size=60), st.lists(st.text(C
 def test_only_the_final_text_stays_whatever_the_drafts_were(blocks, width, height, lines_before):
     with pytest.MonkeyPatch.context() as patch:
         screen = Terminal(width, height)
-        patch.setattr(streaming, "_terminal_size", lambda: (width, height))
+        patch.setattr(streaming, "get_terminal_size", lambda: (width, height))
         patch.setattr("sys.stdout", screen)
         screen.write("x\n" * lines_before)
-        streamer, text = TerminalStreamer(CodePoints(), MASK_ID), ""
+        streamer, text = TerminalStreamer(characters, MASK_ID), ""
         for final, drafts in blocks:
             final = final.replace("\u0301", "")  # the terminal above knows no combining characters
             for draft in drafts:

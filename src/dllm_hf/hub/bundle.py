@@ -1,27 +1,30 @@
 """The code of a remote-code repository: the modules of this package that a class needs, as one flat folder.
 
-The library finds the files of such a repository by searching their text for imports of the form `.name`, so that these
-are the rules: a module of the package is imported at the top of a file, relatively and by its own name. Everything else
-is refused, with file and line, before it can fail on somebody else's machine.
+transformers finds the files of such a repository by searching their text for imports of the form `.name`. Therefore a
+module of this package may import another one only at the top of the file, relatively and by its own name. Every other
+form is refused here, with file and line; otherwise it would fail on the machine that loads the repository.
 """
 
 import ast
 import re
 import sys
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
 
 PACKAGE = Path(__file__).parents[1]
-# What `transformers.dynamic_module_utils.get_relative_imports` takes for an import, wherever it stands.
+# The text that `transformers.dynamic_module_utils.get_relative_imports` takes for an import, also inside of a string.
 LOOKS_LIKE_AN_IMPORT = re.compile(r"^\s*(from\s+\.\S+\s+import|import\s+\.\S+\s*$)", re.MULTILINE)
 
 
 class BundleError(ValueError):
-    """A module that would not survive in a repository."""
+    """A module would not work in a repository."""
 
 
-def bundle(*classes: type, root: Path = PACKAGE) -> dict[str, str]:
-    """The files of a repository in which `classes` of this package are defined.
+def bundle(*definitions: Callable, root: Path = PACKAGE) -> dict[str, str]:
+    """The files of a repository that contains `definitions`, classes and functions of this package.
 
     Args:
         root: the folder of the package.
@@ -29,9 +32,9 @@ def bundle(*classes: type, root: Path = PACKAGE) -> dict[str, str]:
     Returns:
         The text of each file, by its name.
     """
-    root = Path(root)
-    paths = [root.joinpath(*cls.__module__.split(".")[1:]).with_suffix(".py") for cls in classes]
-    names, texts = {}, {}
+    paths = [root.joinpath(*each.__module__.split(".")[1:]).with_suffix(".py") for each in definitions]
+    names: dict[str, Path] = {}
+    texts: dict[str, str] = {}
     while paths:
         path = paths.pop(0)
         if path in names.values():
@@ -46,8 +49,8 @@ def bundle(*classes: type, root: Path = PACKAGE) -> dict[str, str]:
 
 
 def flat_name(path: Path, root: Path = PACKAGE) -> str:
-    """`generation/cache.py` is `generation_cache.py`; a name that has its folder's in it stays, as
-    `sdar/modeling_sdar.py` does."""
+    """`generation/cache.py` becomes `generation_cache.py`; `sdar/modeling_sdar.py`, whose name contains its folder's
+    name, becomes `modeling_sdar.py`."""
     *folders, name = path.relative_to(root).parts
     return name if all(folder in path.stem for folder in folders) else "_".join([*folders, name])
 
@@ -59,20 +62,21 @@ def flattened(path: Path, root: Path = PACKAGE) -> tuple[str, list[Path]]:
     tree = ast.parse(text)
     guarded = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
 
-    def refuse(line: int, why: str):
+    def refuse(line: int, why: str) -> NoReturn:
         raise BundleError(f"{path}:{line}: {why}")
 
-    imported, rewritten = [], set()
+    imported: list[Path] = []
+    rewritten: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             outside = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            outside = [node.module]
+            outside = [node.module or ""]
         elif isinstance(node, ast.ImportFrom):
             if node not in tree.body:
                 refuse(node.lineno, "a module of the package is imported at the top of a file only.")
             if node.module is None:
-                refuse(node.lineno, "`from . import x` does not survive: write `from .x import y`.")
+                refuse(node.lineno, "`from . import x` would not work: write `from .x import y`.")
             if node.level > len(path.relative_to(root).parts):
                 refuse(node.lineno, f"this leads out of {root.name}.")
             target = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
@@ -100,4 +104,4 @@ def flattened(path: Path, root: Path = PACKAGE) -> tuple[str, list[Path]]:
         if number not in rewritten:
             refuse(number, "a text line that begins like an import would be taken for one: break it elsewhere.")
     origin = path.relative_to(root.parent).as_posix()
-    return f"# {origin} of dllm_hf {version('dllm-hf')}, Apache-2.0.\n" + flat_text, imported
+    return f"# {origin} of dllm_hf {__version__}, Apache-2.0.\n" + flat_text, imported

@@ -2,15 +2,17 @@
 
 import json
 import re
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from .. import __version__
+
 DESCRIPTIONS = {
-    "llada": "[LLaDA](https://arxiv.org/abs/2502.09992): a Llama whose attention has no direction, which fills in masked tokens.",
-    "Dream": "[Dream](https://arxiv.org/abs/2508.15487): a Qwen2 whose attention has no direction, which fills in masked tokens.",
+    "llada": "[LLaDA](https://arxiv.org/abs/2502.09992): a Llama with bidirectional attention, which fills in masked tokens.",
+    "Dream": "[Dream](https://arxiv.org/abs/2508.15487): a Qwen2 with bidirectional attention, which fills in masked tokens.",
     "sdar": "[SDAR](https://arxiv.org/abs/2510.06303): a Qwen3 that decodes block after block, the tokens of a block by denoising.",
     "sdar_moe": "[SDAR](https://arxiv.org/abs/2510.06303)-MoE: a Qwen3-MoE that decodes block after block, the tokens of a "
     "block by denoising.",
@@ -54,7 +56,7 @@ tags:
 
 # Decoding by diffusion, for `custom_generate`
 
-The denoising loop of `dllm_hf` {version} for masked language models of other origin: any whose `forward(input_ids, attention_mask)` returns `logits`, sees both ways and has the library's `generate`.
+The denoising loop of `dllm_hf` {version} for other masked language models: any with bidirectional attention whose `forward(input_ids, attention_mask)` returns `logits` and that has the `generate` of `transformers`.
 
 ```python
 tokens = model.generate(
@@ -67,16 +69,16 @@ Options are those of `diffusion_generate` (`block_length`, `steps`, `remasking_s
 
 
 def make_loop_card(name: str) -> str:
-    return LOOP_CARD.format(name=_literal(name), version=version("dllm-hf"))
+    return LOOP_CARD.format(name=_literal(name), version=__version__)
 
 
 def card_header(folder: Path) -> dict:
     """The header of a folder's card; empty where there is none that can be read."""
-    if not (folder / "README.md").is_file():  # a pipe would be waited for
+    if not (folder / "README.md").is_file():  # reading a named pipe would block
         return {}
     try:
         return metadata_load(folder / "README.md") or {}
-    except Exception:  # a card is written by hand: there are as many kinds as ways to get YAML wrong
+    except Exception:  # YAML written by hand can be wrong in any way
         return {}
 
 
@@ -84,23 +86,20 @@ def make_card(model_type: str, name: str, source: str | None, header: dict) -> s
     """The card of a repository.
 
     Args:
-        name: what `from_pretrained` will be called with.
-        source: the repository that the weights come from, unchanged; None where they are the model's own, or a folder's.
-        header: that of the source's card, for its licence and language. Others wrote it: of its values only those are
-            taken that are what the Hub expects.
+        name: the name or folder that the card's example loads.
+        source: the repository whose weights these are, unchanged; None for weights of a folder or of a model in memory.
+        header: the header of the source's card, for its licence and language. It comes from outside: only values of
+            the form that the Hub expects are copied.
     """
     licence = _plain(header.get("license"), r"[A-Za-z0-9.+-]{1,64}")
-    kept = {key: _plain(header.get(key)) for key in ("license_name", "license_link", "language")}
-    values = {
+    values: dict[str, Any] = {key: _plain(header.get(key)) for key in ("license_name", "license_link", "language")}
+    values |= {
         "license": licence or "unknown",
-        **{key: value for key, value in kept.items() if value},
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
+        "base_model": source or _plain(header.get("base_model"), r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?"),
+        "tags": ["dllm-hf", "diffusion", "text-diffusion", model_type.lower().replace("_", "-"), "custom_code"],
     }
-    base = source or _plain(header.get("base_model"), r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
-    if base:
-        values["base_model"] = base
-    values["tags"] = ["dllm-hf", "diffusion", "text-diffusion", model_type.lower().replace("_", "-"), "custom_code"]
     names = licence if isinstance(licence, str) else ", ".join(licence or [])
     stated = f"their licence: {names}" if licence else "their licence is not known here"
     origin = f"The weights are those of {source}, unchanged; {stated}." if source else f"The weights: {stated}."
@@ -108,24 +107,24 @@ def make_card(model_type: str, name: str, source: str | None, header: dict) -> s
         header=ModelCardData(**values).to_yaml() + "\n",
         title=_escaped(name.rstrip("/").split("/")[-1]),
         description=DESCRIPTIONS[model_type],
-        version=version("dllm-hf"),
+        version=__version__,
         origin=origin,
         name=_literal(name),
     )
 
 
 def _plain(value, pattern: str = r".{1,200}") -> str | list[str] | None:
-    """A short text, or a list of such; None for anything else."""
+    """`value` if it is a short text that matches `pattern`, or a list of such texts; else None."""
     texts = value if isinstance(value, list) else [value]
     is_plain = bool(texts) and all(isinstance(t, str) and t.isprintable() and re.fullmatch(pattern, t) for t in texts)
     return value if is_plain else None
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Markdown that shows `text` as it is."""
     return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", " ".join(text.split()))
 
 
 def _literal(text: str) -> str:
-    """A string of Python's."""
+    """A Python string literal."""
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)

@@ -1,6 +1,6 @@
 """A checkpoint's files: where they are, and whether they are those of the model that `config.json` describes.
 
-Nothing here loads a weight: what a file holds is read from its header, and the model is one without memory.
+No weight is loaded: names and shapes of tensors are read from a file's header, and the model is on the meta device.
 """
 
 import difflib
@@ -8,6 +8,7 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
@@ -17,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from ..generation.configuration import DiffusionGenerationConfig
 from .card import card_header
 
 TOKENIZER_FILES = (
@@ -32,9 +34,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @contextmanager
-def naming(problem: str):
-    """Whatever fails inside becomes a `ValueError` that begins with `problem`: a file from elsewhere can fail in as many
-    ways as there are libraries that read it."""
+def failing_with(problem: str):
+    """Every exception inside becomes a `ValueError` that begins with `problem`: a file from elsewhere can fail in as
+    many ways as there are libraries that read it."""
     try:
         yield
     except Exception as error:
@@ -42,20 +44,25 @@ def naming(problem: str):
         raise ValueError(f"{problem}: {kind}{error}") from error
 
 
-def fetched(source: str | os.PathLike, weights: bool = True, code: bool = False) -> Path:
-    """The folder that holds a source's files: the source itself, or where its repository has been downloaded to.
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the error's type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def fetch(source: str | os.PathLike, weights: bool = True, code: bool = False) -> Path:
+    """The folder that holds a source's files: the source itself, or the folder to which its repository is downloaded.
 
     Args:
-        weights: and the tokenizer; otherwise only the configurations and the card.
-        code: the repository's own code as well.
+        weights: download weights and tokenizer as well as the configurations and the card.
+        code: download the repository's own code as well.
 
     Raises:
-        OSError: there is no such folder and no such repository. What looks like a mistyped path is not looked for on
-            the Hub.
+        OSError: there is no such folder and no such repository. A name that looks like a mistyped path is not looked
+            for on the Hub.
     """
+    source = str(source)
     if os.path.isdir(source):
         return Path(source)
-    source = str(source)
     if os.path.exists(source):
         raise OSError(f"{source} is not a folder: give one that holds a checkpoint, or a repository's name.")
     _refuse_mistyped(source)
@@ -64,52 +71,52 @@ def fetched(source: str | os.PathLike, weights: bool = True, code: bool = False)
     wanted += ["*.py"] if code else []
     try:
         return Path(snapshot_download(source, allow_patterns=wanted))
-    except Exception as error:  # of the HTTP library below, which is another one in each version of huggingface_hub
+    except Exception as error:  # versions of huggingface_hub differ in the HTTP library whose errors they let through
         raise OSError(f"There is no folder {source}, and no repository of that name could be read: {error}") from error
 
 
 def _refuse_mistyped(source: str) -> None:
-    """A name on the Hub has one slash at most, and nobody means `hub_configs/x` where there is a folder `hub_configs`."""
-    place = Path(source).parent
-    try:
-        beside = [path.name for path in place.iterdir() if path.is_dir()]
-    except OSError:
-        beside = []
-    close = difflib.get_close_matches(Path(source).name, beside, n=1, cutoff=0.75)
+    """Raises an `OSError` for a path: a name on the Hub has one slash at most, and where there is a folder
+    `hub_configs`, `hub_configs/x` is taken for a path."""
+    parent = Path(source).parent
+    folders = [path.name for path in parent.iterdir() if path.is_dir()] if os.path.isdir(parent) else []
+    close = difflib.get_close_matches(Path(source).name, folders, n=1, cutoff=0.75)
     if source.startswith(("/", ".", "~")) or "\\" in source or source.count("/") > 1:
         repository = ""
-    elif (close or ("/" in source and place.is_dir())) and not _is_cached(source):
+    elif (close or ("/" in source and os.path.isdir(parent))) and not _is_cached(source):
         repository = f" If you mean the Hub's repository of that name, `hf download {source}` first."
     else:
         return
-    hint = f": did you mean {place / close[0]}?" if close else "."
+    hint = f": did you mean {parent / close[0]}?" if close else "."
     raise OSError(f"There is no folder {source}{hint}{repository}")
 
 
 def _is_cached(repository: str) -> bool:
     try:
         return isinstance(try_to_load_from_cache(repository, "config.json"), str)
-    except ValueError:  # no name that a repository can have
+    except ValueError:  # not the name of a repository
         return False
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of a file of a checkpoint, which need not exist. A link that leads elsewhere would publish what is there:
-    it is a `ValueError`. The Hub's cache consists of links, to places of its own."""
+def checked_path(folder: Path, name: str) -> Path:
+    """The path of a checkpoint's file, which need not exist. A link to a file outside of the folder is a `ValueError`,
+    since the export would publish that file; the Hub's cache consists of links to its own blobs, which are allowed."""
     path, top = folder / name, Path(os.path.realpath(folder))
-    places = [top]
+    allowed = [top]
     if top.parent.name == "snapshots":
-        places.append(top.parents[1] / "blobs")
+        allowed.append(top.parents[1] / "blobs")
     cache = Path(os.path.realpath(constants.HF_HUB_CACHE))
     if top.is_relative_to(cache):
-        places.append(cache)
-    target = Path(os.path.realpath(path))  # `Path.resolve` fails on links that go round in a circle
-    if not any(target.is_relative_to(place) for place in places):
+        allowed.append(cache)
+    target = Path(os.path.realpath(path))  # `Path.resolve` fails on circular links
+    if not any(target.is_relative_to(parent) for parent in allowed):
         raise ValueError(f"{path} is a link to {target}, outside of {folder}: put the file itself there.")
     return path
 
 
 def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise OSError(f"{path.parent} holds no checkpoint: it has no {path.name}.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -121,47 +128,44 @@ def read_json(path: Path) -> dict:
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a folder's `config.json` describes, on the meta device."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise OSError(f"{folder} holds no model: it has no config.json.")
-    read_json(path)
-    with naming(f"{path} describes no model that can be built"):
+    with failing_with(f"{folder / 'config.json'} describes no model that can be built"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def read_generation_config(folder: Path, model: PreTrainedModel):
-    """The options that a folder recommends; those of the model's configuration where it recommends none."""
+def read_generation_config(folder: Path, model: Any) -> DiffusionGenerationConfig:
+    """A folder's `generation_config.json`; where there is none, that of the model, a `PreTrainedModel` with
+    `DiffusionGenerationMixin`."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return model.generation_config
     read_json(path)
-    with naming(f"{path} cannot be used"):
+    with failing_with(f"{path} cannot be used"):
         return model.generation_config_class.from_pretrained(folder)
 
 
 def checked_weights(folder: Path, model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Compare the weight files of a folder with a model, as the library would load them.
+    """Compare the weight files of a folder with a model, as transformers would load them.
 
     Args:
-        model: from [`empty_model`]; not of use afterwards.
+        model: from [`empty_model`]; it cannot be used afterwards.
 
     Returns:
-        The names of the files, the index included, and of tensors that have no place in the model.
+        The names of the files, the index included, and the names of tensors that the model does not have.
 
     Raises:
         OSError, ValueError: a file is not there or not whole, or tensors are missing or of another shape.
     """
     files, index = _weight_files(folder)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        tensors |= _tensors(inside(folder, file))
-    with naming(f"The weights in {folder} cannot be those of its config.json"), _no_progress_bar():
+        tensors |= _tensors(checked_path(folder, file))
+    with failing_with(f"The weights in {folder} cannot be those of its config.json"), _no_progress_bar():
         load = LoadStateDictConfig(
             device_map={"": torch.device("meta")},
             ignore_mismatched_sizes=True,
-            weight_mapping=get_model_conversion_mapping(model),
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]  # a mistake of transformers
         )
         info, _ = model._load_pretrained_model(model, tensors, None, load)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
@@ -171,8 +175,8 @@ def checked_weights(folder: Path, model: PreTrainedModel) -> tuple[list[str], li
 
 
 def check_size(folder: Path, model: PreTrainedModel) -> None:
-    """Of quantised weights, whose names and shapes only their library knows: whether the model can be in the files at
-    all. Raises as [`checked_weights`] does."""
+    """Refuse quantised weights whose files are too small for the model: only the quantisation's library knows the names
+    and shapes of their tensors. Raises as [`checked_weights`] does."""
     files, _ = _weight_files(folder)
     size, numbers = sum((folder / file).stat().st_size for file in files), model.num_parameters()
     if numbers > 8 * size:
@@ -183,15 +187,15 @@ def check_size(folder: Path, model: PreTrainedModel) -> None:
 
 
 def refuse_gaps(folder: Path, missing, mismatched, unconvertible=()) -> None:
-    """Raises a `ValueError` where the library's report on loading says that weights are not the file's."""
+    """Raises a `ValueError` where transformers' report on loading names weights that do not come from the files."""
     problems = []
     if missing:
-        problems.append(f"{some(missing)} missing")
+        problems.append(f"{summary_of(missing)} missing")
     if mismatched:
         name, found, expected = min(mismatched)
         problems.append(f"{len(mismatched)} of another shape ({name} is {tuple(found)}, not {tuple(expected)})")
     if unconvertible:
-        problems.append(f"{some(unconvertible)} not to be put together")
+        problems.append(f"{summary_of(unconvertible)} not to be put together")
     if problems:
         raise ValueError(
             f"The weights in {folder} are not those of the model in its config.json: {'; '.join(problems)}. One of the "
@@ -199,7 +203,7 @@ def refuse_gaps(folder: Path, missing, mismatched, unconvertible=()) -> None:
         )
 
 
-def some(names) -> str:
+def summary_of(names) -> str:
     """`3 tensors (a, b, ...)`"""
     names = sorted(names)
     shown = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
@@ -207,12 +211,12 @@ def some(names) -> str:
 
 
 def _weight_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The files that the library would read, and the index among them."""
+    """The weight files that transformers would read, and their index where there is one."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS], []
-    path = inside(folder, INDEX)
+    path = checked_path(folder, INDEX)
     if not path.is_file():
-        raise OSError(f"{folder} has no {WEIGHTS} and no {INDEX}{_instead(folder)}.")
+        raise OSError(f"{folder} has no {WEIGHTS} and no {INDEX}{_remedy(folder)}.")
     try:
         files = sorted(set(read_json(path)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -228,8 +232,8 @@ def _weight_files(folder: Path) -> tuple[list[str], list[str]]:
     return files, [INDEX]
 
 
-def _instead(folder: Path) -> str:
-    """What to do about a folder without weights."""
+def _remedy(folder: Path) -> str:
+    """The end of the sentence on a folder without weights: what to do about it."""
     if [*folder.glob("*.bin")]:
         return ". There are pickled weights (*.bin): convert them to safetensors first"
     base = card_header(folder).get("base_model")
@@ -239,18 +243,18 @@ def _instead(folder: Path) -> str:
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, which is checked to be whole, without memory."""
+    """The tensors of a safetensors file on the meta device. Raises a `ValueError` if the file is not whole."""
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    except Exception as error:  # of a library in Rust
+    except Exception as error:  # safetensors is written in Rust and raises exceptions of its own
         raise ValueError(f"{path} is cut short or no safetensors file ({error}): fetch it again.") from error
 
 
 @contextmanager
 def _no_progress_bar():
-    """Nothing is loaded that would take its time."""
+    """transformers' bar for loading would be shown, though no weight is loaded."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

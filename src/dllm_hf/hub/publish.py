@@ -2,12 +2,15 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import PreTrainedModel
 
 from .card import make_card
+from .checkpoint import first_line
 from .export import add_code
 
 
@@ -17,7 +20,7 @@ def push(
     """Publish a folder as one commit: what fails before the commit is made has published nothing.
 
     Args:
-        options: of `HfApi.create_commit`.
+        options: passed to `HfApi.create_commit`.
 
     Returns:
         The address of the commit.
@@ -40,8 +43,8 @@ def push(
         api.preupload_lfs_files(repo_id, files, free_memory=False)
         committing = True
         return api.create_commit(repo_id, files, **options).commit_url
-    except Exception as error:  # of the HTTP library below, which is another one in each version of huggingface_hub
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # versions of huggingface_hub differ in the HTTP library whose errors they let through
+        reason = first_line(error)
         if committing and not isinstance(error, HfHubHTTPError):
             raise OSError(
                 f"{repo_id} may not have been published: {reason}. The connection was lost while the commit was made: "
@@ -54,15 +57,15 @@ def push(
         ) from error
 
 
-def add_saving_with_code(model_class: type) -> None:
+def add_saving_with_code(model_class: type[PreTrainedModel]) -> None:
     """Give a class `save_pretrained(..., include_code=True)`, and a `push_to_hub` that includes the code.
 
-    It is done to the classes from outside, since their files go into the repositories, where this module is not.
+    The classes do not inherit these methods: their files are part of the repositories, and this module is not.
     """
-    inherited = model_class.save_pretrained
+    inherited: Callable[..., None] = model_class.save_pretrained
 
     def save_pretrained(self, save_directory, *args, include_code: bool = False, push_to_hub: bool = False, **kwargs):
-        """As the library's. With `include_code` the folder is a repository that runs without dllm_hf."""
+        """As in transformers; with `include_code` the folder is a repository that runs without dllm_hf."""
         if push_to_hub and include_code:
             raise ValueError(
                 "`push_to_hub=True` with `include_code=True`: call `model.push_to_hub(...)`, which does both."
@@ -96,4 +99,5 @@ def add_saving_with_code(model_class: type) -> None:
             (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             return push(folder, repo_id, token, private, **options)
 
-    model_class.save_pretrained, model_class.push_to_hub = save_pretrained, push_to_hub
+    for method in (save_pretrained, push_to_hub):
+        setattr(model_class, method.__name__, method)
