@@ -11,6 +11,7 @@ from .output import tell, write
 COMMANDS = {
     "generate": "continue or infill a prompt",
     "chat": "converse",
+    "batch": "decode a file of prompts into a file of results",
     "export": "write a repository that runs without dllm_hf",
 }
 
@@ -138,6 +139,8 @@ def command_parser(command: str) -> Parser:
         )
         prompt_help = "text, or - for standard input (without its last newline)"
         parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help=prompt_help)
+    elif command == "batch":
+        _add_batch_options(parser)
     else:
         parser.usage = f"{parser.prog} MODEL [options]"
         parser.description = "Converse with a model. /help lists its commands; Ctrl-C stops an answer, Ctrl-D quits."
@@ -172,6 +175,27 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if "bad_words_ids" in given:
         given["bad_words_ids"] = [[token] for token in given["bad_words_ids"]]
     return given
+
+
+def _add_batch_options(parser: Parser) -> None:
+    parser.usage = f"{parser.prog} MODEL PROMPTS RESULTS [options]"
+    parser.description = (
+        "Decode many requests at once. A line of PROMPTS is a JSON object with `prompt`, `messages` (a chat) or "
+        "`prompt_token_ids`; it may have an `id` and options of its own (`max_tokens`, `seed`, `stop`, `n`, ...). A line of "
+        "RESULTS is written as soon as its request has finished. The same command goes on where a run was interrupted."
+    )
+    parser.add_argument("prompts", metavar="PROMPTS", help="a file of JSON lines")
+    parser.add_argument("results", metavar="RESULTS", help="the file of JSON lines to write, or to go on with")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-num-seqs", type=integer, default=16, metavar="INT", help="completions at a time")
+    engine.add_argument("--max-model-len", type=integer, metavar="INT", help="columns of each: prompt and new tokens")
+    engine.add_argument(
+        "--max-num-batched-tokens",
+        type=integer,
+        default=2048,
+        metavar="INT",
+        help="columns of prompts and of whole canvases in a step",
+    )
 
 
 def _add_export_options(parser: Parser) -> None:

@@ -1,7 +1,6 @@
 """A request gets the tokens that `diffusion_generate` gives it alone, whatever else runs."""
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +8,7 @@ from dllm_hf import SamplingParams
 from dllm_hf.engine.engine import Engine
 
 from ..builders import tiny_model
-from ..generation.test_decoder import CAPACITY, CELLS, DEVICE, alone, calls
+from ..generation.test_decoder import CAPACITY, CELLS, alone, calls
 
 SLOTS = 3
 

@@ -198,10 +198,12 @@ class LLM:
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         *,
         drafts: bool = False,
+        request_ids: list[str] | None = None,
     ) -> Iterator[Event]:
         """As [`LLM.generate`], but tells what becomes final as it does, and with `drafts` how each canvas looks after each
-        step. Who stops to read aborts what has not finished."""
-        return self._stream(deque(self._prepare(prompts, sampling_params, drafts)))
+        step. Closing the iterator aborts what has not finished. `request_ids`: one for each prompt; by default they are
+        numbered."""
+        return self._stream(deque(self._prepare(prompts, sampling_params, drafts, request_ids)))
 
     def _stream(self, waiting: deque[list[Sequence]]) -> Iterator[Event]:
         mailbox = Mailbox()
@@ -252,7 +254,8 @@ class LLM:
             ValueError: the prompt or its parameters are wrong.
             QueueFullError: too much is waiting.
         """
-        [sequences] = self._prepare([prompt], sampling_params, drafts, request_id)
+        request_ids = None if request_id is None else [request_id]
+        [sequences] = self._prepare([prompt], sampling_params, drafts, request_ids)
         self._driver.submit(sequences, self._submitted)
         return sequences[0].request_id
 
@@ -285,7 +288,7 @@ class LLM:
     # --- prompts
 
     def _prepare(
-        self, prompts: Any, params: Any, drafts: bool = False, request_id: str | None = None
+        self, prompts: Any, params: Any, drafts: bool = False, request_ids: list[str] | None = None
     ) -> list[list[Sequence]]:
         """Check prompts and parameters, and make the completions of each."""
         prompts = [prompts] if _is_one(prompts) else list(prompts)
@@ -299,40 +302,42 @@ class LLM:
             one = SamplingParams() if one is None else one
             if not isinstance(one, SamplingParams):
                 raise ValueError(f"`sampling_params` must hold `SamplingParams`, but holds {one!r}.")
+            name = request_ids[number] if request_ids else f"request-{next(self._numbers)}"
             try:
-                tokens = self.encode(prompt)
-                sequences = self._driver.engine.prepare(tokens, one, request_id or f"request-{next(self._numbers)}")
+                sequences = self._driver.engine.prepare(encode(prompt, self.tokenizer), one, name)
             except ValueError as error:
-                raise ValueError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
+                where = f"request {name}: " if request_ids else f"prompt {number}: " if len(prompts) > 1 else ""
+                raise ValueError(f"{where}{error}") from error
             for sequence in sequences:
                 sequence.shows_drafts = drafts
             requests.append(sequences)
         return requests
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt.
-
-        Raises:
-            ValueError: it is none, or needs a tokenizer or a chat template that is not there.
-        """
-        if isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt):
-            return list(prompt)
-        is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
-        if not (is_chat or isinstance(prompt, str)):
-            raise ValueError(f"a prompt is a string, a list of token ids, or a list of messages, but not {prompt!r}.")
-        if self.tokenizer is None:
-            raise ValueError("there is no tokenizer: pass token ids, or `tokenizer=` to `LLM`.")
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"]) if prompt else []
-        if self.tokenizer.chat_template is None:
-            raise ValueError("the tokenizer has no chat template: pass a string or token ids.")
-        encoding = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        return list(encoding["input_ids"])
-
     def _output(self, sequence: Sequence) -> RequestOutput:
         prompt = sequence.request.prompt
         text = None if self.tokenizer is None else self.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
         return RequestOutput(sequence.request_id, prompt, text)
+
+
+def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        ValueError: it is none, or needs a tokenizer or a chat template that is not there.
+    """
+    if isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt):
+        return list(prompt)
+    is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
+    if not (is_chat or isinstance(prompt, str)):
+        raise ValueError(f"a prompt is a string, a list of token ids, or a list of messages, but not {prompt!r}.")
+    if tokenizer is None:
+        raise ValueError("there is no tokenizer: pass token ids, or `tokenizer=` to `LLM`.")
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"]) if prompt else []
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template: pass a string or token ids.")
+    encoding = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return list(encoding["input_ids"])
 
 
 def _is_one(prompts: Any) -> bool:

@@ -1,0 +1,148 @@
+"""`dllm-hf batch`: a file of prompts into a file of results."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dllm_hf.engine import LLM, CompletionOutput, SamplingParams
+from dllm_hf.engine.llm import encode
+from dllm_hf.generation.configuration import canonical_options
+
+from .output import tell
+from .session import Session
+
+PROMPTS = ("prompt", "messages", "prompt_token_ids")
+
+
+def batch(arguments: argparse.Namespace) -> int:
+    """Exit code 1 where requests have failed: they are not among the results, and the next run tries them again."""
+    lines = _read_lines(Path(arguments.prompts))
+    results = Path(arguments.results)
+    done = _finished(results, lines)
+    session = Session(arguments)
+    requests = {
+        name: _request(session, name, line, number)
+        for number, (name, line) in enumerate(lines.items())
+        if name not in done
+    }
+    failed = 0
+    with tqdm(total=len(lines), initial=len(done), unit="request", dynamic_ncols=True) as bar:
+        if requests:
+            session.load()
+            with results.open("a", encoding="utf-8") as file:
+                failed = _decode(_engine(session, requests), requests, file, bar)
+    if failed:
+        tell(f"dllm-hf: {failed} of {len(lines)} requests failed: the same command tries them again.")
+    return 1 if failed else 0
+
+
+def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """The requests of a file, by their ids."""
+    lines: dict[str, dict[str, Any]] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, start=1):
+            where = f"{path} line {number}"
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{where} is no JSON: {error}") from error
+            if not isinstance(line, dict) or sum(name in line for name in PROMPTS) != 1:
+                raise ValueError(f"{where} must be an object with one of {', '.join(PROMPTS)}.")
+            name = str(line.pop("id", number))
+            if name in lines:
+                raise ValueError(f"{where} has the id {name!r} of an earlier line: ids must differ.")
+            lines[name] = line
+    return lines
+
+
+def _finished(path: Path, lines: dict[str, dict[str, Any]]) -> set[str]:
+    """The ids of the results that an earlier run has written. What it had begun to write when it was killed is removed."""
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    done = set()
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            name = json.loads(text)["id"]
+        except (ValueError, TypeError, KeyError):
+            name = None
+        if name not in lines:
+            raise ValueError(f"{path} line {number} is no result of these prompts: name another file for the results.")
+        done.add(name)
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return done
+
+
+def _request(session: Session, name: str, line: dict[str, Any], number: int) -> tuple[list[int], SamplingParams]:
+    """The token ids and the parameters of a line: its own options, else those of the command. `--seed` is that of the first
+    line, and the next numbers those of the next ones."""
+    given = canonical_options({key: value for key, value in line.items() if key not in PROMPTS})
+    options: dict[str, Any] = {**session.options, "num_return_sequences": session.resolved.num_return_sequences}
+    for shared in ("cache_policy", "mask_token_id", "disable_compile"):
+        options.pop(shared, None)  # those of the engine
+    own = {key: given.pop(key) for key in ("n", "seed", "stop", "timeout") if key in given}
+    options = {**options, **given}
+    seed = session.arguments.seed
+    arguments = {
+        "n": options.pop("num_return_sequences"),
+        "stop": options.pop("stop_strings", None),
+        "timeout": options.pop("max_time", None),
+        "seed": None if seed is None else seed + number,
+        **own,
+    }
+    try:
+        [prompt] = [line[key] for key in PROMPTS if key in line]
+        return encode(prompt, session.tokenizer), SamplingParams(**arguments, options=options)
+    except ValueError as error:
+        raise ValueError(f"request {name}: {error}") from error
+
+
+def _engine(session: Session, requests: dict[str, tuple[list[int], SamplingParams]]) -> LLM:
+    arguments = session.arguments
+    return LLM(
+        session.model,
+        tokenizer=session.tokenizer,
+        mask_token_id=session.options.get("mask_token_id"),
+        cache_policy=session.options.get("cache_policy"),
+        enforce_eager=bool(session.options.get("disable_compile")),
+        max_num_seqs=arguments.max_num_seqs,
+        max_model_len=arguments.max_model_len,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+    )
+
+
+def _decode(llm: LLM, requests: dict[str, tuple[list[int], SamplingParams]], file, bar: tqdm) -> int:
+    """Write each request's result as soon as it has finished. Returns how many have failed."""
+    failed, tokens = 0, 0
+    outputs: dict[str, list[CompletionOutput]] = {name: [] for name in requests}
+    prompts, params = zip(*requests.values())
+    try:
+        for event in llm.generate_streaming(list(prompts), list(params), request_ids=list(requests)):
+            tokens += len(event.token_ids)
+            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+            if event.output is None:
+                continue
+            name = event.request_id
+            outputs[name].append(event.output)
+            if len(outputs[name]) < requests[name][1].n:
+                continue
+            completions = sorted(outputs.pop(name), key=lambda each: each.index)
+            errors = [each.error for each in completions if each.error]
+            if errors:
+                failed += 1
+                tell(f"dllm-hf: request {name} failed: {errors[0]}")
+            else:
+                found = [{key: value for key, value in vars(each).items() if value is not None} for each in completions]
+                file.write(json.dumps({"id": name, "outputs": found}, ensure_ascii=False) + "\n")
+                file.flush()
+            bar.update()
+    except KeyboardInterrupt:
+        tell(f"dllm-hf: {bar.n} of {bar.total} requests are done: the same command goes on from here.")
+        raise
+    return failed

@@ -1,0 +1,137 @@
+"""`dllm-hf batch`: a file of prompts into a file of results, resumable."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dllm_hf import LLaDAModelLM
+
+LENGTHS = [3, 9, 1, 6]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"id": f"p{number}", "prompt": "Hello", "max_tokens": length} for number, length in enumerate(LENGTHS)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def results_of(path) -> dict[str, list[dict]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == len(lines)
+    return {line["id"]: line["outputs"] for line in lines}
+
+
+def test_each_line_gets_what_it_gets_alone(run, folder, prompts, tmp_path):
+    code, stdout, _ = run("batch", folder, prompts, tmp_path / "results.jsonl", "--max-num-seqs", 2)
+    assert (code, stdout) == (0, "")
+    results = results_of(tmp_path / "results.jsonl")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Hello", return_tensors="pt").input_ids
+    for number, length in enumerate(LENGTHS):
+        [completion] = results[f"p{number}"]
+        expected = model.diffusion_generate(ids, max_new_tokens=length)[0, ids.shape[1] :].tolist()
+        assert completion["token_ids"] == expected
+        assert completion["text"] == tokenizer.decode(expected) and completion["finish_reason"] == "length"
+
+
+def test_texts_chats_token_ids_and_infilling_are_requests(run, chat_folder, tmp_path):
+    lines = [
+        {"prompt": "Hello"},
+        {"messages": [{"role": "user", "content": "Hi"}], "n": 2, "seed": 1, "temperature": 1.0},
+        {"prompt_token_ids": [1, 2, 3]},
+        {"prompt": "ab<mask><mask>", "max_tokens": 0},
+    ]
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("batch", chat_folder, tmp_path / "in", tmp_path / "out", "--max-tokens", 4)[0] == 0
+    results = results_of(tmp_path / "out")
+    assert list(map(len, (results[name] for name in "1234"))) == [1, 2, 1, 1]
+    assert results["4"][0]["filled_prompt"].startswith("ab") and len(results["4"][0]["filled_prompt"]) == 4
+
+
+def test_a_killed_run_goes_on_where_it_was(run, folder, prompts, tmp_path):
+    """Nothing twice, nothing lost, and a line that was being written is written anew."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = ("--seed", 3, "--temperature", 1.0)
+    run("batch", folder, prompts, whole, *options)
+    lines = whole.read_text().splitlines(keepends=True)
+    resumed.write_text(lines[0] + lines[1][:20])
+    assert run("batch", folder, prompts, resumed, *options)[0] == 0
+    assert results_of(resumed) == results_of(whole)
+    before = resumed.read_bytes()
+    assert run("batch", folder, prompts, resumed, *options)[0] == 0
+    assert resumed.read_bytes() == before
+
+
+def test_ctrl_c_keeps_what_is_done(run, folder, prompts, tmp_path, monkeypatch):
+    steps, forward = iter(range(1000)), LLaDAModelLM.forward
+
+    def interrupted(self, *args, **kwargs):
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LLaDAModelLM, "forward", interrupted)
+    code, _, stderr = run("batch", folder, prompts, tmp_path / "out", "--max-num-seqs", 1)
+    assert code == 130 and "1 of 4 requests are done: the same command goes on" in stderr
+    assert list(results_of(tmp_path / "out")) == ["p0"]
+    assert run("batch", folder, prompts, tmp_path / "out")[0] == 0
+    assert sorted(results_of(tmp_path / "out")) == ["p0", "p1", "p2", "p3"]
+
+
+def test_what_failed_is_said_and_tried_again(run, folder, prompts, tmp_path, monkeypatch):
+    steps, forward = iter(range(1000)), LLaDAModelLM.forward
+
+    def failing(self, *args, **kwargs):
+        if next(steps) == 5:
+            raise RuntimeError("boom")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LLaDAModelLM, "forward", failing)
+    code, _, stderr = run("batch", folder, prompts, tmp_path / "out", "--max-num-seqs", 1)
+    assert code == 1 and "request p1 failed: RuntimeError: boom" in stderr and "1 of 4 requests failed" in stderr
+    assert run("batch", folder, prompts, tmp_path / "out")[0] == 0
+    assert sorted(results_of(tmp_path / "out")) == ["p0", "p1", "p2", "p3"]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["{"], r"line 1 is no JSON"),
+        (['{"prompt": "a"}', "[]"], r"line 2 must be an object with one of prompt, messages, prompt_token_ids"),
+        (['{"prompt": "a", "prompt_token_ids": [1]}'], r"line 1 must be an object with one of"),
+        (['{"prompt": "a", "id": 1}', '{"prompt": "b", "id": "1"}'], r"line 2 has the id '1' of an earlier line"),
+        (['{"prompt": "a", "tempratur": 1}'], r"request 1: .*did you mean 'temperature'"),
+        (['{"prompt": "a"}', '{"prompt": 5, "id": "x"}'], r"request x: a prompt is a string"),
+        (['{"prompt_token_ids": [99]}'], r"request 1: .*token id 99"),
+    ],
+)
+def test_a_wrong_line_is_refused_before_anything_is_written(run, folder, tmp_path, lines, message):
+    (tmp_path / "in").write_text("\n".join(lines))
+    code, _, stderr = run("batch", folder, tmp_path / "in", tmp_path / "out")
+    assert code == 2
+    assert re.search(message, stderr), stderr
+    assert not (tmp_path / "out").exists() or not (tmp_path / "out").read_bytes()
+
+
+def test_results_of_other_prompts_are_left_alone(run, folder, prompts, tmp_path):
+    (tmp_path / "out").write_text('{"id": "other", "outputs": []}\n')
+    code, _, stderr = run("batch", folder, prompts, tmp_path / "out")
+    assert code == 2 and "line 1 is no result of these prompts: name another file" in stderr
+    assert (tmp_path / "out").read_text() == '{"id": "other", "outputs": []}\n'
+
+
+def test_options_of_the_engine_are_checked(run, folder, prompts, tmp_path):
+    code, _, stderr = run("batch", folder, prompts, tmp_path / "out", "--max-num-seqs", 0)
+    assert code == 2 and "`max_num_seqs` must be an integer of at least 1" in stderr
+
+
+def test_torchs_generator_is_untouched_by_a_seed(run, folder, prompts, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    run("batch", folder, prompts, tmp_path / "out", "--seed", 1)
+    assert torch.equal(torch.get_rng_state(), before)
