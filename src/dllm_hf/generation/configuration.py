@@ -30,6 +30,7 @@ ALIASES = {
     "temperature_": "temperature",
     "topk": "top_k",
     "topp": "top_p",
+    "steps_per_look": "check_interval",  # this package's own earlier name
 }
 # LLaDA's switches name no tokens: the model's own special tokens are meant, so they are resolved when decoding starts.
 LLADA_SWITCHES = ("logits_eos_inf", "confidence_eos_eot_inf")
@@ -134,8 +135,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         max_time (`float`): seconds after which a row ends with the block that is being decoded.
         confidence_suppress_tokens (`list[int]`): a position where one of them is proposed is transferred last.
         num_return_sequences (`int`, defaults to 1): completions of each prompt.
-        steps_per_look (`int`, defaults to 1): where the logits decide when a block is done, the host looks after so many
-            steps. More steps than needed are forward passes that transfer nothing.
+        check_interval (`int`, defaults to 1): where the logits decide when a block is done, the host checks every so many
+            steps, and waits for the GPU each time. Steps after the block is done are forward passes that transfer nothing.
+            `steps_per_look`, its name before, is accepted.
         disable_compile (`bool`): no CUDA graphs and no fused kernels.
         torch_compile (`bool`): on a GPU with a cache, the forward pass of a step goes through `torch.compile` before it is
             captured. The first call then takes half a minute or more. Dynamo compiles eight shapes in a process
@@ -174,7 +176,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         "logits_eos_inf": False,
         "confidence_eos_eot_inf": False,
         "num_return_sequences": 1,
-        "steps_per_look": 1,
+        "check_interval": 1,
         "disable_compile": False,
         "torch_compile": False,
         "output_history": False,
@@ -231,7 +233,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             "block_length",
             "prefill_chunk_size",
             "num_return_sequences",
-            "steps_per_look",
+            "check_interval",
         ):
             _check(self, name, int, lambda v: v >= 1, "an integer of at least 1")
         for name in ("steps", "denoising_steps"):

@@ -196,7 +196,7 @@ class Row:
             return False
         if not self.taken:  # the block has had no pass yet that could have filled it
             return is_hooked
-        return self.taken % self.request.options.steps_per_look == 0
+        return self.taken % self.request.options.check_interval == 0
 
     def rewind(self, final_length: int) -> None:
         """What stands behind `final_length` has changed: the next pass feeds it again."""
