@@ -160,7 +160,7 @@ class CanvasCache(Cache):
     def reset(self) -> None:
         """Free the buffers and forget the conversation."""
         super().reset()
-        CanvasCache.restart(self)
+        CanvasCache.restart(self)  # not a subclass's, which clears the buffers that are gone
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of the canvas."""
@@ -175,7 +175,7 @@ class CanvasCache(Cache):
             layer.select(indices)
         if self.tokens is not None:
             self.tokens = self.tokens.index_select(0, indices.to(self.tokens.device))
-        self.final_lengths = [self.final_lengths[row] for row in indices.tolist()] if self.final_lengths else []
+            self.final_lengths = [self.final_lengths[row] for row in indices.tolist()]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -214,7 +214,7 @@ class CanvasCache(Cache):
         self.tokens, self.final_lengths, self.block_length = None, [], 0
 
     def resume(self, tokens: torch.Tensor, block_length: int, width: int) -> list[int]:
-        """Keep what a new canvas has in common with the last one.
+        """Keep the columns that a new canvas has in common with the last one, and make room for the others.
 
         Args:
             tokens: `(batch, width)`, the new canvas.
@@ -232,7 +232,7 @@ class CanvasCache(Cache):
         same = (tokens[:, :shared] == self.tokens[:, :shared]).long().cumprod(-1).sum(-1).tolist()
         every = enumerate(zip(self.final_lengths, same, strict=True))
         final = [self.forget(row, length, end, block_length) for row, (length, end) in every]
-        # The columns behind are written over from now on, also if the call should fail.
+        # Later columns are overwritten from now on: should the call fail, the cache must not promise them.
         self.remember(tokens.clone(), final, block_length)
         return final
 

@@ -47,13 +47,16 @@ class DenoisingModel(nn.Module):
     logits_shift: int = 0
     block_grid: str = "prompt"
     cache_policies: tuple[str, ...] = ("none",)
-    default_block_length: int | None = 32
     default_remasking_strategy: str = "low_confidence_static"
     confidence_source: str = "processed"
     sees_earlier_blocks: bool = False
     makes_masks: bool = True
     has_fixed_block_length: bool = False
     capacity_step: int = 256
+
+    @property
+    def default_block_length(self) -> int | None:  # a property, since some families read it from their configuration
+        return 32
 
     def make_cache(self, width: int) -> Any:
         """An empty [`cache.CanvasCache`] for a canvas of `width` columns."""

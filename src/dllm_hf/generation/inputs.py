@@ -1,4 +1,4 @@
-"""Checks of what is passed to `diffusion_generate`, before any work starts."""
+"""Checks of the arguments of `diffusion_generate`, before any work starts."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -66,7 +66,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
     that describe a model are those of [`contract.DenoisingModel`]."""
 
     generation_config_class = DiffusionGenerationConfig
-    generation_config: DiffusionGenerationConfig
+    generation_config: Any  # `PreTrainedModel` takes it for a `GenerationConfig`
 
     def generate(  # type: ignore[override]  # the library's other positional arguments do not apply
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
@@ -101,8 +101,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             attention_mask: `(batch, prompt)`, 0 on the padding.
             logits_processor: the library's processors. Each position of a block is a row to them, and they get the whole
                 sequence, masks included.
-            stopping_criteria: asked after each block. A row for which one holds ends behind its first position that is
-                still open; padding follows.
+            stopping_criteria: asked after each block. A row for which one holds ends before its first open position;
+                padding follows.
             generator: for reproducible sampling, or a list with one for each row, which makes a row's draws
                 independent of the rows beside it.
             streamer: `TextDiffusionStreamer`, or any other of the library's; for a batch of one.
@@ -224,9 +224,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         key = (fingerprint, slots, capacity, backend.repeats)
 
         def make() -> Workspace:
-            canvas = Canvas(slots, capacity, self.device)
-            # The scratch column stands behind all others.
-            return Workspace(canvas, backend.open(slots, capacity + 1), key)
+            # + 1: the scratch column.
+            return Workspace(Canvas(slots, capacity, self.device), backend.open(slots, capacity + 1), key)
 
         if past is None:
             return acquire(self, key, make) if has_graphs else make(), None

@@ -54,7 +54,7 @@ class Row:
     to fill.
 
     Args:
-        slot: the row's place in the buffers.
+        slot: the row's index in the buffers.
         block_grid, sees_earlier_blocks, logits_shift: as in [`backend.Backend`].
 
     Attributes:
@@ -149,7 +149,7 @@ class Row:
         return self.is_first and self.first_feeds == "not yet final" and self.span[0] - self.final_length > self.chunk
 
     def frame(self) -> Frame:
-        """What the next forward pass feeds."""
+        """The window of the next forward pass."""
         start, end = self.span
         if self.is_prefilling:
             stop = self.final_length + self.chunk
@@ -161,7 +161,7 @@ class Row:
         return Frame(begin, stop, start, end, self.length, self.shown, start, self.causal_grid)
 
     def note_pass(self) -> None:
-        """Take note of the pass that [`Row.frame`] described."""
+        """Go on after the pass that [`Row.frame`] described."""
         if self.is_prefilling:
             self.final_length += self.chunk
             return
