@@ -16,8 +16,8 @@ from .configuration import DiffusionGenerationConfig
 from .contract import DenoisingModel
 from .window import Window
 
-_lock = threading.Lock()
-_in_use: "weakref.WeakSet[CanvasCache]" = weakref.WeakSet()
+# Not attributes of the caches: locks can be neither copied nor pickled.
+_locks: "weakref.WeakKeyDictionary[CanvasCache, threading.Lock]" = weakref.WeakKeyDictionary()
 _identities: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 
@@ -144,18 +144,16 @@ class CanvasCache(Cache):
     @contextmanager
     def used_by_one(self) -> Iterator[None]:
         """Raises a `ValueError` if another thread decodes on this cache."""
-        with _lock:
-            if self in _in_use:
-                raise ValueError(
-                    "`past_key_values` is in use by another call: wait for it, or give each thread a cache of its own "
-                    "(`copy.deepcopy(past_key_values)`)."
-                )
-            _in_use.add(self)
+        lock = _locks.setdefault(self, threading.Lock())
+        if not lock.acquire(blocking=False):
+            raise ValueError(
+                "`past_key_values` is in use by another call: wait for it, or give each thread a cache of its own "
+                "(`copy.deepcopy(past_key_values)`)."
+            )
         try:
             yield
         finally:
-            with _lock:
-                _in_use.discard(self)
+            lock.release()
 
     def reset(self) -> None:
         """Free the buffers and forget the conversation."""

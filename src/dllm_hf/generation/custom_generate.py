@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .configuration import DiffusionGenerationConfig
 from .mixin import DiffusionGenerateOutput, DiffusionGenerationMixin
 
 
@@ -43,7 +44,7 @@ class MaskedModel(DiffusionGenerationMixin):
         super().__init__()
         self.model, self.config, self.logits_shift = model, model.config, logits_shift
         self.device = next(model.parameters()).device
-        self.generation_config = self.generation_config_class.from_model_config(model.config)
+        self.generation_config = DiffusionGenerationConfig.from_model_config(model.config)
 
     def forward(self, input_ids, attention_mask, logits_to_keep, **kwargs) -> CausalLMOutputWithPast:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

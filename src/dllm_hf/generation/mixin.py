@@ -65,7 +65,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
     """Decoding for masked-diffusion language models. Goes before `PreTrainedModel` in a class's bases. The class attributes
     that describe a model are those of [`contract.DenoisingModel`]."""
 
-    generation_config_class = DiffusionGenerationConfig
+    generation_config_class: type[GenerationConfig] = DiffusionGenerationConfig
     generation_config: Any  # `PreTrainedModel` takes it for a `GenerationConfig`
 
     def generate(  # type: ignore[override]  # the library's other positional arguments do not apply
@@ -254,9 +254,9 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """Merge call, given configuration and the model's, fill in the model's defaults, and check the result."""
         base = self.generation_config if generation_config is None else generation_config
         if not hasattr(base, "updated"):
-            base = self.generation_config_class.from_dict(base.to_dict())
+            base = DiffusionGenerationConfig.from_dict(base.to_dict())
         config = base.updated(**kwargs)
-        own = self.generation_config_class.from_model_config(self.config)
+        own = DiffusionGenerationConfig.from_model_config(self.config)
         for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(own, name))
@@ -311,15 +311,14 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
     ) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
         """Called by the pipelines of transformers before 5.23: with a configuration of the caller's or the model's, or
         with the pipeline's own defaults, which must not replace the model's."""
-        defaults = self.generation_config_class.DEFAULTS
-        if generation_config is None or not hasattr(generation_config, "updated"):
-            given = {} if generation_config is None else generation_config.to_diff_dict()
-            own = {
-                name: given[name] for name in given if name in defaults and given[name] != PIPELINE_DEFAULTS.get(name)
-            }
-            generation_config = self.generation_config.updated(**own)
+        defaults, config = DiffusionGenerationConfig.DEFAULTS, self.generation_config
+        if generation_config is not None and hasattr(generation_config, "updated"):
+            config = generation_config
+        elif generation_config is not None:
+            given = generation_config.to_diff_dict().items()
+            config = config.updated(**{k: v for k, v in given if k in defaults and v != PIPELINE_DEFAULTS.get(k)})
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in (*defaults, *ALIASES)}
-        return generation_config.updated(**options), kwargs
+        return config.updated(**options), kwargs
 
     def release_graphs(self) -> None:
         """Give back the memory that the fast path keeps for the next calls: the caches and CUDA graphs of the last ones."""
@@ -334,20 +333,18 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """Called by `from_pretrained`: read `generation_config.json` into a [`DiffusionGenerationConfig`]. Without the
         file, the special tokens of the model's configuration stay as `__init__` took them over."""
         if generation_config is not None:
-            self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+            self.generation_config = DiffusionGenerationConfig.from_dict(generation_config.to_dict())
         elif pretrained_model_name_or_path is not None:
             name = pretrained_model_name_or_path
             kwargs.pop("trust_remote_code", None)
             try:
-                self.generation_config = self.generation_config_class.from_pretrained(
+                self.generation_config = DiffusionGenerationConfig.from_pretrained(
                     name, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
                 )
             except OSError as error:
-                is_broken = isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError))
-                # A local file may also be a link to nowhere, or not for this user.
-                if is_broken or os.path.lexists(
-                    os.path.join(name, kwargs.get("subfolder", ""), GENERATION_CONFIG_NAME)
-                ):
+                # A local file that cannot be opened is there all the same.
+                is_there = os.path.lexists(os.path.join(name, kwargs.get("subfolder", ""), GENERATION_CONFIG_NAME))
+                if is_there or isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
                     raise ValueError(
                         f"The generation_config.json of {name} cannot be read, and with it its recommended options: "
                         f"mend it or remove it. {error}"
