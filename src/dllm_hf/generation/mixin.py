@@ -350,5 +350,5 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                         f"mend it or remove it. {error}"
                     ) from error
                 logger.info("No generation_config.json: using the special tokens of the model's configuration.")
-            except ValueError as error:
+            except (ValueError, TypeError) as error:  # TypeError: of a file without an object, in older transformers
                 raise ValueError(f"The generation_config.json of {name}: {error}") from error
