@@ -1,6 +1,6 @@
 """What decoding asks of a model."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -41,7 +41,8 @@ class DenoisingModel(nn.Module):
             outgrows its columns are captured anew.
     """
 
-    config: Any
+    if TYPE_CHECKING:  # at run time `PreTrainedModel` would take this annotation for the family's configuration class
+        config: Any
     device: torch.device
     dtype: torch.dtype
     logits_shift: int = 0
