@@ -1,20 +1,22 @@
-"""What ends a row besides an end-of-sequence token: stop strings and the library's criteria."""
+"""Stop strings."""
 
 from bisect import bisect_left
 
-from transformers import MaxTimeCriteria, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
-from .configuration import DiffusionGenerationConfig, as_token_list
+from .configuration import as_token_list
 
 
 class StopStrings:
-    """Looks for strings in what stands after a prompt.
+    """Looks for strings in the text after a prompt.
 
     Args:
         strings: a string or a list of them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: str | list[str]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, strings: str | list[str]):
+        if tokenizer is None:
+            raise ValueError(f"`stop_strings={strings!r}` needs the text: pass `tokenizer=` as well.")
         self.tokenizer, self.strings = tokenizer, as_token_list(strings)
 
     def find(self, tokens: list[int], prompt_length: int) -> int | None:
@@ -27,8 +29,3 @@ class StopStrings:
     def _is_in(self, tokens: list[int]) -> bool:
         text = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return any(string in text for string in self.strings)
-
-
-def make_criteria(config: DiffusionGenerationConfig) -> list[StoppingCriteria]:
-    """The library's criteria that a configuration asks for."""
-    return [] if config.max_time is None else [MaxTimeCriteria(float(config.max_time))]
