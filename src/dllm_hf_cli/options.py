@@ -52,7 +52,7 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "logits_eos_inf": (bool, "never propose the end of sequence", ()),
     "confidence_eos_eot_inf": (bool, "transfer the ends of sequence and of turn last", ()),
     "num_return_sequences": (int, "completions of the prompt; more than one are not streamed", ()),
-    "steps_per_look": (int, "look only every so many steps whether a block is done", ()),
+    "check_interval": (int, "check only every so many steps whether a block is done", ("steps_per_look",)),
     "disable_compile": (bool, "no CUDA graphs and no fused kernels", ()),
     "torch_compile": (bool, "on a GPU, compile the forward pass of a step, which takes half a minute or more", ()),
     "output_history": (bool, "show the text after each step, one line each, on stderr", ()),

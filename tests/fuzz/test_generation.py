@@ -63,7 +63,7 @@ def random_call(dice: random.Random):
     maybe(dice, 0.2, options, "suppress_tokens", [5, 6], [1])
     maybe(dice, 0.2, options, "bad_words_ids", [[7], [8]])
     maybe(dice, 0.2, options, "confidence_suppress_tokens", [10, 11, 12])
-    maybe(dice, 0.2, options, "steps_per_look", 2, 5)
+    maybe(dice, 0.2, options, "check_interval", 2, 5)
     maybe(dice, 0.2, options, "prefill_chunk_size", 1, 3)
     maybe(dice, 0.15, options, "cfg_scale", 0.5)
     maybe(dice, 0.2, options, "stop_strings", ["e"], ["xy", "d", "!"])

@@ -65,7 +65,7 @@ def test_what_a_hook_changed_comes_back_to_its_column():
         return torch.cat([sequences[:, :3], torch.tensor([[10, 11], [12, 13]])], dim=1)
 
     session = make_session([[1, 2, 3], [4]], 2, tokens=change)
-    session.run_tokens_hook(None)
+    session.run_tokens_hook(change, None)
     assert session.sequences().tolist() == [
         [1, 2, 3, 10, 11],
         [*left_pad([[1, 2, 3], [4]])["input_ids"][1].tolist(), 12, 13],

@@ -40,6 +40,7 @@ def outcome(**options):
         ({"remasking": "low_confidence", "factor": 0.2}, {"remasking_strategy": "factor", "factor": 0.2}),
         ({"eb_threshold": 0.5}, {"remasking_strategy": "entropy_bounded", "entropy_bound": 0.5}),
         ({"mask_id": 63}, {"mask_token_id": 63}),
+        ({"threshold": 0.9, "steps_per_look": 2}, {"threshold": 0.9, "check_interval": 2}),
     ],
     ids=lambda options: "-".join(options),
 )
@@ -52,6 +53,10 @@ def test_a_name_of_the_originals_is_stored_under_ours(original):
     ours = ALIASES[original]
     value = {"remasking_strategy": "entropy"}.get(ours, 1)
     assert getattr(DiffusionGenerationConfig(**{original: value}), ours) == value
+
+
+def test_a_stored_check_interval_is_read_under_its_earlier_name():
+    assert DiffusionGenerationConfig.from_dict({"steps_per_look": 3}).check_interval == 3
 
 
 def test_two_names_for_one_option_must_agree():

@@ -94,11 +94,11 @@ def test_a_copied_cache_goes_its_own_way():
         assert got.equal(model.diffusion_generate(text, disable_compile=True, **options).sequences)
 
 
-def test_looking_every_few_steps_changes_nothing_but_the_passes():
+def test_checking_every_few_steps_changes_nothing_but_the_passes():
     model = fresh_model("sdar")
     options = {"max_new_tokens": 16, "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.05}
     each = both_ways(model, **options)
-    some = both_ways(model, steps_per_look=3, **options)
+    some = both_ways(model, check_interval=3, **options)
     assert some.sequences.equal(each.sequences) and some.tokens_per_forward.equal(each.tokens_per_forward)
     assert some.num_forward_passes > each.num_forward_passes
 

@@ -17,6 +17,7 @@ from ..generation.evaluation_mode import evaluating
 from ..generation.graphs import are_possible
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.pool import fused_of
+from ..generation.requests import Row
 from ..generation.stopping import StopStrings
 from .detokenizer import Detokenizer
 from .outputs import Event
@@ -46,7 +47,7 @@ class Engine:
         uses_graphs: whether steps on a GPU run on fused kernels, as CUDA graphs.
 
     Attributes:
-        waiting, running: completions without and with a slot.
+        waiting, running: completions without and with a slot; these by their rows.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class Engine:
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.options = {"prefill_chunk_size": token_budget, **options}
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[Row, Sequence] = {}
+        self._admitting: list[Sequence] = []
         self._defaults = model.diffusion_request([0], **self.options, max_new_tokens=1).options
         has_cache = self._defaults.cache_policy != "none"
         fused = fused_of(model)[0] if uses_graphs and has_cache and are_possible(model.device) else None
@@ -136,7 +138,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request with what is final of it; nothing happens where it has finished."""
-        for sequence in [*self.waiting, *self.running]:
+        for sequence in [*self.waiting, *self.running.values()]:
             if sequence.request_id == request_id:
                 self._end(sequence, "abort")
 
@@ -159,75 +161,84 @@ class Engine:
             *_, sequence = heapq.heappop(self._deadlines)
             if not sequence.is_finished:
                 self._end(sequence, "timeout")
-        events = []
+        events: list[Event] = []
         try:
             self._admit()
-            finished = self._decode()
-            events = self._tell(finished)
+            self._tell(self._decode(), events)
         except Exception as error:
             self._fail("error", error)
         except BaseException:
             self._fail("abort")
             raise
-        events += [sequence.finish(None) for sequence in self._ended]
+        events += [sequence.finish() for sequence in self._ended]
         self._ended = []
         return events
 
     def _admit(self) -> None:
         """Give the first that wait a slot. Where there is no memory for it, they go on waiting as long as others run."""
         free = self._decoder.canvas.slots - len(self.running)
-        admitted = list(itertools.islice(self.waiting, free))
-        if not admitted:
+        self._admitting = list(itertools.islice(self.waiting, free))
+        if not self._admitting:
             return
-        self.running += admitted
-        for _ in admitted:
+        for _ in self._admitting:
             self.waiting.popleft()
         try:
-            rows = self._decoder.add(*(sequence.request for sequence in admitted))
+            rows = self._decoder.add(*(sequence.request for sequence in self._admitting))
         except torch.OutOfMemoryError:
-            if len(self.running) == len(admitted):
+            if not self.running:
                 raise
-            del self.running[-len(admitted) :]
-            self.waiting.extendleft(reversed(admitted))
-            return
-        for sequence, row in zip(admitted, rows, strict=True):
-            sequence.row = row
+            self.waiting.extendleft(reversed(self._admitting))
+            rows = []
+        for row, sequence in zip(rows, self._admitting):
+            sequence.admit(row)
+            self.running[row] = sequence
+        self._admitting = []
 
-    def _decode(self) -> set[int]:
-        """A denoising step. Returns the slots whose rows have finished a block."""
+    def _decode(self) -> list[Row]:
+        """A denoising step. Returns the rows that have finished a block."""
         if not self._decoder.busy:
-            return set()
+            return []
         device = self.model.device
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.no_grad(), evaluating(self.model), current:
-            return {row.slot for row in self._decoder.step()}
+            return self._decoder.step()
 
-    def _tell(self, finished: set[int]) -> list[Event]:
-        """The events of a step. `finished`: the slots whose rows have finished a block."""
-        events, canvas = [], self._decoder.canvas
-        told = [each for each in self.running if each.row.slot in finished or each.shows_drafts]
-        slots = torch.tensor([each.row.slot for each in told], dtype=torch.long, device=canvas.device)
-        texts = canvas.tokens.index_select(0, slots).tolist() if told else []
-        for sequence, text in zip(told, texts):
-            row = sequence.row
-            text = text[: row.shown]
+    def _tell(self, finished: list[Row], events: list[Event]) -> None:
+        """Add the events of a step. `finished`: the rows that have finished a block."""
+        canvas = self._decoder.canvas
+        spans = {row: row.blocks[row.block_index - 1][0] for row in finished}
+        # A row that was ended stands in a block of which some may be final.
+        spans |= {row: row.span for row in self.running if row.has_ended and row not in spans}
+        for (row, (start, _)), block in zip(spans.items(), self._tokens(spans)):
+            if event := self.running[row].settle(row, start, block):
+                events.append(event)
+        for row, sequence in self.running.items():
             if sequence.shows_drafts and not row.is_done:
-                events.append(sequence.draft(text))
-            if row.slot in finished:
-                events.append(sequence.settle(row, text))
-        for sequence in [each for each in self.running if each.row.is_done]:
-            events.append(event := sequence.finish(canvas))
-            prompt = event.output.filled_prompt_token_ids or sequence.request.prompt
-            self._decoder.remove(sequence.row, [*prompt, *sequence.tokens])
-            self.running.remove(sequence)
-        return [event for event in events if event is not None]
+                events.append(sequence.draft(canvas.text(row).tolist()))
+        done = [row for row in self.running if row.is_done]
+        counts = canvas.counts.tolist() if done else []
+        for row in done:
+            sequence = self.running.pop(row)
+            events.append(sequence.finish(*counts[row.slot]))
+            self._decoder.remove(row, sequence.text[: row.ends_at])
+
+    def _tokens(self, spans: dict[Row, tuple[int, int]]) -> list[list[int]]:
+        """What stands in a span of each row, by one look at the device."""
+        if not spans:
+            return []
+        canvas = self._decoder.canvas
+        width = max(end - start for start, end in spans.values())
+        starts = torch.tensor([[row.slot, start] for row, (start, _) in spans.items()]).to(canvas.device)
+        columns = (starts[:, 1:] + torch.arange(width, device=canvas.device)).clamp(max=canvas.capacity)
+        tokens = canvas.tokens[starts[:, :1], columns].tolist()
+        return [row[: end - start] for row, (start, end) in zip(tokens, spans.values())]
 
     def _fail(self, reason: str, error: Exception | None = None) -> None:
         """End everything that has a slot, after a step that did not come to its end."""
-        for sequence in self.running:
+        for row in self.running:
+            self._decoder.remove(row, is_intact=False)
+        for sequence in (failed := [*self.running.values(), *self._admitting]):
             sequence.end(reason, error)
-            if sequence.row is not None:
-                self._decoder.remove(sequence.row, is_intact=False)
+        self._ended += failed
+        self.running, self._admitting = {}, []
         self.waiting = deque(each for each in self.waiting if each.reason is None)
-        self._ended += self.running
-        self.running = []

@@ -172,7 +172,7 @@ class LLM:
         Raises:
             ValueError: a prompt or its parameters are wrong; nothing has been decoded then.
         """
-        requests = self._prepare(prompts, sampling_params)
+        requests = self._prepare(prompts, sampling_params, streams=False)
         waiting, mailbox, tokens = deque(requests), Mailbox(), 0
         outputs = {each[0].request_id: self._output(each[0]) for each in requests}
         with tqdm(total=len(requests), unit="request", disable=not use_tqdm, dynamic_ncols=True) as bar:
@@ -288,7 +288,12 @@ class LLM:
     # --- prompts
 
     def _prepare(
-        self, prompts: Any, params: Any, drafts: bool = False, request_ids: list[str] | None = None
+        self,
+        prompts: Any,
+        params: Any,
+        drafts: bool = False,
+        request_ids: list[str] | None = None,
+        streams: bool = True,
     ) -> list[list[Sequence]]:
         """Check prompts and parameters, and make the completions of each."""
         prompts = [prompts] if _is_one(prompts) else list(prompts)
@@ -309,7 +314,7 @@ class LLM:
                 where = f"request {name}: " if request_ids else f"prompt {number}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{where}{error}") from error
             for sequence in sequences:
-                sequence.shows_drafts = drafts
+                sequence.shows_texts, sequence.shows_drafts = streams, drafts
             requests.append(sequences)
         return requests
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from ..generation.canvas import Canvas
 from ..generation.configuration import as_token_list
 from ..generation.requests import Request, Row
 from ..generation.stopping import StopStrings, end_of
@@ -17,9 +16,11 @@ class Sequence:
     request_id, index: which of the completions of which request.
     request: what the loop decodes.
     timeout: seconds from its submission to its end at the latest.
-    shows_drafts: whether events tell how the canvas looks after each step.
+    shows_texts, shows_drafts: whether events tell the text as it becomes final, and how the canvas looks after each step.
     row: where it stands, once it has been admitted.
-    tokens: the new tokens that are final, as far as events have told of them.
+    text: the canvas as far as the host knows it: masks where a block has not been finished.
+    final: the column up to which nothing of it is open.
+    tokens: the new tokens that events have told of.
     reason: why it has ended, where that is not the end of its canvas or an end of sequence.
     error: what went wrong in one of its steps.
     is_finished: whether its last event has been told.
@@ -31,12 +32,18 @@ class Sequence:
     timeout: float
     stop: StopStrings | None
     detokenizer: Detokenizer
+    shows_texts: bool = False
     shows_drafts: bool = False
     row: Row | None = None
+    text: list[int] = field(default_factory=list)
+    final: int = 0
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
     error: Exception | None = None
     is_finished: bool = False
+
+    def admit(self, row: Row) -> None:
+        self.row, self.text = row, row.text[: row.shown]
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End it wherever it stands."""
@@ -49,48 +56,47 @@ class Sequence:
         new = text[len(self.request.prompt) :]
         return Event(self.request_id, self.index, [], "", draft=self.detokenizer.decode(new, skip_special_tokens=False))
 
-    def settle(self, row: Row, text: list[int]) -> Event | None:
-        """Tell what has become final, when the row has finished a block or has ended; None where there is nothing to tell.
-        A stop string ends the row. `text`: what the output shows of it now."""
+    def settle(self, row: Row, start: int, block: list[int]) -> Event | None:
+        """Tell what has become final when the row has finished a block, which begins at column `start`; None where there is
+        nothing to tell. A stop string ends the row."""
+        self.text[start : start + len(block)] = block[: row.shown - start]
+        while self.final < row.shown and self.text[self.final] != row.mask:
+            self.final += 1
         prompt = len(self.request.prompt)
-        final = text[: text.index(row.mask)] if row.mask in text else text
-        end = self.stop.find(final, prompt) if self.stop and self.reason is None else None
+        end = self.stop.find(self.text[: self.final], prompt) if self.stop and self.reason is None else None
         if end is not None:
             self.reason = "stop"
             row.end(end)
-        new = final[prompt : max(end_of(row, text), prompt)]
-        added, self.tokens = new[len(self.tokens) :], new
-        return None if not added else Event(self.request_id, self.index, added, self.detokenizer.put(new))
+        # No end of sequence stands before the last block of a row that goes on: the loop ends the others.
+        limit = end_of(row, self.text) if row.is_done else self.final
+        added = self.text[prompt + len(self.tokens) : limit]
+        if not added:
+            return None
+        self.tokens += added
+        text = self.detokenizer.put(self.tokens) if self.shows_texts else ""
+        return Event(self.request_id, self.index, added, text)
 
-    def finish(self, canvas: Canvas | None) -> Event:
-        """The last event. `canvas`: None for what never had a row, or whose canvas cannot be trusted any more."""
-        self.is_finished = True
-        known, passes, received, filled = len(self.tokens), 0, (0, 0), None
-        if self.row is not None and canvas is not None:
-            text, received = canvas.text(self.row).tolist(), canvas.counts[self.row.slot].tolist()
-            self.settle(self.row, text)
-            passes, prompt = self.row.passes, text[: len(self.request.prompt)]
-            if self.row.mask in self.request.prompt and self.row.mask not in prompt:
-                filled = prompt
-        ends = as_token_list(self.request.options.eos_token_id)
-        has_end = bool(self.tokens) and self.tokens[-1] in ends
+    def finish(self, passes: int = 0, transferred: int = 0) -> Event:
+        """The last event, which tells nothing new of the tokens. `passes`: those that gave the row a token; `transferred`:
+        how many it got."""
+        self.is_finished, row, prompt = True, self.row, self.request.prompt
+        mask, filled = self.request.options.mask_token_id, None
+        if row is not None and mask in prompt and mask not in self.text[: len(prompt)]:
+            filled = self.text[: len(prompt)]
+        has_end = bool(self.tokens) and self.tokens[-1] in as_token_list(self.request.options.eos_token_id)
+        text = self.detokenizer.put(self.tokens, is_last=True)
         output = CompletionOutput(
             index=self.index,
-            text=self.detokenizer.text(self.tokens),
+            text=self.detokenizer.text,
             token_ids=self.tokens,
             finish_reason=self.reason or ("stop" if has_end else "length"),
-            num_forward_passes=passes,
-            tokens_per_forward=received[1] / max(received[0], 1),
+            num_forward_passes=0 if row is None else row.passes,
+            tokens_per_forward=transferred / max(passes, 1),
             filled_prompt_token_ids=filled,
             filled_prompt=None if filled is None else self.detokenizer.decode(filled),
             error=None if self.error is None else f"{type(self.error).__name__}: {self.error}",
         )
+        usage = Usage(len(prompt), len(self.tokens), output.num_forward_passes)
         return Event(
-            self.request_id,
-            self.index,
-            self.tokens[known:],
-            self.detokenizer.put(self.tokens, is_last=True),
-            finish_reason=output.finish_reason,
-            usage=Usage(len(self.request.prompt), len(self.tokens), passes),
-            output=output,
+            self.request_id, self.index, [], text, finish_reason=output.finish_reason, usage=usage, output=output
         )

@@ -1,15 +1,14 @@
 """Logits from anywhere: what the loop asks of a model, and how the library's models give it."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from .attention import without_flash_attention
 from .cache import CanvasCache
+from .contract import DenoisingModel, StepForward
 from .sampling import guide
 from .window import Window
 
@@ -57,16 +56,16 @@ class ModelBackend:
 
     Args:
         has_cache: whether passes read and write one.
-        fused: runs the passes that it covers, see [`DiffusionGenerationMixin.step_forward`].
+        fused: runs the passes that it covers, see [`contract.StepForward`].
         compiles: whether its small passes go through `torch.compile`.
         cfg_scale: of guidance; above 0 every row takes a second slot, `slots` further on, in which its prompt is masked.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: DenoisingModel,
         has_cache: bool,
-        fused: Callable | None = None,
+        fused: StepForward | None = None,
         cfg_scale: float = 0.0,
         compiles: bool = False,
     ):

@@ -1,25 +1,29 @@
-"""The key-value cache of the canvas, and what it remembers of a conversation."""
+"""The key-value cache of the canvas, with the tokens of the conversation that it belongs to."""
 
 import hashlib
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .configuration import DiffusionGenerationConfig
+from .contract import DenoisingModel
 from .window import Window
 
-_lock = threading.Lock()
-_in_use: "weakref.WeakSet[CanvasCache]" = weakref.WeakSet()
+# Not attributes of the caches: locks can be neither copied nor pickled.
+_locks: "weakref.WeakKeyDictionary[CanvasCache, threading.Lock]" = weakref.WeakKeyDictionary()
 _identities: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 
-def identity_of(model: nn.Module) -> str:
-    """What tells a model from others, in another process too: its configuration and the first values of its weights, as
-    they are when it is first asked for."""
+def identity_of(model: DenoisingModel) -> str:
+    """A hash of the model's configuration and of the first values of its weights at the first call: the same for the same
+    model in another process."""
     if model not in _identities:
         plain = [each for each in model.parameters() if type(each) in (nn.Parameter, torch.Tensor) and not each.is_meta]
         values = torch.cat([each.detach().flatten()[:8].double().cpu() for each in plain] or [torch.zeros(0)])
@@ -30,13 +34,22 @@ def identity_of(model: nn.Module) -> str:
 
 class CanvasCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, `(slots, kv_heads, width, head_dim)`, allocated once and written by column. In memory
-    they are one arena, `(kv_heads, slots * width, head_dim)`, in which a slot is the extent that begins at `slot * width`."""
+    they are one arena, `(kv_heads, slots * width, head_dim)`, in which a slot is the extent that begins at `slot * width`.
+
+    Attributes:
+        window: of the next forward pass; without one, a pass writes the columns from 0 on and sees all.
+        slots: the number to allocate; None: as many as the first pass has rows.
+    """
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, width: int):
         super().__init__()
-        self.width, self.window, self.slots = width, None, None
+        self.width = width
+        self.window: Window | None = None
+        self.slots: int | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -48,54 +61,50 @@ class CanvasCacheLayer(CacheLayerMixin):
 
     def arenas(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as `(kv_heads, slots * width, head_dim)`."""
-        return tuple(x.transpose(0, 1).flatten(1, 2) for x in (self.keys, self.values))
+        return self.keys.transpose(0, 1).flatten(1, 2), self.values.transpose(0, 1).flatten(1, 2)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the window's keys and values in place and return those of all visible columns of its rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         window = self.window
         if window is None:
-            return self._whole(key_states, value_states)
-        seen = []
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer.transpose(1, 2)[window.slots[:, None], window.columns] = states.transpose(1, 2)
-            rows = buffer if window.is_every_slot else buffer.index_select(0, window.slots)
-            seen.append(rows[:, :, : window.visible])
-        return tuple(seen)
-
-    def _whole(self, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for buffer, fresh in zip((self.keys, self.values), states, strict=True):
-            buffer[:, :, : fresh.shape[2]].copy_(fresh)
-        return self.keys, self.values
+            buffer[:, :, : states.shape[2]].copy_(states)
+            return buffer
+        buffer.transpose(1, 2)[window.slots[:, None], window.columns] = states.transpose(1, 2)
+        rows = buffer if window.is_every_slot else buffer.index_select(0, window.slots)
+        return rows[:, :, : window.visible]
 
     def reset(self) -> None:
-        """Give the buffers back: the next text may have other rows."""
-        self.keys = self.values = None
-        self.is_initialized = False
+        """Free the buffers: the next text may have another number of rows."""
+        super().__init__()
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order; a row may be taken several times."""
         if self.is_initialized:
             rows = rows.to(self.device)
-            self.keys, self.values = (
-                x.transpose(0, 1).index_select(1, rows).transpose(0, 1) for x in (self.keys, self.values)
-            )
+            self._replace(lambda arena: arena.index_select(1, rows))
 
     def widen(self, width: int) -> None:
-        """Make room for a longer canvas; what is written stays."""
+        """Make room for a longer canvas; the columns that are there stay."""
         if self.is_initialized and width > self.width:
-            pad = (0, 0, 0, width - self.width)
-            self.keys, self.values = (
-                torch.nn.functional.pad(x.transpose(0, 1), pad).transpose(0, 1) for x in (self.keys, self.values)
-            )
+            self._replace(lambda arena: nn.functional.pad(arena, (0, 0, 0, width - self.width)))
         self.width = max(self.width, width)
+
+    def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """`change`: of `(kv_heads, slots, width, head_dim)`, so that the result is an arena again."""
+        self.keys, self.values = (change(each.transpose(0, 1)).transpose(0, 1) for each in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.width if self.window is None else self.window.visible, 0
 
     def get_seq_length(self) -> int:
-        # A window says itself where it stands (position ids): nothing is appended, so nothing is "seen".
+        # Nothing is appended: the window's position ids say where it stands.
         return 0
 
     def get_max_length(self) -> int:
@@ -109,44 +118,47 @@ class CanvasCache(Cache):
     """A cache indexed by position. The loop calls [`CanvasCache.set_window`] before a forward pass; the attention layers
     then `update` it as they do any other cache, and get back the keys and values of the visible columns.
 
-    After a call it remembers for the next one what it holds: columns before `final_lengths` are the final keys and values
-    of `tokens`, decoded in blocks of `block_length`.
-
     Args:
         model: whose keys and values these are.
         width: columns to make room for.
+
+    Attributes:
+        identity: of the model, see [`identity_of`], once it has decoded.
+        tokens: `(batch, width)`, the canvas of the last call; None before the first.
+        final_lengths: for each row, the column before which keys and values are final ones of `tokens`.
+        block_length: of the blocks in which `tokens` were decoded.
+        workspace: the buffers and graphs that read the cache's tensors, kept from one call to the next.
     """
 
-    layer_class: type[CacheLayerMixin] = CanvasCacheLayer
+    layer_class: type[Any] = CanvasCacheLayer
+    layers: list[Any]  # of `layer_class`, which each kind of cache chooses
 
-    def __init__(self, model: PreTrainedModel, width: int):
+    def __init__(self, model: DenoisingModel, width: int):
         super().__init__(layers=[self.layer_class(width) for _ in range(model.config.num_hidden_layers)])
-        self.identity: str | None = None  # of the model whose keys and values these are, once it has decoded
+        self.identity: str | None = None
         self.tokens: torch.Tensor | None = None
         self.final_lengths: list[int] = []
-        self.block_length: int | None = None
-        self.workspace = None  # the buffers and graphs that read it, from one call to the next
+        self.block_length = 0
+        self.workspace: Any = None
 
     @contextmanager
-    def used_by_one(self):
+    def used_by_one(self) -> Iterator[None]:
         """Raises a `ValueError` if another thread decodes on this cache."""
-        with _lock:
-            if self in _in_use:
-                raise ValueError(
-                    "`past_key_values` is in use by another call: wait for it, or give each thread a cache of its own "
-                    "(`copy.deepcopy(past_key_values)`)."
-                )
-            _in_use.add(self)
+        lock = _locks.setdefault(self, threading.Lock())
+        if not lock.acquire(blocking=False):
+            raise ValueError(
+                "`past_key_values` is in use by another call: wait for it, or give each thread a cache of its own "
+                "(`copy.deepcopy(past_key_values)`)."
+            )
         try:
             yield
         finally:
-            with _lock:
-                _in_use.discard(self)
+            lock.release()
 
     def reset(self) -> None:
-        """Forget everything: what comes next starts anew."""
+        """Free the buffers and forget the conversation."""
         super().reset()
-        CanvasCache.restart(self)
+        CanvasCache.restart(self)  # not a subclass's, which clears the buffers that are gone
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of the canvas."""
@@ -161,7 +173,7 @@ class CanvasCache(Cache):
             layer.select(indices)
         if self.tokens is not None:
             self.tokens = self.tokens.index_select(0, indices.to(self.tokens.device))
-        self.final_lengths = [self.final_lengths[row] for row in indices.tolist()] if self.final_lengths else []
+            self.final_lengths = [self.final_lengths[row] for row in indices.tolist()]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -172,35 +184,35 @@ class CanvasCache(Cache):
 
     @property
     def rows(self) -> int | None:
-        """Rows that the cache holds; None before the first."""
+        """The number of rows that the cache holds; None before the first call."""
         return None if self.tokens is None else len(self.tokens)
 
     def layer_tensors(self) -> list[torch.Tensor]:
-        """What its layers hold."""
+        """All tensors of the layers."""
         held = (value for layer in self.layers for value in vars(layer).values())
         return [value for value in held if isinstance(value, torch.Tensor)]
 
     def reserve(self, slots: int) -> None:
-        """Say for how many rows there must be room, whatever the first pass feeds."""
+        """Set the number of slots to allocate, also if the first pass feeds fewer rows."""
         for layer in self.layers:
             layer.slots = slots
 
     def set_window(self, window: Window) -> None:
-        """Say where the next window stands and what it sees."""
+        """Set the window of the next forward pass."""
         for layer in self.layers:
             layer.window = window
 
     def remember(self, tokens: torch.Tensor, final_lengths: list[int], block_length: int) -> None:
-        """What a later call can rely on. The last block is not in it: its keys are older than its last tokens, and
-        the call that goes on from here computes them with what is new."""
+        """Note what a later call can rely on. The last block is not final: its keys were computed before its last tokens
+        were chosen, so that the later call computes it again."""
         self.tokens, self.final_lengths, self.block_length = tokens, final_lengths, block_length
 
     def restart(self) -> None:
-        """Make the cache ready for a text that has nothing to do with the last one, in the same buffers."""
-        self.tokens, self.final_lengths, self.block_length = None, [], None
+        """Forget the conversation and keep the buffers."""
+        self.tokens, self.final_lengths, self.block_length = None, [], 0
 
     def resume(self, tokens: torch.Tensor, block_length: int, width: int) -> list[int]:
-        """Make the cache ready for a canvas that begins as the last one did.
+        """Keep the columns that a new canvas has in common with the last one, and make room for the others.
 
         Args:
             tokens: `(batch, width)`, the new canvas.
@@ -209,33 +221,27 @@ class CanvasCache(Cache):
         Returns:
             For each row, the column up to which it need not be computed again.
         """
-        if self.tokens is None:  # nothing is known of what it may hold
+        if self.tokens is None:  # a pass without the loop may have written anything
             self.reset()
-            self.remember(tokens[:, :0], [0] * len(tokens), block_length)
+            self.tokens, self.final_lengths = tokens[:, :0], [0] * len(tokens)
         for layer in self.layers:
             layer.widen(width)
         shared = min(tokens.shape[1], self.tokens.shape[1])
         same = (tokens[:, :shared] == self.tokens[:, :shared]).long().cumprod(-1).sum(-1).tolist()
         every = enumerate(zip(self.final_lengths, same, strict=True))
         final = [self.forget(row, length, end, block_length) for row, (length, end) in every]
-        # What lies behind is written over from now on, also if the call should fail.
+        # Later columns are overwritten from now on: should the call fail, the cache must not promise them.
         self.remember(tokens.clone(), final, block_length)
         return final
 
     def forget(self, slot: int, final_length: int, column: int, block_length: int) -> int:
-        """Forget of a row what depends on its tokens from `column` on.
-
-        Returns:
-            The column up to which the row, which was final up to `final_length`, is final now.
-        """
+        """Forget of a row what depends on its tokens from `column` on. Returns the column up to which the row, final up to
+        `final_length` before, is final now."""
         return min(final_length, column // block_length * block_length)
 
     def share(self, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
-        """Copy what slot `source`, final up to `final_length`, holds before `column` to slot `target`.
-
-        Returns:
-            The column up to which `target` is final then.
-        """
+        """Copy what slot `source`, final up to `final_length`, holds before `column` to slot `target`. Returns the column up
+        to which `target` is final then."""
         column = column // block_length * block_length
         for layer in self.layers:
             if layer.is_initialized and source != target:
@@ -243,8 +249,18 @@ class CanvasCache(Cache):
                     buffer[target, :, :column] = buffer[source, :, :column]
         return column
 
-    def check(self, model: PreTrainedModel, batch: int, block_length: int) -> None:
+    def check(self, model: DenoisingModel, batch: int, options: DiffusionGenerationConfig) -> None:
         """Raises a `ValueError` where this cache cannot serve a call."""
+        if options.cache_policy != "block":
+            raise ValueError(
+                f"`past_key_values` needs `cache_policy='block'`, but it is {options.cache_policy!r}: only blocks "
+                "that see no later ones have keys that stay valid."
+            )
+        if options.cfg_scale:
+            raise ValueError(
+                "`cfg_scale` masks the whole prompt, the earlier turns too, so that nothing of `past_key_values` "
+                "would stay valid: start without it."
+            )
         remedy = "start the conversation without `past_key_values`"
         if self.identity not in (None, identity_of(model)) or len(self.layers) != model.config.num_hidden_layers:
             raise ValueError(f"`past_key_values` does not come from a call of this model: {remedy}.")
@@ -261,8 +277,8 @@ class CanvasCache(Cache):
                 "`past_key_values` was made under `torch.inference_mode()` and can be written there only: go on under "
                 f"it, or {remedy}."
             )
-        if self.tokens is not None and self.block_length != block_length:
+        if self.tokens is not None and self.block_length != options.block_length:
             raise ValueError(
-                f"`past_key_values` was written in blocks of {self.block_length}, but `block_length={block_length}`: "
+                f"`past_key_values` was written in blocks of {self.block_length}, but `block_length={options.block_length}`: "
                 f"keep the block length, or {remedy}."
             )

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationConfig
@@ -16,7 +17,7 @@ logger = logging.get_logger(__name__)
 MAX_STEPS = 1_000_000
 CACHE_POLICIES = ("none", "prefix", "dual", "block")
 
-# The names that the original implementations use for the same things (LLaDA, Fast-dLLM, Dream, SDAR, BlockInfer).
+# The names that the original implementations use for our options (LLaDA, Fast-dLLM, Dream, SDAR, BlockInfer).
 ALIASES = {
     "gen_length": "max_new_tokens",
     "max_tokens": "max_new_tokens",
@@ -30,23 +31,24 @@ ALIASES = {
     "temperature_": "temperature",
     "topk": "top_k",
     "topp": "top_p",
+    "steps_per_look": "check_interval",  # this package's own earlier name
 }
-# LLaDA's switches name no tokens: the model's own special tokens are meant, so they are resolved when decoding starts.
+# LLaDA's switches stand for the model's special tokens, so they are resolved when decoding starts.
 LLADA_SWITCHES = ("logits_eos_inf", "confidence_eos_eot_inf")
 
-# An option that only one strategy reads asks for that strategy where none is named.
+# An option that only one strategy reads selects that strategy where the caller names none.
 STRATEGY_OF_OPTION = {
     "confidence_threshold": "low_confidence_dynamic",
     "entropy_bound": "entropy_bounded",
     "factor": "factor",
 }
 
-# What the library's text-generation pipeline fills in where nobody has said anything. It is meant for autoregressive
-# models: here, saying nothing means the model's own default.
+# What the library's text-generation pipeline fills in for options that the caller leaves out. The values are meant for
+# autoregressive models: here an option that is left out has the model's own default.
 PIPELINE_DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
 
 _METADATA = ("transformers_version", "_commit_hash", "_from_model_config", "_original_object_hash")
-# Options of the library's `generate` that scripts and harnesses pass out of habit, each with the value that asks for
+# Options of the library's `generate` that scripts and harnesses pass out of habit, each with the value that changes
 # nothing. With that value they are accepted, with any other they are refused.
 NEUTRAL = {
     "use_cache": True,
@@ -58,7 +60,7 @@ NEUTRAL = {
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
     **dict.fromkeys(("diversity_penalty", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), 0.0),
 }
-# What users of the library's autoregressive `generate` reach for first, and what to use here.
+# Frequent options of the library's autoregressive `generate`, and what to use here.
 _REMEDIES = {
     "cache_implementation": "choose a `cache_policy`",
     "num_beams": "a masked-diffusion model has no beam search; choose a `remasking_strategy`",
@@ -70,13 +72,39 @@ _REMEDIES = {
 }
 
 
+# Two forms of one option: giving the first in a call drops the second from what was stored.
+_REPLACES = {
+    "max_new_tokens": "max_length",
+    "max_length": "max_new_tokens",
+    "steps": "denoising_steps",
+    "denoising_steps": "steps",
+    "temperature": "do_sample",
+}
+# Options, their type, what must hold of a value, and how an error says it.
+_CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
+    (("max_new_tokens",), int, lambda v: v >= 0, "an integer of at least 0"),
+    (("max_length", "block_length", "prefill_chunk_size"), int, lambda v: v >= 1, "an integer of at least 1"),
+    (("num_return_sequences", "check_interval"), int, lambda v: v >= 1, "an integer of at least 1"),
+    (("steps", "denoising_steps"), int, lambda v: 1 <= v <= MAX_STEPS, f"an integer from 1 to {MAX_STEPS}"),
+    (("top_k",), int, lambda v: v >= 0, "an integer of at least 0 (0 turns it off)"),
+    (("temperature", "cfg_scale", "alg_temp"), float, lambda v: v >= 0, "a number of at least 0"),
+    (("entropy_bound", "factor", "repetition_penalty", "max_time"), float, lambda v: v > 0, "a number above 0"),
+    (("min_p",), float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    (("confidence_threshold", "top_p"), float, lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
+    (("eps",), float, lambda v: 0 < v < 1, "a number between 0 and 1"),
+    (("do_sample", "disable_compile", "torch_compile", *LLADA_SWITCHES), bool, lambda v: True, "True or False"),
+    (("output_history", "return_dict_in_generate"), bool, lambda v: True, "True or False"),
+    (("mask_token_id", "pad_token_id", "bos_token_id"), int, lambda v: v >= 0, "a token id"),
+)
+
+
 def canonical_options(options: dict[str, Any]) -> dict[str, Any]:
     """Translate the originals' argument names, and name the strategy that a given option implies.
 
     Fast-dLLM asks for parallel decoding with `remasking="low_confidence", threshold=0.9` (or `factor=`), so the
     original name `low_confidence`, like no name at all, gives way to the strategy that reads the option.
     """
-    canonical = {}
+    canonical: dict[str, Any] = {}
     for name, value in options.items():
         value = _plain(value)
         if is_neutral(name, value):
@@ -134,8 +162,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         max_time (`float`): seconds after which a row ends with the block that is being decoded.
         confidence_suppress_tokens (`list[int]`): a position where one of them is proposed is transferred last.
         num_return_sequences (`int`, defaults to 1): completions of each prompt.
-        steps_per_look (`int`, defaults to 1): where the logits decide when a block is done, the host looks after so many
-            steps. More steps than needed are forward passes that transfer nothing.
+        check_interval (`int`, defaults to 1): where the logits decide when a block is done, the host checks every so many
+            steps, and waits for the GPU each time. Steps after the block is done are forward passes that transfer nothing.
+            `steps_per_look`, its name before, is accepted.
         disable_compile (`bool`): no CUDA graphs and no fused kernels.
         torch_compile (`bool`): on a GPU with a cache, the forward pass of a step goes through `torch.compile` before it is
             captured. The first call then takes half a minute or more. Dynamo compiles eight shapes in a process
@@ -145,48 +174,50 @@ class DiffusionGenerationConfig(GenerationConfig):
         mask_token_id, pad_token_id, bos_token_id (`int`), eos_token_id (`int` or `list[int]`): special tokens.
     """
 
-    DEFAULTS = {
-        "max_new_tokens": None,
-        "max_length": None,
-        "block_length": None,
-        "steps": None,
-        "denoising_steps": None,
-        "temperature": 0.0,
-        "do_sample": None,
-        "top_k": None,
-        "top_p": None,
-        "min_p": None,
-        "repetition_penalty": None,
-        "remasking_strategy": None,
-        "confidence_threshold": 0.9,
-        "entropy_bound": 0.1,
-        "factor": 1.0,
-        "alg_temp": None,
-        "eps": 1e-3,
-        "cfg_scale": 0.0,
-        "cache_policy": None,
-        "prefill_chunk_size": 2048,
-        "suppress_tokens": None,
-        "bad_words_ids": None,
-        "stop_strings": None,
-        "max_time": None,
-        "confidence_suppress_tokens": None,
-        "logits_eos_inf": False,
-        "confidence_eos_eot_inf": False,
-        "num_return_sequences": 1,
-        "steps_per_look": 1,
-        "disable_compile": False,
-        "torch_compile": False,
-        "output_history": False,
-        "return_dict_in_generate": False,
-        "mask_token_id": None,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    # `Any`: optional here, but set in the options of a row (`DiffusionGenerationMixin.diffusion_request`). Only models
+    # without a cache policy `block` leave `block_length` at None there.
+    block_length: Any = None
+    steps: int | None = None
+    denoising_steps: int | None = None
+    temperature: float = 0.0
+    do_sample: bool | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    remasking_strategy: Any = None  # as `block_length`
+    confidence_threshold: float = 0.9
+    entropy_bound: float = 0.1
+    factor: float = 1.0
+    alg_temp: float | None = None
+    eps: float = 1e-3
+    cfg_scale: float = 0.0
+    cache_policy: Any = None  # as `block_length`
+    prefill_chunk_size: int = 2048
+    suppress_tokens: list[int] | None = None
+    bad_words_ids: list[list[int]] | None = None
+    stop_strings: str | list[str] | None = None
+    max_time: float | None = None
+    confidence_suppress_tokens: list[int] | None = None
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    num_return_sequences: int = 1
+    check_interval: int = 1
+    disable_compile: bool = False
+    torch_compile: bool = False
+    output_history: bool = False
+    return_dict_in_generate: bool = False
+    mask_token_id: Any = None  # as `block_length`
+    pad_token_id: Any = None  # as `block_length`
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    # The options above: what this class body holds so far.
+    DEFAULTS = {name: default for name, default in vars().items() if not name.startswith("_")}
 
     def __init__(self, **kwargs):
-        # Not `super().__init__`: the parent's seventy attributes are options that nothing here would read.
+        # `super().__init__` is left out: it sets seventy attributes, options that diffusion does not read.
         for name in _METADATA:
             setattr(self, name, kwargs.pop(name, None))
         options = canonical_options(kwargs)
@@ -202,15 +233,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
         config = copy.deepcopy(self)
-        # A length, a number of steps or a way to sample given now replaces whichever form of it was stored.
-        for one, other in (
-            ("max_new_tokens", "max_length"),
-            ("steps", "denoising_steps"),
-            ("temperature", "do_sample"),
-        ):
-            for given, stored in ((one, other), (other, one)):
-                if given in options and stored not in options and stored != "temperature":
-                    setattr(config, stored, None)
+        for given, stored in _REPLACES.items():
+            if given in options and stored not in options:
+                setattr(config, stored, None)
         for name, value in options.items():
             setattr(config, name, value)
         config.validate()
@@ -225,31 +250,9 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def validate(self, **unused):
         """Raises a `ValueError` that names the first impossible value. Called by the library on saving as well."""
-        _check(self, "max_new_tokens", int, lambda v: v >= 0, "an integer of at least 0")
-        for name in (
-            "max_length",
-            "block_length",
-            "prefill_chunk_size",
-            "num_return_sequences",
-            "steps_per_look",
-        ):
-            _check(self, name, int, lambda v: v >= 1, "an integer of at least 1")
-        for name in ("steps", "denoising_steps"):
-            _check(self, name, int, lambda v: 1 <= v <= MAX_STEPS, f"an integer from 1 to {MAX_STEPS}")
-        _check(self, "top_k", int, lambda v: v >= 0, "an integer of at least 0 (0 turns it off)")
-        for name in ("temperature", "cfg_scale", "alg_temp"):
-            _check(self, name, float, lambda v: v >= 0, "a number of at least 0")
-        for name in ("entropy_bound", "factor", "repetition_penalty", "max_time"):
-            _check(self, name, float, lambda v: v > 0, "a number above 0")
-        _check(self, "min_p", float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-        for name in ("confidence_threshold", "top_p"):
-            _check(self, name, float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
-        _check(self, "eps", float, lambda v: 0 < v < 1, "a number between 0 and 1")
-        switches = ("do_sample", "disable_compile", "torch_compile", "output_history", "return_dict_in_generate")
-        for name in (*switches, *LLADA_SWITCHES):
-            _check(self, name, bool, lambda v: True, "True or False")
-        for name in ("mask_token_id", "pad_token_id", "bos_token_id"):
-            _check(self, name, int, lambda v: v >= 0, "a token id")
+        for names, kind, holds, expected in _CHECKS:
+            for name in names:
+                _check(self, name, kind, holds, expected)
         for name in ("eos_token_id", "suppress_tokens", "confidence_suppress_tokens"):
             for token in as_token_list(getattr(self, name)):
                 if isinstance(token, bool) or not isinstance(token, int) or token < 0:
@@ -258,7 +261,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         if words is not None and not (isinstance(words, list) and all(_is_word(word) for word in words)):
             raise ValueError(
                 f"`bad_words_ids` must list words of one token each, as `[[5], [7]]`, but is {words!r}: the tokens of a "
-                "longer word may settle in one step, so that it cannot be kept out."
+                "longer word may become final in one step, so that it cannot be kept out."
             )
         if not all(isinstance(text, str) and text for text in as_token_list(self.stop_strings)):
             raise ValueError(
@@ -269,16 +272,15 @@ class DiffusionGenerationConfig(GenerationConfig):
                 f"`steps={self.steps}` (for the whole completion) and `denoising_steps={self.denoising_steps}` "
                 "(for each block) exclude each other: give one of them."
             )
-        if self.remasking_strategy is not None and self.remasking_strategy not in tuple(STRATEGIES):
-            raise ValueError(
-                f"`remasking_strategy={self.remasking_strategy!r}` is unknown"
-                f"{_did_you_mean(self.remasking_strategy, STRATEGIES)}: choose one of {', '.join(STRATEGIES)}."
-            )
-        if self.cache_policy is not None and self.cache_policy not in CACHE_POLICIES:
-            raise ValueError(
-                f"`cache_policy={self.cache_policy!r}` is unknown{_did_you_mean(self.cache_policy, CACHE_POLICIES)}: "
-                f"choose one of {', '.join(CACHE_POLICIES)} that the model offers in `cache_policies`."
-            )
+        offered = " that the model offers in `cache_policies`"
+        for name, known, which in (
+            ("remasking_strategy", tuple(STRATEGIES), ""),
+            ("cache_policy", CACHE_POLICIES, offered),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                choice = f"choose one of {', '.join(known)}{which}"
+                raise ValueError(f"`{name}={value!r}` is unknown{_did_you_mean(value, known)}: {choice}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "DiffusionGenerationConfig":
@@ -287,8 +289,6 @@ class DiffusionGenerationConfig(GenerationConfig):
         if not isinstance(config_dict, dict):
             raise ValueError(f"Options are a JSON object, `{{...}}`, and not {config_dict!r}.")
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        for name in ("_from_auto", "_from_pipeline"):
-            kwargs.pop(name, None)
         known = {*cls.DEFAULTS, *ALIASES, *_METADATA}
         library = GenerationConfig().to_dict()
         options = {}
@@ -299,7 +299,7 @@ class DiffusionGenerationConfig(GenerationConfig):
                 logger.warning_once(f"`{name}={value!r}` in the generation config has no meaning here and is ignored.")
         unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
         config = cls(**{**options, **kwargs})
-        return (config, unused) if return_unused else config
+        return (config, unused) if return_unused else config  # type: ignore[return-value]  # as the library's does
 
     @classmethod
     def from_model_config(cls, model_config) -> "DiffusionGenerationConfig":
@@ -309,10 +309,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         return cls(_from_model_config=True, **{name: values.get(name) for name in names})
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs) -> dict[str, Any]:
-        """Set the attributes that `kwargs` name and return the rest, as the library's method does.
-
-        With `defaults_only` the library gives defaults of its own, and nothing is set: `None` has a meaning here.
-        """
+        """Set the attributes that `kwargs` name and return the rest, as the library's method does. With `defaults_only`
+        nothing is set: the values are the library's defaults, and `None` has a meaning here."""
         unused = {}
         for name, value in kwargs.items():
             if name not in self.DEFAULTS:
@@ -323,8 +321,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         return unused
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, and whatever stands in the places of `PIPELINE_DEFAULTS`: from transformers
-        5.23 on the pipelines take for unset, and fill in, what is not named here."""
+        """The options that differ from the defaults, and always those of `PIPELINE_DEFAULTS`: the pipelines of transformers
+        5.23 and later fill in an option that is missing here."""
         return {
             name: value
             for name, value in self.to_dict().items()
@@ -335,17 +333,17 @@ class DiffusionGenerationConfig(GenerationConfig):
         self, use_diff: bool = True, ignore_metadata: bool = False, keys_to_pop: list[str] | None = None
     ) -> str:
         """The content of `generation_config.json`: with `use_diff`, what differs from the defaults."""
-        unsaid = [
-            name for name, default in self.DEFAULTS.items() if use_diff and getattr(self, name) in (None, default)
+        defaults = [
+            name for name in PIPELINE_DEFAULTS if use_diff and getattr(self, name) in (None, self.DEFAULTS[name])
         ]
-        return super().to_json_string(use_diff, ignore_metadata, [*(keys_to_pop or []), *unsaid])
+        return super().to_json_string(use_diff, ignore_metadata, [*(keys_to_pop or []), *defaults])
 
     def get_generation_mode(self, *args, **kwargs):
         raise ValueError("A masked-diffusion model has one way to decode: there is no generation mode to choose.")
 
 
 def as_token_list(values) -> list:
-    """`eos_token_id` and its like may be one value, several, or None."""
+    """The values of an option that may be one value, several, or None, as `eos_token_id`."""
     if values is None:
         return []
     return list(values) if isinstance(values, (list, tuple)) else [values]
@@ -364,7 +362,9 @@ def _is_word(word: Any) -> bool:
     return isinstance(word, list) and len(word) == 1 and type(word[0]) is int and word[0] >= 0
 
 
-def _check(config, name, kind, holds, expected):
+def _check(
+    config: DiffusionGenerationConfig, name: str, kind: type, holds: Callable[[Any], bool], expected: str
+) -> None:
     value = getattr(config, name)
     if value is None:
         return

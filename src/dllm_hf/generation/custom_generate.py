@@ -4,12 +4,13 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .configuration import DiffusionGenerationConfig
 from .mixin import DiffusionGenerateOutput, DiffusionGenerationMixin
 
 
 def generate(
     model: nn.Module, inputs: torch.Tensor | None = None, logits_shift: int = 0, **kwargs
-) -> DiffusionGenerateOutput | torch.LongTensor:
+) -> DiffusionGenerateOutput | torch.Tensor:
     """Continue prompts, and fill the masks in them, with any model whose `forward(input_ids, attention_mask)` returns
     `logits` of masked positions and sees both ways.
 
@@ -21,7 +22,7 @@ def generate(
     Returns:
         As [`DiffusionGenerationMixin.diffusion_generate`].
     """
-    # `generate` of the library passes on all of its arguments, most of them empty.
+    # `generate` of the library passes on all of its arguments, most of them None.
     given = {name: value for name, value in kwargs.items() if value is not None}
     for name in ("synced_gpus", "use_model_defaults", "trust_remote_code"):
         given.pop(name, None)
@@ -36,17 +37,14 @@ def generate(
     return MaskedModel(model, logits_shift).diffusion_generate(inputs, **given)
 
 
-class MaskedModel(DiffusionGenerationMixin, nn.Module):
-    """What the loop asks of a model, around one that knows nothing of it. It keeps no cache."""
+class MaskedModel(DiffusionGenerationMixin):
+    """Any masked language model as a [`contract.DenoisingModel`]. It keeps no cache."""
 
     def __init__(self, model: nn.Module, logits_shift: int):
         super().__init__()
         self.model, self.config, self.logits_shift = model, model.config, logits_shift
-        self.generation_config = self.generation_config_class.from_model_config(model.config)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        self.device = next(model.parameters()).device
+        self.generation_config = DiffusionGenerationConfig.from_model_config(model.config)
 
     def forward(self, input_ids, attention_mask, logits_to_keep, **kwargs) -> CausalLMOutputWithPast:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

@@ -197,7 +197,7 @@ class Decoder:
         finished = []
         for row in rows:
             left, has_end = report.get(row.slot, (True, False))
-            if row.note_step(is_filled=not left and row.needs_look(self.is_hooked)):
+            if row.note_step(is_filled=not left and row.needs_check(self.is_hooked)):
                 finished.append(row)
                 if has_end:
                     row.end(row.shown)
@@ -235,7 +235,7 @@ class Decoder:
     def _must_look(self, row: Row) -> bool:
         """Whether the host must know what the last step left: if the block is filled, or if it holds an end."""
         is_last = row.step + 1 >= len(row.quotas)
-        return row.needs_look(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
+        return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
 
     def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool]]:
         """By slot: whether a mask is left in the row's block among what is shown, and whether it holds an end."""

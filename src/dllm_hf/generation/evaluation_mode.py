@@ -2,19 +2,20 @@
 
 import threading
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 _lock = threading.Lock()
-# Of modules that were training when a call began, how many calls want them in evaluation mode now.
+# The number of running calls that need a module in evaluation mode, for modules that were in training mode before.
 _calls: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def evaluating(model: nn.Module):
-    """Evaluation mode, so that dropout cannot change the tokens. What was training does so again after the last of the
-    calls that overlap."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that dropout cannot change the tokens. The modules that were in training mode return to it when
+    the last of several overlapping calls ends."""
     with _lock:
         modules = [module for module in model.modules() if module.training or module in _calls]
         for module in modules:

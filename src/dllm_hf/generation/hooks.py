@@ -1,7 +1,7 @@
-"""What the caller runs between the steps of `diffusion_generate`, in the layout of the library: prompts padded on the left,
-then the new tokens."""
+"""The callables that the caller of `diffusion_generate` runs between its steps. They get sequences in the layout of the
+library: prompts padded on the left, then the new tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .canvas import Canvas
+from .decoder import Decoder
 from .requests import Row
 from .sampling import process
 from .stopping import StopStrings, end_of
@@ -16,14 +17,11 @@ from .stopping import StopStrings, end_of
 
 @dataclass
 class Hooks:
-    """tokens: `(step, sequences, logits) -> sequences`, Dream's `generation_tokens_hook_func`. Called with `None, ..., None`
-        before the first step; logits are `None` as well where a step needed no forward pass.
-    logits: `(step, sequences, logits) -> logits`, Dream's `generation_logits_hook_func`; logits are those of the block,
-        `(batch, block, vocab)`.
-    processors: see `(rows, vocab)`, a row for each position of the block.
-    criteria: asked after each block; rows for which they hold end there.
-    stop: looked for after each block.
-    streamer: of the library's; for a batch of one.
+    """See [`DiffusionGenerationMixin.diffusion_generate`].
+
+    tokens: Dream's `generation_tokens_hook_func`. Called with `None, ..., None` before the first step; logits are `None` as
+        well where a step needed no forward pass.
+    logits: Dream's `generation_logits_hook_func`.
     keeps_history: whether the sequences after each step are kept.
     """
 
@@ -45,12 +43,15 @@ class Session:
 
     Args:
         prompts: `(batch, prompt)`, as the caller gave them, padding included.
-        rows: of the decoder, in the order of the batch.
-        forget: `(row, column) -> final length`, see [`backend.Backend`].
+        rows: of the decoder, in the order of the batch; row i stands in slot i.
+        forget: `(row, column) -> final length`, see [`decoder.Decoder.forget`].
 
     Attributes:
-        step: how many steps there have been.
+        step: the number of steps so far.
         history: the sequences after each step.
+        logits: of the last step, after processing; None where it made no forward pass.
+        shown: `(batch, prompt + max_new_tokens)`, the column of the canvas behind each position of the sequences; negative
+            in the padding.
     """
 
     def __init__(
@@ -60,25 +61,46 @@ class Session:
         self.forget = forget
         padding = torch.tensor([prompts.shape[1] - len(row.request.prompt) for row in rows])
         width = prompts.shape[1] + rows[0].request.max_new_tokens
-        # The column of the canvas that each column of the sequences shows; negative in the padding.
         self.shown = (torch.arange(width) - padding[:, None]).to(canvas.device)
-        self.step, self.history, self.logits = 0, [], None
+        self.step, self.history = 0, list[torch.Tensor]()
+        self.logits: torch.Tensor | None = None
         self.streamed, self.has_begun = 0, False
 
-    def sequences(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, decoder: Decoder) -> None:
+        """Decode every row."""
+        if self.hooks.tokens is None:
+            self._decode(decoder)
+        else:
+            self.run_tokens_hook(self.hooks.tokens, None)
+            self._decode(decoder, self.rows)
+            # The hook may have put masks back where no step was left for them.
+            self.hooks.tokens = None
+            self._decode(decoder, [row for row in self.rows if not row.has_ended])
+        self.pad_after_ends()
+        if self.hooks.streamer is not None:
+            self.hooks.streamer.end()
+
+    def _decode(self, decoder: Decoder, changed: Sequence[Row] = ()) -> None:
+        """`changed`: rows whose masks are no longer those of their request."""
+        for row in changed:
+            row.begin(self.canvas.tokens[row.slot, : row.length].tolist())
+        self.stream_final()
+        while decoder.busy:
+            self.finish_blocks(decoder.step())
+
+    def sequences(self) -> torch.Tensor:
         """`(batch, prompt + max_new_tokens)`: the prompts as they were given, then the new tokens."""
-        tokens = self.canvas.tokens if tokens is None else tokens
         number = self.prompts.shape[1]
-        shown = tokens[: len(self.rows)].gather(1, self.shown.clamp(min=0))
+        shown = self.canvas.tokens[: len(self.rows)].gather(1, self.shown.clamp(min=0))
         shown[:, :number] = torch.where(self.shown[:, :number] < 0, self.prompts, shown[:, :number])
         return shown
 
     def process(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-        """Between forward pass and selection. `logits`: `(batch, block, vocab)`."""
+        """Run logits hook and processors, between forward pass and selection. `logits`: `(batch, block, vocab)`."""
         if self.hooks.logits is not None:
             logits = self.hooks.logits(self.step, self.sequences(), logits)
         if self.hooks.processors:
-            # Rows of different lengths go one by one, without padding: a row must not depend on its neighbours' lengths.
+            # Processors get rows of different lengths one by one, without padding: a row must not depend on the others.
             if len({row.shown for row in rows}) == 1:
                 logits = process(self.hooks.processors, self.sequences(), logits)
             else:
@@ -89,9 +111,9 @@ class Session:
         return logits
 
     def after_step(self, has_passed: bool) -> None:
-        """When a step has transferred its tokens, or made no forward pass."""
+        """Run tokens hook, history and drafts, after each step. `has_passed`: whether the step made a forward pass."""
         if self.hooks.tokens is not None:
-            self.run_tokens_hook(self.step)
+            self.run_tokens_hook(self.hooks.tokens, self.step)
         if self.hooks.keeps_history:
             self.history.append(self.sequences())
         if has_passed and hasattr(self.hooks.streamer, "put_draft"):
@@ -99,10 +121,11 @@ class Session:
             self.hooks.streamer.put_draft(self.canvas.tokens[0, self.streamed : end].cpu())
         self.step, self.logits = self.step + 1, None
 
-    def run_tokens_hook(self, step: int | None) -> None:
+    def run_tokens_hook(self, hook: Callable, step: int | None) -> None:
+        """Write the sequences that the hook returns into the canvas. `step`: None before the first."""
         tokens = self.canvas.tokens[: len(self.rows)]
         before = tokens.clone()
-        sequences = self.hooks.tokens(step, self.sequences(), self.logits)
+        sequences = hook(step, self.sequences(), self.logits)
         if not isinstance(sequences, torch.Tensor) or sequences.shape != self.shown.shape:
             got = tuple(sequences.shape) if isinstance(sequences, torch.Tensor) else sequences
             raise ValueError(
@@ -115,16 +138,16 @@ class Session:
                 row.rewind(self.forget(row, column))
 
     def finish_blocks(self, rows: list[Row]) -> None:
-        """When rows have finished a block: end those that a stop string or a criterion ends."""
+        """End the rows that a stop string or a criterion ends, and stream; `rows` have finished a block."""
         if self.hooks.criteria or self.hooks.stop:
             for row in rows:
-                self._ask(row)
+                self._end_if_stopped(row)
         if self.rows[0] in rows:
-            self.confirm()
+            self.stream_final()
 
-    def _ask(self, row: Row) -> None:
-        """Ask criteria and stop strings about a row, up to its first position that is still open and without padding: about
-        what it would be asked about alone."""
+    def _end_if_stopped(self, row: Row) -> None:
+        """Ask stop strings and criteria about a row's text up to its first open position. The text has no padding: the
+        answer must not depend on the other rows."""
         tokens, hooks = self.canvas.text(row), self.hooks
         final = tokens[(tokens == row.mask).cumsum(0) == 0]
         end = hooks.stop.find(final.tolist(), len(row.request.prompt)) if hooks.stop else None
@@ -135,29 +158,23 @@ class Session:
         if end is not None:
             row.end(end)
 
-    def confirm(self) -> None:
-        """Pass to the streamer what has become final, from left to right, as far as no mask stands before it."""
+    def stream_final(self) -> None:
+        """Pass to the streamer the tokens that have become final and have no mask before them."""
         if self.hooks.streamer is None:
             return
         row = self.rows[0]
         text = self.canvas.text(row).tolist()
         limit = text.index(row.mask) if row.mask in text else len(text)
         limit = max(min(limit, end_of(row, text)), self.streamed)
-        if limit > self.streamed or not self.has_begun:  # streamers take the first that they get for the prompt
+        if limit > self.streamed or not self.has_begun:  # streamers take the first tokens that they get for the prompt
             self.hooks.streamer.put(torch.tensor(text[self.streamed : limit]))
         self.streamed, self.has_begun = limit, True
 
     def pad_after_ends(self) -> None:
-        """Replace what stands behind the end of each row. A cache must not be taken to hold what has only now been put
-        there."""
-        tokens = self.canvas.tokens[: len(self.rows)]
-        texts = [text[: row.shown] for row, text in zip(self.rows, tokens.tolist(), strict=True)]
-        ends = [end_of(row, text) for row, text in zip(self.rows, texts, strict=True)]
-        if all(end == row.shown for end, row in zip(ends, self.rows, strict=True)):
-            return
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        behind = columns >= torch.tensor(ends, device=tokens.device)[:, None]
-        tokens.masked_fill_(behind, self.rows[0].request.options.pad_token_id)
-        for row, end in zip(self.rows, ends, strict=True):
-            if row.first_feeds == "not yet final" and end < row.shown:
-                row.final_length = self.forget(row, end)
+        """Replace the tokens behind the end of each row, of which the cache then holds nothing."""
+        for row, text in zip(self.rows, self.canvas.tokens.tolist()):
+            end = end_of(row, text[: row.shown])
+            if end < row.shown:
+                self.canvas.tokens[row.slot, end:] = row.request.options.pad_token_id
+                if row.first_feeds == "not yet final":
+                    row.final_length = self.forget(row, end)

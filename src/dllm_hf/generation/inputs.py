@@ -1,22 +1,21 @@
-"""Checks of what is passed to `diffusion_generate`, before any work starts."""
+"""Checks of the arguments of `diffusion_generate`, before any work starts."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from .configuration import DiffusionGenerationConfig
 
 DEFAULT_MAX_NEW_TOKENS = 128
-# Columns of a call, all rows together: more cannot be what was meant, and would not fit anywhere.
+# Columns of a call, all rows together: more than this is a mistake, and fits into no memory.
 MAX_COLUMNS = 2**26
 
 
-def unpack_inputs(inputs, input_ids, attention_mask, kwargs: dict):
+def unpack_inputs(inputs: Any, input_ids: Any, attention_mask: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The prompt and its mask, however they are passed: by position or by name, or together, as a tokenizer gives them.
-
-    Args:
-        kwargs: `token_type_ids`, which tokenizers give and these models do not read, are taken out of it.
-    """
+    `token_type_ids`, which tokenizers give and these models do not read, are taken out of `kwargs`."""
     if (inputs is None) == (input_ids is None):
         problem = "There is no prompt" if inputs is None else "The prompt is given twice"
         raise ValueError(f"{problem}: pass `input_ids` (a `(1, 0)` tensor starts from nothing).")
@@ -33,7 +32,8 @@ def unpack_inputs(inputs, input_ids, attention_mask, kwargs: dict):
     return input_ids, attention_mask
 
 
-def check_inputs(input_ids, attention_mask, vocab_size: int):
+def check_inputs(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[torch.Tensor, list[int]]:
+    """The prompts as `(batch, prompt)` int64, and the length of each without its padding."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise ValueError(f"`input_ids` must be a `(batch, prompt)` tensor of token ids, but is {shape}.")
@@ -49,8 +49,7 @@ def check_inputs(input_ids, attention_mask, vocab_size: int):
             )
         if ((attention_mask != 0) & (attention_mask != 1)).any():
             raise ValueError("`attention_mask` must hold 0 (padding) and 1 (token) only.")
-        attention_mask = attention_mask.to(torch.long)
-        if (attention_mask.diff(dim=-1) < 0).any():
+        if (attention_mask.long().diff(dim=-1) < 0).any():
             raise ValueError(
                 "`attention_mask` is right-padded or has holes: pad on the left "
                 "(`tokenizer.padding_side = 'left'`), and mark positions to fill with the mask token instead."
@@ -63,34 +62,28 @@ def check_inputs(input_ids, attention_mask, vocab_size: int):
             f"`input_ids` holds the token id {int(input_ids[wrong][0])}, but the vocabulary has {vocab_size} tokens: "
             "was the prompt tokenized for this model?"
         )
-    return input_ids, attention_mask
-
-
-def row_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     if attention_mask is None:
-        return torch.full((len(input_ids),), input_ids.shape[1])
-    return attention_mask.sum(-1)
+        return input_ids, [input_ids.shape[1]] * len(input_ids)
+    return input_ids, (attention_mask == 1).sum(-1).tolist()
 
 
-def count_new_tokens(config: DiffusionGenerationConfig, input_ids: torch.Tensor, attention_mask) -> int:
-    prompt_length = input_ids.shape[1]
+def count_new_tokens(config: DiffusionGenerationConfig, prompt_length: int, longest: int) -> int:
+    """The masks to append. `prompt_length` counts the padding, `longest` is the longest prompt without it."""
     number = config.max_new_tokens
-    if number is None and config.max_length is not None:
-        if config.max_length < prompt_length:
-            raise ValueError(
-                f"`max_length={config.max_length}` is shorter than the prompt of {prompt_length} tokens: "
-                "raise it, or say how many tokens to add with `max_new_tokens`."
-            )
-        number = config.max_length - prompt_length
     if number is None:
-        number = DEFAULT_MAX_NEW_TOKENS
-    if number == 0 and (row_lengths(input_ids, attention_mask) == 0).all():
+        number = DEFAULT_MAX_NEW_TOKENS if config.max_length is None else config.max_length - prompt_length
+    if number < 0:
+        raise ValueError(
+            f"`max_length={config.max_length}` is shorter than the prompt of {prompt_length} tokens: "
+            "raise it, or say how many tokens to add with `max_new_tokens`."
+        )
+    if number == 0 and longest == 0:
         raise ValueError("`max_new_tokens=0` with an empty prompt leaves nothing to fill: raise `max_new_tokens`.")
     return number
 
 
-def check_fits(model_config, width: int, new_tokens: int, rounding: str = "") -> None:
-    """Whether the model has positions for `width` columns. `rounding`: said of them where they are more than asked for."""
+def check_fits(model_config: PreTrainedConfig, width: int, new_tokens: int, rounding: str = "") -> None:
+    """Refuse a canvas that is longer than the model's positions. `rounding`: why it is longer than was asked for."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and width > positions:
         fits = width - new_tokens < positions
@@ -103,8 +96,9 @@ def check_fits(model_config, width: int, new_tokens: int, rounding: str = "") ->
         )
 
 
-def check_batch(batch: int, width: int, generator, streamer) -> None:
-    """Whether a batch, each of its `num_return_sequences` counted, can be decoded with these."""
+def check_batch(batch: int, width: int, generator: Any, streamer: Any) -> None:
+    """Refuse a batch that is too large or does not go with its generators or streamer. `batch`: rows, with
+    `num_return_sequences` counted."""
     if batch * max(width, 1) > MAX_COLUMNS:
         raise ValueError(
             f"{batch:,} rows of {width:,} positions do not fit into memory: reduce `num_return_sequences`, "

@@ -1,35 +1,41 @@
 """`DiffusionGenerationMixin`: `diffusion_generate` and `generate` for masked-diffusion models."""
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import Cache, GenerationMixin, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
-from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, logging
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, logging
 
 from .backend import ModelBackend
 from .cache import CanvasCache, identity_of
 from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
+from .contract import DenoisingModel
 from .decoder import Decoder
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
-from .inputs import (
-    check_batch,
-    check_fits,
-    check_inputs,
-    count_new_tokens,
-    row_lengths,
-    unpack_inputs,
-)
+from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, unpack_inputs
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
-from .requests import Request, Row
+from .requests import Request
 from .sampling import make_processors
-from .stopping import StopStrings, make_criteria
+from .stopping import StopStrings
 
 logger = logging.get_logger(__name__)
 
@@ -43,53 +49,28 @@ class DiffusionGenerateOutput(ModelOutput):
             tokens, `pad_token_id` after the end of sequence.
         history (`tuple[torch.LongTensor]`): the sequences after each step; with `output_history=True`.
         num_forward_passes (`int`): forward passes of the call (NFE).
-        tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): tokens that the row received, divided by the
-            forward passes that gave it any.
+        tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): the row's new tokens per forward pass, counting the
+            passes in which the row received any.
         past_key_values (`Cache`): the cache, where the policy keeps one that a later call can use.
     """
 
-    sequences: torch.LongTensor | None = None
-    history: tuple[torch.LongTensor, ...] | None = None
+    sequences: torch.Tensor | None = None
+    history: tuple[torch.Tensor, ...] | None = None
     num_forward_passes: int | None = None
-    tokens_per_forward: torch.FloatTensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
     past_key_values: Cache | None = None
 
 
-class DiffusionGenerationMixin(GenerationMixin):
-    """Decoding for masked-diffusion language models. Goes before `PreTrainedModel` in a class's bases.
+class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
+    """Decoding for masked-diffusion language models. Goes before `PreTrainedModel` in a class's bases. The class attributes
+    that describe a model are those of [`contract.DenoisingModel`]."""
 
-    The class attributes are what the loop asks of a model; it knows nothing else of the architecture.
+    generation_config_class: type[GenerationConfig] = DiffusionGenerationConfig
+    generation_config: Any  # `PreTrainedModel` takes it for a `GenerationConfig`
 
-    Attributes:
-        logits_shift: the logits of position i stand at position i - `logits_shift`.
-        block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
-        cache_policies: the policies that the model can decode with, the default first.
-        default_block_length: positions decoded together; `None` decodes all masks as one block.
-        default_remasking_strategy: used where neither call nor `generation_config.json` names one.
-        confidence_source: `"raw"` reads confidence from the logits as the model gave them, `"processed"` after
-            temperature, top-k and top-p.
-        sees_earlier_blocks: whether a block sees earlier ones alone, or a token the whole canvas.
-        makes_masks: whether attention takes a made mask; else the model knows by itself what its tokens see.
-        has_fixed_block_length: whether it decodes in blocks of `default_block_length` alone.
-        capacity_step: on the fast path there is room for a multiple of so many columns. A conversation that outgrows it
-            has its steps captured anew.
-    """
-
-    generation_config_class = DiffusionGenerationConfig
-    logits_shift: int = 0
-    block_grid: str = "prompt"
-    cache_policies: tuple[str, ...] = ("none",)
-    default_block_length: int | None = 32
-    default_remasking_strategy: str = "low_confidence_static"
-    confidence_source: str = "processed"
-    sees_earlier_blocks: bool = False
-    makes_masks: bool = True
-    has_fixed_block_length: bool = False
-    capacity_step: int = 256
-
-    def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: DiffusionGenerationConfig | None = None, **kwargs
-    ) -> DiffusionGenerateOutput | torch.LongTensor:
+    def generate(  # type: ignore[override]  # the library's other positional arguments do not apply
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
+    ) -> DiffusionGenerateOutput | torch.Tensor:
         """[`~DiffusionGenerationMixin.diffusion_generate`], under the name that the library's tools call."""
         return self.diffusion_generate(inputs, generation_config, **kwargs)
 
@@ -97,12 +78,12 @@ class DiffusionGenerationMixin(GenerationMixin):
     def diffusion_generate(
         self,
         inputs: torch.Tensor | None = None,
-        generation_config: DiffusionGenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
+        logits_processor: list[LogitsProcessor] | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         streamer=None,
         past_key_values: CanvasCache | None = None,
@@ -110,7 +91,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         generation_tokens_hook_func: Callable | None = None,
         generation_logits_hook_func: Callable | None = None,
         **kwargs,
-    ) -> DiffusionGenerateOutput | torch.LongTensor:
+    ) -> DiffusionGenerateOutput | torch.Tensor:
         """Continue prompts, and fill the masks in them, by denoising block after block.
 
         Args:
@@ -118,10 +99,10 @@ class DiffusionGenerationMixin(GenerationMixin):
                 positions to fill.
             generation_config: replaces the model's own; `kwargs` replace single options of either.
             attention_mask: `(batch, prompt)`, 0 on the padding.
-            logits_processor: the library's processors; each position of a block is a row to them, and they see the
-                whole sequence, masks included.
-            stopping_criteria: asked after each block; a row for which they hold ends there: behind its first position
-                that is still open, padding follows.
+            logits_processor: the library's processors. Each position of a block is a row to them, and they get the whole
+                sequence, masks included.
+            stopping_criteria: asked after each block. A row for which one holds ends before its first open position;
+                padding follows.
             generator: for reproducible sampling, or a list with one for each row, which makes a row's draws
                 independent of the rows beside it.
             streamer: `TextDiffusionStreamer`, or any other of the library's; for a batch of one.
@@ -141,143 +122,145 @@ class DiffusionGenerationMixin(GenerationMixin):
         """
         input_ids, attention_mask = unpack_inputs(inputs, input_ids, attention_mask, kwargs)
         config = self._prepare_diffusion_config(generation_config, kwargs)
-        if config.stop_strings and tokenizer is None:
-            raise ValueError(f"`stop_strings={config.stop_strings!r}` needs the text: pass `tokenizer=` as well.")
-        input_ids, attention_mask = check_inputs(input_ids, attention_mask, self.config.vocab_size)
-        new_tokens = count_new_tokens(config, input_ids, attention_mask)
-        width = int(row_lengths(input_ids, attention_mask).max()) + new_tokens
+        input_ids, lengths = check_inputs(input_ids, attention_mask, self.config.vocab_size)
+        new_tokens = count_new_tokens(config, input_ids.shape[1], max(lengths))
+        width = max(lengths) + new_tokens
         check_fits(self.config, width, new_tokens)
-        whole = max(width, config.block_length) if self.block_grid == "zero" else width
-        each = config.num_return_sequences
-        check_batch(len(input_ids) * each, whole, generator, streamer)
-        input_ids = input_ids.repeat_interleave(each, dim=0)
-        requests = make_requests(input_ids, attention_mask, new_tokens, config, generator)
-        # Blocks of the grid at 0 are decoded whole, which may take a few positions more.
-        columns = max(len(request.canvas(self.block_grid)) for request in requests)
-        check_fits(self.config, columns, new_tokens, f", in whole blocks of `block_length={config.block_length}`,")
+        whole_block = config.block_length or 0 if self.block_grid == "zero" else 0
+        check_batch(len(lengths) * config.num_return_sequences, max(width, whole_block), generator, streamer)
+        max_time = [] if config.max_time is None else [MaxTimeCriteria(config.max_time)]
         hooks = Hooks(
             generation_tokens_hook_func,
             generation_logits_hook_func,
-            LogitsProcessorList(make_processors(config) + list(logits_processor or [])),
-            StoppingCriteriaList(make_criteria(config) + list(stopping_criteria or [])),
+            LogitsProcessorList([*make_processors(config), *(logits_processor or [])]),
+            StoppingCriteriaList([*max_time, *(stopping_criteria or [])]),
             StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None,
             streamer,
             config.output_history,
         )
-        with nullcontext() if past_key_values is None else used_by_one(past_key_values):
-            return self._decode(requests, columns, input_ids, hooks, past_key_values)
+        input_ids = input_ids.repeat_interleave(config.num_return_sequences, dim=0)
+        lengths = [length for length in lengths for _ in range(config.num_return_sequences)]
+        prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
+        requests = [Request(prompt, new_tokens, config, one) for prompt, one in zip(prompts, generators, strict=True)]
+        texts = [request.canvas(self.block_grid) for request in requests]
+        # A grid at 0 decodes whole blocks, which may take a few positions more.
+        check_fits(
+            self.config, max(map(len, texts)), new_tokens, f", in whole blocks of `block_length={config.block_length}`,"
+        )
+        if past_key_values is None:
+            return self._decode(requests, texts, input_ids, hooks)
+        if not hasattr(past_key_values, "used_by_one"):
+            name = type(past_key_values).__name__
+            raise ValueError(f"`past_key_values` is a {name}: pass the one that an earlier call returned.")
+        with past_key_values.used_by_one():
+            return self._decode(requests, texts, input_ids, hooks, past_key_values)
 
     def _decode(
-        self, requests: list[Request], columns: int, input_ids: torch.Tensor, hooks: Hooks, past: CanvasCache | None
-    ) -> DiffusionGenerateOutput | torch.LongTensor:
-        """Decode a batch whose arguments are right. `columns`: of the longest canvas."""
-        config, device = requests[0].options, self.device
+        self,
+        requests: list[Request],
+        texts: list[list[int]],
+        input_ids: torch.Tensor,
+        hooks: Hooks,
+        past: CanvasCache | None = None,
+    ) -> DiffusionGenerateOutput | torch.Tensor:
+        """Decode a batch whose arguments are right. `texts`: the canvas of each row."""
+        config, device, columns = requests[0].options, self.device, max(map(len, texts))
         fused, fingerprint = None, ()
         if are_possible(device) and not (config.disable_compile or config.cache_policy == "none" or hooks.sees_logits):
             fused, fingerprint = fused_of(self)
         backend = ModelBackend(self, config.cache_policy != "none", fused, config.cfg_scale, config.torch_compile)
-        workspace, cache, final_lengths = self._open(backend, requests, columns, fingerprint, past)
-        sessions: list[Session] = []
-        decoder = Decoder(
-            backend,
-            workspace,
-            fused is not None,
-            (lambda *step: sessions[0].process(*step)) if hooks.sees_logits else None,
-            lambda has_passed: sessions[0].after_step(has_passed),
-            hooks.tokens is not None,
-        )
-        # Graphs and Triton's kernels run on the current device, whatever the tensors are on.
+        workspace, final_lengths = self._open(backend, config, texts, fingerprint, past)
+        decoder = Decoder(backend, workspace, fused is not None, is_hooked=hooks.tokens is not None)
+        # Graphs and Triton's kernels run on the current device, whatever device the tensors are on.
         with evaluating(self), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             rows = decoder.add(*requests, final_lengths=final_lengths)
-            sessions.append(Session(hooks, workspace.canvas, input_ids, rows, decoder.forget))
-            run(decoder, sessions[0])
-        canvas, session = workspace.canvas, sessions[0]
+            session = Session(hooks, workspace.canvas, input_ids, rows, decoder.forget)
+            decoder.process = session.process if hooks.sees_logits else None
+            decoder.after_step = session.after_step
+            session.run(decoder)
+        canvas = workspace.canvas
         if bool(canvas.saw_nan):
             logger.warning_once(
                 "The model gave logits that are no numbers, and what was decoded from them means nothing. In float16 this "
                 "is an overflow: load the model with `dtype=torch.bfloat16` or `torch.float32`."
             )
-        output = DiffusionGenerateOutput(
-            session.sequences(),
-            tuple(session.history) if hooks.keeps_history else None,
-            decoder.num_forward_passes,
-            canvas.counts[:, 1] / canvas.counts[:, 0].clamp(min=1),
-        )
-        returns_dict, is_reusable = config.return_dict_in_generate or config.output_history, False
-        if config.cache_policy == "block" and not config.cfg_scale:
-            is_reusable, cache.identity = True, identity_of(self)
+        sequences, returns_dict = session.sequences(), config.return_dict_in_generate or config.output_history
+        cache = workspace.state if past is None else past
+        if cache is None or config.cache_policy != "block" or config.cfg_scale:
+            cache = None  # of no use to a later call
+        else:
+            cache.identity = identity_of(self)
             final_lengths = [row.final_length for row in rows]
             cache.remember(canvas.tokens[:, :columns].clone(), final_lengths, config.block_length)
         if fused is not None and past is not None:
-            workspace.pointers = pointers_of(cache)
-        elif fused is not None and is_reusable and returns_dict:
+            workspace.pointers = pointers_of(past)
+        elif fused is not None and cache is not None and returns_dict:
             cache = hold(self, workspace)
         elif fused is not None:
             release(self, workspace)
-        output.past_key_values = cache if is_reusable else None
-        return output if returns_dict else output.sequences
+        if not returns_dict:
+            return sequences
+        return DiffusionGenerateOutput(
+            sequences,
+            tuple(session.history) if hooks.keeps_history else None,
+            decoder.num_forward_passes,
+            canvas.counts[:, 1] / canvas.counts[:, 0].clamp(min=1),
+            cache,
+        )
 
     def _open(
         self,
         backend: ModelBackend,
-        requests: list[Request],
-        columns: int,
+        options: DiffusionGenerationConfig,
+        texts: list[list[int]],
         fingerprint: tuple,
         past: CanvasCache | None,
-    ) -> tuple[Workspace, CanvasCache | None, list[int] | None]:
-        """The buffers for a batch, their cache, and up to where it holds what is final, where it goes on from a turn."""
-        slots, options = len(requests), requests[0].options
+    ) -> tuple[Workspace, list[int] | None]:
+        """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final."""
+        slots, columns = len(texts), max(map(len, texts))
         has_graphs = backend.fused is not None
         capacity = capacity_for(columns, self.capacity_step) if has_graphs else columns
         key = (fingerprint, slots, capacity, backend.repeats)
 
         def make() -> Workspace:
-            canvas = Canvas(slots, capacity, self.device)
-            return Workspace(canvas, backend.open(slots, capacity + 1), key)
+            # + 1: the scratch column.
+            return Workspace(Canvas(slots, capacity, self.device), backend.open(slots, capacity + 1), key)
 
         if past is None:
-            workspace = acquire(self, key, make) if has_graphs else make()
-            return workspace, workspace.state, None
-        if options.cache_policy != "block":
-            raise ValueError(
-                f"`past_key_values` needs `cache_policy='block'`, but it is {options.cache_policy!r}: only blocks "
-                "that see no later ones have keys that stay valid."
-            )
-        if options.cfg_scale:
-            raise ValueError(
-                "`cfg_scale` masks the whole prompt, the earlier turns too, so that nothing of `past_key_values` "
-                "would stay valid: start without it."
-            )
-        past.check(self, slots, options.block_length)
+            return acquire(self, key, make) if has_graphs else make(), None
+        past.check(self, slots, options)
         workspace = past.workspace
         fits = workspace is not None and (workspace.key[:2], workspace.pointers) == (key[:2], pointers_of(past))
         if not (has_graphs and fits and workspace.canvas.capacity >= columns):
-            # Not the cache itself, which holds its workspace.
+            # A shallow copy: cache -> workspace -> cache would be a reference cycle.
             workspace = Workspace(Canvas(slots, capacity, self.device), copy(past) if has_graphs else past, key)
             past.workspace = workspace if has_graphs else None
-        texts = [request.canvas(self.block_grid) for request in requests]
         tokens = torch.tensor([text + [0] * (columns - len(text)) for text in texts]).to(self.device)
         past.reserve(slots)
         final_lengths = past.resume(tokens, options.block_length, workspace.canvas.capacity + 1)
-        if has_graphs:
+        if backend.fused is not None:
             backend.fused.prepare(past, slots)
-        return workspace, past, final_lengths
+        return workspace, final_lengths
 
     def diffusion_request(self, prompt: list[int], generator: torch.Generator | None = None, **options) -> Request:
-        """What a [`Decoder`] decodes in one row: a prompt with the options of [`diffusion_generate`], resolved as it does."""
+        """What a [`Decoder`] decodes in one row: a prompt, and options resolved as [`diffusion_generate`] resolves them."""
         config = self._prepare_diffusion_config(None, options)
-        input_ids, _ = check_inputs(torch.tensor([prompt], dtype=torch.long).view(1, -1), None, self.config.vocab_size)
-        request = Request(list(prompt), count_new_tokens(config, input_ids, None), config, generator)
-        check_fits(self.config, len(request.canvas(self.block_grid)), request.max_new_tokens)
+        check_inputs(torch.tensor([prompt], dtype=torch.long).view(1, -1), None, self.config.vocab_size)
+        new_tokens = count_new_tokens(config, len(prompt), len(prompt))
+        request = Request(list(prompt), new_tokens, config, generator)
+        check_fits(self.config, len(request.canvas(self.block_grid)), new_tokens)
         return request
 
-    def _prepare_diffusion_config(self, generation_config, kwargs) -> DiffusionGenerationConfig:
+    def _prepare_diffusion_config(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> DiffusionGenerationConfig:
         """Merge call, given configuration and the model's, fill in the model's defaults, and check the result."""
         base = self.generation_config if generation_config is None else generation_config
         if not hasattr(base, "updated"):
-            base = self.generation_config_class.from_dict(base.to_dict())
+            base = DiffusionGenerationConfig.from_dict(base.to_dict())
         config = base.updated(**kwargs)
-        own = self.generation_config_class.from_model_config(self.config)
+        own = DiffusionGenerationConfig.from_model_config(self.config)
         for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(own, name))
@@ -327,31 +310,25 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         return config
 
-    def _prepare_generation_config(self, generation_config: DiffusionGenerationConfig, **kwargs):
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
         """Called by the pipelines of transformers before 5.23: with a configuration of the caller's or the model's, or
-        with their own defaults, which must not replace the model's."""
-        if not hasattr(generation_config, "updated"):
-            said = {
-                name: value
-                for name, value in generation_config.to_diff_dict().items()
-                if name in self.generation_config_class.DEFAULTS and value != PIPELINE_DEFAULTS.get(name)
-            }
-            generation_config = self.generation_config.updated(**said)
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in (*generation_config.DEFAULTS, *ALIASES)}
-        return generation_config.updated(**options), kwargs
+        with the pipeline's own defaults, which must not replace the model's."""
+        defaults, config = DiffusionGenerationConfig.DEFAULTS, self.generation_config
+        if generation_config is not None and hasattr(generation_config, "updated"):
+            config = generation_config
+        elif generation_config is not None:
+            given = generation_config.to_diff_dict().items()
+            config = config.updated(**{k: v for k, v in given if k in defaults and v != PIPELINE_DEFAULTS.get(k)})
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in (*defaults, *ALIASES)}
+        return config.updated(**options), kwargs
 
     def release_graphs(self) -> None:
         """Give back the memory that the fast path keeps for the next calls: the caches and CUDA graphs of the last ones."""
         release_all(self)
 
-    def step_forward(self) -> Callable | None:
-        """What runs the steps on a GPU in the place of `forward`, without guidance: `(tokens, window, cache) -> (rows, kept,
-        vocab)`, with the methods `covers(window)`, whether it does all that a window asks for, and `prepare(cache, slots)`,
-        which allocates. It is kept for the model and must not hold it. None where the model has no such thing."""
-        return None
-
     def make_cache(self, width: int) -> CanvasCache:
-        """An empty cache for a canvas of `width` columns."""
         return CanvasCache(self, width)
 
     def adjust_generation_fn(
@@ -360,84 +337,22 @@ class DiffusionGenerationMixin(GenerationMixin):
         """Called by `from_pretrained`: read `generation_config.json` into a [`DiffusionGenerationConfig`]. Without the
         file, the special tokens of the model's configuration stay as `__init__` took them over."""
         if generation_config is not None:
-            self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+            self.generation_config = DiffusionGenerationConfig.from_dict(generation_config.to_dict())
         elif pretrained_model_name_or_path is not None:
+            name = pretrained_model_name_or_path
             kwargs.pop("trust_remote_code", None)
             try:
-                self.generation_config = self.generation_config_class.from_pretrained(
-                    pretrained_model_name_or_path,
-                    _from_auto=from_auto_class,
-                    _from_pipeline=from_pipeline,
-                    **kwargs,
+                self.generation_config = DiffusionGenerationConfig.from_pretrained(
+                    name, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
                 )
             except OSError as error:
-                if _is_there(pretrained_model_name_or_path, kwargs):
+                # A local file that cannot be opened is there all the same.
+                is_there = os.path.lexists(os.path.join(name, kwargs.get("subfolder", ""), GENERATION_CONFIG_NAME))
+                if is_there or isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
                     raise ValueError(
-                        f"The generation_config.json of {pretrained_model_name_or_path} cannot be read, and with it its "
-                        f"recommended options: mend it or remove it. {error}"
+                        f"The generation_config.json of {name} cannot be read, and with it its recommended options: "
+                        f"mend it or remove it. {error}"
                     ) from error
                 logger.info("No generation_config.json: using the special tokens of the model's configuration.")
-            except ValueError as error:
-                raise ValueError(f"The generation_config.json of {pretrained_model_name_or_path}: {error}") from error
-
-
-def _is_there(name: str | os.PathLike, kwargs: dict) -> bool:
-    """Whether a checkpoint has a `generation_config.json`, readable or not."""
-    if os.path.isdir(name):
-        return os.path.lexists(os.path.join(name, kwargs.get("subfolder", ""), GENERATION_CONFIG_NAME))
-    where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if kwargs.get(key) is not None}
-    # What was fetched is in the library's cache, however broken.
-    return isinstance(
-        cached_file(
-            name,
-            GENERATION_CONFIG_NAME,
-            local_files_only=True,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **where,
-        ),
-        str,
-    )
-
-
-def make_requests(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, new_tokens: int, config, generator
-) -> list[Request]:
-    """A request for each row of a batch, `num_return_sequences` for each of its mask's rows."""
-    lengths = row_lengths(input_ids, None)
-    if attention_mask is not None:
-        lengths = row_lengths(input_ids, attention_mask).repeat_interleave(config.num_return_sequences)
-    prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
-    generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
-    return [Request(prompt, new_tokens, config, one) for prompt, one in zip(prompts, generators, strict=True)]
-
-
-def run(decoder: Decoder, session: Session) -> None:
-    """Decode every row, with the hooks of a session."""
-
-    def decode(changed: list[Row]) -> None:
-        for row in changed:
-            row.begin(decoder.canvas.tokens[row.slot, : row.length].tolist())
-        session.confirm()
-        while decoder.busy:
-            session.finish_blocks(decoder.step())
-
-    is_hooked = session.hooks.tokens is not None
-    if is_hooked:
-        session.run_tokens_hook(None)
-    decode(session.rows if is_hooked else [])
-    if is_hooked:
-        # The hook may have put masks back where no step was left for them.
-        session.hooks.tokens = None
-        decode([row for row in session.rows if not row.has_ended])
-    session.confirm()
-    session.pad_after_ends()
-    if session.hooks.streamer is not None:
-        session.hooks.streamer.end()
-
-
-def used_by_one(cache: CanvasCache):
-    if not hasattr(cache, "used_by_one"):
-        raise ValueError(f"`past_key_values` is a {type(cache).__name__}: pass the one that an earlier call returned.")
-    return cache.used_by_one()
+            except (ValueError, TypeError) as error:  # TypeError: of a file without an object, in older transformers
+                raise ValueError(f"The generation_config.json of {name}: {error}") from error

@@ -1,6 +1,8 @@
-"""What is asked for a row, and where the row stands: its blocks, its step, what its next forward pass feeds. No tensors."""
+"""`Request`, what a caller asks for one row, and `Row`, its state on the host: blocks, step, what the next pass feeds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 
@@ -12,12 +14,12 @@ from .window import Frame
 POLICIES = {
     # Every pass feeds and sees the whole canvas. Exact.
     "none": ("canvas", "canvas"),
-    # Fast-dLLM, arXiv:2505.22618, section 3.2: what stands before the block is as old as the block's first pass ...
+    # Fast-dLLM, arXiv:2505.22618, section 3.2: keys and values before the block are those of the block's first pass ...
     "prefix": ("canvas", "from the block"),
-    # ... and what stands after it as well.
+    # ... and those after the block as well.
     "dual": ("canvas", "block"),
-    # Where blocks see earlier ones alone: with a block's first pass goes what is final and not yet in the cache, which is
-    # the prompt before the first block, then each finished block. Exact.
+    # For blocks that see earlier ones alone: a block's first pass also feeds the final columns that the cache lacks, the
+    # prompt before the first block, then each finished block. Exact.
     "block": ("not yet final", "block"),
 }
 
@@ -28,8 +30,8 @@ class Request:
 
     prompt: token ids; masks in it are positions to fill.
     max_new_tokens: masks to append.
-    options: resolved: special tokens, `remasking_strategy`, `cache_policy` and `block_length` are set (`block_length` None
-        puts all masks into one block).
+    options: with special tokens, `remasking_strategy` and `cache_policy` set; a `block_length` of None puts all masks into
+        one block.
     generator: draws for this row; None is PyTorch's own. Rows that share one share their draws.
     """
 
@@ -39,7 +41,7 @@ class Request:
     generator: torch.Generator | None = None
 
     def canvas(self, block_grid: str) -> list[int]:
-        """Prompt and positions to fill. With the grid at 0 the last block is filled up with masks where it has any."""
+        """Prompt and positions to fill. With the grid at 0, a last block that holds masks is filled up with masks."""
         mask, size = self.options.mask_token_id, self.options.block_length or 1
         text = [*self.prompt, *[mask] * self.max_new_tokens]
         if block_grid == "zero" and mask in text[-(len(text) % size or size) :]:
@@ -48,31 +50,30 @@ class Request:
 
 
 class Row:
-    """Where a row stands. Position = column; its canvas is the prompt and the positions to fill.
+    """A row that is being decoded, as numbers on the host. Position = column; the canvas is the prompt and the positions
+    to fill.
 
     Args:
-        slot: the row of the buffers that it has.
-        block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0; the last one is then filled up
-            with masks, which the output does not show.
-        sees_earlier_blocks: whether a block sees earlier ones alone.
-        logits_shift: the logits of a position stand that many columns before it.
+        slot: the row's index in the buffers.
+        block_grid, sees_earlier_blocks, logits_shift: as in [`backend.Backend`].
 
     Attributes:
-        text: the canvas as it was in the beginning.
-        shown, length: the columns that the output shows, and all.
-        final_length: the column up to which the cache holds what is final (policy `block`).
-        passes: forward passes that this row took part in.
-        is_done: whether nothing is left to decode. has_ended: whether that is so before all blocks were decoded.
+        text: the canvas before the first step.
+        shown, length: the number of columns that the output shows, and of all.
+        causal_grid: the block length where blocks see earlier ones alone, 0 where a token sees the whole row.
+        final_length: the column up to which the cache holds final keys and values (policy `block`).
+        passes: forward passes that the row took part in.
+        is_done: whether no block is left to decode. has_ended: whether the row was ended before its last block.
     """
 
     def __init__(self, request: Request, slot: int, block_grid: str, sees_earlier_blocks: bool, logits_shift: int):
         options = request.options
-        self.request, self.slot, self.grid, self.shift = request, slot, block_grid, logits_shift
+        self.request, self.slot, self.block_grid, self.logits_shift = request, slot, block_grid, logits_shift
         self.block_length, self.mask = options.block_length, options.mask_token_id
         self.strategy: Strategy = STRATEGIES[options.remasking_strategy]
         self.first_feeds, self.others_feed = POLICIES[options.cache_policy]
-        self.sees = self.block_length if sees_earlier_blocks else 0
         size = self.block_length or 1
+        self.causal_grid = (self.block_length or 0) if sees_earlier_blocks else 0
         # A piece of a prompt must not end inside a block, whose tokens see each other.
         self.chunk = max(options.prefill_chunk_size // size, 1) * size
         self.shown = len(request.prompt) + request.max_new_tokens
@@ -82,7 +83,7 @@ class Row:
         self.begin(self.text)
 
     def begin(self, text: list[int]) -> None:
-        """Start to decode the masks of `text`, the row's canvas as it is now."""
+        """Start to decode the masks of `text`, the row's present canvas."""
         cells = self._cells(text)
         masks = [text[start:end].count(self.mask) for start, end in cells]
         steps: list[int | None] = [self.request.options.denoising_steps] * len(cells)
@@ -99,36 +100,31 @@ class Row:
         first, length = text.index(self.mask), self.block_length
         if length is None:
             return [(first, len(text))]
-        anchor = 0 if self.grid == "zero" else len(self.request.prompt) % length
-        # The cell that the first mask falls into; the one before the anchor is cut short by the canvas' beginning.
+        anchor = 0 if self.block_grid == "zero" else len(self.request.prompt) % length
+        # The cell of the first mask; the beginning of the canvas cuts the cell before the anchor short.
         start = anchor + (first - anchor) // length * length
         cells = [(max(cell, 0), min(cell + length, len(text))) for cell in range(start, len(text), length)]
         return [cell for cell in cells if self.mask in text[cell[0] : min(cell[1], self.shown)]]
-
-    # --- the block that is being decoded
 
     @property
     def span(self) -> tuple[int, int]:
         return self.blocks[self.block_index][0]
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether the output does not show all of the block, which is then done as soon as what is shown of it is."""
-        return self.span[1] > self.shown
-
-    def open_block(self, uniform, masked: torch.Tensor | None = None) -> torch.Tensor | None:
+    def open_block(
+        self, uniform: Callable[[int], torch.Tensor], masked: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """Make the quotas of a block before its first step.
 
         Args:
             uniform: `width -> (width,)`, uniform numbers of the row's generator.
-            masked: `(width,)` bool, the block's masks where they are not those of [`Row.text`] any more.
+            masked: `(width,)` bool, the block's masks where a hook may have changed those of [`Row.text`].
 
         Returns:
-            `(width,)` on the CPU, the step at which each position may be transferred, where that was drawn.
+            `(width,)` on the CPU, the step at which each position may be transferred, where the strategy draws it.
         """
         (start, end), masks, steps = self.blocks[self.block_index]
         self.is_open, self.is_first, self.step, self.taken = True, True, 0, 0
-        if masked is not None:  # of columns that nobody sees alone, nothing is to be decoded
+        if masked is not None:  # a block whose shown part has no mask is not decoded
             masks = int(masked.sum()) if masked[: self.shown - start].any() else 0
         if self.strategy.selection != "bernoulli":
             self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps)
@@ -138,8 +134,8 @@ class Row:
         if not masks:
             self.quotas = []
             return None
-        at = [token == self.mask for token in self.text[start:end]] if masked is None else masked.tolist()
-        planned = [step for step, is_mask in zip(plan.tolist(), at, strict=True) if is_mask]
+        is_mask = [token == self.mask for token in self.text[start:end]] if masked is None else masked.tolist()
+        planned = list(compress(plan.tolist(), is_mask))
         self.quotas = [planned.count(step) for step in range(max(planned, default=-1) + 1)]
         return plan
 
@@ -150,35 +146,35 @@ class Row:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether the next pass computes a piece of what stands before the block, whose logits nobody needs."""
+        """Whether the next pass feeds only a piece of the columns before the block, and needs no logits."""
         return self.is_first and self.first_feeds == "not yet final" and self.span[0] - self.final_length > self.chunk
 
     def frame(self) -> Frame:
-        """What the next forward pass feeds."""
+        """The window of the next forward pass."""
         start, end = self.span
         if self.is_prefilling:
             stop = self.final_length + self.chunk
-            return Frame(self.final_length, stop, 0, 0, self.length, self.shown, stop, self.sees)
+            return Frame(self.final_length, stop, 0, 0, self.length, self.shown, stop, self.causal_grid)
         feeds = self.first_feeds if self.is_first else self.others_feed
-        before = 0 if self.sees else self.shift
+        before = 0 if self.causal_grid else self.logits_shift
         begin = {"canvas": 0, "not yet final": min(self.final_length, start)}.get(feeds, max(start - before, 0))
         stop = end if feeds in ("block", "not yet final") else self.length
-        return Frame(begin, stop, start, end, self.length, self.shown, start, self.sees)
+        return Frame(begin, stop, start, end, self.length, self.shown, start, self.causal_grid)
 
     def note_pass(self) -> None:
-        """Take note of the pass that [`Row.frame`] described."""
+        """Go on after the pass that [`Row.frame`] described."""
         self.passes += 1
         if self.is_prefilling:
             self.final_length += self.chunk
             return
         if self.first_feeds == "not yet final":
-            # The block's own keys are not final: the next block's first pass writes them again.
+            # The block's own keys are not final: the first pass of the next block writes them again.
             self.final_length = self.span[0]
         self.is_first = False
         self.taken += 1
 
     def note_step(self, is_filled: bool | None) -> bool:
-        """Go on to the next step, or block. `is_filled`: whether the block has no mask left, as far as that is known.
+        """Go on to the next step, or block. `is_filled`: whether the block is known to have no mask left.
 
         Returns:
             Whether the block is finished.
@@ -190,19 +186,22 @@ class Row:
         self.is_done = self.block_index == len(self.blocks)
         return True
 
-    def needs_look(self, is_hooked: bool) -> bool:
-        """Whether only the canvas knows if the block is filled: where logits or a hook decide how much is transferred."""
-        if not (self.strategy.is_adaptive or is_hooked or self.is_cut):
+    def needs_check(self, is_hooked: bool) -> bool:
+        """Whether the host must read from the canvas if the block is filled: logits or a hook decide how many tokens a step
+        transfers."""
+        # A block of which the output shows a part is done as soon as that part is filled.
+        is_cut = self.span[1] > self.shown
+        if not (self.strategy.is_adaptive or is_hooked or is_cut):
             return False
         if not self.taken:  # the block has had no pass yet that could have filled it
             return is_hooked
-        return self.taken % self.request.options.steps_per_look == 0
+        return self.taken % self.request.options.check_interval == 0
 
     def rewind(self, final_length: int) -> None:
-        """What stands behind `final_length` has changed: the next pass feeds it again."""
+        """Make the next pass feed the columns from `final_length` on again: they have changed."""
         if final_length != self.final_length:
             self.final_length, self.is_first = final_length, True
 
     def end(self, column: int) -> None:
-        """Nothing behind `column` belongs to the row any more, and nothing is decoded."""
+        """Stop decoding. The columns from `column` on belong to the row no longer."""
         self.ends_at, self.is_done, self.has_ended = min(self.ends_at, column), True, True

@@ -1,22 +1,24 @@
-"""What ends a row besides an end-of-sequence token: stop strings and the library's criteria."""
+"""Stop strings."""
 
 from bisect import bisect_left
 
-from transformers import MaxTimeCriteria, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
 from .canvas import list_of
-from .configuration import DiffusionGenerationConfig, as_token_list
+from .configuration import as_token_list
 from .requests import Row
 
 
 class StopStrings:
-    """Looks for strings in what stands after a prompt.
+    """Looks for strings in the text after a prompt.
 
     Args:
         strings: a string or a list of them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: str | list[str]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, strings: str | list[str]):
+        if tokenizer is None:
+            raise ValueError(f"`stop_strings={strings!r}` needs the text: pass `tokenizer=` as well.")
         self.tokenizer, self.strings = tokenizer, as_token_list(strings)
 
     def find(self, tokens: list[int], prompt_length: int) -> int | None:
@@ -31,14 +33,9 @@ class StopStrings:
         return any(string in text for string in self.strings)
 
 
-def make_criteria(config: DiffusionGenerationConfig) -> list[StoppingCriteria]:
-    """The library's criteria that a configuration asks for."""
-    return [] if config.max_time is None else [MaxTimeCriteria(float(config.max_time))]
-
-
 def end_of(row: Row, text: list[int]) -> int:
-    """The column behind a row's last token, as far as it is known: the first end of sequence after its prompt, or, of a row
-    that has ended, the first position that is still open. `text`: what is shown of it now."""
+    """The column behind a row's last token, as far as it is known: behind the first end of sequence after the prompt, or at
+    the first open position of a row that has ended. `text`: the columns of the row that are shown."""
     ends, prompt = list_of(row, "eos_token_id"), len(row.request.prompt)
     found = [column + 1 for column in range(prompt, row.shown) if text[column] in ends]
     if row.has_ended and row.mask in text:
