@@ -8,7 +8,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from ..kernels.attention import canvas_attention, triton
+from ..kernels.attention import canvas_attention
+from ..kernels.triton import triton
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from ..fused.joint_products import lock
-from ..kernels.attention import triton
+from ..kernels.triton import triton
 from .window import Window
 
 logger = logging.get_logger(__name__)

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from ..kernels.vocabulary import best_tokens
+from ..kernels.best_tokens import best_tokens
 from .configuration import DiffusionGenerationConfig
+
+CHUNK = 128  # tokens
 
 
 class Noise:
@@ -121,9 +123,19 @@ def propose(
         return proposals, {"probability": probability, "margin": margin, "neg_entropy": -entropy, None: probability * 0}
     mask_logit = logits[..., mask_token_id].clone()
     logits[..., mask_token_id] = -torch.inf
-    proposals = (logits if gumbel is None else logits.double() + gumbel).argmax(-1)
+    proposals = first_of_the_largest(logits) if gumbel is None else (logits.double() + gumbel).argmax(-1)
     logits[..., mask_token_id] = mask_logit
     return proposals, {kind: score(kind, logits, proposals, mask_token_id) for kind in kinds}
+
+
+def first_of_the_largest(logits: torch.Tensor) -> torch.Tensor:
+    """`logits.argmax(-1)` in two levels. On a CPU PyTorch vectorises `amax` and not `argmax`, which is five times slower."""
+    padding = -logits.shape[-1] % CHUNK
+    padded = torch.nn.functional.pad(logits, (0, padding), value=-torch.inf) if padding else logits
+    chunks = padded.unflatten(-1, (-1, CHUNK))
+    chunk = chunks.amax(-1).argmax(-1, keepdim=True)
+    token = chunks.take_along_dim(chunk[..., None], dim=-2).squeeze(-2).argmax(-1, keepdim=True)
+    return (chunk * CHUNK + token).squeeze(-1)
 
 
 def score(kind: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int) -> torch.Tensor:
