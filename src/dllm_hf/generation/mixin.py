@@ -230,7 +230,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         slots, options = len(requests), requests[0].options
         has_graphs = backend.fused is not None
         capacity = capacity_for(columns, self.capacity_step) if has_graphs else columns
-        key = (fingerprint, slots, capacity, backend.repeats)
+        key = (fingerprint, slots, capacity, backend.guidance_copies)
 
         def make() -> Workspace:
             canvas = Canvas(slots, capacity, self.device)

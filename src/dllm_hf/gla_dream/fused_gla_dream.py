@@ -1,6 +1,6 @@
-"""A denoising step of GLADream on our kernels: a block that reads the states and leaves them as they are, and before it,
-in its first step, the finished block that moves them on. A layer is ten launches instead of sixty, and eleven with
-short convolutions.
+"""A denoising step of GLADream on our kernels. The block being decoded reads the states and does not change them; in its
+first step the finished block before it moves them on. A layer takes ten launches instead of sixty, eleven with short
+convolutions.
 """
 
 import weakref
@@ -27,7 +27,7 @@ from .kernels_gla_dream import (
 
 
 class FusedGLADream(FusedStack):
-    """The stack of a GLADream as [`FusedStack`] runs one, over windows of one block or two."""
+    """The [`FusedStack`] of a GLADream, for windows of one block or two."""
 
     def __init__(self, stack: PreTrainedModel, head: nn.Module):
         super().__init__(stack, head)
@@ -38,13 +38,13 @@ class FusedGLADream(FusedStack):
 
     def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
         (inputs,), others = super().inputs_of(attention), [attention.g_proj, attention.gk_proj[0]]
-        # Only those with biases are one product with those that have some.
+        # A joint product needs all biases or none.
         return [inputs, others] if self.config.attention_bias else [inputs + others]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedGLADream | None":
-        """None where the model has something that the kernel does not know, or has been told what to run. The layers are
-        those of [`GLADreamModel`]: it sees to that."""
+        """None where the kernels do not cover the model, or its `attn_mode` names another implementation. The caller has
+        checked that the layers are those of [`GLADreamModel`]."""
         config, stack = model.config, model.model
         if config.attn_mode != "auto" or not can_be_captured(model) or is_patched(stack):
             return None
@@ -56,7 +56,7 @@ class FusedGLADream(FusedStack):
             norms += [layer.self_attn.g_norm_swish_gate, layer.input_layernorm, layer.post_attention_layernorm]
         if any(type(norm) is not nn.RMSNorm for norm in norms):
             return None
-        # The kernels read these themselves: quantised ones would be no memory to them.
+        # The kernels read these weights directly, which quantised ones do not support.
         parameters = [norm.weight for norm in norms]
         parameters += [parameter for decay in decays for parameter in (decay.weight, decay.bias)]
         parameters += [each.weight for layer in stack.layers for each in convolutions_of(layer.self_attn)]
@@ -100,7 +100,7 @@ class FusedGLADream(FusedStack):
 
     def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
         rows, size, slots = len(tokens), self.config.block_size, window.slots
-        # Each block is a row to all but the states, which the finished ones move on first.
+        # A batch of blocks, the finished ones first.
         by_block = (x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1) for x in (tokens, window.columns))
         moves = (window.final > window.columns[:, :1])[:, 0]
         hidden_states = self.last_hidden(*by_block, (slots, moves), cache)
@@ -119,7 +119,7 @@ class FusedGLADream(FusedStack):
 
 
 class EagerStep:
-    """The model's own forward pass as a step, where [`FusedGLADream`] does not know how."""
+    """The model's own forward pass as a step, where [`FusedGLADream`] does not cover the model."""
 
     def __init__(self, model: PreTrainedModel):
         self.reference, self.size = weakref.ref(model), model.config.block_size
