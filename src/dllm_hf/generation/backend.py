@@ -49,7 +49,7 @@ class ModelBackend:
     """The backend of a model of this package, or of one that [`custom_generate`] has wrapped.
 
     Args:
-        has_cache: whether passes read and write a cache.
+        has_cache: whether passes read and write one.
         fused: runs the passes that it covers, see [`DiffusionGenerationMixin.step_forward`].
         compiles: whether its small passes go through `torch.compile`.
         cfg_scale: of guidance. Above 0 every row has a second slot, `slots` further on, for the pass with its prompt masked.
