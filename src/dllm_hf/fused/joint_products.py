@@ -22,17 +22,18 @@ class JointProducts:
 
     def __init__(self, linears: list[nn.Module], is_shared: bool = False):
         """`is_shared`: whether another joint product has some of the parameters too."""
-        self.linears = linears
-        self.joint: list[torch.Tensor | None] = [None]
-        plain = all(type(linear) is nn.Linear and "forward" not in vars(linear) for linear in linears)
-        if plain and not is_shared and len({linear.bias is None for linear in linears}) == 1:
-            self.sizes = [len(linear.weight) for linear in linears]
-            names = ["weight"] if linears[0].bias is None else ["weight", "bias"]
+        self.linears, self.joint = linears, list[torch.Tensor]()
+        plain = [each for each in linears if type(each) is nn.Linear and "forward" not in vars(each)]
+        if len(plain) == len(linears) and not is_shared and len({linear.bias is None for linear in plain}) == 1:
+            self.sizes = [len(linear.weight) for linear in plain]
+            names = ["weight"] if plain[0].bias is None else ["weight", "bias"]
             with lock:
-                self.joint = [_side_by_side(linears, name) for name in names]
+                joint = [_side_by_side(plain, name) for name in names]
+            parts = [each for each in joint if each is not None]
+            self.joint = parts if len(parts) == len(names) else []
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if any(each is None for each in self.joint):
+        if not self.joint:
             return tuple(linear(x) for linear in self.linears)
         return nn.functional.linear(x, *self.joint).split(self.sizes, dim=-1)
 
@@ -59,7 +60,7 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
     reference = _joined.get(linears[0], {}).get(name)
     storage = None if reference is None else torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
     if storage is not None and (storage.nbytes(), storage.data_ptr()) == (_bytes(parameters), first.data_ptr()):
-        joint = torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape)
+        joint = torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape, first.stride())
         if [part.data_ptr() for part in joint.split(sizes)] == [each.data_ptr() for each in parameters]:
             return joint
 

@@ -1,6 +1,7 @@
 """The forward pass of a decoder of transformers on our kernels, for decoding on a GPU."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from ..generation.cache import CanvasCache
 from ..generation.window import Window
 from ..kernels.attention import canvas_attention, canvas_attention_torch
 from ..kernels.layers import (
@@ -56,7 +56,8 @@ class FusedStack:
     """Embeddings, layers, last norm and head of a model, without a reference to the model, so that an entry of a
     `WeakKeyDictionary` can be collected."""
 
-    def __init__(self, stack: PreTrainedModel, head: nn.Module):
+    def __init__(self, stack: Any, head: nn.Module):
+        """`stack`: with `embed_tokens`, `layers`, `norm` and `rotary_emb`, as the library's decoders."""
         self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
         self.head, self.config, self.dtype = head, stack.config, stack.dtype
         inputs = [self.inputs_of(layer.self_attn) for layer in self.layers]
@@ -76,7 +77,7 @@ class FusedStack:
         self.attend_to = canvas_attention if self.is_fused else canvas_attention_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
 
-    def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
+    def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         """The modules that read an attention's input, in groups that can be joint products."""
         return [[getattr(attention, f"{name}_proj") for name in "qkv"]]
 
@@ -84,7 +85,8 @@ class FusedStack:
     def of(cls, model: PreTrainedModel) -> "FusedStack | None":
         """None where the kernels do not cover the model: adapters, hooks, an attention other than SDPA or `canvas`, parts on
         several devices."""
-        stack, config = model.model, model.config
+        stack: Any = model.model
+        config = model.config
         if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(stack):
             return None
         rope = config.rope_parameters or {}
@@ -103,7 +105,7 @@ class FusedStack:
         """Whether it can run a pass over the window."""
         return True
 
-    def prepare(self, cache: CanvasCache, slots: int) -> None:
+    def prepare(self, cache: Any, slots: int) -> None:
         """Allocate the cache before a pass is captured or compiled."""
         for layer, slot in zip(self.layers, cache.layers, strict=True):
             if not slot.is_initialized:
@@ -112,14 +114,14 @@ class FusedStack:
                 nothing = torch.empty(shape, dtype=self.dtype, device=layer.input_layernorm.weight.device)
                 slot.lazy_initialization(nothing, nothing)
 
-    def __call__(self, tokens: torch.Tensor, window: Window, cache: CanvasCache) -> torch.Tensor:
+    def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window into the cache: `(rows, window)` tokens ->
         `(rows, kept, vocab)` logits."""
         base = window.slots * cache.layers[0].width
         sees = (base, window.lengths, base[:, None] + window.columns)
         return self.head(self.last_hidden(tokens, window.columns, sees, cache, window.keep))
 
-    def last_hidden(self, tokens, columns, sees, cache: CanvasCache, keep=None) -> torch.Tensor:
+    def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
         """The output of the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: see
         [`FusedStack.attend`]."""
         total = self.embed(tokens)
@@ -137,7 +139,7 @@ class FusedStack:
             normed, total = self._add_norm(self._feed_forward(index, normed), total, norm)
         return normed
 
-    def attend(self, index: int, normed, cos, sin, sees, cache: CanvasCache) -> torch.Tensor:
+    def attend(self, index: int, normed, cos, sin, sees, cache: Any) -> torch.Tensor:
         """Attention of a layer without `o_proj`: `(rows, window, hidden)` -> `(rows, window, heads * head_dim)`.
 
         Args:
@@ -146,14 +148,14 @@ class FusedStack:
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
         query, key, value = self.inputs[index][0](normed)
-        norms = ()
+        norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
         (base, lengths, columns), (keys, values) = sees, slot.arenas()
         query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
         return self.attend_to(query, keys, values, lengths, base, slot.width, attention.scaling).flatten(2)
 
-    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
         return self.add_norm(x, residual, norm.weight, norm.variance_epsilon)
 
     def _feed_forward(self, index: int, normed: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -64,7 +65,7 @@ class ModelBackend:
         compiles: bool = False,
     ):
         self.model, self.has_cache, self.fused, self.cfg_scale = model, has_cache, fused, cfg_scale
-        self.fused_step = torch.compile(fused.__call__, dynamic=False) if fused and compiles else fused
+        self.compiled = torch.compile(fused.__call__, dynamic=False) if fused and compiles else None
         self.device, self.vocab_size = model.device, model.config.vocab_size
         self.logits_shift, self.block_grid = model.logits_shift, model.block_grid
         self.sees_earlier_blocks, self.confidence_source = model.sees_earlier_blocks, model.confidence_source
@@ -100,7 +101,8 @@ class ModelBackend:
             tokens, window = torch.cat([tokens, unconditional]), window.repeated(2, slots)
         if self.fused is not None and self.fused.covers(window):
             is_step = window.block.shape[1] and not window.is_canvas
-            logits = (self.fused_step if is_step else self.fused)(tokens, window, state)
+            run = self.compiled if self.compiled and is_step else self.fused
+            logits = run(tokens, window, state)
         else:
             logits = self._forward(tokens, window, state)
         return logits if unconditional is None else guide(logits, self.cfg_scale)
@@ -121,7 +123,7 @@ class ModelBackend:
                 logits_to_keep=window.keep,
             ).logits
 
-    def _mask(self, window: Window, state: CanvasCache | None) -> torch.Tensor | None:
+    def _mask(self, window: Window, state: CanvasCache | None) -> torch.Tensor | BlockMask | None:
         """The attention mask of a window: None where every token sees all, `(rows, keys)`, or a 4-D mask."""
         lengths = window.lengths
         if not self.model.makes_masks:  # the model derives its mask; without a cache it must know the padding

@@ -14,28 +14,29 @@ import torch
 
 from .cache import CanvasCache
 from .canvas import Canvas
+from .contract import DenoisingModel, StepForward
 from .graphs import StepGraphs
 
 MAX_IDLE = 2
 
 # Reentrant: a finalizer (`_release_unless_changed`) may run while this thread holds the lock.
 _lock = threading.RLock()
-_idle: "weakref.WeakKeyDictionary[torch.nn.Module, list[Workspace]]" = weakref.WeakKeyDictionary()
-_fused: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple, Any]]" = weakref.WeakKeyDictionary()
+_idle: "weakref.WeakKeyDictionary[DenoisingModel, list[Workspace]]" = weakref.WeakKeyDictionary()
+_fused: "weakref.WeakKeyDictionary[DenoisingModel, tuple[tuple, Any]]" = weakref.WeakKeyDictionary()
 
 
 class Workspace:
     """Buffers of a number of slots and columns, and the graphs that read them.
 
     Args:
-        state: the cache, of the canvas' columns and the scratch column.
+        state: the backend's, a cache of the canvas' columns and the scratch column.
         key: what calls that share it must have in common: the model's fingerprint, slots, capacity, copies for guidance.
 
     Attributes:
         pointers: see [`pointers_of`], when a call last left the cache to a conversation.
     """
 
-    def __init__(self, canvas: Canvas, state: CanvasCache | None, key: tuple = ()):
+    def __init__(self, canvas: Canvas, state: Any, key: tuple = ()):
         self.canvas, self.state, self.key = canvas, state, key
         self.graphs = StepGraphs(canvas.device)
         self.pointers: tuple = ()
@@ -53,7 +54,7 @@ def capacity_for(width: int, step: int) -> int:
     return -(-width // step) * step
 
 
-def acquire(model: torch.nn.Module, key: tuple, make: Callable[[], Workspace]) -> Workspace:
+def acquire(model: DenoisingModel, key: tuple, make: Callable[[], Workspace]) -> Workspace:
     """An idle workspace of this `key`, or else a new one; its cache is empty."""
     with _lock:
         idle = _idle.setdefault(model, [])
@@ -65,7 +66,7 @@ def acquire(model: torch.nn.Module, key: tuple, make: Callable[[], Workspace]) -
     return make()
 
 
-def release(model: torch.nn.Module, workspace: Workspace) -> None:
+def release(model: DenoisingModel, workspace: Workspace) -> None:
     """Keep a workspace for later calls, in exchange for the oldest if there are too many."""
     with _lock:
         idle = _idle.setdefault(model, [])
@@ -73,7 +74,7 @@ def release(model: torch.nn.Module, workspace: Workspace) -> None:
         del idle[:-MAX_IDLE]
 
 
-def hold(model: torch.nn.Module, workspace: Workspace) -> CanvasCache:
+def hold(model: DenoisingModel, workspace: Workspace) -> CanvasCache:
     """The cache of a workspace, for a conversation to continue. The workspace is released when that cache is collected."""
     # A shallow copy: cache -> workspace -> cache would be a reference cycle.
     cache = copy.copy(workspace.state)
@@ -84,11 +85,12 @@ def hold(model: torch.nn.Module, workspace: Workspace) -> CanvasCache:
 
 def _release_unless_changed(model: weakref.ref, workspace: Workspace, pointers: tuple) -> None:
     # The layers are shared with the conversation's cache: release the buffers only if none was replaced.
-    if model() is not None and workspace.key and pointers_of(workspace.state) == pointers:
-        release(model(), workspace)
+    held = model()
+    if held is not None and workspace.key and pointers_of(workspace.state) == pointers:
+        release(held, workspace)
 
 
-def release_all(model: torch.nn.Module) -> None:
+def release_all(model: DenoisingModel) -> None:
     """Free the idle workspaces of a model."""
     with _lock:
         _idle.pop(model, None)
@@ -101,7 +103,7 @@ def pointers_of(cache: CanvasCache) -> tuple:
     return tuple(tensor.data_ptr() for tensor in held)
 
 
-def fingerprint_of(model: torch.nn.Module) -> tuple:
+def fingerprint_of(model: DenoisingModel) -> tuple:
     """All that a captured forward pass depends on: configuration, modes, modules, hooks, and the addresses of weights. A
     graph replays the pass as it was captured, whatever the model holds later."""
     found: list = [str(vars(model.config)), torch.is_autocast_enabled(model.device.type), model.dtype]
@@ -116,7 +118,7 @@ def fingerprint_of(model: torch.nn.Module) -> tuple:
     return tuple(found)
 
 
-def fused_of(model: torch.nn.Module) -> tuple[Any, tuple]:
+def fused_of(model: DenoisingModel) -> tuple[StepForward | None, tuple]:
     """The model's `step_forward()`, made once for each fingerprint since that takes milliseconds for 8B parameters, and the
     model's fingerprint."""
     fingerprint = fingerprint_of(model)

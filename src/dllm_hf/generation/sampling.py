@@ -1,6 +1,7 @@
 """Logits to proposals: guidance, warpers, arg-max or Gumbel-max, and the scores of the proposals."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
@@ -74,7 +75,8 @@ def process(processors: LogitsProcessorList, input_ids: torch.Tensor, logits: to
     `input_ids`: `(rows, length)`, the sequence that processors see for every position of a row.
     """
     rows, block, vocab = logits.shape
-    input_ids = input_ids.repeat_interleave(block, dim=0)
+    # The library annotates a class of which no tensor is an instance.
+    input_ids = cast(torch.LongTensor, input_ids.repeat_interleave(block, dim=0))
     return processors(input_ids, logits.reshape(rows * block, vocab)).view(rows, block, vocab)
 
 

@@ -4,6 +4,7 @@ convolutions.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,14 +30,14 @@ from .kernels_gla_dream import (
 class FusedGLADream(FusedStack):
     """The [`FusedStack`] of a GLADream, for windows of one block or two."""
 
-    def __init__(self, stack: PreTrainedModel, head: nn.Module):
+    def __init__(self, stack: Any, head: nn.Module):
         super().__init__(stack, head)
         self.convolve = short_convolutions if self.is_fused else short_convolutions_torch
         self.read = read_block if self.is_fused else read_block_torch
         self.mix = mix_scans if self.is_fused else mix_scans_torch
         self.move = move_states if self.is_fused else move_states_torch
 
-    def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
+    def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         (inputs,), others = super().inputs_of(attention), [attention.g_proj, attention.gk_proj[0]]
         # A joint product needs all biases or none.
         return [inputs, others] if self.config.attention_bias else [inputs + others]
@@ -45,7 +46,8 @@ class FusedGLADream(FusedStack):
     def of(cls, model: PreTrainedModel) -> "FusedGLADream | None":
         """None where the kernels do not cover the model, or its `attn_mode` names another implementation. The caller has
         checked that the layers are those of [`GLADreamModel`]."""
-        config, stack = model.config, model.model
+        stack: Any = model.model
+        config = model.config
         if config.attn_mode != "auto" or not can_be_captured(model) or is_patched(stack):
             return None
         sizes = (config.block_size, config.head_dim, config.head_v_dim, config.gate_low_rank_dim)
@@ -101,20 +103,20 @@ class FusedGLADream(FusedStack):
     def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
         rows, size, slots = len(tokens), self.config.block_size, window.slots
         # A batch of blocks, the finished ones first.
-        by_block = (x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1) for x in (tokens, window.columns))
+        by_block = lambda x: x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1)
         moves = (window.final > window.columns[:, :1])[:, 0]
-        hidden_states = self.last_hidden(*by_block, (slots, moves), cache)
+        hidden_states = self.last_hidden(by_block(tokens), by_block(window.columns), (slots, moves), cache)
         hidden_states = hidden_states.unflatten(0, (-1, rows)).transpose(0, 1).flatten(1, 2)
         if not self.config.logits_shift:
             return self.head(hidden_states.take_along_dim(window.keep[..., None], dim=1))
         with_before = cache.with_token_before(hidden_states, window)
         logits = self.head(with_before.take_along_dim(window.keep[..., None] + 1, dim=1))
-        if hidden_states.shape[1] > size:
+        if hidden_states.shape[1] > size and cache.last_hidden is not None:
             last = torch.where(moves[:, None], hidden_states[:, size - 1], cache.last_hidden[slots])
             cache.last_hidden.index_copy_(0, slots, last)
         return logits
 
-    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
         return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)
 
 
@@ -125,7 +127,7 @@ class EagerStep:
         self.reference, self.size = weakref.ref(model), model.config.block_size
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> Any:
         return self.reference()
 
     def covers(self, window: Window) -> bool:

@@ -98,7 +98,7 @@ def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device)
     """Pipeline stages of the loads: three, or as many as fit into shared memory. `row`: bytes of a row."""
     room = 48 * 1024
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined] # not in the stub
     return max(1, min(3, (room - block_m * row) // (2 * block_n * row)))
 
 

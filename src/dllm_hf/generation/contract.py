@@ -1,0 +1,67 @@
+"""What decoding asks of a model."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .window import Window
+
+
+class StepForward(Protocol):
+    """Runs the steps on a GPU in the place of a model's `forward`, without guidance. It is kept as long as the model and
+    must hold no reference to it."""
+
+    def covers(self, window: Window) -> bool:
+        """Whether it can run a pass over the window."""
+
+    def prepare(self, cache: Any, slots: int) -> None:
+        """Allocate the tensors of a cache for so many slots."""
+
+    def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
+        """`(rows, window)` tokens -> `(rows, block, vocab)` logits at `window.keep`."""
+
+
+class DenoisingModel(nn.Module):
+    """The base of models that can be decoded; the class attributes say all that decoding knows of an architecture.
+
+    Attributes:
+        config: with `vocab_size` and the special tokens; each family has its own class.
+        logits_shift: the logits of position i stand at position i - `logits_shift`.
+        block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
+        cache_policies: the policies that the model can decode with, the default first.
+        default_block_length: positions decoded together; `None` decodes all masks as one block.
+        default_remasking_strategy: used where neither call nor `generation_config.json` names one.
+        confidence_source: `"raw"` reads confidence from the logits as the model gave them, `"processed"` after
+            temperature, top-k and top-p.
+        sees_earlier_blocks: whether a token sees its own and earlier blocks alone; otherwise it sees the whole canvas.
+        makes_masks: whether attention takes a mask that the loop makes; otherwise the model derives it from the blocks.
+        has_fixed_block_length: whether the model decodes in blocks of `default_block_length` alone.
+        capacity_step: the fast path allocates a multiple of this number of columns. The steps of a conversation that
+            outgrows its columns are captured anew.
+    """
+
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    logits_shift: int = 0
+    block_grid: str = "prompt"
+    cache_policies: tuple[str, ...] = ("none",)
+    default_remasking_strategy: str = "low_confidence_static"
+    confidence_source: str = "processed"
+    sees_earlier_blocks: bool = False
+    makes_masks: bool = True
+    has_fixed_block_length: bool = False
+    capacity_step: int = 256
+
+    @property
+    def default_block_length(self) -> int | None:  # a property, since some families read it from their configuration
+        return 32
+
+    def make_cache(self, width: int) -> Any:
+        """An empty [`cache.CanvasCache`] for a canvas of `width` columns."""
+        raise NotImplementedError
+
+    def step_forward(self) -> StepForward | None:
+        """A new one for the model as it is now; None where there is none."""
+        return None
