@@ -9,7 +9,8 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from ..kernels.best_tokens import best_tokens
 from .configuration import DiffusionGenerationConfig
 
-CHUNK = 128  # tokens
+# Tokens in a chunk of [`first_of_the_largest`]; logits in a piece of [`score`].
+CHUNK, PIECE = 128, 65536
 
 
 class Noise:
@@ -141,7 +142,17 @@ def first_of_the_largest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def score(name: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """One of the scores of [`propose`]."""
+    """One of the scores of [`propose`]. On a CPU a few positions at a time: temporaries as large as the logits cost more in
+    page faults than in arithmetic."""
+    if logits.is_cuda:
+        return score_whole(name, logits, proposals, mask_token_id)
+    positions = max(PIECE // logits.shape[-1], 1)
+    pieces = zip(logits.flatten(0, 1).split(positions), proposals.flatten().split(positions), strict=True)
+    return torch.cat([score_whole(name, *piece, mask_token_id) for piece in pieces]).view_as(proposals)
+
+
+def score_whole(name: str | None, logits: torch.Tensor, proposals: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """[`score`] of all positions at once."""
     if name is None:
         is_nan = logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
         return torch.zeros(proposals.shape, device=logits.device).masked_fill(is_nan, torch.nan)
