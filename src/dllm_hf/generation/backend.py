@@ -1,16 +1,15 @@
 """Where logits come from: the protocol that the loop asks for, and the backend of the library's models."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from .attention import without_flash_attention
 from .cache import CanvasCache
+from .contract import DenoisingModel, StepForward
 from .sampling import guide
 from .window import Window
 
@@ -51,16 +50,16 @@ class ModelBackend:
 
     Args:
         has_cache: whether passes read and write one.
-        fused: runs the passes that it covers, see [`DiffusionGenerationMixin.step_forward`].
+        fused: runs the passes that it covers, see [`contract.StepForward`].
         compiles: whether its small passes go through `torch.compile`.
         cfg_scale: of guidance. Above 0 every row has a second slot, `slots` further on, for the pass with its prompt masked.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: DenoisingModel,
         has_cache: bool,
-        fused: Callable | None = None,
+        fused: StepForward | None = None,
         cfg_scale: float = 0.0,
         compiles: bool = False,
     ):
