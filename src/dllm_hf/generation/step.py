@@ -82,11 +82,6 @@ def draw(
     return drawn
 
 
-def still_open(masked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """`(rows, block)` bool: `masked`, without the rows in which every masked position is hidden from the output."""
-    return masked & (masked & shown).any(-1, keepdim=True)
-
-
 def denoise(
     canvas: Canvas,
     window: Window,
@@ -112,7 +107,8 @@ def denoise(
     masked = (now == features.mask_token_id) & (window.block < canvas.capacity)
     if "bernoulli" in features.rules:
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
-    masked = still_open(masked, window.shown)
+    # A row is done once no shown position is masked, whatever is left behind the cut.
+    masked = masked & (masked & window.shown).any(-1, keepdim=True)
     proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits)
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)

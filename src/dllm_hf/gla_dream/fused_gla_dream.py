@@ -76,7 +76,8 @@ class FusedGLADream(FusedStack):
         """`normed`: `(blocks * rows, block_size, hidden)`, block after block; `sees`: `slots` and `moves`, see
         [`move_states`]."""
         slots, moves = sees
-        attention, state = self.layers[index].self_attn, cache.layers[index].state
+        attention = self.layers[index].self_attn
+        state: Any = cache.layers[index].state  # allocated by `prepare`
         query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
         if convolutions := convolutions_of(attention):
             query, key, value = self.convolve((query, key, value), [each.weight for each in convolutions])
