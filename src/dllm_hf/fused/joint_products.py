@@ -46,11 +46,9 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
     """The joint tensor of the parameters of this name, which become its parts; None where they cannot be joined."""
     parameters = [getattr(linear, name) for linear in linears]
     first = parameters[0]
-    if any(type(each) is not nn.Parameter or not each.is_contiguous() for each in parameters):
+    if any(type(each) is not nn.Parameter or not each.is_contiguous() or each.is_inference() for each in parameters):
         return None
     if len({(each.dtype, each.device, each.shape[1:]) for each in parameters}) > 1:
-        return None
-    if any(each.is_inference() for each in parameters):
         return None
     if not first.is_floating_point() or len({each.data_ptr() for each in parameters}) < len(parameters):
         return None

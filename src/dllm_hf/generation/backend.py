@@ -21,7 +21,7 @@ class Backend(Protocol):
     Attributes:
         device: of tokens and windows.
         vocab_size: of the logits.
-        logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`DiffusionGenerationMixin`].
+        logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`contract.DenoisingModel`].
     """
 
     device: torch.device
