@@ -1,4 +1,4 @@
-"""The one loop: rows that come and go, each at its own block and step, one denoising step at a time."""
+"""The decoding loop: rows join and leave, each at its own block and step, one denoising step at a time."""
 
 from collections.abc import Callable
 
@@ -15,17 +15,16 @@ from .window import Frame, Window, make_window
 
 
 class Decoder:
-    """Decodes the rows that it holds; each gets what it gets alone.
+    """Decodes the rows that it holds; each gets the tokens that it would get alone.
 
     Args:
         backend: gives the logits.
-        workspace: the buffers, and with them the number of slots and of columns.
+        workspace: the buffers, which fix the number of slots and of columns.
         uses_graphs: whether steps that the backend covers are captured.
         process: `(logits, rows) -> logits`, runs between forward pass and selection, over the logits of every row that the
-            decoder holds, `(rows, block, vocab)`. No step is captured then: a graph does not expose them.
-        after_step: `has_passed -> None`, runs when a step has transferred its tokens, and is told whether it made a forward
-            pass.
-        is_hooked: whether it may change tokens, so that only the canvas knows what is left.
+            decoder holds, `(rows, block, vocab)`. No step is captured then: a graph does not expose its logits.
+        after_step: `has_passed -> None`, runs after each step; `has_passed`: whether the step made a forward pass.
+        is_hooked: whether `after_step` may change tokens, so that only the canvas knows which masks are left.
 
     Attributes:
         num_forward_passes: of all rows together.
@@ -44,23 +43,23 @@ class Decoder:
         self.uses_graphs, self.process = uses_graphs and process is None, process
         self.after_step, self.is_hooked = after_step, is_hooked
         self.rows: list[Row | None] = [None] * self.canvas.slots
-        self.features: dict[int, Features] = {}  # of each slot's row
+        self.features: dict[int, Features] = {}  # by slot
         self.num_forward_passes = 0
         self._window: tuple[tuple, Window] | None = None
 
     @classmethod
     def open(cls, backend: Backend, slots: int, capacity: int, **options) -> "Decoder":
-        """A decoder with buffers of its own. `capacity`: columns of each slot; `options`: as above."""
+        """A decoder with new buffers. `capacity`: columns of each slot; `options`: see the class."""
         canvas = Canvas(slots, capacity, backend.device)
         return cls(backend, Workspace(canvas, backend.open(slots, capacity + 1)), **options)
 
-    # --- rows come and go
+    # --- rows join and leave
 
     def add(self, *requests: Request, final_lengths: list[int] | None = None) -> list[Row]:
         """Begin to decode rows.
 
         Args:
-            final_lengths: for each, the column up to which the state holds what is final.
+            final_lengths: for each row, the column up to which the state is final; 0 where none are given.
 
         Raises:
             ValueError: there is no slot left, or a row is longer than its extent.
@@ -82,12 +81,12 @@ class Decoder:
                 backend.forget(self.workspace.state, row.slot, -1, 0, row.block_length)
             row.final_length = length
             self.rows[row.slot], self.features[row.slot] = row, Features.of(row)
-        self.canvas.place(rows)
+        self.canvas.load(rows)
         present = [row for row in self.rows if row is not None]
         for index, name in enumerate(LISTS):
             widths = {row: self.features[row.slot].widths[index] for row in present}
             for width in set(widths.values()) - {0}:
-                self.canvas.place_list(name, width, [row for row in present if widths[row] <= width])
+                self.canvas.load_list(name, width, [row for row in present if widths[row] <= width])
         return rows
 
     def remove(self, row: Row) -> None:
@@ -97,12 +96,12 @@ class Decoder:
             self.features.pop(row.slot)
 
     def forget(self, row: Row, column: int) -> int:
-        """Forget what the state holds of a row from `column` on. Returns the column up to which it is final now."""
+        """Forget the state of a row from `column` on. Returns the column up to which the row is final now."""
         return self.backend.forget(self.workspace.state, row.slot, row.final_length, column, row.block_length)
 
     @property
     def busy(self) -> list[Row]:
-        """The rows that are not done."""
+        """The rows that are not done yet."""
         return [row for row in self.rows if row is not None and not row.is_done]
 
     # --- one step
@@ -120,8 +119,8 @@ class Decoder:
             self._pass(group)
         if self.after_step is not None:
             self.after_step(self.num_forward_passes > before)
-        looks = [row for row in rows if self._must_look(row)]
-        report = self._report(looks) if looks else {}
+        checked = [row for row in rows if self._must_check(row)]
+        report = self._report(checked) if checked else {}
         finished = []
         for row in rows:
             left, has_end = report.get(row.slot, (True, False))
@@ -141,15 +140,15 @@ class Decoder:
         uniform = lambda width: Noise(self.canvas.device, [row.request.generator], [width]).uniform((1, width))[0]
         plan = row.open_block(uniform, masked)
         if plan is not None:
-            self.canvas.place_plan(row, plan)
+            self.canvas.load_plan(row, plan)
 
-    def _must_look(self, row: Row) -> bool:
-        """Whether the host must know what the last step left: if the block is filled, or if it holds an end."""
+    def _must_check(self, row: Row) -> bool:
+        """Whether the host must read from the device if a row's block is filled, or if it holds an end of sequence."""
         is_last = row.step + 1 >= len(row.quotas)
         return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
 
     def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool]]:
-        """By slot: whether a mask is left in the row's block among what is shown, and whether it holds an end."""
+        """By slot: whether a mask is left in the shown part of the row's block, and whether the block holds an end."""
         if not self.is_hooked:
             report = self.canvas.report.tolist()
             return {row.slot: (bool(report[row.slot][0]), bool(report[row.slot][1])) for row in rows}
@@ -162,8 +161,8 @@ class Decoder:
         return found
 
     def _groups(self, rows: list[Row]) -> list[list[Row]]:
-        """The rows of each forward pass of a step. Rows whose windows are long go apart, unless all fit into a small pass:
-        the others would be padded to their length."""
+        """The rows of each forward pass of a step. Long windows have a pass of their own, unless all rows fit into a small
+        pass: short windows would be padded to the length of the long ones."""
         if not rows or self.process is not None:
             return [rows] if rows else []
         widths = [frame.end - frame.start for frame in (row.frame() for row in rows)]
@@ -175,16 +174,15 @@ class Decoder:
         return [group for group in (wide, narrow) if group]
 
     def _pass(self, rows: list[Row]) -> None:
-        """One forward pass over the windows of rows, and what follows from it."""
+        """One denoising step of the windows of rows."""
         rows = sorted(rows, key=lambda row: row.slot)
-        if self.process is not None:  # which knows all of them
-            every = [row for row in self.rows if row is not None]
-        else:
-            every = rows
+        # `process` gets the logits of all rows.
+        every = rows if self.process is None else [row for row in self.rows if row is not None]
+        device = self.canvas.device
         frames = [row.frame() if row in rows else self._idle_frame() for row in every]
         slots = [row.slot for row in every]
         if self.uses_graphs and len(slots) < self.canvas.slots:
-            # Subsets of many sizes would be as many graphs: idle rows fill up to a power of two.
+            # Each number of rows is a graph: idle rows fill it up to a power of two.
             wanted = min(1 << (len(slots) - 1).bit_length(), self.canvas.slots)
             others = [slot for slot in range(self.canvas.slots) if slot not in slots][: wanted - len(slots)]
             slots, frames = slots + others, frames + [self._idle_frame()] * len(others)
@@ -193,16 +191,14 @@ class Decoder:
         quotas = [
             [row.quotas[row.step], row.step] if row in rows and not row.is_prefilling else [0, 0] for row in every
         ]
-        # Not blocking: the host must keep ahead of the steps.
-        quota = torch.tensor(quotas + [[0, 0]] * (len(slots) - len(every))).to(self.canvas.device, non_blocking=True)
-        noise = {}
-        if window.block.shape[1]:
-            noise = draw(
-                features, rows, (len(rows), window.block.shape[1], self.backend.vocab_size), window.block.device
-            )
+        # Non-blocking, so that the host keeps ahead of the device.
+        quota = torch.tensor(quotas + [[0, 0]] * (len(slots) - len(every))).to(device, non_blocking=True)
+        noise: dict[str, torch.Tensor] = {}
+        if width := window.block.shape[1]:
+            noise = draw(features, rows, (len(rows), width, self.backend.vocab_size), device)
             if len(slots) > len(rows):
-                places = torch.tensor([slots.index(row.slot) for row in rows], device=window.block.device)
-                spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, places, each)
+                indices = torch.tensor([slots.index(row.slot) for row in rows], device=device)
+                spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, indices, each)
                 noise = {use: spread(each) for use, each in noise.items()}
         self._run(window, quota, noise, features)
         self.num_forward_passes += 1
@@ -215,15 +211,15 @@ class Decoder:
         guided = getattr(backend, "cfg_scale", 0)
 
         def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
-            masked = ()
+            guidance = {}
             if guided:
-                given = canvas.given[window.slots[:, None], window.columns]
-                masked = (torch.where(given, features.mask_token_id, tokens),)
-            logits = backend(tokens, window, state, *masked)
+                is_prompt = canvas.is_prompt[window.slots[:, None], window.columns]
+                guidance["unconditional"] = torch.where(is_prompt, features.mask_token_id, tokens)
+            logits = backend(tokens, window, state, **guidance)
             if self.process is None or not window.block.shape[1]:
                 return logits
-            takes_part = quota[:, :1, None] > 0  # of other rows the logits mean nothing
-            return self.process(logits.masked_fill_(~takes_part, 0), [row for row in self.rows if row])
+            is_idle = quota[:, :1, None] == 0  # the logits of idle rows are undefined
+            return self.process(logits.masked_fill_(is_idle, 0), [row for row in self.rows if row])
 
         def compute(window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
             denoise(canvas, window, quota, forward, noise, features, reads_raw_logits)
@@ -245,5 +241,5 @@ class Decoder:
         return self._window[1]
 
     def _idle_frame(self) -> Frame:
-        """Of a row that takes no part: it feeds the scratch column, and nothing reads it."""
+        """The frame of an idle slot, which feeds the scratch column."""
         return Frame(self.canvas.capacity, self.canvas.capacity + 1, 0, 0, 1, 0, 0, 0)
