@@ -1,6 +1,6 @@
 """LLaDA model configuration, in the names of the published checkpoints."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -37,8 +37,6 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
     base_model_tp_plan = LlamaConfig.base_model_tp_plan
     base_model_pp_plan = LlamaConfig.base_model_pp_plan
     default_theta = 500000.0
-    # Read by the library's mask functions: attention has no direction.
-    is_causal: ClassVar[bool] = False
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",

@@ -1,6 +1,6 @@
 """SDAR model configuration."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config
@@ -32,8 +32,6 @@ class SDARConfig(BlockDiffusionConfigMixin, Qwen3Config):
 
     model_type = "sdar"
     default_theta = 1000000.0
-    # Read by the library's mask functions: inside a block attention has no direction.
-    is_causal: ClassVar[bool] = False
 
     block_size: int = 4
     mask_token_id: int | None = 151669
