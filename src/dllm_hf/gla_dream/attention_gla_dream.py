@@ -122,8 +122,7 @@ class GLADreamAttention(nn.Module):
         query, key, value, log_decay = (
             x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
         )
-        moves_on = cache is not None and not (isinstance(layout.final, int) and layout.final == 0)
-        needs_ends = moves_on or layout.blocks > 1 or layout.clean_rows > 0
+        needs_ends = layout.final is not None or layout.blocks > 1 or layout.clean_rows > 0
         options = {"output_final_state": needs_ends, "mode": self.config.attn_mode}
         scans = [
             gated_linear_attention(query, key, value, log_decay, reverse=reverse, **options)
@@ -133,12 +132,8 @@ class GLADreamAttention(nn.Module):
         states = cache.layers[self.layer_idx].rows_of(layout.window) if cache is not None else None
         if needs_ends:
             states = self._states(layout, states, rows, scans, log_decay)
-            if moves_on:
-                final = layout.final
-                if isinstance(final, int):
-                    after = states[:, final]
-                else:
-                    after = states.gather(1, final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
+            if layout.final is not None:
+                after = states.gather(1, layout.final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
                 cache.layers[self.layer_idx].update(after, forward.dtype, layout.window)
             states = states[:, :-1]
             if layout.clean_rows:

@@ -18,7 +18,7 @@ class BlockLayout:
     slots: `(rows, length)`, where in the blocks each token stands; None where they stand in order from the start.
     samples: `(rows, blocks)`, which of the samples packed into a row a block belongs to; None where it is one.
     window: of the decoding loop, which says in which slots of a cache the rows stand; None where they are the cache's.
-    final: blocks from the first on that move a cache's state on, a number or `(rows,)`.
+    final: `(rows,)`, how many blocks from the first on move the state of a cache on; None where none does in any row.
     clean_rows: the last rows, if any, whose states the rows before them read.
     """
 
@@ -28,7 +28,7 @@ class BlockLayout:
     slots: torch.Tensor | None = None
     samples: torch.Tensor | None = None
     window: Window | None = None
-    final: int | torch.Tensor = 0
+    final: torch.Tensor | None = None
     clean_rows: int = 0
 
     def to_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -46,9 +46,9 @@ class BlockLayout:
         return blocks.gather(1, slots.expand(-1, -1, blocks.shape[-1]))
 
 
-def block_count(length: int | torch.SymInt, block_size: int) -> int | torch.SymInt:
-    """The blocks that `length` tokens stand in. A program that is exported for any length gets an empty one more: where
-    there might be one alone, tracing would decide for good whether there is."""
+def block_count(length: int, block_size: int) -> int:
+    """The blocks of `length` tokens. A program exported for any length, a `SymInt`, gets an empty block more: whether
+    there is only one block would be decided at tracing."""
     blocks = -(-length // block_size)
     return blocks if isinstance(length, int) else blocks + 1
 

@@ -6,6 +6,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..generation.cache import CanvasCache
 from ..generation.window import Window
+from ..modeling import keep_positions
 
 
 def is_step(window: Window, block_size: int) -> bool:
@@ -162,6 +163,18 @@ class GLADreamCache(CanvasCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("A recurrent state cannot be cropped: start again with a new cache.")
+
+    def keep_last_hidden(self, hidden_states: torch.Tensor, final: torch.Tensor, window: Window | None) -> None:
+        """Keep the hidden state of the last of the `final` tokens, `(rows,)`, of each row that has any."""
+        fresh = keep_positions(hidden_states, (final - 1).clamp(min=0)[:, None])[:, 0]
+        if window is None:
+            self.last_hidden = fresh
+            return
+        if self.last_hidden is None:
+            self.last_hidden = fresh.new_zeros(self.layers[0].slots or len(fresh), fresh.shape[1])
+        # In place: graphs read this buffer.
+        kept = torch.where((final > 0)[:, None], fresh, self.last_hidden[window.slots])
+        self.last_hidden.index_copy_(0, window.slots, kept)
 
     def with_token_before(self, hidden_states: torch.Tensor, window: Window | None) -> torch.Tensor:
         """`(rows, length, hidden)` of a window -> `(rows, 1 + length, hidden)`, the token before it first. Where the text
