@@ -175,7 +175,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
                 layout.final = ((window.final - start) // size).clamp(min=0)[:, 0]
             return inputs_embeds, layout
 
-        if cache.seen is None:
+        if cache.state_length is None:
             raise ValueError(
                 "`past_key_values` comes from a call whose rows ended at different columns, or that did not end: "
                 "pass it to `diffusion_generate`, or start with a new cache."
@@ -199,11 +199,11 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             )
         if cache.pending is not None:
             inputs_embeds = torch.cat([cache.pending, inputs_embeds], dim=1)
-        layout = self._contiguous_layout(cache.seen, inputs_embeds)
+        layout = self._contiguous_layout(cache.state_length, inputs_embeds)
         rows, length, _ = inputs_embeds.shape
         if length >= size:
             layout.final = torch.full((rows,), length // size, device=inputs_embeds.device)
-        cache.move_on(length - length % size, inputs_embeds[:, length - length % size :])
+        cache.advance(length - length % size, inputs_embeds[:, length - length % size :])
         return inputs_embeds, layout
 
 

@@ -15,7 +15,7 @@ class SDARMoeConfig(BlockDiffusionConfigMixin, Qwen3MoeConfig):
     model_type = "sdar_moe"
     default_theta = 1000000.0
 
-    # The other way round than in the library, so that the published name stays on disk.
+    # The inverse of the library's, so that the published name stays on disk.
     attribute_map = {"num_local_experts": "num_experts"}
 
     head_dim: int | None = 128
