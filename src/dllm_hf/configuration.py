@@ -54,11 +54,11 @@ class DiffusionConfigMixin(PreTrainedConfig):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"`{field.name}={value}` is no number: correct the configuration.")
         for name in SIZES:
-            value, written = getattr(self, name, None), self.attribute_map.get(name, name)
+            value, disk_name = getattr(self, name, None), self.attribute_map.get(name, name)
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"`{written}={value}` must be at least 1: correct the configuration.")
+                raise ValueError(f"`{disk_name}={value}` must be at least 1: correct the configuration.")
             if name == "num_hidden_layers" and isinstance(value, int) and value > MAX_LAYERS:
-                raise ValueError(f"`{written}={value}` are more than {MAX_LAYERS} layers: correct the configuration.")
+                raise ValueError(f"`{disk_name}={value}` are more than {MAX_LAYERS} layers: correct the configuration.")
         if self.rms_norm_eps <= 0:
             raise ValueError(f"`rms_norm_eps={self.rms_norm_eps}` must be above 0: correct the configuration.")
 

@@ -38,7 +38,7 @@ class MaskedDiffusionLM(DiffusionGenerationMixin, PreTrainedModel):
         super().__init__(config)
         # The library derives it from the class's name; for `ForCausalLM` its `Trainer` leaves the first column's labels
         # out of `num_items_in_batch`.
-        self.loss_type = None
+        self.loss_type = None  # type: ignore[assignment]  # the library takes None
         self.model = self.base_model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=head_bias)
         self.post_init()
@@ -271,7 +271,6 @@ def attend_both_ways(model) -> None:
     """
     for layer in model.layers:
         layer.self_attn.is_causal = False
-    if isinstance(model.embed_tokens, nn.Embedding):
-        model.embed_tokens.padding_idx = None
-        model.embed_tokens._is_hf_initialized = False  # initialise it again, without a row of zeros for padding
+    model.embed_tokens.padding_idx = None
+    model.embed_tokens._is_hf_initialized = False  # initialise it again, without a row of zeros for padding
     model.post_init()

@@ -146,7 +146,7 @@ class GLADreamAttention(nn.Module):
         output = output.reshape(rows, width, -1) * F.silu(self.g_proj(hidden_states))
         return self.o_proj(output)
 
-    def _convolved(self, convolution: nn.Module, x: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    def _convolved(self, convolution: ShortConvolution, x: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
         """The convolution of `(rows, blocks * block_size, channels)`, each block by itself."""
         if layout.valid is not None:
             x = x.masked_fill(~layout.valid[..., None], 0)
@@ -193,6 +193,6 @@ class GLADreamAttention(nn.Module):
             return tuple(((queries * x.exp()) @ states).transpose(1, 2).to(query.dtype) for x in (from_start, from_end))
 
 
-def convolutions_of(attention: nn.Module) -> list[nn.Module]:
+def convolutions_of(attention: nn.Module) -> list[ShortConvolution]:
     """The short convolutions of queries, keys and values; none with `conv_size` 0."""
     return [getattr(attention, f"{name}_conv1d") for name in "qkv" if hasattr(attention, f"{name}_conv1d")]

@@ -75,11 +75,11 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: GLADreamCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         clean_rows: int = 0,
@@ -102,8 +102,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             raise ValueError("`input_ids` holds no token: pass at least one.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-            if attention_mask is not None:
-                use_cache = use_cache and bool(attention_mask.all())
+            use_cache = use_cache and (attention_mask is None or bool(attention_mask.all()))
         cache = past_key_values
         if cache is None and use_cache:
             cache = GLADreamCache(self)
@@ -132,17 +131,16 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             every.append(hidden_states)
         if cache is not None and layout.final is not None and self.config.logits_shift:
             cache.keep_last_hidden(hidden_states, layout.final * self.config.block_size, layout.window)
-        as_given = lambda x: layout.to_tokens(x, inputs_embeds.shape[1])[:, inputs_embeds.shape[1] - length :]
+        total = inputs_embeds.shape[1]  # with the pending tokens of the cache
+        without_pending = lambda x: layout.to_tokens(x, total)[:, total - length :]
         return BaseModelOutputWithPast(
-            last_hidden_state=as_given(hidden_states),
+            last_hidden_state=without_pending(hidden_states),
             past_key_values=cache,
-            hidden_states=tuple(as_given(x) for x in every) if output_hidden_states else None,
+            hidden_states=tuple(map(without_pending, every)) if output_hidden_states else None,
         )
 
     def _plain_layout(self, inputs_embeds, attention_mask, position_ids) -> BlockLayout:
-        if attention_mask is not None and (
-            len(attention_mask.shape) != 2 or attention_mask.shape != inputs_embeds.shape[:2]
-        ):
+        if attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
             raise ValueError(
                 f"`attention_mask` must be `(batch, length)` = {tuple(inputs_embeds.shape[:2])}, but is "
                 f"{tuple(attention_mask.shape)}: there is no attention that a larger mask could shape."
@@ -231,20 +229,19 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
         output_loading_info: bool = False,
         **kwargs,
     ):
-        """A GLADream that starts from an autoregressive Qwen2 or Qwen3: embeddings, projections to queries, keys and
-        values and from the heads back, feed-forward networks, norms and head are copied, `logits_shift` is 1. The
-        decays, the gates and the norm of the heads are new. It has to be trained before it is of use.
+        """A GLADream initialised from an autoregressive Qwen2 or Qwen3, to be trained before use: embeddings, projections
+        of the attention, feed-forward networks, norms and head are copied, and `logits_shift` is 1. The decays, the
+        gates and the norm of the heads are new.
 
         Args:
             pretrained_model_name_or_path: as for `AutoModelForCausalLM.from_pretrained`.
             config: instead of the configuration made from the checkpoint's ([`GLADreamConfig.from_ar_config`]).
-            output_loading_info: return the model and a dictionary that lists parameter names: what was `copied`, what
-                is `new`, and what of the checkpoint was `left_out`. It is logged in any case.
+            output_loading_info: return the model and the names of the parameters that were `copied`, are `new`, and
+                were `left_out` of the checkpoint. They are logged in any case.
             kwargs: fields of [`GLADreamConfig`], or arguments of `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            ValueError: the checkpoint is of another kind, or a field makes a parameter's shape another one than the
-                checkpoint's.
+            ValueError: the checkpoint is of another architecture, or a field changes the shape of a parameter.
         """
         return from_autoregressive(cls, pretrained_model_name_or_path, config, output_loading_info, **kwargs)
 
