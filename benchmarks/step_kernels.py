@@ -16,6 +16,7 @@ from timing import captured, milliseconds
 from torch.nn import functional as F
 
 from dllm_hf.kernels.attention import canvas_attention
+from dllm_hf.kernels.best_tokens import best_tokens, best_tokens_torch
 from dllm_hf.kernels.layers import (
     add_rms_norm,
     add_rms_norm_torch,
@@ -24,7 +25,6 @@ from dllm_hf.kernels.layers import (
     swiglu,
     swiglu_torch,
 )
-from dllm_hf.kernels.vocabulary import best_tokens, best_tokens_torch
 
 try:
     from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward

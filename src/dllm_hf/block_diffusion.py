@@ -1,53 +1,47 @@
-"""Block diffusion: attention that is causal from block to block and has no direction inside a block, and its training."""
+"""Block diffusion: attention that is causal between blocks and bidirectional inside a block, and its training."""
 
 from contextlib import nullcontext
 
 import torch
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs
 
 from .generation.attention import uses_flash_attention, without_flash_attention
-from .modeling import MaskedDiffusionLM, check_labels, counted_positions, sample_ids, text_positions
-from .training.losses import masked_diffusion_loss
+from .modeling import MaskedDiffusionLM, counted_positions, sample_ids, text_positions
 
 
-class BlockCausalModel:
+class BlockCausalModel(PreTrainedModel):
     """Block-causal attention for a stack of the library's layers. Goes before it in a class's bases."""
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         block_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
         """
         Args:
-            attention_mask: `(batch, keys)`, 0 on padding, or a mask made elsewhere, `(batch, 1, length, keys)`, which
-                then says alone what is seen.
+            attention_mask: `(batch, keys)`, 0 on padding, or `(batch, 1, length, keys)`, used as it is instead of the
+                block-causal mask.
             position_ids: `(batch, length)`; several samples packed into a row each start from 0.
             block_size: `config.block_size` if not given.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        is_made = attention_mask is not None and len(attention_mask.shape) == 4
+        has_mask = attention_mask is not None and len(attention_mask.shape) == 4
         # With a `CanvasCache` the decoding loop makes the masks, where any is needed.
-        needs_blocks = not (is_made or hasattr(past_key_values, "set_window"))
-        unfit = uses_flash_attention(self.config) and (needs_blocks or is_made)
+        needs_blocks = not (has_mask or hasattr(past_key_values, "set_window"))
+        unfit = uses_flash_attention(self.config) and (needs_blocks or has_mask)
         if unfit and torch.is_grad_enabled():
             raise ValueError(
                 "FlashAttention cannot mask blocks: load the model with `attn_implementation='sdpa'` or, on a GPU, "
@@ -68,95 +62,65 @@ class BlockCausalModel:
 
 
 class BlockDiffusionLM(MaskedDiffusionLM):
-    """Forward pass and decoding contract of the block-diffusion models."""
+    """Forward pass and decoding contract of the block-diffusion models. `forward` also takes `block_size`,
+    `config.block_size` if not given.
+
+    With `labels` the loss is that of block diffusion (Arriola et al., arXiv:2503.09573): each noisy block sees itself
+    and the clean blocks before it, all blocks in one pass over the noisy and the clean sequence. The clean one is
+    `input_ids` with the masked tokens replaced by their labels. `logits` are those of the noisy sequence.
+    """
 
     block_grid = "zero"
     sees_earlier_blocks = True
     cache_policies = ("block", "none")
 
-    def __init__(self, config):
-        super().__init__(config)
-        # The library takes it from the class's name; `Trainer` would not count the labels of the first column.
-        self.loss_type = None
-
     @property
     def default_block_length(self) -> int:
         return self.config.block_size
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        mask_ratio: torch.FloatTensor | None = None,
-        block_size: int | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple:
-        """As [`MaskedDiffusionLM.forward`]; `block_size` is `config.block_size` if not given.
-
-        With `labels` the loss is that of block diffusion (Arriola et al., arXiv:2503.09573): each noisy block sees
-        itself and the clean blocks before it, all blocks in one pass over the noisy and the clean sequence. The clean
-        one is `input_ids` with the labels in the places of the masks. `logits` are those of the noisy sequence.
-        """
-        if labels is None:
-            return super().forward(
-                input_ids,
-                attention_mask,
-                position_ids,
-                inputs_embeds=inputs_embeds,
-                mask_ratio=mask_ratio,
-                block_size=block_size,
-                return_dict=return_dict,
-                **kwargs,
-            )
-        check_labels(input_ids, inputs_embeds, labels)
-        if attention_mask is not None and len(attention_mask.shape) != 2:
-            raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
+    def _predict_noisy(self, input_ids, attention_mask, position_ids, labels, *, token_mask, **inputs) -> ModelOutput:
+        block_size = inputs.pop("block_size", None)
+        check_clean_text(input_ids, attention_mask, labels, **inputs)
+        inputs["use_cache"] = bool(inputs["use_cache"])
         batch, length = input_ids.shape
-        options = {"use_cache": False, "return_dict": True, **kwargs}
         if position_ids is None and length <= checked_block_size(self.config, block_size):
             # One block has no clean block before it to see.
-            output = super().forward(input_ids, attention_mask, block_size=block_size, **options)
-        else:
-            if position_ids is None:
-                position_ids = text_positions(input_ids, attention_mask)
-            position_ids = position_ids.expand(batch, -1)
-            clean = torch.where(labels == -100, input_ids, labels)
-            both = torch.cat([input_ids, clean], dim=1)
-            twice = None if attention_mask is None else torch.cat([attention_mask, attention_mask], dim=1)
-            # Only shape, dtype and device of the embeddings are read.
-            shaped_like = torch.empty(batch, 2 * length, 1, dtype=self.dtype, device=input_ids.device)
-            # FlashAttention would get no mask at all. (With gradients it is refused by the stack.)
-            unfit = uses_flash_attention(self.config) and not torch.is_grad_enabled()
-            with without_flash_attention(self.config) if unfit else nullcontext():
-                output = super().forward(
-                    both,
-                    block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size),
-                    torch.cat([position_ids, position_ids], dim=1),
-                    token_mask=twice,
-                    logits_to_keep=torch.arange(length, device=input_ids.device),
-                    **options,
-                )
-        self._expect_noise(input_ids, labels, mask_ratio)
-        loss = masked_diffusion_loss(
-            output.logits, labels, self.logits_shift, mask_ratio, attention_mask, num_items_in_batch, position_ids
-        )
-        if output.get("aux_loss") is not None:
-            loss = loss + self.config.router_aux_loss_coef * output.aux_loss
-        output = type(output)(**{**output, "loss": loss})
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+            inputs |= {"token_mask": token_mask, "block_size": block_size}
+            return self._predict(input_ids, attention_mask, None, **inputs)
+        if position_ids is None:
+            position_ids = text_positions(input_ids, attention_mask)
+        position_ids = position_ids.expand(batch, -1)
+        both = torch.cat([input_ids, torch.where(labels == -100, input_ids, labels)], dim=1)
+        twice = None if attention_mask is None else attention_mask.repeat(1, 2)
+        # Only shape, dtype and device of the embeddings are read.
+        shaped_like = torch.empty(batch, 2 * length, 1, dtype=self.dtype, device=input_ids.device)
+        # FlashAttention would get no mask at all. (With gradients it is refused by the stack.)
+        unfit = uses_flash_attention(self.config) and not torch.is_grad_enabled()
+        with without_flash_attention(self.config) if unfit else nullcontext():
+            inputs |= {"token_mask": twice, "logits_to_keep": torch.arange(length, device=input_ids.device)}
+            mask = block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size)
+            return self._predict(both, mask, position_ids.repeat(1, 2), **inputs)
+
+
+def check_clean_text(
+    input_ids, attention_mask, labels: torch.Tensor, *, inputs_embeds, past_key_values, logits_to_keep, **inputs
+) -> None:
+    """Raises a `ValueError` for inputs of `forward` with which a loss over noisy and clean text cannot be computed."""
+    if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
+        raise ValueError("`labels` needs `input_ids` of the same shape: the clean text is made of both.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
+    if past_key_values is not None:
+        raise ValueError("`past_key_values` and `labels` exclude each other: training reads the whole text.")
+    if torch.is_tensor(logits_to_keep) or logits_to_keep:
+        raise ValueError("A loss needs the logits of every position: leave `logits_to_keep` out.")
 
 
 def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, block_size: int | None):
-    """The mask of the back end in use under which a token sees its own block and every earlier one.
+    """A mask for the attention in use: a token sees its own block and every earlier one.
 
-    A key's position is its index in the cache without the padding before it; without a cache, keys stand where the
-    queries do, and samples packed into one row do not see each other.
+    A key's position is its index in the cache, padding left out; without a cache it is that of the query, and samples
+    packed into one row do not see each other.
     """
     block_size = checked_block_size(config, block_size)
     batch, length = inputs_embeds.shape[:2]
@@ -198,7 +162,7 @@ def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, bl
     length = position_ids.shape[1]
     blocks = (position_ids // block_size).repeat(1, 2)
     samples = sample_ids(position_ids).repeat(1, 2)
-    # 0 noisy, 1 clean. As numbers: flex attention's compiler cannot compare two comparisons.
+    # 0 noisy, 1 clean. Numbers, not booleans: flex attention's compiler cannot compare the results of comparisons.
     halves = torch.arange(2, device=position_ids.device).repeat_interleave(length)
 
     def sees(batch_index, head_index, query_index, key_index):

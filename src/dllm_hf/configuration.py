@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = (
@@ -20,24 +21,26 @@ SIZES = (
     "block_size",
     "gate_low_rank_dim",
 )
-MAX_LAYERS = 1000  # of published models the deepest has some 130; a number from a broken file would be built for hours
+MAX_LAYERS = 1000  # the deepest published model has 130; building what a broken file asks for would take hours
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
 
-class DiffusionConfigMixin:
-    """Goes before the library's configuration in a class's bases. Values of which no model can be made, or another one
-    than the weights are of, are refused by their name in `config.json`."""
+class DiffusionConfigMixin(PreTrainedConfig):
+    """Goes before the library's configuration in a class's bases. Refuses values with which no model can be built, or
+    another one than the weights belong to, by their name in `config.json`."""
+
+    is_causal: ClassVar[bool] = False  # read by the library's mask functions: attention is bidirectional
 
     def __post_init__(self, **kwargs):
         self._check_numbers()
         self._complete(kwargs)
         super().__post_init__(**kwargs)
-        self._check_numbers()  # what was completed, and what the classes here do not know
+        self._check_numbers()  # again: values that `_complete` derived, and fields of the library's classes
         self._check_attention()
         self._check_special_tokens()
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
-        """Fill in, and check, what only one family has. `kwargs`: values that are no fields of the class."""
+        """Check and derive the fields of one family. `kwargs`: values that are not fields of the class."""
 
     def to_dict(self) -> dict[str, Any]:
         """With `rope_theta`, which the original code reads, beside the library's `rope_parameters`."""
@@ -51,16 +54,16 @@ class DiffusionConfigMixin:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"`{field.name}={value}` is no number: correct the configuration.")
         for name in SIZES:
-            value, written = getattr(self, name, None), self.attribute_map.get(name, name)
+            value, disk_name = getattr(self, name, None), self.attribute_map.get(name, name)
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"`{written}={value}` must be at least 1: correct the configuration.")
+                raise ValueError(f"`{disk_name}={value}` must be at least 1: correct the configuration.")
             if name == "num_hidden_layers" and isinstance(value, int) and value > MAX_LAYERS:
-                raise ValueError(f"`{written}={value}` are more than {MAX_LAYERS} layers: correct the configuration.")
+                raise ValueError(f"`{disk_name}={value}` are more than {MAX_LAYERS} layers: correct the configuration.")
         if self.rms_norm_eps <= 0:
             raise ValueError(f"`rms_norm_eps={self.rms_norm_eps}` must be above 0: correct the configuration.")
 
     def _check_attention(self) -> None:
-        if getattr(self, "is_causal", False):
+        if self.is_causal:
             raise ValueError(
                 f"`is_causal={self.is_causal!r}` would make attention causal, and a {self.model_type} attends both ways: "
                 "leave it out of the configuration."

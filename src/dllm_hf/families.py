@@ -1,4 +1,4 @@
-"""The families: one line for each."""
+"""The families of models, one line each."""
 
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -7,8 +7,7 @@ from .gla_dream import GLADreamConfig, GLADreamModel, GLADreamTokenizer
 from .llada import LLaDAConfig, LLaDAModelLM
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
-# Configuration, what `AutoModel` gives (as the published repositories have it), what `AutoModelForCausalLM` gives,
-# tokenizer.
+# Configuration, class for `AutoModel` (as in the published repositories), class for `AutoModelForCausalLM`, tokenizer.
 FAMILIES = (
     (LLaDAConfig, LLaDAModelLM, LLaDAModelLM, PreTrainedTokenizerFast),
     (DreamConfig, DreamModel, DreamModel, DreamTokenizer),
@@ -19,7 +18,7 @@ FAMILIES = (
 
 
 def family(model_type: str) -> tuple[type, type, type, type]:
-    """The line of a `model_type`. Raises a `ValueError` for one that is not here."""
+    """The line of a `model_type`. Raises a `ValueError` for an unknown one."""
     for line in FAMILIES:
         if line[0].model_type == model_type:
             return line

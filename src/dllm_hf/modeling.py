@@ -1,6 +1,8 @@
-"""What every family that runs on attention shares: the head, the loss, and attention without a direction."""
+"""What all families share: the forward pass with head and loss, and bidirectional attention."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,43 +11,54 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .fused.stack import FusedStack
 from .generation.attention import uses_flash_attention
+from .generation.mixin import DiffusionGenerationMixin
 from .training.losses import masked_diffusion_loss
 
 logger = logging.get_logger(__name__)
 
 
-class MaskedDiffusionLM:
-    """Forward pass of a masked-diffusion language model around `self.model` and `self.lm_head`.
+class MaskedDiffusionLM(DiffusionGenerationMixin, PreTrainedModel):
+    """A masked-diffusion language model: `self.model`, the stack of layers, and `self.lm_head`.
 
-    A class's bases are this, `DiffusionGenerationMixin` (`can_generate()` of the library looks for that name among the
-    direct bases) and the family's `PreTrainedModel`, in this order.
+    Goes before the family's `PreTrainedModel` in a class's bases. `base_model_class` is the class of the stack.
     """
 
+    base_model_class: type[PreTrainedModel]
+    model: PreTrainedModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _tp_plan: dict[str, str] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: dict[str, tuple] = {"lm_head": (["hidden_states"], ["logits"])}
     _has_seen_labels = False
 
+    def __init__(self, config: PreTrainedConfig, head_bias: bool = False):
+        super().__init__(config)
+        # The library derives it from the class's name; for `ForCausalLM` its `Trainer` leaves the first column's labels
+        # out of `num_items_in_batch`.
+        self.loss_type = None  # type: ignore[assignment]  # the library takes None
+        self.model = self.base_model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=head_bias)
+        self.post_init()
+
+    @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        mask_ratio: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mask_ratio: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         token_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],  # the library reads here that `output_attentions` is understood
-    ) -> CausalLMOutputWithPast | tuple:
+        **kwargs: Unpack[TransformersKwargs],  # transformers inspects this annotation for `output_attentions`
+    ) -> ModelOutput:
         """
         Args:
             input_ids: `(batch, length)`, or `inputs_embeds`: `(batch, length, hidden)`.
@@ -55,56 +68,74 @@ class MaskedDiffusionLM:
             past_key_values: a cache to read and to write.
             labels: `(batch, length)`, the clean token at masked positions, -100 elsewhere.
             mask_ratio: `(batch,)` or `(batch, length)`, see [`training.losses.masked_diffusion_loss`].
-            token_mask: `(batch, length)`, 0 on padding, where `attention_mask` is a made one and does not say it.
+            token_mask: `(batch, length)`, 0 on padding, where `attention_mask` has four dimensions.
             logits_to_keep: which positions reach the head: the last n (0: all), the positions in a 1-D tensor, or
                 for each row those in a `(batch, kept)` tensor.
 
         Returns:
-            `logits` of the kept positions, as the head gives them: `logits_shift` is left to the reader.
+            A [`CausalLMOutputWithPast`] (of SDAR-MoE the `Moe` one), with the `logits` of the kept positions as the head
+            gives them: they are not moved by `logits_shift`.
         """
-        if mask_ratio is not None and labels is None:
-            raise ValueError(
-                "`mask_ratio` weighs the loss of `labels`, and there are none. `Trainer` takes them away for "
-                "`label_smoothing_factor` and `compute_loss_func`, which do not know this loss: leave both out."
-            )
-        is_made = attention_mask is not None and len(attention_mask.shape) == 4
-        packed = attention_mask
-        if labels is not None and position_ids is not None and not is_made:
-            packed = packed_mask(self.config, labels, self.dtype, attention_mask, position_ids)
-        samples = position_ids
         if attention_mask is not None and len(attention_mask.shape) == 2:
             token_mask = attention_mask
-            if position_ids is None:
-                length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-                position_ids = self._positions(attention_mask, length)
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=packed,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,  # whatever the configuration says, which is about the output of this method
+        inputs = {
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            "token_mask": token_mask,
             **kwargs,
+        }
+        if labels is None:
+            if mask_ratio is not None:
+                raise ValueError(
+                    "`mask_ratio` weighs the loss of `labels`, and there are none. `Trainer` takes them away for "
+                    "`label_smoothing_factor` and `compute_loss_func`, which do not know this loss: leave both out."
+                )
+            return self._predict(input_ids, attention_mask, position_ids, **inputs)
+        return self._forward_with_loss(
+            input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, **inputs
         )
-        logits = self.lm_head(self._kept(outputs, logits_to_keep))
-        loss = None
-        if labels is not None:
-            self._expect_noise(input_ids, labels, mask_ratio)
-            loss = masked_diffusion_loss(
-                logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, samples
-            )
-        output = self._output(loss, logits, outputs, token_mask)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
-    def step_forward(self) -> FusedStack | None:
+    def _predict(self, input_ids, attention_mask, position_ids, *, logits_to_keep, token_mask, **inputs) -> ModelOutput:
+        """The forward pass without a loss."""
+        if position_ids is None and attention_mask is not None and len(attention_mask.shape) == 2:
+            embeds = inputs["inputs_embeds"]
+            position_ids = self._positions(attention_mask, (input_ids if embeds is None else embeds).shape[1])
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            return_dict=True,  # `config.return_dict` is about the output of `forward`
+            **inputs,
+        )
+        return self._output(self.lm_head(self._kept(outputs, logits_to_keep)), outputs, token_mask)
+
+    def _predict_noisy(self, input_ids, attention_mask, position_ids, labels, *, token_mask, **inputs) -> ModelOutput:
+        """The forward pass over a noisy text of which the labels are known: packed samples do not see each other."""
+        if position_ids is not None and (attention_mask is None or len(attention_mask.shape) == 2):
+            attention_mask = packed_mask(self.config, labels, self.dtype, attention_mask, position_ids)
+        return self._predict(input_ids, attention_mask, position_ids, token_mask=token_mask, **inputs)
+
+    def _forward_with_loss(
+        self, input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, *, token_mask, **inputs
+    ) -> ModelOutput:
+        output = self._predict_noisy(input_ids, attention_mask, position_ids, labels, token_mask=token_mask, **inputs)
+        self._warn_of_clean_text(input_ids, labels, mask_ratio)
+        loss = masked_diffusion_loss(
+            output["logits"], labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, position_ids
+        )
+        if output.get("aux_loss") is not None:
+            loss = loss + self.config.router_aux_loss_coef * output["aux_loss"]
+        return type(output)(loss=loss, **output)
+
+    def step_forward(self) -> Callable | None:
         """See [`DiffusionGenerationMixin.step_forward`]."""
         return FusedStack.of(self)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """As the library's. Every trainer of TRL calls it when it is made, with its name; all of them go past `forward` to the
-        probabilities of the next token, so that only those are let through which say that they do not."""
+        """As the library's. Each trainer of TRL calls it with its name in `__init__`. They compute the loss of the next token
+        from the logits themselves, so that only trainers tagged `masked-diffusion` are let through."""
         names = [tags] if isinstance(tags, str) else tags
         if "trl" in names and "masked-diffusion" not in names:
             raise ValueError(
@@ -115,25 +146,25 @@ class MaskedDiffusionLM:
         super().add_model_tags(tags)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As PyTorch's, for the names on disk as well: `Trainer` reads its checkpoints with it, and would pass over
-        every weight that has another name there.
-        """
+        """As PyTorch's, also for the names on disk: `Trainer` loads its checkpoints with it, not strictly, and would
+        skip every weight whose name differs there."""
         if not state_dict.keys() <= self.state_dict().keys():
-            read, info = type(self).from_pretrained(
+            loaded: Any = type(self).from_pretrained(
                 None,
                 config=deepcopy(self.config),
                 state_dict=dict(state_dict),
                 dtype=self.dtype,
                 output_loading_info=True,
             )
+            read, info = loaded
             unknown = {name: state_dict[name] for name in info["unexpected_keys"]}
             found = {name: value for name, value in read.state_dict().items() if name not in info["missing_keys"]}
             state_dict = {**found, **unknown}
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _expect_noise(self, input_ids, labels: torch.Tensor, mask_ratio) -> None:
-        """Warn of labels without a mask, which teach a model that sees both ways to copy what it sees. Only at the first
-        loss, since it looks at the device; `mask_ratio` comes from noise that was drawn."""
+    def _warn_of_clean_text(self, input_ids, labels: torch.Tensor, mask_ratio) -> None:
+        """Warn of labels at tokens that are not masked: a bidirectional model learns to copy them. Checked at the first
+        loss only, since the check waits for the device. A `mask_ratio` is the ratio of noise that was drawn."""
         mask = self.config.mask_token_id
         if self._has_seen_labels or input_ids is None or mask is None or torch.compiler.is_compiling():
             return
@@ -146,15 +177,14 @@ class MaskedDiffusionLM:
             )
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> torch.Tensor | None:
-        """The tokens counted, padding left out: `(batch, length)`."""
+        """`(batch, length)`: the tokens counted, padding left out."""
         return counted_positions(attention_mask)[:, -length:]
 
     def _kept(self, outputs: BaseModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        return keep_positions(outputs.last_hidden_state, logits_to_keep)
+        return keep_positions(outputs[0], logits_to_keep)
 
-    def _output(self, loss, logits, outputs: BaseModelOutputWithPast, token_mask) -> CausalLMOutputWithPast:
+    def _output(self, logits, outputs: BaseModelOutputWithPast, token_mask) -> ModelOutput:
         return CausalLMOutputWithPast(
-            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -167,12 +197,6 @@ def is_clean(input_ids: torch.Tensor, labelled: torch.Tensor, mask_token_id: int
     return bool(labelled.any()) and not bool((labelled & (input_ids == mask_token_id)).any())
 
 
-def check_labels(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, labels: torch.Tensor) -> None:
-    """Raises a `ValueError` where a loss that reads the clean text cannot make it."""
-    if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
-        raise ValueError("`labels` needs `input_ids` of the same shape: the clean text is made of both.")
-
-
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """`(batch or 1, length)`: the positions of tokens where the caller gives none."""
     if attention_mask is None:
@@ -181,7 +205,7 @@ def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None)
 
 
 def counted_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """The positions of tokens under a `(batch, length)` mask: counted, padding left out."""
+    """`(batch, length)`: the tokens counted from 0, padding left out; the mask is 0 on padding."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
@@ -192,8 +216,8 @@ def sample_ids(position_ids: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             "`position_ids` go backwards inside a sample: they must rise from 0 in each of the samples of a row."
         )
-    begun = starts.long().cumsum(-1)
-    return begun - begun[:, :1]
+    counts = starts.long().cumsum(-1)
+    return counts - counts[:, :1]
 
 
 def packed_mask(
@@ -202,15 +226,12 @@ def packed_mask(
     dtype: torch.dtype,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
-) -> torch.Tensor | None:
-    """The mask of the back end in use under which samples packed into a row of `tokens` do not see each other.
-
-    Returns:
-        `attention_mask` where no row holds more than one.
-    """
+):
+    """A mask for the attention in use: samples packed into a row of `tokens` do not see each other. It is `attention_mask`
+    where no row holds more than one."""
     positions = position_ids.expand_as(tokens)
     if attention_mask is not None:
-        # Padding stands at position 0 too, and begins no sample: it takes the position of the token before it.
+        # Padding is at position 0, too, but begins no sample: give it the position of the token before it.
         columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         positions = positions.gather(1, columns.masked_fill(attention_mask == 0, 0).cummax(-1).values)
     samples = sample_ids(positions)
@@ -241,15 +262,15 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     return hidden_states.gather(1, logits_to_keep[..., None].expand(batch, -1, hidden))
 
 
-def attend_both_ways(model: PreTrainedModel) -> None:
-    """Turn a decoder of the library's into a bidirectional encoder. The last thing that `__init__` of a stack does.
+def attend_both_ways(model) -> None:
+    """Turn a decoder of the library's into a bidirectional encoder, at the end of the stack's `__init__`.
 
-    Its masks follow `config.is_causal`; where no mask is needed at all, SDPA and FlashAttention ask the layer. The
-    embedding of the padding token starts and is trained like any other: in these checkpoints it also ends the sequence.
+    Masks follow `config.is_causal`; without a mask, SDPA and FlashAttention read the attribute of the layer. The
+    embedding of the padding token is initialised and trained like any other: in these checkpoints it also ends the
+    sequence.
     """
     for layer in model.layers:
         layer.self_attn.is_causal = False
-    if isinstance(model.embed_tokens, nn.Embedding):
-        model.embed_tokens.padding_idx = None
-        model.embed_tokens._is_hf_initialized = False  # it was, with a row of zeros for padding
+    model.embed_tokens.padding_idx = None
+    model.embed_tokens._is_hf_initialized = False  # initialise it again, without a row of zeros for padding
     model.post_init()

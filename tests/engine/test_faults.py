@@ -42,29 +42,29 @@ def test_an_exception_in_a_step_ends_its_rows_and_nobody_else(own_model):
 def test_no_memory_at_admission_is_backpressure(own_model, monkeypatch):
     llm = LLM(own_model, max_num_seqs=3)
     expected = [output.outputs for output in llm.generate(PROMPTS, PARAMS)]
-    place, count = Canvas.place, iter(range(100))
+    load, count = Canvas.load, iter(range(100))
 
     def tight(canvas, rows):
         if next(count) in (1, 2, 4):
             raise torch.OutOfMemoryError("no memory")
-        place(canvas, rows)
+        load(canvas, rows)
 
     lengths = [SamplingParams(max_tokens=each, ignore_eos=True) for each in (4, 8, 8, 8, 8, 8)]
-    monkeypatch.setattr(Canvas, "place", tight)
+    monkeypatch.setattr(Canvas, "load", tight)
     outputs = [output.outputs for output in llm.generate(PROMPTS, lengths)]
     assert outputs[1:] == expected[1:] and free(llm)
 
 
 def test_what_never_fits_fails_alone(own_model, monkeypatch):
     llm = LLM(own_model, max_num_seqs=1)
-    place, count = Canvas.place, iter(range(100))
+    load, count = Canvas.load, iter(range(100))
 
     def tight(canvas, rows):
         if next(count) == 1:
             raise torch.OutOfMemoryError("no memory")
-        place(canvas, rows)
+        load(canvas, rows)
 
-    monkeypatch.setattr(Canvas, "place", tight)
+    monkeypatch.setattr(Canvas, "load", tight)
     reasons = [output.outputs[0].finish_reason for output in llm.generate(PROMPTS[:3], PARAMS)]
     assert reasons == ["length", "error", "length"] and free(llm)
 

@@ -25,7 +25,7 @@ def spans(row):
 def make_session(prompts, number, **hooks):
     rows = [make_row(prompt, number, slot=slot) for slot, prompt in enumerate(prompts)]
     canvas = Canvas(len(rows), max(row.length for row in rows), torch.device("cpu"))
-    canvas.place(rows)
+    canvas.load(rows)
     return Session(Hooks(**hooks), canvas, left_pad(prompts)["input_ids"], rows, None)
 
 

@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from dllm_hf import STRATEGIES
-from dllm_hf.generation.sampling import Noise, filtered, guide, process, propose
+from dllm_hf.generation.sampling import Noise, filtered, first_of_the_largest, guide, process, propose
 
 from ..builders import (
     END,
@@ -315,3 +315,10 @@ def test_top_k_ranks_tokens_and_not_the_mask():
     output = generate(model, [[]], max_new_tokens=4, **options)
     assert output.sequences.tolist() == [[5, 6, 7, 8]]
     assert output.num_forward_passes == 1
+
+
+@pytest.mark.parametrize("vocab", [3, 128, 300, 512])
+def test_the_two_level_arg_max_is_the_first_of_the_largest(vocab):
+    logits = torch.randint(0, 3, (4, 50, vocab), generator=torch.Generator().manual_seed(0)).float()
+    logits[0, 0], logits[0, 1], logits[0, 2, vocab // 2 :] = torch.nan, -torch.inf, torch.nan
+    assert torch.equal(first_of_the_largest(logits), logits.argmax(-1))

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from dllm_hf.fused import stack as fused
 from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch, number_of_stages
+from dllm_hf.kernels.best_tokens import BLOCK, best_tokens, best_tokens_torch
 from dllm_hf.kernels.layers import (
     add_rms_norm,
     add_rms_norm_torch,
@@ -15,7 +16,6 @@ from dllm_hf.kernels.layers import (
     swiglu,
     swiglu_torch,
 )
-from dllm_hf.kernels.vocabulary import BLOCK, best_tokens, best_tokens_torch
 
 from ..builders import new_model, window_of
 

@@ -1,7 +1,5 @@
 """Dream model configuration."""
 
-from typing import ClassVar
-
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config
 
@@ -14,8 +12,6 @@ class DreamConfig(DiffusionConfigMixin, Qwen2Config):
 
     model_type = "Dream"
     default_theta = 1000000.0
-    # Read by the library's mask functions: attention has no direction.
-    is_causal: ClassVar[bool] = False
 
     vocab_size: int = 152064
     hidden_size: int = 3584

@@ -1,6 +1,7 @@
-"""A decoder of the library's run on our kernels, for the forward passes of decoding on a GPU."""
+"""The forward pass of a decoder of transformers on our kernels, for decoding on a GPU."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from ..generation.cache import CanvasCache
 from ..generation.window import Window
 from ..kernels.attention import canvas_attention, canvas_attention_torch
 from ..kernels.layers import (
@@ -24,15 +24,15 @@ from ..kernels.layers import (
 )
 from .joint_products import JointProducts
 
-# Tokens that go through a feed-forward network at a time: its intermediate activation is 3 to 5 times the hidden size.
+# Tokens in one call of a feed-forward network: limits the intermediate activation, 3 to 5 times the hidden size.
 MLP_CHUNK = 8192
 LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
 
 
 def can_be_captured(model: nn.Module) -> bool:
-    """Whether a forward pass of the model is the same kernels every time, as far as can be seen: no hooks, adapters (which
-    can be switched off), parts on other devices or in other processes (`DTensor`: the modules' sizes are then not those of
-    what they compute), or weights that autocast copies."""
+    """Whether a forward pass of the model launches the same kernels every time, as far as can be checked: no hooks, adapters
+    (which can be switched off), parts on other devices or in other processes (`DTensor`, whose modules have other sizes than
+    their results), or weights that autocast copies."""
     device = next(model.parameters()).device
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         return False
@@ -48,17 +48,16 @@ def can_be_captured(model: nn.Module) -> bool:
 
 
 def is_patched(stack: nn.Module) -> bool:
-    """Whether a module has another forward pass than its class. Linear ones are asked when they are used."""
+    """Whether a module's `forward` is not that of its class. `JointProducts` checks linear modules."""
     return any("forward" in vars(module) for module in stack.modules() if not isinstance(module, nn.Linear))
 
 
 class FusedStack:
-    """Embeddings, layers, last norm and head of a model.
+    """Embeddings, layers, last norm and head of a model, without a reference to the model, so that an entry of a
+    `WeakKeyDictionary` can be collected."""
 
-    Holds the parts of the model and not the model, so that something kept for a model may hold it.
-    """
-
-    def __init__(self, stack: PreTrainedModel, head: nn.Module):
+    def __init__(self, stack: Any, head: nn.Module):
+        """`stack`: with `embed_tokens`, `layers`, `norm` and `rotary_emb`, as the library's decoders."""
         self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
         self.head, self.config, self.dtype = head, stack.config, stack.dtype
         inputs = [self.inputs_of(layer.self_attn) for layer in self.layers]
@@ -71,27 +70,28 @@ class FusedStack:
 
         self.inputs = [[join(group) for group in of_layer] for of_layer in inputs]
         self.gates = [join(group) if group else None for group in gates]
-        # The twins serve a machine without a GPU: the tests.
+        # Tests on a CPU run the torch twins.
         self.is_fused = next(head.parameters()).is_cuda
         self.add_norm = add_rms_norm if self.is_fused else add_rms_norm_torch
         self.rotate = rotate_and_store if self.is_fused else rotate_and_store_torch
         self.attend_to = canvas_attention if self.is_fused else canvas_attention_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
 
-    def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
-        """The modules that an attention's input goes through, in groups that can be one product each."""
+    def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
+        """The modules that read an attention's input, in groups that can be joint products."""
         return [[getattr(attention, f"{name}_proj") for name in "qkv"]]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedStack | None":
-        """None where the model has something that the kernels do not know: adapters, hooks, other attention than
-        theirs or SDPA (which nobody asked for in particular), parts on several devices."""
-        stack, config = model.model, model.config
+        """None where the kernels do not cover the model: adapters, hooks, an attention other than SDPA or `canvas`, parts on
+        several devices."""
+        stack: Any = model.model
+        config = model.config
         if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(stack):
             return None
         rope = config.rope_parameters or {}
         if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
-            return None  # they look at the positions, on the host, or rotate a part
+            return None  # they read the positions on the host, or rotate a part of a head
         for layer in stack.layers:
             attention = layer.self_attn
             projections = (getattr(attention, f"{name}_proj") for name in "qkvo")
@@ -102,11 +102,11 @@ class FusedStack:
         return cls(stack, model.lm_head)
 
     def covers(self, window: Window) -> bool:
-        """Whether it does all that a window asks for. Keys are written wherever the window stands."""
+        """Whether it can run a pass over the window."""
         return True
 
-    def prepare(self, cache: CanvasCache, slots: int) -> None:
-        """Allocate the cache of so many slots: what is captured or compiled must find it."""
+    def prepare(self, cache: Any, slots: int) -> None:
+        """Allocate the cache before a pass is captured or compiled."""
         for layer, slot in zip(self.layers, cache.layers, strict=True):
             if not slot.is_initialized:
                 size = layer.self_attn.head_dim
@@ -114,54 +114,48 @@ class FusedStack:
                 nothing = torch.empty(shape, dtype=self.dtype, device=layer.input_layernorm.weight.device)
                 slot.lazy_initialization(nothing, nothing)
 
-    def __call__(self, tokens: torch.Tensor, window: Window, cache: CanvasCache) -> torch.Tensor:
-        """A forward pass over a window, whose keys and values go into its columns of the cache.
-
-        Args:
-            tokens: `(rows, window)`.
-
-        Returns:
-            Logits, `(rows, kept, vocab)`.
-        """
+    def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
+        """A forward pass that writes keys and values of its window into the cache: `(rows, window)` tokens ->
+        `(rows, kept, vocab)` logits."""
         base = window.slots * cache.layers[0].width
         sees = (base, window.lengths, base[:, None] + window.columns)
         return self.head(self.last_hidden(tokens, window.columns, sees, cache, window.keep))
 
-    def last_hidden(self, tokens, columns, sees, cache: CanvasCache, keep=None) -> torch.Tensor:
-        """Behind the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: what
-        [`FusedStack.attend`] must know of the rows."""
+    def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
+        """The output of the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: see
+        [`FusedStack.attend`]."""
         total = self.embed(tokens)
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
         normed, total = self._add_norm(total, None, self.layers[0].input_layernorm)
         for index, layer in enumerate(self.layers):
             attended = self.attend(index, normed, cos, sin, sees, cache)
             if keep is not None and index + 1 == len(self.layers):
-                # The last layer: only the kept positions need more than keys and values.
+                # Last layer: only the kept positions need more than keys and values.
                 attended, total = (x.take_along_dim(keep[..., None], dim=1) for x in (attended, total))
-                if not total.numel():  # none is kept: a piece of a prompt
+                if not total.numel():  # none kept: prefill
                     return total
             normed, total = self._add_norm(layer.self_attn.o_proj(attended), total, layer.post_attention_layernorm)
             norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
             normed, total = self._add_norm(self._feed_forward(index, normed), total, norm)
         return normed
 
-    def attend(self, index: int, normed, cos, sin, sees, cache: CanvasCache) -> torch.Tensor:
+    def attend(self, index: int, normed, cos, sin, sees, cache: Any) -> torch.Tensor:
         """Attention of a layer without `o_proj`: `(rows, window, hidden)` -> `(rows, window, heads * head_dim)`.
 
         Args:
-            sees: where each row's columns begin in the arena of the cache, `(rows,)`, how many of them each token sees,
-                `(rows, window)` int32, and where in the arena it stands, `(rows, window)`.
+            sees: the base of each row's extent in the arena of the cache, `(rows,)`; the number of its columns that each
+                token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`.
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
         query, key, value = self.inputs[index][0](normed)
-        norms = ()
+        norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
         (base, lengths, columns), (keys, values) = sees, slot.arenas()
         query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
         return self.attend_to(query, keys, values, lengths, base, slot.width, attention.scaling).flatten(2)
 
-    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
         return self.add_norm(x, residual, norm.weight, norm.variance_epsilon)
 
     def _feed_forward(self, index: int, normed: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Attention back ends: keeping FlashAttention away from masks that it would ignore, and our kernel as a back end."""
+"""Attention back ends: SDPA instead of FlashAttention for masks that it ignores, and our kernel as a back end."""
 
 from contextlib import contextmanager
 
@@ -8,11 +8,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from ..kernels.attention import canvas_attention, triton
+from ..kernels.attention import canvas_attention
+from ..kernels.triton import triton
 
 logger = logging.get_logger(__name__)
 
-# Arguments of other models' attention that the kernel does not know.
+# Arguments of the attention of other models that the kernel does not implement.
 CHANGES_SCORES = ("softcap", "position_bias", "s_aux", "cache")
 
 
@@ -22,8 +23,8 @@ def uses_flash_attention(config: PreTrainedConfig) -> bool:
 
 @contextmanager
 def without_flash_attention(config: PreTrainedConfig):
-    """Run on SDPA what FlashAttention would silently get wrong. For inference only: a backward pass that recomputes
-    activations would run outside of this context."""
+    """Replace FlashAttention, which would silently ignore the mask, by SDPA. For inference only: a backward pass that
+    recomputes activations runs outside of this context."""
     attention = config._attn_implementation
     if uses_flash_attention(config):
         logger.warning_once(f"`{attention}` cannot mask this attention pattern: such forward passes use `sdpa`.")
@@ -35,10 +36,10 @@ def without_flash_attention(config: PreTrainedConfig):
 
 
 def canvas_mask(*args, **kwargs) -> torch.Tensor | None:
-    """The mask of `attn_implementation="canvas"`: SDPA's, or where each query sees the keys up to one of them, how many
-    that are, `(batch, 1, queries, 1)` int32. (Of masks with four dimensions the library knows that they are finished.)"""
+    """The mask of `attn_implementation="canvas"`: where each query sees a prefix of the keys, the lengths of the prefixes,
+    `(batch, 1, queries, 1)` int32, 4-D so that transformers does not rebuild it; otherwise SDPA's mask."""
     mask = sdpa_mask(*args, **kwargs)
-    if mask is None or torch.compiler.is_compiling():  # what follows looks at the mask
+    if mask is None or torch.compiler.is_compiling():  # reading the mask would break the compiled graph
         return mask
     lengths = mask.sum(-1, keepdim=True)
     if not torch.equal(mask, torch.arange(mask.shape[-1], device=mask.device) < lengths):
@@ -56,8 +57,8 @@ def canvas_attention_forward(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`attn_implementation="canvas"`: [`canvas_attention`] where it serves, which is for inference on a GPU and a mask
-    that says how many keys a query sees (or none), and SDPA elsewhere.
+    """`attn_implementation="canvas"`: [`canvas_attention`] for inference on a GPU with a mask of lengths, see
+    [`canvas_mask`], or without a mask; SDPA otherwise.
 
     Args:
         query: `(batch, heads, queries, head_dim)`.
@@ -79,9 +80,9 @@ def canvas_attention_forward(
         scale = head_dim**-0.5 if scaling is None else scaling
         if key.stride() != value.stride() or key.stride(0) % key.stride(2):
             key, value = key.contiguous(), value.contiguous()
-        # To the kernel, which reads no bounds, the first row's memory is an arena that holds the others as well.
+        # The kernel checks no bounds: the first row is passed as the arena, with the other rows as extents behind it.
         base = torch.arange(batch, device=query.device) * (key.stride(0) // key.stride(2))
-        with torch.cuda.device(query.device):  # Triton's kernels run on the current one
+        with torch.cuda.device(query.device):  # Triton launches on the current device
             arguments = (query.transpose(1, 2), key[0], value[0], lengths, base, key.shape[2], scale)
             return canvas_attention(*arguments), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

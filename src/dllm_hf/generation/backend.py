@@ -1,9 +1,10 @@
-"""Logits from anywhere: what the loop asks of a model, and how the library's models give it."""
+"""Where logits come from: the protocol that the loop asks for, and the backend of the library's models."""
 
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import create_bidirectional_mask
 
 from .attention import without_flash_attention
@@ -14,16 +15,13 @@ from .window import Window
 
 
 class Backend(Protocol):
-    """Whoever can give logits of a canvas. It needs no `nn.Module`; docs/backends.md has one of twenty lines.
+    """Anything that computes the logits of a canvas. It need not be an `nn.Module`; docs/backends.md has an example of
+    twenty lines.
 
     Attributes:
-        device: where tokens and windows are to be.
+        device: of tokens and windows.
         vocab_size: of the logits.
-        logits_shift: the logits of position i stand at position i - `logits_shift`.
-        block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
-        sees_earlier_blocks: whether a block sees earlier ones alone, or a token the whole canvas.
-        confidence_source: `"raw"` reads confidence from the logits as they are given, `"processed"` after temperature,
-            top-k, top-p and min-p.
+        logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`contract.DenoisingModel`].
     """
 
     device: torch.device
@@ -34,17 +32,17 @@ class Backend(Protocol):
     confidence_source: str
 
     def open(self, slots: int, width: int) -> Any:
-        """The state of so many rows of `width` columns, empty: a cache, or None. Raises a `ValueError` for what cannot be."""
+        """An empty state, a cache or None, for `slots` rows of `width` columns. Raises a `ValueError` if it cannot be."""
 
     def covers(self, window: Window) -> bool:
-        """Whether a pass over such a window is the same operations every time, so that it can be captured in a graph."""
+        """Whether a pass over the window can be captured in a graph: its operations depend on shapes alone."""
 
     def __call__(self, tokens: torch.Tensor, window: Window, state: Any) -> torch.Tensor:
-        """Logits, `(rows, block, vocab)`, at `window.keep`; the caller may write to them. `tokens`: `(rows, window)`."""
+        """`(rows, window)` tokens -> `(rows, block, vocab)` logits at `window.keep`, which the caller may write to."""
 
     def forget(self, state: Any, slot: int, final_length: int, column: int, block_length: int) -> int:
-        """Forget of a row what depends on its tokens from `column` on. Returns the column up to which the state is final,
-        which was `final_length`."""
+        """Forget what the state of a row, final up to `final_length`, holds of columns from `column` on. Returns the column
+        up to which it is final now."""
 
     def share(self, state: Any, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
         """Give the row in slot `target` what the one in slot `source`, final up to `final_length`, holds before `column`.
@@ -52,13 +50,13 @@ class Backend(Protocol):
 
 
 class ModelBackend:
-    """A model of this package, or one that [`custom_generate`] has wrapped.
+    """The backend of a model of this package, or of one that [`custom_generate`] has wrapped.
 
     Args:
         has_cache: whether passes read and write one.
         fused: runs the passes that it covers, see [`contract.StepForward`].
         compiles: whether its small passes go through `torch.compile`.
-        cfg_scale: of guidance; above 0 every row takes a second slot, `slots` further on, in which its prompt is masked.
+        cfg_scale: of guidance. Above 0 every row has a second slot, `slots` further on, for the pass with its prompt masked.
     """
 
     def __init__(
@@ -70,19 +68,19 @@ class ModelBackend:
         compiles: bool = False,
     ):
         self.model, self.has_cache, self.fused, self.cfg_scale = model, has_cache, fused, cfg_scale
-        self.fused_step = torch.compile(fused.__call__, dynamic=False) if fused and compiles else fused
+        self.compiled = torch.compile(fused.__call__, dynamic=False) if fused and compiles else None
         self.device, self.vocab_size = model.device, model.config.vocab_size
         self.logits_shift, self.block_grid = model.logits_shift, model.block_grid
         self.sees_earlier_blocks, self.confidence_source = model.sees_earlier_blocks, model.confidence_source
-        self.repeats = 2 if cfg_scale else 1
+        self.guidance_copies = 2 if cfg_scale else 1
 
     def open(self, slots: int, width: int) -> CanvasCache | None:
         if not self.has_cache:
             return None
         cache = self.model.make_cache(width)
-        cache.reserve(slots * self.repeats)
+        cache.reserve(slots * self.guidance_copies)
         if self.fused is not None:
-            self.fused.prepare(cache, slots * self.repeats)
+            self.fused.prepare(cache, slots * self.guidance_copies)
         return cache
 
     def covers(self, window: Window) -> bool:
@@ -91,9 +89,8 @@ class ModelBackend:
     def forget(self, state: CanvasCache | None, slot: int, final_length: int, column: int, block_length: int) -> int:
         if state is None:
             return 0
-        for run in range(self.repeats):
-            kept = state.forget(slot + run * self.slots_of(state), final_length, column, block_length)
-        return kept
+        copies = range(slot, self.guidance_copies * self.slots_of(state), self.slots_of(state))
+        return min(state.forget(each, final_length, column, block_length) for each in copies)
 
     def share(
         self, state: CanvasCache | None, source: int, target: int, final_length: int, column: int, block_length: int
@@ -101,26 +98,27 @@ class ModelBackend:
         return 0 if state is None else state.share(source, target, final_length, column, block_length)
 
     def slots_of(self, state: CanvasCache) -> int:
-        return state.layers[0].slots // self.repeats
+        return state.layers[0].slots // self.guidance_copies
 
     def __call__(
-        self, tokens: torch.Tensor, window: Window, state: CanvasCache | None, masked: torch.Tensor | None = None
+        self, tokens: torch.Tensor, window: Window, state: CanvasCache | None, unconditional: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`masked`: `(rows, window)`, the tokens with the prompt's masked, where there is guidance."""
-        if self.cfg_scale:
+        """`unconditional`: `(rows, window)`, the tokens with the prompt masked; needed for guidance."""
+        if unconditional is not None:
             slots = 0 if state is None else self.slots_of(state)
-            tokens, window = torch.cat([tokens, masked]), window.repeated(2, slots)
-        if self.covers(window):
+            tokens, window = torch.cat([tokens, unconditional]), window.repeated(2, slots)
+        if self.fused is not None and self.fused.covers(window):
             is_step = window.block.shape[1] and not window.is_canvas
-            logits = (self.fused_step if is_step else self.fused)(tokens, window, state)
+            run = self.compiled if self.compiled and is_step else self.fused
+            logits = run(tokens, window, state)
         else:
             logits = self._forward(tokens, window, state)
-        return guide(logits, self.cfg_scale) if self.cfg_scale else logits
+        return logits if unconditional is None else guide(logits, self.cfg_scale)
 
     def _forward(self, tokens: torch.Tensor, window: Window, state: CanvasCache | None) -> torch.Tensor:
         if state is not None:
             state.set_window(window)
-        # FlashAttention takes padded queries to be the last ones of their keys, and knows no other masks.
+        # FlashAttention aligns padded queries to the end of their keys, and ignores other masks.
         unfit = window.seen == "token" or (window.seen == "row" and state is not None and not window.is_canvas)
         with without_flash_attention(self.model.config) if unfit else nullcontext():
             return self.model(
@@ -133,15 +131,15 @@ class ModelBackend:
                 logits_to_keep=window.keep,
             ).logits
 
-    def _mask(self, window: Window, state: CanvasCache | None) -> torch.Tensor | None:
-        """What the tokens of a window see, as the model takes it: nothing to say, `(rows, keys)`, or a made mask."""
+    def _mask(self, window: Window, state: CanvasCache | None) -> torch.Tensor | BlockMask | None:
+        """The attention mask of a window: None where every token sees all, `(rows, keys)`, or a 4-D mask."""
         lengths = window.lengths
-        if not self.model.makes_masks:  # it knows its blocks, and needs to know of padding where it has no cache
+        if not self.model.makes_masks:  # the model derives its mask; without a cache it must know the padding
             if state is not None or window.seen == "all":
                 return None
             lengths = lengths.amax(-1, keepdim=True)
         elif self.sees_earlier_blocks and (window.seen == "token" or state is None):
-            # Only shape, dtype and device of the embeddings are read.
+            # The library reads only shape, dtype and device of the embeddings.
             like = torch.empty(*window.columns.shape, 1, dtype=self.model.dtype, device=self.device)
             sees = lambda row, head, query, key: key < lengths[row, query]
             return create_bidirectional_mask(

@@ -1,4 +1,4 @@
-"""The one loop: rows that come and go, each at its own block and step, one denoising step at a time."""
+"""The decoding loop: rows join and leave, each at its own block and step, one denoising step at a time."""
 
 from collections.abc import Callable
 
@@ -16,22 +16,21 @@ from .window import Frame, Window, make_window
 
 
 class Decoder:
-    """Decodes the rows that it holds; each gets what it gets alone.
+    """Decodes the rows that it holds; each gets the tokens that it would get alone.
 
     Args:
         backend: gives the logits.
-        workspace: the buffers, and with them the number of slots and of columns.
+        workspace: the buffers, which fix the number of slots and of columns.
         uses_graphs: whether steps that the backend covers are captured.
         process: `(logits, rows) -> logits`, runs between forward pass and selection, over the logits of every row that the
-            decoder holds, `(rows, block, vocab)`. No step is captured then: a graph does not expose them.
-        after_step: `has_passed -> None`, runs when a step has transferred its tokens, and is told whether it made a forward
-            pass.
-        is_hooked: whether it may change tokens, so that only the canvas knows what is left.
-        token_budget: columns that the wide windows of a step may feed together, which are pieces of prompts and passes over
-            a whole canvas: rows that denoise a block are not to wait for long. One of them always goes; the others wait,
-            and the one that has waited longest goes first. None: no limit.
+            decoder holds, `(rows, block, vocab)`. No step is captured then: a graph does not expose its logits.
+        after_step: `has_passed -> None`, runs after each step; `has_passed`: whether the step made a forward pass.
+        is_hooked: whether `after_step` may change tokens, so that only the canvas knows which masks are left.
+        token_budget: the number of columns that the long windows of a step may have in all, which are pieces of prompts and
+            whole canvases, so that rows that denoise a block do not wait for long. One such window is always computed; the
+            other rows wait, and the row that has waited longest goes first. None: no limit.
         shares_beginnings: whether rows whose prompts begin alike compute the beginning once, where blocks see earlier ones
-            alone. The others take a copy of its keys and values, and wait for it if need be.
+            alone. The other rows copy its keys and values, and wait for them if need be.
 
     Attributes:
         num_forward_passes: of all rows together.
@@ -52,28 +51,30 @@ class Decoder:
         self.uses_graphs, self.process = uses_graphs and process is None, process
         self.after_step, self.is_hooked, self.token_budget = after_step, is_hooked, token_budget
         self.rows: list[Row | None] = [None] * self.canvas.slots
-        self.features: dict[int, Features] = {}  # of each slot's row
+        self.features: dict[int, Features] = {}  # by slot
         self.num_forward_passes, self._steps = 0, 0
-        self._last_passes: dict[int, int] = {}  # of each slot's row, in which step
+        self._last_steps: dict[int, int] = {}  # by slot, in which step the row took part last
         self._free = list(range(self.canvas.slots))  # the slot that has been free longest first
         self._beginnings = Beginnings() if shares_beginnings and backend.sees_earlier_blocks else None
-        self._final_lengths: dict[int, int] = {}  # up to where a free slot is final
-        self._sources: dict[Row, tuple[Row, int]] = {}  # whose beginning a row waits for, and how many columns of it
+        self._final_lengths: dict[int, int] = {}  # by free slot, the column up to which its state is final
+        self._sources: dict[
+            Row, tuple[Row, int]
+        ] = {}  # by waiting row, the row whose beginning it needs, and its columns
         self._window: tuple[tuple, Window] | None = None
 
     @classmethod
     def open(cls, backend: Backend, slots: int, capacity: int, **options) -> "Decoder":
-        """A decoder with buffers of its own. `capacity`: columns of each slot; `options`: as above."""
+        """A decoder with new buffers. `capacity`: columns of each slot; `options`: see the class."""
         canvas = Canvas(slots, capacity, backend.device)
         return cls(backend, Workspace(canvas, backend.open(slots, capacity + 1)), **options)
 
-    # --- rows come and go
+    # --- rows join and leave
 
     def add(self, *requests: Request, final_lengths: list[int] | None = None) -> list[Row]:
         """Begin to decode rows.
 
         Args:
-            final_lengths: for each, the column up to which the state holds what is final.
+            final_lengths: for each row, the column up to which the state is final; 0 where none are given.
 
         Raises:
             ValueError: there is no slot left, or a row is longer than its extent.
@@ -88,43 +89,44 @@ class Decoder:
             )
         rows: list[Row] = []
         try:
-            for index, request in enumerate(requests):
-                rows.append(self._seat(request, None if final_lengths is None else final_lengths[index]))
-            self.canvas.place(rows)
+            for request, length in zip(requests, final_lengths or [0] * len(requests), strict=True):
+                rows.append(self._seat(request, length))
+            self.canvas.load(rows)
             present = [row for row in self.rows if row is not None]
             for index, name in enumerate(LISTS):
                 widths = {row: self.features[row.slot].widths[index] for row in present}
                 for width in set(widths.values()) - {0}:
-                    self.canvas.place_list(name, width, [row for row in present if widths[row] <= width])
+                    self.canvas.load_list(name, width, [row for row in present if widths[row] <= width])
         except BaseException:
             for row in rows:
                 self.remove(row, is_intact=False)
             raise
         return rows
 
-    def _seat(self, request: Request, final_length: int | None) -> Row:
-        """Give a request a slot, if possible one that holds its beginning."""
-        backend, slot, holders, shared = self.backend, self._free[0], [], 0
-        size, mask = request.options.block_length, request.options.mask_token_id
-        known = request.prompt[: request.prompt.index(mask)] if mask in request.prompt else request.prompt
+    def _seat(self, request: Request, final_length: int) -> Row:
+        """Give a request a slot, if possible one whose state begins as the prompt does."""
+        backend, slot, size = self.backend, self._free[0], request.options.block_length
+        known, mask = request.prompt, request.options.mask_token_id
+        known = known[: known.index(mask)] if mask in known else known
+        holders: list[int] = []
         if self._beginnings is not None:
             holders, shared = self._beginnings.find(known, size)
             slot = next((each for each in holders if self.rows[each] is None), slot)
         self._free.remove(slot)
         row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
-        self.rows[slot], self.features[slot], self._last_passes[slot] = row, Features.of(row), self._steps
+        sources = [other for other in map(self.rows.__getitem__, holders) if other is not None]
+        self.rows[slot], self.features[slot], self._last_steps[slot] = row, Features.of(row), self._steps
         if slot in holders:
             self._take_beginning(row, slot, self._final_lengths[slot], shared)
         else:
             if not final_length and row.first_feeds == "not yet final":
                 backend.forget(self.workspace.state, slot, -1, 0, size)
-            row.final_length = final_length or 0
+            row.final_length = final_length
+            if sources:
+                self._sources[row] = max(sources, key=lambda each: each.final_length), shared
         if self._beginnings is not None:
             self._beginnings.put(slot, known, size)
-        if holders and slot not in holders:
-            source = max((self.rows[each] for each in holders), key=lambda each: each.final_length)
-            self._sources[row] = source, shared
-            self._take_beginnings()
+        self._take_beginnings()
         return row
 
     def _take_beginning(self, row: Row, slot: int, final_length: int, column: int) -> None:
@@ -164,12 +166,12 @@ class Decoder:
         self._free.append(slot)
 
     def forget(self, row: Row, column: int) -> int:
-        """Forget what the state holds of a row from `column` on. Returns the column up to which it is final now."""
+        """Forget the state of a row from `column` on. Returns the column up to which the row is final now."""
         return self.backend.forget(self.workspace.state, row.slot, row.final_length, column, row.block_length)
 
     @property
     def busy(self) -> list[Row]:
-        """The rows that are not done."""
+        """The rows that are not done yet."""
         return [row for row in self.rows if row is not None and not row.is_done]
 
     # --- one step
@@ -192,8 +194,8 @@ class Decoder:
             self._pass(group)
         if self.after_step is not None:
             self.after_step(self.num_forward_passes > before)
-        looks = [row for row in rows if self._must_look(row)]
-        report = self._report(looks) if looks else {}
+        checked = [row for row in rows if self._must_check(row)]
+        report = self._report(checked) if checked else {}
         finished = []
         for row in rows:
             left, has_end = report.get(row.slot, (True, False))
@@ -213,32 +215,32 @@ class Decoder:
         uniform = lambda width: Noise(self.canvas.device, [row.request.generator], [width]).uniform((1, width))[0]
         plan = row.open_block(uniform, masked)
         if plan is not None:
-            self.canvas.place_plan(row, plan)
+            self.canvas.load_plan(row, plan)
 
     def _within_budget(self, rows: list[Row]) -> list[Row]:
         """The rows that take part in a step."""
         if self.token_budget is None:
             return rows
-        narrow = 2 * max((row.span[1] - row.span[0] for row in rows), default=0) + 1
+        longest_step = 2 * max((row.span[1] - row.span[0] for row in rows), default=0) + 1
         left, kept = self.token_budget, []
-        for row in sorted(rows, key=lambda row: self._last_passes[row.slot]):
+        for row in sorted(rows, key=lambda row: self._last_steps[row.slot]):
             frame = row.frame() if row.wants_pass else None
             width = 0 if frame is None else frame.end - frame.start
-            if width > narrow:
+            if width > longest_step:
                 if width > left and left < self.token_budget:
                     continue
                 left -= width
             kept.append(row)
-            self._last_passes[row.slot] = self._steps
+            self._last_steps[row.slot] = self._steps
         return sorted(kept, key=lambda row: row.slot)
 
-    def _must_look(self, row: Row) -> bool:
-        """Whether the host must know what the last step left: if the block is filled, or if it holds an end."""
+    def _must_check(self, row: Row) -> bool:
+        """Whether the host must read from the device if a row's block is filled, or if it holds an end of sequence."""
         is_last = row.step + 1 >= len(row.quotas)
         return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
 
     def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool]]:
-        """By slot: whether a mask is left in the row's block among what is shown, and whether it holds an end."""
+        """By slot: whether a mask is left in the shown part of the row's block, and whether the block holds an end."""
         if not self.is_hooked:
             report = self.canvas.report.tolist()
             return {row.slot: (bool(report[row.slot][0]), bool(report[row.slot][1])) for row in rows}
@@ -251,8 +253,8 @@ class Decoder:
         return found
 
     def _groups(self, rows: list[Row]) -> list[list[Row]]:
-        """The rows of each forward pass of a step. Rows whose windows are long go apart, unless all fit into a small pass:
-        the others would be padded to their length."""
+        """The rows of each forward pass of a step. Long windows have a pass of their own, unless all rows fit into a small
+        pass: short windows would be padded to the length of the long ones."""
         if not rows or self.process is not None:
             return [rows] if rows else []
         widths = [frame.end - frame.start for frame in (row.frame() for row in rows)]
@@ -264,16 +266,15 @@ class Decoder:
         return [group for group in (wide, narrow) if group]
 
     def _pass(self, rows: list[Row]) -> None:
-        """One forward pass over the windows of rows, and what follows from it."""
+        """One denoising step of the windows of rows."""
         rows = sorted(rows, key=lambda row: row.slot)
-        if self.process is not None:  # which knows all of them
-            every = [row for row in self.rows if row is not None]
-        else:
-            every = rows
+        # `process` gets the logits of all rows.
+        every = rows if self.process is None else [row for row in self.rows if row is not None]
+        device = self.canvas.device
         frames = [row.frame() if row in rows else self._idle_frame() for row in every]
         slots = [row.slot for row in every]
         if self.uses_graphs and len(slots) < self.canvas.slots:
-            # Subsets of many sizes would be as many graphs: idle rows fill up to a power of two.
+            # Each number of rows is a graph: idle rows fill it up to a power of two.
             wanted = min(1 << (len(slots) - 1).bit_length(), self.canvas.slots)
             others = [slot for slot in range(self.canvas.slots) if slot not in slots][: wanted - len(slots)]
             slots, frames = slots + others, frames + [self._idle_frame()] * len(others)
@@ -282,16 +283,14 @@ class Decoder:
         quotas = [
             [row.quotas[row.step], row.step] if row in rows and not row.is_prefilling else [0, 0] for row in every
         ]
-        # Not blocking: the host must keep ahead of the steps.
-        quota = torch.tensor(quotas + [[0, 0]] * (len(slots) - len(every))).to(self.canvas.device, non_blocking=True)
-        noise = {}
-        if window.block.shape[1]:
-            noise = draw(
-                features, rows, (len(rows), window.block.shape[1], self.backend.vocab_size), window.block.device
-            )
+        # Non-blocking, so that the host keeps ahead of the device.
+        quota = torch.tensor(quotas + [[0, 0]] * (len(slots) - len(every))).to(device, non_blocking=True)
+        noise: dict[str, torch.Tensor] = {}
+        if width := window.block.shape[1]:
+            noise = draw(features, rows, (len(rows), width, self.backend.vocab_size), device)
             if len(slots) > len(rows):
-                places = torch.tensor([slots.index(row.slot) for row in rows], device=window.block.device)
-                spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, places, each)
+                indices = torch.tensor([slots.index(row.slot) for row in rows], device=device)
+                spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, indices, each)
                 noise = {use: spread(each) for use, each in noise.items()}
         self._run(window, quota, noise, features)
         self.num_forward_passes += 1
@@ -304,15 +303,15 @@ class Decoder:
         guided = getattr(backend, "cfg_scale", 0)
 
         def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
-            masked = ()
+            guidance = {}
             if guided:
-                given = canvas.given[window.slots[:, None], window.columns]
-                masked = (torch.where(given, features.mask_token_id, tokens),)
-            logits = backend(tokens, window, state, *masked)
+                is_prompt = canvas.is_prompt[window.slots[:, None], window.columns]
+                guidance["unconditional"] = torch.where(is_prompt, features.mask_token_id, tokens)
+            logits = backend(tokens, window, state, **guidance)
             if self.process is None or not window.block.shape[1]:
                 return logits
-            takes_part = quota[:, :1, None] > 0  # of other rows the logits mean nothing
-            return self.process(logits.masked_fill_(~takes_part, 0), [row for row in self.rows if row])
+            is_idle = quota[:, :1, None] == 0  # the logits of idle rows are undefined
+            return self.process(logits.masked_fill_(is_idle, 0), [row for row in self.rows if row])
 
         def compute(window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
             denoise(canvas, window, quota, forward, noise, features, reads_raw_logits)
@@ -334,5 +333,5 @@ class Decoder:
         return self._window[1]
 
     def _idle_frame(self) -> Frame:
-        """Of a row that takes no part: it feeds the scratch column, and nothing reads it."""
+        """The frame of an idle slot, which feeds the scratch column."""
         return Frame(self.canvas.capacity, self.canvas.capacity + 1, 0, 0, 1, 0, 0, 0)

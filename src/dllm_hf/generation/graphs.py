@@ -1,41 +1,40 @@
-"""Denoising steps as CUDA graphs: a launch for a whole step, from the canvas back to the canvas.
+"""Denoising steps as CUDA graphs: one launch for a whole step, from the canvas back to the canvas.
 
-A graph repeats what was recorded with the tensors that were recorded. So what a step is told is copied into buffers of its
-own before each replay, and canvas and cache stand in buffers that outlive a call, see [`pool`].
+A graph replays recorded operations on the recorded tensors. So the inputs of a step are copied into buffers of the graph
+before each replay, and canvas and cache are buffers that outlive a call, see [`pool`].
 """
 
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from transformers.utils import logging
 
 from ..fused.joint_products import lock
-from ..kernels.attention import triton
-from .window import Window
+from ..kernels.triton import triton
+from .window import TENSORS, Window
 
 logger = logging.get_logger(__name__)
 
 # Larger steps are not launch-bound: the host keeps ahead of the GPU without a graph.
 MAX_CAPTURED_TOKENS = 1024
 MAX_GRAPHS = 16
-TENSORS = tuple(field.name for field in fields(Window) if field.type is torch.Tensor)
 
 
 def are_possible(device: torch.device) -> bool:
-    """Whether steps can run as graphs on our kernels: on NVIDIA's GPUs from Ampere on, where Triton is installed."""
+    """Whether steps can run as graphs on our kernels: on NVIDIA GPUs from Ampere on, with Triton installed."""
     if device.type != "cuda" or triton is None or os.environ.get("DLLM_HF_CUDA_GRAPHS", "1") == "0":
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class StepInputs:
-    """What a step is told, in buffers that stay: its window, its quotas and its noise.
+    """The inputs of a captured step, in buffers that stay: window, quotas and noise.
 
     Args:
-        store: the noise of all steps, by use and shape. Steps never run side by side.
+        store: the noise buffers of all steps, by use and shape. Steps share them, since they never run side by side.
     """
 
     def __init__(self, window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor], store: dict):
@@ -44,7 +43,7 @@ class StepInputs:
         self.noise = {use: store.setdefault((use, each.shape), each.clone()) for use, each in noise.items()}
 
     def update(self, window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
-        if window is not self.latest:  # most steps of a block share theirs
+        if window is not self.latest:  # most steps of a block share a window
             for name in TENSORS:
                 getattr(self.window, name).copy_(getattr(window, name))
             self.latest = window
@@ -54,16 +53,16 @@ class StepInputs:
 
 
 class StepGraphs:
-    """The graphs of one canvas and its cache. A step of a shape runs as it is the first time, which warms it up, is
-    captured the second, and replayed from then on."""
+    """The graphs of one canvas and its cache. The first step of a shape runs without a graph, which warms it up; the second
+    is captured, later ones replay it."""
 
     def __init__(self, device: torch.device):
         self.steps: OrderedDict[tuple, list] = OrderedDict()
         self.noise: dict[tuple, torch.Tensor] = {}
-        self.pool_and_stream: tuple | None = (None, None)  # None: steps run as they are
+        self.pool_and_stream: tuple | None = (None, None)  # None: steps run without graphs
         if device.type == "cuda":
-            # A stream of its own: the workspace of the matrix products belongs to a stream, and goes with the first graph
-            # that was captured there (https://github.com/pytorch/pytorch/issues/193402).
+            # A new stream: cuBLAS keeps a workspace for each stream, which is freed with the first graph that was captured
+            # on it (https://github.com/pytorch/pytorch/issues/193402).
             self.pool_and_stream = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
     def run(
@@ -74,7 +73,7 @@ class StepGraphs:
         quota: torch.Tensor,
         noise: dict[str, torch.Tensor],
     ) -> None:
-        """Run `compute(window, quota, noise)`. `key`: all that it depends on besides their values."""
+        """Run `compute(window, quota, noise)`. `key`: what its operations depend on besides the shapes."""
         key = (key, window.columns.shape, window.block.shape, window.keep.shape)
         inputs, graph, runs = self.steps.pop(key, None) or (StepInputs(window, quota, noise, self.noise), None, 0)
         inputs.update(window, quota, noise)
@@ -83,11 +82,11 @@ class StepGraphs:
             try:
                 graph = capture(run, *self.pool_and_stream)
             except RuntimeError as error:
-                # Something in it looks at the device, as experts or quantised weights may: it runs without a graph.
+                # An operation synchronises with the device, as experts or quantised weights may: no graphs.
                 logger.warning_once(f"A denoising step could not be captured in a CUDA graph: {error}")
                 self.pool_and_stream = None  # the memory pool cannot be used again
         run() if graph is None else graph.replay()
-        self.steps[key] = [inputs, graph, runs + 1]  # the latest last
+        self.steps[key] = [inputs, graph, runs + 1]  # at the end: used last
         if len(self.steps) > MAX_GRAPHS:
             self.steps.popitem(last=False)
 
@@ -98,5 +97,5 @@ def capture(run: Callable[[], None], pool, stream: torch.cuda.Stream) -> torch.c
         with lock, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             run()
     finally:
-        torch.cuda.set_stream(current)  # a capture that fails may leave the other one
+        torch.cuda.set_stream(current)  # a capture that fails may not restore it
     return graph

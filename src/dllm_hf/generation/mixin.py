@@ -221,7 +221,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         slots, columns = len(texts), max(map(len, texts))
         has_graphs = backend.fused is not None
         capacity = capacity_for(columns, self.capacity_step) if has_graphs else columns
-        key = (fingerprint, slots, capacity, backend.repeats)
+        key = (fingerprint, slots, capacity, backend.guidance_copies)
 
         def make() -> Workspace:
             # + 1: the scratch column.

@@ -13,7 +13,7 @@ import torch
 # benchmarks/tie_tolerance.py.
 ABSOLUTE, RELATIVE = 5e-7, 4e-6
 
-# What stands in the tables of rows: the index of a score, of a rule.
+# The canvas holds the index of a row's score and of its rule.
 SCORES = (None, "probability", "margin", "neg_entropy", "random")
 RULES = ("quota", "threshold", "factor", "entropy_bound", "sequential", "bernoulli")
 
@@ -110,19 +110,19 @@ def select(
     alg_temp: torch.Tensor | None = None,
     gumbel: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which masked positions to transfer. Of positions equally sure, the leftmost go first.
+    """Which masked positions to transfer. Of positions with equal scores the leftmost goes first.
 
     Args:
-        rules: those that any row has.
-        rule: `(rows, 1)`, the index in `RULES` of each row's.
+        rules: the rules of all rows.
+        rule: `(rows, 1)`, the index in `RULES` of each row's rule.
         scores: `(rows, block)` float32, as [`sampling.propose`] returns them.
         is_probability: `(rows, 1)` bool, whether a row's scores are probabilities.
         masked: `(rows, block)` bool, the positions that may be transferred.
         quota: `(rows, 1)`, how many the step must transfer. A row whose quota is 0 transfers nothing.
         threshold, entropy_bound, factor: `(rows, 1)`, read by the rules of those names.
-        alg_temp, gumbel: `(rows, 1)` and `(rows, block)` standard Gumbel noise: where the temperature is above 0, the quota
-            is drawn from `softmax(scores / alg_temp)` without replacement (the Gumbel-top-k trick, arXiv:1903.06059) instead
-            of taken from the top, by the rules that have one.
+        alg_temp, gumbel: `(rows, 1)` and `(rows, block)` standard Gumbel noise, both or none. Where the temperature is above
+            0, rules with a quota draw it from `softmax(scores / alg_temp)` without replacement (the Gumbel-top-k trick,
+            arXiv:1903.06059) instead of taking the best.
 
     Returns:
         `(rows, block)` bool.
@@ -135,21 +135,21 @@ def select(
         return leftmost
     has = lambda name: rule == RULES.index(name)
     ranked_by = scores
-    if gumbel is not None:
+    if gumbel is not None and alg_temp is not None:
         drawn = (scores / alg_temp.clamp(min=1e-30)).clamp(min=torch.finfo(torch.float32).min / 2) + gumbel
         draws = (alg_temp > 0) & (has("quota") | has("threshold"))
         ranked_by, is_probability = torch.where(draws, drawn, scores), is_probability & ~draws
     order, rank = rank_of(torch.where(masked, ranked_by, -torch.inf), is_probability)
     count = quota
     number = torch.arange(1, order.shape[1] + 1, device=order.device)
-    ranked = torch.where(masked, scores, -torch.inf).gather(-1, order) if rules & {"factor", "entropy_bound"} else None
+    falling = lambda: torch.where(masked, scores, -torch.inf).gather(-1, order)
     if "factor" in rules:
         # The thresholds rise as the sorted confidences fall: the positions that pass are a prefix.
-        passing = (ranked >= 1 - factor / (number + 1)).sum(-1, keepdim=True)
+        passing = (falling() >= 1 - factor / (number + 1)).sum(-1, keepdim=True)
         count = torch.where(has("factor"), passing.clamp(min=1), count)
     if "entropy_bound" in rules:
         # The score is the negative entropy: ascending entropy is falling score.
-        passing = ((-ranked).cumsum(-1) < entropy_bound).sum(-1, keepdim=True)
+        passing = ((-falling()).cumsum(-1) < entropy_bound).sum(-1, keepdim=True)
         count = torch.where(has("entropy_bound"), passing.clamp(min=1), count)
     chosen = masked & (rank < count)
     if "threshold" in rules:

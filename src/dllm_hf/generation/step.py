@@ -1,7 +1,7 @@
-"""The denoising step: from the canvas to the canvas. A pure function of tensors, so that it can be captured in a graph."""
+"""The denoising step: it reads the canvas and writes it. Operations on tensors alone, so that a graph can capture it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -15,50 +15,46 @@ from .window import Window
 
 @dataclass(frozen=True)
 class Features:
-    """What any row of a step asks for. With the shapes, all that its code depends on.
+    """What any row of a step asks for. With the shapes, all that the step's code depends on.
 
     scores, rules: see [`remasking`].
-    samples, filters, draws, plans: whether any has a temperature, top-k, top-p or min-p, an `alg_temp`, a drawn plan.
+    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`.
     widths: of the lists of `LISTS`; 0 where no row has one.
-    mask_token_id: the mask of all of them.
+    mask_token_id: the mask of every row.
     """
 
-    scores: frozenset
-    rules: frozenset
-    samples: bool
-    filters: bool
-    draws: bool
-    plans: bool
+    scores: frozenset[str | None]
+    rules: frozenset[str]
+    needs: frozenset[str]
     widths: tuple[int, ...]
     mask_token_id: int
 
     @classmethod
     def of(cls, row: Row) -> "Features":
         options, strategy = row.request.options, row.strategy
+        needs = {
+            "samples": options.sampling_temperature > 0,
+            "filters": options.top_k or (options.top_p or 1) < 1 or options.min_p,
+            "draws": options.alg_temp,
+        }
         return cls(
             frozenset([strategy.confidence]),
             frozenset([strategy.selection]),
-            options.sampling_temperature > 0,
-            bool(options.top_k or (options.top_p or 1) < 1 or options.min_p),
-            bool(options.alg_temp),
-            strategy.selection == "bernoulli",
+            frozenset(name for name, is_asked in needs.items() if is_asked),
             tuple(padded_width(len(list_of(row, name))) for name in LISTS),
-            options.mask_token_id,
+            row.mask,
         )
 
     @classmethod
     def union(cls, every: Iterable["Features"]) -> "Features":
-        """Those of a step over several rows."""
-        every = list(dict.fromkeys(every))
-        if len(every) == 1:
-            return every[0]
-        first, values = every[0], {field.name: [getattr(each, field.name) for each in every] for field in fields(cls)}
+        """The features of a step over several rows."""
+        every = list(every)
         return cls(
-            frozenset().union(*values["scores"]),
-            frozenset().union(*values["rules"]),
-            *(any(values[name]) for name in ("samples", "filters", "draws", "plans")),
-            tuple(map(max, zip(*values["widths"]))),
-            first.mask_token_id,
+            frozenset().union(*(each.scores for each in every)),
+            frozenset().union(*(each.rules for each in every)),
+            frozenset().union(*(each.needs for each in every)),
+            tuple(map(max, zip(*(each.widths for each in every)))),
+            every[0].mask_token_id,
         )
 
 
@@ -70,25 +66,20 @@ def padded_width(number: int) -> int:
 def draw(
     features: Features, rows: list[Row], shape: tuple[int, int, int], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The random numbers of a step, by what they are for. `shape`: of the logits, `(rows, block, vocab)`."""
+    """The random numbers of a step, by their use. `shape`: of the logits, `(rows, block, vocab)`."""
 
     def noise(needs: Callable[[Row], bool]) -> Noise:
         widths = [row.span[1] - row.span[0] if needs(row) else 0 for row in rows]
         return Noise(device, [row.request.generator for row in rows], widths)
 
     drawn = {}
-    if features.samples:
+    if "samples" in features.needs:
         drawn["tokens"] = noise(lambda row: row.request.options.sampling_temperature > 0).gumbel(shape)
     if "random" in features.scores:
         drawn["scores"] = noise(lambda row: row.strategy.confidence == "random").uniform(shape[:2])
-    if features.draws:
+    if "draws" in features.needs:
         drawn["positions"] = noise(lambda row: bool(row.request.options.alg_temp)).gumbel(shape[:2]).float()
     return drawn
-
-
-def still_open(masked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """`(rows, block)` bool: `masked`, less the rows of which no position that is shown is masked."""
-    return masked & (masked & shown).any(-1, keepdim=True)
 
 
 def denoise(
@@ -103,9 +94,9 @@ def denoise(
     """One step: a forward pass, what it proposes, and the transfer of some of it.
 
     Args:
-        quota: `(rows, 2)`, how many tokens each row must transfer, and which step of its block this is.
+        quota: `(rows, 2)`, how many tokens each row must transfer, and the index of the step in its block.
         forward: `(tokens, window) -> (rows, block, vocab)`, logits, which may be written to; `tokens` is `(rows, window)`.
-        noise: of [`draw`].
+        noise: as [`draw`] returns it.
         reads_raw_logits: whether scores are read before temperature and filters.
     """
     slots = window.slots[:, None]
@@ -114,9 +105,10 @@ def denoise(
         return
     now = canvas.tokens[slots, window.block]
     masked = (now == features.mask_token_id) & (window.block < canvas.capacity)
-    if features.plans:
+    if "bernoulli" in features.rules:
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
-    masked = still_open(masked, window.shown)
+    # A row is done once no shown position is masked, whatever is left behind the cut.
+    masked = masked & (masked & window.shown).any(-1, keepdim=True)
     proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits)
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)
@@ -132,16 +124,18 @@ def denoise(
 
 
 def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool):
-    """What a step proposes, `(rows, block)` tokens, and which of it is transferred, `(rows, block)` bool.
+    """The proposals of a step, `(rows, block)` tokens, and which of them are transferred, `(rows, block)` bool.
 
     Args:
         logits: `(rows, block, vocab)`; those of suppressed tokens are changed.
-        masked: `(rows, block)` bool, the masks that may receive a token.
+        masked: `(rows, block)` bool, the positions that may receive a token.
         quota: `(rows, 1)`.
     """
     numbers, choices = canvas.numbers[window.slots], canvas.choices[window.slots]
-    temperature, top_p, min_p, *bounds, alg_temp = (column[:, None] for column in numbers.unbind(-1))
-    kind, rule, top_k, _ = (column[:, None] for column in choices.unbind(-1))
+    temperature, top_p, min_p, threshold, entropy_bound, factor, alg_temp = (
+        column[:, None] for column in numbers.unbind(-1)
+    )
+    score_index, rule, top_k, _ = (column[:, None] for column in choices.unbind(-1))
     _, suppressed, deferred = (
         canvas.lists[name, width][window.slots] if width else None for name, width in zip(LISTS, features.widths)
     )
@@ -150,40 +144,45 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         tokens = suppressed.clamp(min=0)[:, None].expand_as(has_any)
         logits.scatter_(-1, tokens, torch.where(has_any, -torch.inf, logits.gather(-1, tokens)))
     processed = logits
-    if features.samples:
+    if "samples" in features.needs:
         processed = logits / torch.where(temperature > 0, temperature, 1.0)[..., None].to(logits.dtype)
-    if features.filters:
-        # They count and rank tokens: the mask must not be among them.
+    if "filters" in features.needs:
+        # Filters count and rank tokens, of which the mask must not be one.
         without_mask = processed.clone()
         without_mask[..., features.mask_token_id] = -torch.inf
         without_mask = filtered(without_mask, *(x[..., None] for x in (top_k, top_p, min_p)))
         has_filter = ((top_k > 0) | (top_p < 1) | (min_p > 0))[..., None]
         processed = torch.where(has_filter, without_mask, processed)
-    kinds, is_raw = features.scores - {"random"}, reads_raw_logits and processed is not logits
-    proposals, scores = propose(processed, features.mask_token_id, () if is_raw else kinds, noise.get("tokens"))
+    wanted = features.scores - {"random"}
+    is_raw = reads_raw_logits and processed is not logits
+    proposals, scores = propose(
+        processed, features.mask_token_id, frozenset() if is_raw else wanted, noise.get("tokens")
+    )
     if is_raw:
-        scores = {name: score_of(name, logits, proposals, features.mask_token_id) for name in kinds}
+        scores = {name: score_of(name, logits, proposals, features.mask_token_id) for name in wanted}
     if "random" in features.scores:
         scores["random"] = noise["scores"]
     score = scores[next(iter(features.scores))]
     for name in features.scores if len(features.scores) > 1 else ():
-        score = torch.where(kind == SCORES.index(name), scores[name], score)
+        score = torch.where(score_index == SCORES.index(name), scores[name], score)
     lowest = torch.finfo(torch.float32).min
     if deferred is not None:
-        # `torch.isin` looks at the device where the list is long.
+        # Not `torch.isin`, which synchronises with the device if the list is long.
         score = score.masked_fill((proposals[..., None] == deferred[:, None]).any(-1), lowest)
-    # Logits that overflowed give no number, and nothing to prefer: such positions go last, but they go.
+    # Logits that overflowed give NaN scores: such positions are transferred last.
     is_nan = score.isnan() | logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
     canvas.saw_nan |= (is_nan & masked).any()
     transfer = select(
         features.rules,
         rule,
         score.nan_to_num(nan=lowest),
-        kind == SCORES.index("probability"),
+        score_index == SCORES.index("probability"),
         masked,
         quota,
-        *bounds,
-        alg_temp=alg_temp,
-        gumbel=noise.get("positions"),
+        threshold,
+        entropy_bound,
+        factor,
+        alg_temp,
+        noise.get("positions"),
     )
     return proposals, transfer

@@ -1,6 +1,6 @@
-"""Windows: the positions that one forward pass feeds, made on the host from a few numbers of each row."""
+"""Windows: the positions that one forward pass feeds, made on the host from a frame of each row."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -10,11 +10,11 @@ class Frame:
     """What a row feeds to a forward pass, in columns of its canvas.
 
     start, end: the window.
-    first, last: the block whose logits are asked for; equal where none are.
-    length: the row's columns. Of a row whose blocks see earlier ones alone, a token sees up to its block's end, else all.
-    shown: the columns that the output shows.
-    final: the column up to which the row is final once the pass is done.
-    grid: the block length where blocks see earlier ones alone, 0 where a token sees the whole row.
+    first, last: the block whose logits are computed; equal if none are.
+    length: the number of the row's columns.
+    shown: the number of columns that the output shows.
+    final: the column up to which the row is final after the pass.
+    grid: the block length if a token sees up to the end of its block alone; 0 if it sees the whole row.
     """
 
     start: int
@@ -29,20 +29,20 @@ class Frame:
 
 @dataclass
 class Window:
-    """The positions of one forward pass, on the device; `rows` are those of the pass.
+    """The positions of one forward pass, on the device.
 
-    slots: `(rows,)`, the row of the buffers that each one stands in.
-    columns: `(rows, window)`, positions; past a row's own window its last column is repeated.
-    lengths: `(rows, window)` int32, how many columns each token sees.
-    keep: `(rows, block)`, the indices into the window at which the logits of the block's positions stand; -1 for the
-        column before the window, of which a recurrent state keeps what is needed.
+    slots: `(rows,)`, the slot of each row of the pass.
+    columns: `(rows, window)`, positions; a window that is shorter than others is padded with its last column.
+    lengths: `(rows, window)` int32, the number of columns that each token sees.
+    keep: `(rows, block)`, for each position of the block, the index into the window of its logits; -1 for the column before
+        the window, whose hidden state a recurrent cache keeps.
     final: `(rows, 1)`, see [`Frame`].
-    block: `(rows, block)`, the block's columns; past a row's own block the scratch column.
+    block: `(rows, block)`, the block's columns; a block that is shorter than others is padded with the scratch column.
     shown: `(rows, block)` bool, the positions of the block that the output shows.
-    visible: the most columns that a token sees.
-    seen: what lengths depend on: `"all"` (they are `visible` throughout), `"row"` or `"token"`.
-    is_canvas: whether every row's window is its whole canvas and asks for a refresh of what is cached.
-    is_every_slot: whether the rows are all slots in their order.
+    visible: the largest of `lengths`.
+    seen: what `lengths` depends on: `"all"` (the same for all tokens), `"row"` or `"token"`.
+    is_canvas: whether every row's window is its whole canvas, so that the pass refreshes the whole cache.
+    is_every_slot: whether `slots` are all slots in their order.
     """
 
     slots: torch.Tensor
@@ -58,43 +58,37 @@ class Window:
     is_every_slot: bool
 
     def to(self, device: torch.device) -> "Window":
-        """The same on a device."""
+        """The window with its tensors on a device."""
         if device.type == "cpu":
             return self
         # One upload: small copies from pageable memory cost the host more than the GPU.
-        longs = [self.slots, self.columns, self.keep, self.final, self.block, self.lengths.long(), self.shown.long()]
-        parts = torch.cat([each.flatten() for each in longs]).to(device, non_blocking=True)
-        parts = parts.split([each.numel() for each in longs])
-        slots, columns, keep, final, block, lengths, shown = (x.view(y.shape) for x, y in zip(parts, longs))
-        return replace(
-            self,
-            slots=slots,
-            columns=columns,
-            lengths=lengths.to(torch.int32),
-            keep=keep,
-            final=final,
-            block=block,
-            shown=shown.bool(),
-        )
+        tensors = [getattr(self, name) for name in TENSORS]
+        uploaded = torch.cat([each.flatten().long() for each in tensors]).to(device, non_blocking=True)
+        parts = uploaded.split([each.numel() for each in tensors])
+        return replace(self, **{name: part.view(x.shape).to(x.dtype) for name, part, x in zip(TENSORS, parts, tensors)})
 
     def repeated(self, times: int, slots: int) -> "Window":
-        """The same for `times` runs of the rows, the next run `slots` further on."""
-        runs = torch.arange(times, device=self.slots.device).repeat_interleave(len(self.slots)) * slots
+        """The window of `times` copies of the rows, each copy `slots` slots behind the one before."""
+        offsets = torch.arange(times, device=self.slots.device).repeat_interleave(len(self.slots)) * slots
         tensors = {name: getattr(self, name).repeat(times, 1) for name in ("columns", "lengths", "keep", "final")}
-        return replace(self, slots=self.slots.repeat(times) + runs, **tensors)
+        return replace(self, slots=self.slots.repeat(times) + offsets, **tensors)
+
+
+TENSORS = tuple(field.name for field in fields(Window) if field.type is torch.Tensor)
 
 
 def make_window(
     frames: list[Frame], slots: list[int], number: int, scratch: int, shift: int, before: int, multiple: int = 1
 ) -> Window:
-    """The window of a pass over rows that may differ in all, on the CPU.
+    """The window of a pass over rows with any frames, on the CPU.
 
     Args:
-        slots: the slot of each row; `number` is that of all slots.
-        scratch: the column, behind all others of a row, where writes of repeated positions go.
-        shift: the logits of a position stand that many columns before it.
-        before: how many columns before the window logits may be asked of.
-        multiple: that windows which shrink from block to block are made up to: fewer shapes, fewer graphs.
+        slots: the slot of each row.
+        number: the number of all slots.
+        scratch: the index of the scratch column.
+        shift: the logits of position i stand at position i - `shift`.
+        before: how many columns before the window `keep` may point to.
+        multiple: windows that shrink from block to block are padded to a multiple of it: fewer shapes, fewer graphs.
     """
     table = torch.tensor([[*vars(frame).values()] for frame in frames])
     start, end, first, last, length, shown, final, grid = table[:, :, None].unbind(1)

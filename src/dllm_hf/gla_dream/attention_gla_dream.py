@@ -1,7 +1,6 @@
-"""GLADream's attention: gated linear attention (arXiv:2312.06635) in both directions inside a block, and in one between
-blocks. The unit between blocks carries a state, a matrix for each head that does not grow with the text. The state
-before a block depends linearly on the one before, so that all blocks of a prompt, or of a training sequence, are
-computed at once.
+"""GLADream's attention: gated linear attention (arXiv:2312.06635) in both directions inside a block, and from block to
+block. The unit between blocks carries a state, a matrix for each head. It depends linearly on the state one block before,
+so that all blocks of a prompt, or of a training sequence, are computed at once.
 """
 
 import torch
@@ -14,8 +13,8 @@ from .configuration_gla_dream import GLADreamConfig
 from .gated_linear_attention import MIN_LOG_DECAY, block_states, gated_linear_attention, short_convolution
 from .generation_utils_gla_dream import GLADreamCache
 
-# For how many steps a head keeps a token before training (when it has faded to 1/e): three quarters of the heads for a
-# few, the others for many, spread evenly on a logarithmic scale between these two.
+# Steps after which a token has faded to 1/e before training: `SHORT_MEMORY` in three quarters of the heads, in the others
+# spread evenly between `LONG_MEMORIES` on a logarithmic scale.
 SHORT_MEMORY, LONG_MEMORIES = 4.0, (64.0, 8192.0)
 
 
@@ -27,13 +26,13 @@ class DecayProjection(nn.Linear):
         self.head_dim = head_dim
 
     def memory_bias(self, gate_logit_normalizer: float) -> torch.Tensor:
-        """The biases before training. Most heads see their neighbours, which is quick to learn from, and some keep a
-        token for thousands of steps: without them nothing far away would have a gradient."""
+        """The biases before training. Most heads read neighbours, which is learnt quickly, and some keep a token for
+        thousands of steps: without them distant tokens would have no gradient."""
         heads = self.out_features // self.head_dim
         long = max(heads // 4, 1) if heads > 1 else 0
         shortest, longest = LONG_MEMORIES
-        places = (torch.arange(long, device=self.bias.device) + 0.5) / max(long, 1)
-        steps = F.pad(shortest * (longest / shortest) ** places, (heads - long, 0), value=SHORT_MEMORY)
+        fractions = (torch.arange(long, device=self.bias.device) + 0.5) / max(long, 1)
+        steps = F.pad(shortest * (longest / shortest) ** fractions, (heads - long, 0), value=SHORT_MEMORY)
         # What is kept in each step, exp(logsigmoid(bias) / gate_logit_normalizer), is exp(-1 / steps).
         return torch.exp(-gate_logit_normalizer / steps).logit().repeat_interleave(self.head_dim)
 
@@ -45,8 +44,8 @@ class ShortConvolution(nn.Conv1d):
         super().__init__(channels, channels, size, groups=channels, bias=False)
 
     def initial_weight(self) -> torch.Tensor:
-        """The noise that `torch` and `fla` begin with, around the identity: without that, what tells tokens apart is
-        mixed before anything is learnt, and recall comes much later."""
+        """The noise of `torch`'s and `fla`'s initialisation plus the identity, without which tokens are mixed before
+        anything is learnt, and recall comes much later."""
         size = self.kernel_size[0]
         weight = torch.empty_like(self.weight).uniform_(-(size**-0.5), size**-0.5)
         weight[..., size // 2] += 1
@@ -57,18 +56,19 @@ class ShortConvolution(nn.Conv1d):
 
 
 class GLADreamAttention(nn.Module):
-    """The unit inside a block and the unit between blocks. The parameters that `fla.layers.GatedLinearAttention` has as
-    well have its names."""
+    """The unit inside a block and the unit between blocks. Parameters are named as in
+    `fla.layers.GatedLinearAttention`, where it has them."""
 
     def __init__(self, config: GLADreamConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.num_heads, self.head_k_dim, self.head_v_dim = (
             config.num_attention_heads,
-            config.head_dim,
+            config.head_k_dim,
             config.head_v_dim,
         )
-        hidden, kv_heads, bias = config.hidden_size, config.num_key_value_heads, config.attention_bias
+        kv_heads: int = config.num_key_value_heads  # type: ignore[assignment]  # the configuration has filled it in
+        hidden, bias = config.hidden_size, config.attention_bias
         self.groups = self.num_heads // kv_heads
         value_dim = self.num_heads * self.head_v_dim
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_k_dim, bias=bias)
@@ -101,8 +101,7 @@ class GLADreamAttention(nn.Module):
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if convolutions := convolutions_of(self):
             query, key, value = (
-                self._convolved(convolution, x, layout)
-                for convolution, x in zip(convolutions, (query, key, value), strict=True)
+                self._convolved(each, x, layout) for each, x in zip(convolutions, (query, key, value), strict=True)
             )
         query = query.view(rows, width, self.num_heads, self.head_k_dim)
         key = key.view(rows, width, -1, self.head_k_dim)
@@ -113,7 +112,7 @@ class GLADreamAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the positions are wider
         if layout.valid is not None:
-            # Where no token stands, nothing enters a state and nothing decays.
+            # Without a token nothing enters a state and nothing decays.
             empty = ~layout.valid[..., None, None]
             key, log_decay = key.masked_fill(empty, 0), log_decay.masked_fill(empty, 0)
         if self.groups > 1:
@@ -122,24 +121,20 @@ class GLADreamAttention(nn.Module):
         query, key, value, log_decay = (
             x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
         )
-        moves_on = cache is not None and not (isinstance(layout.final, int) and layout.final == 0)
-        needs_ends = moves_on or layout.blocks > 1 or layout.clean_rows > 0
-        options = {"output_final_state": needs_ends, "mode": self.config.attn_mode}
+        needs_ends = layout.final is not None or layout.blocks > 1 or layout.clean_rows > 0
+        mode = self.config.attn_mode
         scans = [
-            gated_linear_attention(query, key, value, log_decay, reverse=reverse, **options)
+            gated_linear_attention(query, key, value, log_decay, None, reverse, needs_ends, mode)
             for reverse in (False, True)
         ]
         (forward, _), (backward, _) = scans
-        states = cache.layers[self.layer_idx].rows_of(layout.window) if cache is not None else None
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        states = None if layer is None else layer.rows_of(layout.window)
         if needs_ends:
             states = self._states(layout, states, rows, scans, log_decay)
-            if moves_on:
-                final = layout.final
-                if isinstance(final, int):
-                    after = states[:, final]
-                else:
-                    after = states.gather(1, final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
-                cache.layers[self.layer_idx].update(after, forward.dtype, layout.window)
+            if layer is not None and layout.final is not None:
+                after = states.gather(1, layout.final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
+                layer.update(after, forward.dtype, layout.window)
             states = states[:, :-1]
             if layout.clean_rows:
                 states = states.repeat(rows // layout.clean_rows, 1, 1, 1, 1)
@@ -147,18 +142,18 @@ class GLADreamAttention(nn.Module):
         if states is not None:
             from_start, from_end = self._injected(query, log_decay, states)
             forward, backward = forward + from_start, backward + from_end
-        output = self._fused(self.intra_gate_proj, forward, backward)[0]
+        output, _ = self._mix(self.intra_gate_proj, forward, backward)
         output = output.reshape(rows, width, -1) * F.silu(self.g_proj(hidden_states))
         return self.o_proj(output)
 
     def _convolved(self, convolution: ShortConvolution, x: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
-        """`(rows, blocks * block_size, channels)`, each block by itself."""
+        """The convolution of `(rows, blocks * block_size, channels)`, each block by itself."""
         if layout.valid is not None:
             x = x.masked_fill(~layout.valid[..., None], 0)
         blocks = x.reshape(x.shape[0] * layout.blocks, -1, x.shape[-1])
         return convolution(blocks).reshape(x.shape)
 
-    def _fused(self, gate_proj: nn.Linear, forward: torch.Tensor, backward: torch.Tensor):
+    def _mix(self, gate_proj: nn.Linear, forward: torch.Tensor, backward: torch.Tensor):
         """`gate * norm(forward) + (1 - gate) * norm(backward)`, and the gate, for scans `(..., heads, head_v_dim)`."""
         norm = self.g_norm_swish_gate
         forward, backward = (norm(x.to(norm.weight.dtype)) for x in (forward, backward))
@@ -166,25 +161,25 @@ class GLADreamAttention(nn.Module):
         return torch.lerp(backward, forward, gate.to(backward.dtype)), gate
 
     def _states(self, layout, initial, rows, scans, log_decay) -> torch.Tensor:
-        """The unit between blocks: the state before each block and the one after the last, `(rows, blocks + 1, heads,
-        key_dim, value_dim)`, of the clean rows where there are any.
+        """The unit between blocks: the state before each block and after the last one, `(rows, blocks + 1, heads,
+        key_dim, value_dim)`, of the clean rows if there are any.
 
         Args:
             initial: the state before the first block, or None.
-            scans: from the start and from the end, both from zero: output `(rows * blocks, block_size, heads,
-                value_dim)` and last state.
+            scans: forward and backward, each from zeros: output `(rows * blocks, block_size, heads, value_dim)` and
+                final state.
         """
         (forward, forward_end), (backward, backward_end) = scans
         gate_proj = self.intra_gate_proj if self.config.share_inter_intra_gate_weights else self.inter_gate_proj
         clean = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
         unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[clean]
-        _, gate = self._fused(gate_proj, unfold(forward[:, -1]), unfold(backward[:, 0]))
+        _, gate = self._mix(gate_proj, unfold(forward[:, -1]), unfold(backward[:, 0]))
         updates = torch.lerp(unfold(backward_end), unfold(forward_end), gate.to(forward_end.dtype)[..., None, :])
         decays = unfold(log_decay.sum(1)).to(updates.dtype)
         return block_states(updates, decays, initial, None if layout.samples is None else layout.samples[clean])
 
     def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor):
-        """What the scans from the start and from the end read of `states`, each `(rows * blocks, block_size, heads,
+        """What the forward and the backward scan add from `states`, each `(rows * blocks, block_size, heads,
         head_v_dim)`."""
         wide = states.dtype
         with torch.autocast(states.device.type, enabled=False):
@@ -198,6 +193,6 @@ class GLADreamAttention(nn.Module):
             return tuple(((queries * x.exp()) @ states).transpose(1, 2).to(query.dtype) for x in (from_start, from_end))
 
 
-def convolutions_of(attention: nn.Module) -> list[nn.Module]:
-    """Those of queries, keys and values, where there are any."""
+def convolutions_of(attention: nn.Module) -> list[ShortConvolution]:
+    """The short convolutions of queries, keys and values; none with `conv_size` 0."""
     return [getattr(attention, f"{name}_conv1d") for name in "qkv" if hasattr(attention, f"{name}_conv1d")]

@@ -1,4 +1,4 @@
-"""How tokens stand in whole blocks: padding, several samples packed into a row, a last block that is not full."""
+"""The tokens of a forward pass in whole blocks: padding, packed samples, a last block that is not full."""
 
 from dataclasses import dataclass
 
@@ -10,53 +10,53 @@ from ..generation.window import Window
 
 @dataclass
 class BlockLayout:
-    """How the tokens of a forward pass stand in whole blocks.
+    """The tokens of a forward pass in whole blocks.
 
-    blocks: blocks of each row.
+    blocks: number of blocks of each row.
     positions: `(rows or 1, blocks * block_size)`, for the rotary embedding.
-    valid: `(rows or 1, blocks * block_size)` bool, False where no token stands; None where one stands everywhere.
-    slots: `(rows, length)`, where in the blocks each token stands; None where they stand in order from the start.
-    samples: `(rows, blocks)`, which of the samples packed into a row a block belongs to; None where it is one.
-    window: of the decoding loop, which says in which slots of a cache the rows stand; None where they are the cache's.
-    final: blocks from the first on that move a cache's state on, a number or `(rows,)`.
-    clean_rows: the last rows, if any, whose states the rows before them read.
+    valid: `(rows or 1, blocks * block_size)` bool, False where there is no token; None if the blocks are full.
+    index: `(rows, length)`, the index of each token in the blocks; None if they are in order from the start.
+    samples: `(rows, blocks)`, which of the samples packed into a row a block belongs to; None if there is only one.
+    window: the window of the decoding loop, with the slots of the rows; None without the loop.
+    final: `(rows,)`, how many of the first blocks move the state of a cache on; None if none does in any row.
+    clean_rows: number of rows at the end whose states the rows before them read.
     """
 
     blocks: int
     positions: torch.Tensor
     valid: torch.Tensor | None = None
-    slots: torch.Tensor | None = None
+    index: torch.Tensor | None = None
     samples: torch.Tensor | None = None
     window: Window | None = None
-    final: int | torch.Tensor = 0
+    final: torch.Tensor | None = None
     clean_rows: int = 0
 
     def to_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(rows, length, hidden)` -> `(rows, blocks * block_size, hidden)`."""
         width = self.positions.shape[1]
-        if self.slots is None:
+        if self.index is None:
             return F.pad(tokens, (0, 0, 0, width - tokens.shape[1]))
-        return _scattered(tokens, self.slots, width)
+        return _scattered(tokens, self.index, width)
 
     def to_tokens(self, blocks: torch.Tensor, length: int) -> torch.Tensor:
         """`(rows, blocks * block_size, hidden)` -> `(rows, length, hidden)`."""
-        if self.slots is None:
+        if self.index is None:
             return blocks[:, :length]
-        slots = self.slots.clamp(max=blocks.shape[1] - 1)[..., None]
-        return blocks.gather(1, slots.expand(-1, -1, blocks.shape[-1]))
+        index = self.index.clamp(max=blocks.shape[1] - 1)[..., None]  # that of padding is behind the blocks
+        return blocks.gather(1, index.expand(-1, -1, blocks.shape[-1]))
 
 
-def block_count(length: int | torch.SymInt, block_size: int) -> int | torch.SymInt:
-    """The blocks that `length` tokens stand in. A program that is exported for any length gets an empty one more: where
-    there might be one alone, tracing would decide for good whether there is."""
+def block_count(length: int, block_size: int) -> int:
+    """The blocks of `length` tokens. A program exported for any length, a `SymInt`, gets an empty block more: whether
+    there is only one block would be decided at tracing."""
     blocks = -(-length // block_size)
     return blocks if isinstance(length, int) else blocks + 1
 
 
-def _scattered(values: torch.Tensor, slots: torch.Tensor, width: int) -> torch.Tensor:
-    """`values[row, i]` at `slots[row, i]` of `(rows, width, ...)`; what has no place is sent to `width`."""
+def _scattered(values: torch.Tensor, index: torch.Tensor, width: int) -> torch.Tensor:
+    """`values[row, i]` at `index[row, i]` of `(rows, width, ...)`; those at index `width` are dropped."""
     empty = values.new_zeros(values.shape[0], width + 1, *values.shape[2:])
-    index = slots.view(*slots.shape, *[1] * (values.ndim - 2)).expand_as(values)
+    index = index.view(*index.shape, *[1] * (values.ndim - 2)).expand_as(values)
     return empty.scatter(1, index, values)[:, :width]
 
 
@@ -68,8 +68,8 @@ def lay_out(
     Args:
         position_ids: `(rows, length)`; they rise by one from token to token, padding left out.
         token_mask: `(rows, length)`, 0 on padding.
-        counted: the positions are the tokens counted from 0, so that it is known without a look at them how many
-            blocks there are. `torch.compile` cannot follow a look.
+        counted: whether the positions are the tokens counted from 0. Then the number of blocks follows from the shape;
+            to read it from the positions would break the graph of `torch.compile`.
     """
     rows, length = position_ids.shape
     real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
@@ -80,20 +80,15 @@ def lay_out(
     begins = restarts | (real & (position_ids % block_size == 0)) | is_first
     block = (begins.long().cumsum(-1) - 1).clamp(min=0)
     blocks = block_count(length, block_size) if counted else int(block.max()) + 1
-    slots = torch.where(real, block * block_size + position_ids % block_size, blocks * block_size)
     width = blocks * block_size
+    index = torch.where(real, block * block_size + position_ids % block_size, width)
     samples = _scattered((restarts & ~is_first).long().cumsum(-1), torch.where(begins, block, blocks), blocks)
-    return BlockLayout(
-        blocks,
-        _scattered(position_ids, slots, width),
-        _scattered(real, slots, width),
-        slots,
-        samples.cummax(-1).values,
-    )
+    positions, valid = (_scattered(x, index, width) for x in (position_ids, real))
+    return BlockLayout(blocks, positions, valid, index, samples.cummax(-1).values)
 
 
 def _check_positions(position_ids: torch.Tensor, real: torch.Tensor) -> None:
-    # Without padding between them, neighbours are one apart.
+    # Sort padding behind the tokens: then neighbours must be one apart.
     order = (~real).long().argsort(dim=-1, stable=True)
     ordered, exists = position_ids.gather(1, order), real.gather(1, order)
     gaps = exists[:, 1:] & (ordered[:, 1:] != 0) & (ordered.diff(dim=-1) != 1)

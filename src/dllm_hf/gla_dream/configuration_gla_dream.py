@@ -11,7 +11,7 @@ from .gated_linear_attention import check_mode
 
 INJECTION_MODES = ("global", "boundary")
 
-# A row of the embedding that the tokenizers of these models do not use: it becomes the mask. As in Dream and SDAR.
+# The mask: a row of the embedding that the tokenizer of the model does not use. Those of Dream and SDAR.
 UNUSED_TOKEN = {"qwen2": 151666, "qwen3": 151669}
 
 
@@ -36,7 +36,7 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
         conv_size: tokens that a short convolution over each channel of queries, keys and values spans, an odd number;
             0 for none.
         attention_bias: biases in the projections to queries, keys and values.
-        head_dim: derived, the width of a head's keys.
+        head_dim: derived; the rotary embedding of the library reads this name.
     """
 
     model_type = "gla_dream"
@@ -110,18 +110,17 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
                     f"`num_attention_heads={self.num_attention_heads}` must divide `hidden_size * {name}` = "
                     f"{self.hidden_size} * {getattr(self, name)}: change one of the three."
                 )
-        head_dim = round(self.hidden_size * self.expand_k) // self.num_attention_heads
-        if self.head_dim not in (None, head_dim):
+        if self.head_dim not in (None, self.head_k_dim):
             raise ValueError(
-                f"`head_dim={self.head_dim}` is not `hidden_size * expand_k / num_attention_heads` = {head_dim}: "
+                f"`head_dim={self.head_dim}` is not `hidden_size * expand_k / num_attention_heads` = {self.head_k_dim}: "
                 "leave it out, or change `expand_k`."
             )
-        if head_dim % 2:
+        if self.head_k_dim % 2:
             raise ValueError(
-                f"A head's keys are {head_dim} wide, and rotary positions turn pairs: make `hidden_size * expand_k / "
+                f"A head's keys are {self.head_k_dim} wide, and rotary positions turn pairs: make `hidden_size * expand_k / "
                 "num_attention_heads` even."
             )
-        self.head_dim = head_dim
+        self.head_dim = self.head_k_dim
         check_mode(self.attn_mode)
 
     @classmethod
@@ -150,6 +149,11 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
             ends = taken["eos_token_id"]
             taken["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
         return cls(**taken)
+
+    @property
+    def head_k_dim(self) -> int:
+        """Width of a head's keys."""
+        return round(self.hidden_size * self.expand_k) // self.num_attention_heads
 
     @property
     def head_v_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""A GLADream that starts from an autoregressive model: what of its parameters is copied."""
+"""A GLADream initialised with the parameters of an autoregressive model."""
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -35,15 +35,15 @@ def from_autoregressive(
 
 
 def copy_parameters(ar_model: PreTrainedModel, model: PreTrainedModel) -> dict[str, list[str]]:
-    """Copy into `model` what both have. Returns the names of what was `copied`, is `new`, and was `left_out`."""
-    given, own = ar_model.state_dict(), model.state_dict()
-    shared = own.keys() & given.keys()
+    """Copy the parameters that both models have. Returns the names of those `copied`, `new` and `left_out`."""
+    source, own = ar_model.state_dict(), model.state_dict()
+    shared = own.keys() & source.keys()
     for name in shared:
-        if own[name].shape != given[name].shape:
+        if own[name].shape != source[name].shape:
             raise ValueError(
-                f"`{name}` is {tuple(own[name].shape)} here and {tuple(given[name].shape)} in the checkpoint: leave "
+                f"`{name}` is {tuple(own[name].shape)} here and {tuple(source[name].shape)} in the checkpoint: leave "
                 "the sizes as the checkpoint has them."
             )
-    model.load_state_dict({name: given[name] for name in shared}, strict=False)
-    left_out = given.keys() - own.keys()
-    return {"copied": sorted(shared), "new": sorted(own.keys() - given.keys()), "left_out": sorted(left_out)}
+    model.load_state_dict({name: source[name] for name in shared}, strict=False)
+    left_out = source.keys() - own.keys()
+    return {"copied": sorted(shared), "new": sorted(own.keys() - source.keys()), "left_out": sorted(left_out)}

@@ -1,9 +1,10 @@
-"""A denoising step of GLADream on our kernels: a block that reads the states and leaves them as they are, and before it,
-in its first step, the finished block that moves them on. A layer is ten launches instead of sixty, and eleven with
-short convolutions.
+"""A denoising step of GLADream on our kernels. The block being decoded reads the states and does not change them; in its
+first step the finished block before it moves them on. A layer takes ten launches instead of sixty, eleven with short
+convolutions.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,25 +28,26 @@ from .kernels_gla_dream import (
 
 
 class FusedGLADream(FusedStack):
-    """The stack of a GLADream as [`FusedStack`] runs one, over windows of one block or two."""
+    """The [`FusedStack`] of a GLADream, for windows of one block or two."""
 
-    def __init__(self, stack: PreTrainedModel, head: nn.Module):
+    def __init__(self, stack: Any, head: nn.Module):
         super().__init__(stack, head)
         self.convolve = short_convolutions if self.is_fused else short_convolutions_torch
         self.read = read_block if self.is_fused else read_block_torch
         self.mix = mix_scans if self.is_fused else mix_scans_torch
         self.move = move_states if self.is_fused else move_states_torch
 
-    def inputs_of(self, attention: nn.Module) -> list[list[nn.Module]]:
+    def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         (inputs,), others = super().inputs_of(attention), [attention.g_proj, attention.gk_proj[0]]
-        # Only those with biases are one product with those that have some.
+        # A joint product needs all biases or none.
         return [inputs, others] if self.config.attention_bias else [inputs + others]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedGLADream | None":
-        """None where the model has something that the kernel does not know, or has been told what to run. The layers are
-        those of [`GLADreamModel`]: it sees to that."""
-        config, stack = model.config, model.model
+        """None where the kernels do not cover the model, or its `attn_mode` names another implementation. The caller has
+        checked that the layers are those of [`GLADreamModel`]."""
+        stack: Any = model.model
+        config = model.config
         if config.attn_mode != "auto" or not can_be_captured(model) or is_patched(stack):
             return None
         sizes = (config.block_size, config.head_dim, config.head_v_dim, config.gate_low_rank_dim)
@@ -56,7 +58,7 @@ class FusedGLADream(FusedStack):
             norms += [layer.self_attn.g_norm_swish_gate, layer.input_layernorm, layer.post_attention_layernorm]
         if any(type(norm) is not nn.RMSNorm for norm in norms):
             return None
-        # The kernels read these themselves: quantised ones would be no memory to them.
+        # The kernels read these weights directly, which quantised ones do not support.
         parameters = [norm.weight for norm in norms]
         parameters += [parameter for decay in decays for parameter in (decay.weight, decay.bias)]
         parameters += [each.weight for layer in stack.layers for each in convolutions_of(layer.self_attn)]
@@ -74,7 +76,8 @@ class FusedGLADream(FusedStack):
         """`normed`: `(blocks * rows, block_size, hidden)`, block after block; `sees`: `slots` and `moves`, see
         [`move_states`]."""
         slots, moves = sees
-        attention, state = self.layers[index].self_attn, cache.layers[index].state
+        attention = self.layers[index].self_attn
+        state: Any = cache.layers[index].state  # allocated by `prepare`
         query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
         if convolutions := convolutions_of(attention):
             query, key, value = self.convolve((query, key, value), [each.weight for each in convolutions])
@@ -100,32 +103,32 @@ class FusedGLADream(FusedStack):
 
     def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
         rows, size, slots = len(tokens), self.config.block_size, window.slots
-        # Each block is a row to all but the states, which the finished ones move on first.
-        by_block = (x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1) for x in (tokens, window.columns))
+        # A batch of blocks, the finished ones first.
+        by_block = lambda x: x.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 1)
         moves = (window.final > window.columns[:, :1])[:, 0]
-        hidden_states = self.last_hidden(*by_block, (slots, moves), cache)
+        hidden_states = self.last_hidden(by_block(tokens), by_block(window.columns), (slots, moves), cache)
         hidden_states = hidden_states.unflatten(0, (-1, rows)).transpose(0, 1).flatten(1, 2)
         if not self.config.logits_shift:
             return self.head(hidden_states.take_along_dim(window.keep[..., None], dim=1))
         with_before = cache.with_token_before(hidden_states, window)
         logits = self.head(with_before.take_along_dim(window.keep[..., None] + 1, dim=1))
-        if hidden_states.shape[1] > size:
+        if hidden_states.shape[1] > size and cache.last_hidden is not None:
             last = torch.where(moves[:, None], hidden_states[:, size - 1], cache.last_hidden[slots])
             cache.last_hidden.index_copy_(0, slots, last)
         return logits
 
-    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module):
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
         return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)
 
 
 class EagerStep:
-    """The model's own forward pass as a step, where [`FusedGLADream`] does not know how."""
+    """The model's own forward pass as a step, where [`FusedGLADream`] does not cover the model."""
 
     def __init__(self, model: PreTrainedModel):
         self.reference, self.size = weakref.ref(model), model.config.block_size
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> Any:
         return self.reference()
 
     def covers(self, window: Window) -> bool:

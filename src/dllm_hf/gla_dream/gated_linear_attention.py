@@ -1,6 +1,6 @@
 """Gated linear attention (Yang et al., arXiv:2312.06635): the recurrence, its chunked form, and `fla`'s kernels.
 
-The recurrence reads, for each head, `H_t = diag(exp(a_t)) H_{t-1} + k_t v_t^T` and `o_t = scale * q_t H_t` with
+The recurrence is, for each head, `H_t = diag(exp(a_t)) H_{t-1} + k_t v_t^T` and `o_t = scale * q_t H_t` with
 `scale = key_dim ** -0.5`, from the first token to the last or, with `reverse`, from the last to the first.
 
 All functions take `query`, `key`, `log_decay`: `(batch, length, heads, key_dim)`, `value`: `(batch, length, heads,
@@ -14,13 +14,14 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-# Tokens that the chunked form multiplies out at once, and the lowest log-decay of a step. Relative to the middle of a
-# chunk decays reach exp(CHUNK / 2 * -MIN_LOG_DECAY) = 2e8, and their products 5e16: float32 does not overflow.
+# Tokens of a chunk, and the lowest log-decay of a step. Relative to the middle of a chunk decays reach
+# exp(CHUNK / 2 * -MIN_LOG_DECAY) = 2e8, and their products 5e16: float32 does not overflow.
 CHUNK = 32
 MIN_LOG_DECAY = -1.2
 
-# Up to so many scans (sequences times heads) `fla`'s recurrence is faster than its chunked form, measured on an H200.
-MOST_RECURRENT_SCANS = 512
+# Up to this number of scans (sequences times heads) `fla`'s recurrence is faster than its chunked form, measured on an
+# H200 with `benchmarks/gla_kernels.py`.
+MAX_RECURRENT_SCANS = 512
 
 # Our own two, and the kernels of flash-linear-attention under the names of its layer.
 TORCH_MODES = ("torch", "naive")
@@ -38,21 +39,25 @@ def gated_linear_attention(
     output_final_state: bool = True,
     mode: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gated linear attention by the implementation that `mode` names.
+    """Gated linear attention.
 
     Args:
         log_decay: at most 0, and at least `MIN_LOG_DECAY` unless the mode is `naive`.
         initial_state: `(batch, heads, key_dim, value_dim)`; zeros if not given.
         mode: `torch` ([`chunk_gla`]), `naive` ([`recurrent_gla`]), `chunk` or `fused_recurrent` (`fla`'s kernels, on a
-            GPU), or `auto`, see [`fastest_mode`].
+            GPU), or `auto`, the fastest of them for the inputs.
     """
     return implementation(mode, query)(query, key, value, log_decay, initial_state, reverse, output_final_state)
 
 
 def implementation(mode: str, query: torch.Tensor) -> Callable:
-    """The function behind a mode for inputs such as `query`."""
+    """The function that runs a mode for inputs such as `query`."""
     if mode == "auto":
-        mode = fastest_mode(query)
+        # `fla`'s kernels in bfloat16 alone: its chunked form computes float32 in tf32. `torch.compile` cannot fuse them.
+        if not query.is_cuda or query.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not fla_kernels():
+            mode = "torch"
+        else:
+            mode = "fused_recurrent" if query.shape[0] * query.shape[2] <= MAX_RECURRENT_SCANS else "chunk"
     if mode == "torch":
         return chunk_gla
     if mode == "naive":
@@ -63,15 +68,6 @@ def implementation(mode: str, query: torch.Tensor) -> Callable:
             "move the model there, or use `attn_mode='auto'`."
         )
     return _fla_chunk if mode == "chunk" else _fla_fused_recurrent
-
-
-def fastest_mode(query: torch.Tensor) -> str:
-    """What `auto` means for inputs such as `query`. On a GPU with `fla`, its recurrence for the few scans of a decoding
-    step and its chunked form for many (`benchmarks/gla_kernels.py`). Its chunked form computes float32 in tf32, and
-    `torch.compile` cannot fuse either: there, and elsewhere, the torch form."""
-    if not query.is_cuda or query.dtype != torch.bfloat16 or torch.compiler.is_compiling() or fla_kernels() is None:
-        return "torch"
-    return "fused_recurrent" if query.shape[0] * query.shape[2] <= MOST_RECURRENT_SCANS else "chunk"
 
 
 def check_mode(mode: str) -> None:
@@ -92,8 +88,7 @@ def check_installed(mode: str) -> None:
 
 
 def recurrent_gla(query, key, value, log_decay, initial_state=None, reverse=False, output_final_state=True):
-    """The recurrence as it is written, token by token: slow, and what the other forms are tested against. In float32,
-    or float64 if the inputs are."""
+    """The recurrence token by token, which the other forms are tested against. In float32, or float64 if the inputs are."""
     compute = torch.promote_types(query.dtype, torch.float32)
     q, k, v, decay = (x.to(compute) for x in (query, key, value, log_decay))
     q, decay = q * q.shape[-1] ** -0.5, decay.exp()
@@ -117,7 +112,7 @@ def chunk_gla(query, key, value, log_decay, initial_state=None, reverse=False, o
     size = min(CHUNK, length)
     wide = torch.promote_types(value.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        # (batch, heads, chunks, size, dim); what fills the last chunk up neither decays nor adds to the state.
+        # (batch, heads, chunks, size, dim); the padding of the last chunk neither decays nor adds to the state.
         q, k, v, g = (_chunks(x, size) for x in (query, key, value, log_decay))
         q, k, v = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide), v.to(wide)
         g = g.to(wide).clamp(min=MIN_LOG_DECAY)
@@ -147,15 +142,13 @@ def chunk_gla(query, key, value, log_decay, initial_state=None, reverse=False, o
 
 
 def _chunks(x: torch.Tensor, size: int) -> torch.Tensor:
-    x = x.transpose(1, 2)
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % size))
-    return x.unflatten(2, (-1, size))
+    return F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % size)).unflatten(2, (-1, size))
 
 
 @cache
 def fla_kernels() -> tuple[Callable, Callable] | None:
-    """`chunk_gla` and `fused_recurrent_gla` of flash-linear-attention, or None where it cannot be imported. Imported
-    when first asked for: it takes seconds, and most users decode without it."""
+    """`chunk_gla` and `fused_recurrent_gla` of flash-linear-attention, or None where it cannot be imported. Imported on
+    the first use, since that takes seconds."""
     try:
         from fla.ops.gla import chunk_gla as fla_chunk_gla
         from fla.ops.gla import fused_recurrent_gla as fla_fused_recurrent_gla
@@ -173,20 +166,13 @@ def _fla_chunk(query, key, value, log_decay, initial_state=None, reverse=False, 
 
 
 def _fla_fused_recurrent(query, key, value, log_decay, initial_state=None, reverse=False, output_final_state=True):
-    return fla_kernels()[1](
-        query,
-        key,
-        value,
-        log_decay,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        reverse=reverse,
-    )
+    options = {"initial_state": initial_state, "output_final_state": output_final_state, "reverse": reverse}
+    return fla_kernels()[1](query, key, value, log_decay, **options)
 
 
 def short_convolution(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Each channel of a token becomes the SiLU of a weighted sum over the tokens around it. As in `fla`, but centred: a
-    token of a block sees to both sides, and beyond the block there is nothing.
+    """The SiLU of a weighted sum over the tokens around each token, for each channel. As in `fla`, but centred, with zeros
+    beyond the block.
 
     Args:
         x: `(blocks, block_size, channels)`.
@@ -205,9 +191,9 @@ def block_states(
 ) -> torch.Tensor:
     """The recurrence over blocks, `S_i = diag(exp(d_i)) S_{i-1} + U_i`, for all blocks at once.
 
-    Within `group` blocks every state is a weighted sum of the updates before it, which is one matrix product; the
-    weights are exponentials of differences that are never positive. Only from group to group it is a loop. An exported
-    program has one group, whose weights grow with the square of the number of blocks.
+    Within `group` blocks the states are weighted sums of the updates before them, one matrix product; the weights are
+    exponentials of differences that are never positive. A loop runs over the groups. An exported program has one group,
+    whose weights grow with the square of the number of blocks.
 
     Args:
         updates: `(batch, blocks, heads, key_dim, value_dim)`, `U`.
@@ -215,18 +201,17 @@ def block_states(
         initial_state: `(batch, heads, key_dim, value_dim)`, before the first block; zeros if not given.
         samples: `(batch, blocks)`, the number of the sample that a block belongs to: the first block of a sample
             starts from zeros, and so does block 0 where its number is not 0.
-        group: blocks in a product.
 
     Returns:
         `(batch, blocks + 1, heads, key_dim, value_dim)`: the state before each block, and the one after the last.
     """
     blocks = updates.shape[1]
-    if not isinstance(blocks, int):  # exported for texts of any length, which no loop can follow
-        starts, group = (0,), blocks
-    else:
+    if isinstance(blocks, int):
         starts = range(0, blocks, group)
+    else:  # exported for texts of any length: a loop would fix their number
+        starts, group = range(1), blocks
     state = torch.zeros_like(updates[:, 0]) if initial_state is None else initial_state
-    states, sample = [state[:, None]], None if samples is None else torch.zeros_like(samples[:, :1])
+    pieces = [state[:, None]]
     with torch.autocast(updates.device.type, enabled=False):
         for start in starts:
             decays = log_decays[:, start : start + group].permute(0, 2, 3, 1)  # (batch, heads, key_dim, blocks)
@@ -236,14 +221,14 @@ def block_states(
             is_past = torch.ones(*exponents.shape[-2:], dtype=torch.bool, device=updates.device).tril(1)
             if samples is not None:
                 now = samples[:, start : start + group]
-                is_past = is_past & (now[:, :, None] == torch.cat([sample, now], dim=1)[:, None])[:, None, None]
-                sample = now[:, -1:]
+                before = samples[:, start - 1 : start] if start else torch.zeros_like(now[:, :1])
+                is_past = is_past & (now[:, :, None] == torch.cat([before, now], dim=1)[:, None])[:, None, None]
             weights = torch.where(is_past, exponents, -torch.inf).exp()
             sources = torch.cat([state[:, None], updates[:, start : start + group]], dim=1).permute(0, 2, 3, 1, 4)
             after = (weights @ sources).permute(0, 3, 1, 2, 4)
-            states.append(after)
+            pieces.append(after)
             state = after[:, -1]
-    states = torch.cat(states, dim=1)
+    states = torch.cat(pieces, dim=1)
     if samples is not None:
         is_first = samples != F.pad(samples, (1, 0))[:, :-1]
         states = states.masked_fill(F.pad(is_first, (0, 1))[..., None, None, None], 0)

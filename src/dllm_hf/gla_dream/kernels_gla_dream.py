@@ -1,5 +1,5 @@
-"""Triton kernels of a denoising step of GLADream, and their torch twins. The scans of a block, the state that they start
-from and the norm of their heads are one kernel.
+"""Triton kernels of a denoising step of GLADream, each beside its torch twin. One kernel reads the state, runs both scans of
+a block and norms their heads.
 """
 
 from collections.abc import Sequence
@@ -8,16 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from ..kernels.layers import rotate_torch
+from ..kernels.triton import tl, triton
 from .gated_linear_attention import MIN_LOG_DECAY, chunk_gla, short_convolution
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # on a CPU
-    triton = None
-
-# What a program of the kernel has room for on every GPU from Ampere on: tokens of a block, width of a head's keys and of
-# its values, rank of the projection to the decays.
+# The largest sizes that fit into a program on every GPU from Ampere on: tokens of a block, width of a head's keys and of its
+# values, rank of the projection to the decays.
 LARGEST = (64, 128, 128, 64)
 
 
@@ -100,28 +95,28 @@ def read_block(
             turn into the logits of the decays.
         cos, sin: `(batch, block_size, key_dim)`, contiguous.
         state: `(all slots, heads, key_dim, value_dim)` float32, contiguous, before the block.
-        slots: `(batch,)` int64, where in `state` each row's is.
+        slots: `(batch,)` int64, the index into `state` of each row.
         norm_weight, eps: of the norm over each head's values.
         is_global: whether every token reads the state undecayed, or the scans start from it.
         moves_on: whether [`move_states`] follows.
 
     Returns:
-        `(batch, block_size, 2 * heads * value_dim)`, contiguous: the scan from the start, then that from the end. Where it
-        moves on, three more, all contiguous, of the scans that start from nothing: their last states, `(batch, 2, heads,
-        key_dim, value_dim)` float32, the sums of the log-decays, `(batch, heads, key_dim)` float32, and their outputs at
-        their ends, `(batch, 2 * heads * value_dim)`.
+        `(batch, block_size, 2 * heads * value_dim)`, contiguous: the forward scan, then the backward scan. With `moves_on`
+        three more, all contiguous, of the scans from a state of zeros: their last states, `(batch, 2, heads, key_dim,
+        value_dim)` float32, the sums of the log-decays, `(batch, heads, key_dim)` float32, and their last outputs,
+        `(batch, 2 * heads * value_dim)`.
     """
     batch, size = query.shape[:2]
     heads, key_dim, value_dim = state.shape[1:]
     rank = low_rank.shape[-1]
     out = torch.empty(batch, size, 2 * heads * value_dim, dtype=query.dtype, device=query.device)
-    last_states = log_decays = last_outputs = out  # not written
+    last_states = log_decays = last_outputs = out  # unused arguments without `moves_on`
     if moves_on:
         last_states, log_decays = state.new_empty(batch, 2, *state.shape[1:]), state.new_empty(batch, heads, key_dim)
         last_outputs = out.new_empty(batch, out.shape[2])
     power = lambda number: max(16, triton.next_power_of_2(number))
-    # Key dimensions at a time. With 16 the outputs of a block that moves on were garbage (float32, triton 3.6, an H100).
-    # More than 32 rows in tf32 would be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
+    # A `BLOCK_K` of 16 gave garbage for a block that moves on (float32, triton 3.6, an H100). More than 32 rows in tf32 would
+    # be Hopper's wgmma, which gave wrong numbers (bfloat16, blocks of 33, triton 3.6).
     precision = "ieee" if query.dtype == torch.float32 or size > 32 else "tf32"
     _read_block[(heads, batch, 2)](
         query, key, value, low_rank, decay_weight, decay_bias, cos, sin, state, slots, norm_weight, out,
@@ -152,11 +147,11 @@ def move_states(
     gate_logits: torch.Tensor,
     moves: torch.Tensor,
 ) -> None:
-    """The unit between blocks, see [`GLADreamAttention`]: the states behind a block, in the place of those before it.
+    """Move the states on over a block, in place: the unit between blocks, see [`GLADreamAttention`].
 
     Args:
         state: `(all slots, heads, key_dim, value_dim)` float32, contiguous.
-        slots: `(batch,)` int64, where in `state` each row's is; no two are the same.
+        slots: `(batch,)` int64, the index into `state` of each row; no two are the same.
         last_states, log_decays: as [`read_block`] returns them.
         gate_logits: `(batch, heads * value_dim)`, contiguous.
         moves: `(batch,)` bool, the rows whose states move.
@@ -222,8 +217,18 @@ if triton is not None:
         # Rounded where the torch form rounds.
         total = total.to(out.dtype.element_ty).to(tl.float32)
         total = total / (1.0 + tl.exp(-total))
-        place = (batch * SIZE + step)[:, None] * (query_channels + key_channels + value_channels) + first + channel
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=(step < SIZE)[:, None] & is_channel)
+        target = (
+            out + (batch * SIZE + step)[:, None] * (query_channels + key_channels + value_channels) + first + channel
+        )
+        tl.store(target, total.to(out.dtype.element_ty), mask=(step < SIZE)[:, None] & is_channel)
+
+    @triton.jit
+    def _load_rotated(x, dim, partner, cosine, sine, inside):
+        """A dimension and its partner, half a head away, turn together; rounded as the torch form rounds."""
+        own = tl.load(x + dim, mask=inside, other=0.0)
+        rotated = own.to(tl.float32) * cosine
+        rotated += tl.load(x + partner, mask=inside, other=0.0).to(tl.float32) * sine
+        return rotated.to(own.dtype).to(tl.float32)
 
     @triton.jit
     def _read_block(
@@ -253,20 +258,14 @@ if triton is not None:
             dim = first + tl.arange(0, BLOCK_K)
             is_key = dim < KEY_DIM
             inside = exists[:, None] & is_key
-            # Rotary positions: a dimension and the one half a head away turn together.
             partner = tl.where(dim < KEY_DIM // 2, dim + KEY_DIM // 2, dim - KEY_DIM // 2)
             sign = tl.where(dim < KEY_DIM // 2, -1.0, 1.0)
             angle = token[:, None] * KEY_DIM + dim
             cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
             sine = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32) * sign
-            place = query + token[:, None] * query_token + head * KEY_DIM
-            q = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
-            q += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
-            q = (q.to(dtype).to(tl.float32) * scale).to(tl.float32)  # of Inductor, `scale` is a float64
-            place = key + token[:, None] * key_token + kv_head * KEY_DIM
-            k = tl.load(place + dim, mask=inside, other=0.0).to(tl.float32) * cosine
-            k += tl.load(place + partner, mask=inside, other=0.0).to(tl.float32) * sine
-            k = k.to(dtype).to(tl.float32)
+            q = _load_rotated(query + token[:, None] * query_token + head * KEY_DIM, dim, partner, cosine, sine, inside)
+            q = (q * scale).to(tl.float32)  # Inductor passes `scale` as fp64
+            k = _load_rotated(key + token[:, None] * key_token + kv_head * KEY_DIM, dim, partner, cosine, sine, inside)
 
             row = kv_head * KEY_DIM + dim
             weight = tl.load(
@@ -277,7 +276,7 @@ if triton is not None:
             logits = logits.to(dtype).to(tl.float32)
             decay = (tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))) * inverse_normalizer
             decay = tl.where(inside, tl.maximum(decay, min_log_decay), 0.0).to(tl.float32)
-            # What is left of a state when a token reads it, as a logarithm.
+            # The log-decay of a state from the block's beginning up to each token.
             left = tl.cumsum(decay, 0)
             if from_end:
                 left = tl.sum(decay, 0) - left + decay
@@ -287,11 +286,11 @@ if triton is not None:
                 total = tl.sum(decay, 0)
                 v = tl.load(values, mask=exists[:, None] & is_value, other=0.0).to(tl.float32)
                 last = tl.dot(tl.trans(k * tl.exp(total - left)), v, input_precision=PRECISION)
-                place = (((batch * 2 + from_end) * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
-                tl.store(last_states + place, last, mask=is_key[:, None] & is_value)
+                target = (((batch * 2 + from_end) * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
+                tl.store(last_states + target, last, mask=is_key[:, None] & is_value)
                 tl.store(log_decays + (batch * heads + head) * KEY_DIM + dim, total, mask=is_key)
-            place = ((slot * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
-            before = tl.load(state + place, mask=is_key[:, None] & is_value, other=0.0)
+            source = ((slot * heads + head) * KEY_DIM + dim[:, None]) * VALUE_DIM + ends
+            before = tl.load(state + source, mask=is_key[:, None] & is_value, other=0.0)
             if not IS_GLOBAL:
                 q = q * tl.exp(left)
             result += tl.dot(q, before, input_precision=PRECISION)
@@ -305,12 +304,12 @@ if triton is not None:
         if MOVES_ON:
             row = tl.sum(tl.where((step == tl.where(from_end, 0, SIZE - 1))[:, None], inner, 0.0), 0)
             row = row * tl.rsqrt((tl.sum(row * row, 0) / VALUE_DIM + eps).to(tl.float32)) * weight
-            place = ((batch * 2 + from_end) * heads + head) * VALUE_DIM + ends
-            tl.store(last_outputs + place, row.to(dtype), mask=is_value)
+            target = last_outputs + ((batch * 2 + from_end) * heads + head) * VALUE_DIM + ends
+            tl.store(target, row.to(dtype), mask=is_value)
         result += inner
         scaled = result * tl.rsqrt((tl.sum(result * result, 1) / VALUE_DIM + eps).to(tl.float32))[:, None] * weight
-        place = (token[:, None] * 2 + from_end) * heads * VALUE_DIM + head * VALUE_DIM + ends
-        tl.store(out + place, scaled.to(dtype), mask=exists[:, None] & is_value)
+        target = out + (token[:, None] * 2 + from_end) * heads * VALUE_DIM + head * VALUE_DIM + ends
+        tl.store(target, scaled.to(dtype), mask=exists[:, None] & is_value)
 
     @triton.jit
     def _move_states(
@@ -320,16 +319,16 @@ if triton is not None:
         head, batch, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
         dim, ends = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
         is_key, is_value = dim < KEY_DIM, ends < VALUE_DIM
-        # All of it or nothing: the other rows stay as they are.
+        # Rows with `moves == 0` load and store nothing.
         inside = is_key[:, None] & (ends < tl.where(tl.load(moves + batch) != 0, VALUE_DIM, 0))
-        place = dim[:, None] * VALUE_DIM + ends
+        offset = dim[:, None] * VALUE_DIM + ends
         of_head, of_batch = batch * heads + head, batch * heads
         logits = tl.load(gate_logits + of_head * VALUE_DIM + ends, mask=is_value, other=0.0).to(tl.float32)
         kept = tl.exp(tl.load(log_decays + of_head * KEY_DIM + dim, mask=is_key, other=0.0))
-        forward = tl.load(last_states + (of_batch + of_head) * KEY_DIM * VALUE_DIM + place, mask=inside, other=0.0)
+        forward = tl.load(last_states + (of_batch + of_head) * KEY_DIM * VALUE_DIM + offset, mask=inside, other=0.0)
         of_head_backward = of_batch + of_head + heads
-        backward = tl.load(last_states + of_head_backward * KEY_DIM * VALUE_DIM + place, mask=inside, other=0.0)
-        target = state + (tl.load(slots + batch) * heads + head) * KEY_DIM * VALUE_DIM + place
+        backward = tl.load(last_states + of_head_backward * KEY_DIM * VALUE_DIM + offset, mask=inside, other=0.0)
+        target = state + (tl.load(slots + batch) * heads + head) * KEY_DIM * VALUE_DIM + offset
         before = tl.load(target, mask=inside, other=0.0)
         moved = kept[:, None] * before + backward + (forward - backward) / (1.0 + tl.exp(-logits))
         tl.store(target, moved, mask=inside)

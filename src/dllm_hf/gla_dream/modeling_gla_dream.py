@@ -1,8 +1,10 @@
 """GLADream: block diffusion on gated linear attention.
 
-A layer has three units: gated linear attention inside a block, in both directions; the one between blocks, which
-carries a state ([`GLADreamAttention`] has both); and a feed-forward network.
+A layer has three units: gated linear attention inside a block, in both directions; gated linear attention between
+blocks, with a state ([`GLADreamAttention`] has both); and a feed-forward network.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,19 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RotaryEmbedding
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
+from ..block_diffusion import BlockDiffusionLM, check_clean_text
 from ..fused.stack import can_be_captured
-from ..generation.mixin import DiffusionGenerationMixin
-from ..modeling import (
-    MaskedDiffusionLM,
-    check_labels,
-    counted_positions,
-    is_clean,
-    keep_positions,
-    sample_ids,
-    text_positions,
-)
+from ..modeling import counted_positions, is_clean, keep_positions, sample_ids, text_positions
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
 from .attention_gla_dream import DecayProjection, GLADreamAttention, ShortConvolution, convolutions_of
@@ -51,7 +45,6 @@ class GLADreamDecoderLayer(GradientCheckpointingLayer):
 
 class GLADreamPreTrainedModel(PreTrainedModel):
     config: GLADreamConfig
-    config_class = GLADreamConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLADreamDecoderLayer"]
@@ -82,11 +75,11 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: GLADreamCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         clean_rows: int = 0,
@@ -98,8 +91,8 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             position_ids: `(batch, length)`; several samples packed into a row each start from 0. A block is
                 `block_size` positions, from position 0 on.
             past_key_values: see [`GLADreamCache`].
-            clean_rows: so many of the last rows are the clean text of the rows before them, which take their states
-                from it; there may be several noisy rows for each clean one, in as many runs.
+            clean_rows: number of rows at the end that are the clean text of the rows before, which read its states;
+                the noisy rows may be several runs of the clean ones.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`.")
@@ -109,8 +102,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             raise ValueError("`input_ids` holds no token: pass at least one.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-            if attention_mask is not None:
-                use_cache = use_cache and bool(attention_mask.all())
+            use_cache = use_cache and (attention_mask is None or bool(attention_mask.all()))
         cache = past_key_values
         if cache is None and use_cache:
             cache = GLADreamCache(self)
@@ -129,7 +121,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, layout.positions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        every = []  # only where asked for: it would hold every layer's output until the last
+        every = []  # filled on demand only, since it keeps the outputs of all layers in memory
         for layer in self.layers:
             if output_hidden_states:
                 every.append(hidden_states)
@@ -137,19 +129,18 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         if output_hidden_states:
             every.append(hidden_states)
-        if cache is not None and self.config.logits_shift:
-            self._keep_last_hidden(cache, hidden_states, layout.final, layout.window)
-        as_given = lambda x: layout.to_tokens(x, inputs_embeds.shape[1])[:, inputs_embeds.shape[1] - length :]
+        if cache is not None and layout.final is not None and self.config.logits_shift:
+            cache.keep_last_hidden(hidden_states, layout.final * self.config.block_size, layout.window)
+        total = inputs_embeds.shape[1]  # with the pending tokens of the cache
+        without_pending = lambda x: layout.to_tokens(x, total)[:, total - length :]
         return BaseModelOutputWithPast(
-            last_hidden_state=as_given(hidden_states),
+            last_hidden_state=without_pending(hidden_states),
             past_key_values=cache,
-            hidden_states=tuple(as_given(x) for x in every) if output_hidden_states else None,
+            hidden_states=tuple(map(without_pending, every)) if output_hidden_states else None,
         )
 
     def _plain_layout(self, inputs_embeds, attention_mask, position_ids) -> BlockLayout:
-        if attention_mask is not None and (
-            len(attention_mask.shape) != 2 or attention_mask.shape != inputs_embeds.shape[:2]
-        ):
+        if attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
             raise ValueError(
                 f"`attention_mask` must be `(batch, length)` = {tuple(inputs_embeds.shape[:2])}, but is "
                 f"{tuple(attention_mask.shape)}: there is no attention that a larger mask could shape."
@@ -171,17 +162,18 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
     def _cached_layout(self, cache: GLADreamCache, inputs_embeds, attention_mask, position_ids):
         size = self.config.block_size
         window = cache.take_window()
-        # The loop always says where the window stands: else the placement is left over from a call that failed.
+        # The loop always passes positions with a window: without them the window is left from a call that failed.
         if window is not None and position_ids is not None:
-            # Windows are whole blocks. Rows that have fewer repeat their last column, in blocks that nobody reads.
+            # Windows are whole blocks. Shorter rows repeat their last column in padding blocks, to which no index of
+            # `keep` points.
             start = window.columns[:, :1]
             layout = self._contiguous_layout(0, inputs_embeds)
             layout.positions, layout.window = start + layout.positions, window
-            if inputs_embeds.shape[1] > size or not window.keep.shape[1]:  # else it is the block that is being decoded
+            if inputs_embeds.shape[1] > size or not window.keep.shape[1]:  # else it is only the block being decoded
                 layout.final = ((window.final - start) // size).clamp(min=0)[:, 0]
             return inputs_embeds, layout
 
-        if cache.seen is None:
+        if cache.state_length is None:
             raise ValueError(
                 "`past_key_values` comes from a call whose rows ended at different columns, or that did not end: "
                 "pass it to `diffusion_generate`, or start with a new cache."
@@ -205,53 +197,28 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
             )
         if cache.pending is not None:
             inputs_embeds = torch.cat([cache.pending, inputs_embeds], dim=1)
-        layout = self._contiguous_layout(cache.seen, inputs_embeds)
-        layout.final = inputs_embeds.shape[1] // size
-        cache.move_on(layout.final * size, inputs_embeds[:, layout.final * size :])
+        layout = self._contiguous_layout(cache.state_length, inputs_embeds)
+        rows, length, _ = inputs_embeds.shape
+        if length >= size:
+            layout.final = torch.full((rows,), length // size, device=inputs_embeds.device)
+        cache.advance(length - length % size, inputs_embeds[:, length - length % size :])
         return inputs_embeds, layout
 
-    def _keep_last_hidden(self, cache: GLADreamCache, hidden_states, final: int | torch.Tensor, window) -> None:
-        """Keep the last hidden state before the block that comes next, where this pass has moved on to it."""
-        if isinstance(final, int):
-            if final:
-                cache.last_hidden = hidden_states[:, final * self.config.block_size - 1]
-            return
-        last = (final * self.config.block_size - 1).clamp(min=0)
-        fresh = keep_positions(hidden_states, last[:, None])[:, 0]
-        if cache.last_hidden is None:
-            cache.last_hidden = fresh.new_zeros(cache.layers[0].slots or len(fresh), fresh.shape[1])
-            cache.last_hidden.index_copy_(0, window.slots, fresh)
-        else:  # in its place, where a graph finds it
-            kept = torch.where((final > 0)[:, None], fresh, cache.last_hidden[window.slots])
-            cache.last_hidden.index_copy_(0, window.slots, kept)
 
+class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
+    """GLADream with its head.
 
-def _check_training_inputs(input_ids, attention_mask, inputs_embeds, labels, kwargs: dict) -> None:
-    """Raises a `ValueError` for what a loss can't be computed of, and drops from `kwargs` what says nothing here."""
-    check_labels(input_ids, inputs_embeds, labels)
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
-    if kwargs.pop("past_key_values", None) is not None:
-        raise ValueError("`past_key_values` and `labels` exclude each other: training reads the whole text.")
-    if torch.is_tensor(kwargs.get("logits_to_keep")) or kwargs.pop("logits_to_keep", 0):
-        raise ValueError("A loss needs the logits of every position: leave `logits_to_keep` out.")
-    kwargs.pop("use_cache", None)
+    With `labels`, all noisy blocks are denoised at once, each from the state after the clean blocks before it. If no
+    labelled token is masked, the text is clean, and the noise is drawn here: one rate per sequence (packed: per sample),
+    the loss weighted by its inverse, or complementary masks with `config.use_complementary_mask`, for which `logits` are
+    those of the first.
+    """
 
-
-class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrainedModel):
-    """GLADream with its head."""
-
-    block_grid = "zero"
-    cache_policies = ("block", "none")
-    sees_earlier_blocks, makes_masks = True, False
-    has_fixed_block_length = True  # in which its state moves on
-    capacity_step = 4096  # room for a column costs it nothing
-
-    def __init__(self, config: GLADreamConfig):
-        super().__init__(config)
-        self.model = GLADreamBaseModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_model_class = GLADreamBaseModel
+    model: GLADreamBaseModel
+    makes_masks = False
+    has_fixed_block_length = True  # the state moves on by whole blocks
+    capacity_step = 4096  # the cache does not grow with its columns
 
     @classmethod
     def from_ar_pretrained(
@@ -262,20 +229,19 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
         output_loading_info: bool = False,
         **kwargs,
     ):
-        """A GLADream that starts from an autoregressive Qwen2 or Qwen3: embeddings, projections to queries, keys and
-        values and from the heads back, feed-forward networks, norms and head are copied, `logits_shift` is 1. The
-        decays, the gates and the norm of the heads are new. It has to be trained before it is of use.
+        """A GLADream initialised from an autoregressive Qwen2 or Qwen3, to be trained before use: embeddings, projections
+        of the attention, feed-forward networks, norms and head are copied, and `logits_shift` is 1. The decays, the
+        gates and the norm of the heads are new.
 
         Args:
             pretrained_model_name_or_path: as for `AutoModelForCausalLM.from_pretrained`.
             config: instead of the configuration made from the checkpoint's ([`GLADreamConfig.from_ar_config`]).
-            output_loading_info: return the model and a dictionary that lists parameter names: what was `copied`, what
-                is `new`, and what of the checkpoint was `left_out`. It is logged in any case.
+            output_loading_info: return the model and the names of the parameters that were `copied`, are `new`, and
+                were `left_out` of the checkpoint. They are logged in any case.
             kwargs: fields of [`GLADreamConfig`], or arguments of `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            ValueError: the checkpoint is of another kind, or a field makes a parameter's shape another one than the
-                checkpoint's.
+            ValueError: the checkpoint is of another architecture, or a field changes the shape of a parameter.
         """
         return from_autoregressive(cls, pretrained_model_name_or_path, config, output_loading_info, **kwargs)
 
@@ -283,12 +249,55 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
     def logits_shift(self) -> int:
         return self.config.logits_shift
 
-    @property
-    def default_block_length(self) -> int:
-        return self.config.block_size
-
     def make_cache(self, width: int) -> GLADreamCache:
         return GLADreamCache(self, width)
+
+    def _forward_with_loss(
+        self, input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, *, token_mask, **inputs
+    ) -> ModelOutput:
+        check_clean_text(input_ids, attention_mask, labels, **inputs)
+        (batch, length), size = input_ids.shape, self.config.block_size
+        positions = text_positions(input_ids, attention_mask) if position_ids is None else position_ids
+        labelled = labels != -100
+        if attention_mask is not None:
+            labelled = labelled & attention_mask.bool()
+        clean, noisy = torch.where(labelled, labels, input_ids), input_ids
+        if mask_ratio is None and is_clean(input_ids, labelled, self.config.mask_token_id):
+            if num_items_in_batch is None:
+                num_items_in_batch = labelled.sum()
+            packed = position_ids is not None and attention_mask is None
+            samples = sample_ids(positions.expand(batch, -1)) if packed else None
+            noisy, labels, mask_ratio = self._add_noise(clean, labelled, positions, samples)
+        views = len(noisy) // batch  # 2 with complementary masks
+        # One block has no clean block before it, whose state it could read.
+        clean_rows = 0 if position_ids is None and length <= size else batch
+        repeat = lambda x, times: None if x is None else x.expand(batch, -1).repeat(times, 1)
+        runs = views + (clean_rows > 0)
+        outputs = self.model(
+            torch.cat([noisy, clean[:clean_rows]]),
+            repeat(attention_mask, runs),
+            repeat(position_ids, runs),
+            use_cache=False,
+            output_hidden_states=inputs.get("output_hidden_states"),
+            return_dict=True,
+            clean_rows=clean_rows,
+        )
+        hidden_states = outputs.last_hidden_state[: len(noisy)]
+        if self.logits_shift and clean_rows:
+            # The last token of a block predicts the first one of the next, as in decoding, from its block when clean.
+            ends_block = (positions % size == size - 1).expand(batch, -1).repeat(views, 1)
+            from_clean = outputs.last_hidden_state[-batch:].repeat(views, 1, 1)
+            hidden_states = torch.where(ends_block[..., None], from_clean, hidden_states)
+        logits, token_mask, positions = self.lm_head(hidden_states), repeat(token_mask, views), repeat(positions, views)
+        loss = masked_diffusion_loss(
+            logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, positions
+        )
+        every = outputs.hidden_states
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits[:batch],
+            hidden_states=None if every is None else tuple(x[:batch] for x in every),
+        )
 
     def _add_noise(self, clean, labelled, positions, samples):
         """The noisy text, its labels and its mask ratio (or `None`), of a clean text."""
@@ -301,102 +310,27 @@ class GLADreamModel(MaskedDiffusionLM, DiffusionGenerationMixin, GLADreamPreTrai
             return *mask_complementary(clean, labelled, mask_token_id, positions // self.config.block_size), None
         return mask_sequences(clean, labelled, mask_token_id, samples)
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        mask_ratio: torch.FloatTensor | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast | tuple:
-        """As [`MaskedDiffusionLM.forward`].
-
-        With `labels`, all noisy blocks are denoised at once, each from the state that the clean blocks before it leave.
-        The clean text is `input_ids` with the labels in the places of the masks. If no labelled token is masked, the
-        text is clean, and the noise is drawn here: one rate per sequence (packed: per sample), the loss weighted by its
-        inverse, or what `use_complementary_mask` says. `logits` are those of the noisy text (of the first of the two masks).
-        """
-        if labels is None:
-            return super().forward(
-                input_ids,
-                attention_mask,
-                position_ids,
-                inputs_embeds=inputs_embeds,
-                mask_ratio=mask_ratio,
-                return_dict=return_dict,
-                **kwargs,
-            )
-        _check_training_inputs(input_ids, attention_mask, inputs_embeds, labels, kwargs)
-        batch, length = input_ids.shape
-        positions = text_positions(input_ids, attention_mask) if position_ids is None else position_ids
-        labelled = labels != -100
-        if attention_mask is not None:
-            labelled = labelled & attention_mask.bool()
-        clean, noisy, size = torch.where(labelled, labels, input_ids), input_ids, self.config.block_size
-        if mask_ratio is None and is_clean(input_ids, labelled, self.config.mask_token_id):
-            if num_items_in_batch is None:
-                num_items_in_batch = labelled.sum()
-            packed = position_ids is not None and attention_mask is None
-            samples = sample_ids(positions.expand(batch, -1)) if packed else None
-            noisy, labels, mask_ratio = self._add_noise(clean, labelled, positions, samples)
-        views = len(noisy) // batch  # two where each text is seen twice
-        # One block has no clean block before it, whose state it could read.
-        clean_rows = 0 if position_ids is None and length <= size else batch
-        repeat = lambda x, times: None if x is None else x.expand(batch, -1).repeat(times, 1)
-        runs = views + (clean_rows > 0)
-        outputs = self.model(
-            torch.cat([noisy, clean[:clean_rows]]),
-            repeat(attention_mask, runs),
-            repeat(position_ids, runs),
-            use_cache=False,
-            return_dict=True,
-            clean_rows=clean_rows,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state[: len(noisy)]
-        if self.logits_shift and clean_rows:
-            # What predicts the first token of the next block has seen its own block clean.
-            ends_block = repeat(positions % size == size - 1, views)
-            from_clean = outputs.last_hidden_state[-batch:].repeat(views, 1, 1)
-            hidden_states = torch.where(ends_block[..., None], from_clean, hidden_states)
-        logits = self.lm_head(hidden_states)
-        token_mask = repeat(attention_mask, views)
-        loss = masked_diffusion_loss(
-            logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, repeat(positions, views)
-        )
-        every = outputs.hidden_states
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits[:batch],
-            hidden_states=None if every is None else tuple(x[:batch] for x in every),
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
-
-    def step_forward(self) -> FusedGLADream | EagerStep | None:
+    def step_forward(self) -> Callable | None:
         """See [`DiffusionGenerationMixin.step_forward`]."""
         fused = FusedGLADream.of(self) if all(_is_as_built(layer) for layer in self.model.layers) else None
         return fused or (EagerStep(self) if can_be_captured(self) else None)
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
-        """None: the stack counts them itself, and knows then that a row is one text."""
+        """None: the stack counts them itself, and then need not look for packed samples."""
 
     def _kept(self, outputs: BaseModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        hidden_states, cache = outputs.last_hidden_state, outputs.past_key_values
-        if not (
-            self.logits_shift and cache is not None and torch.is_tensor(logits_to_keep) and logits_to_keep.ndim == 2
-        ):
-            return keep_positions(hidden_states, logits_to_keep)
-        # Index -1 is the token before the window.
-        return keep_positions(cache.with_token_before(hidden_states, cache.last_window), logits_to_keep + 1)
+        hidden_states, cache = outputs[0], outputs.past_key_values
+        if self.logits_shift and isinstance(cache, GLADreamCache) and getattr(logits_to_keep, "ndim", 0) == 2:
+            # Index -1 is the token before the window.
+            hidden_states, logits_to_keep = (
+                cache.with_token_before(hidden_states, cache.last_window),
+                logits_to_keep + 1,
+            )
+        return keep_positions(hidden_states, logits_to_keep)
 
 
-def _is_as_built(layer: nn.Module) -> bool:
-    """Whether nobody has put something else into a layer."""
+def _is_as_built(layer) -> bool:
+    """Whether a layer still consists of the modules that it was built of."""
     attention, decay = layer.self_attn, layer.self_attn.gk_proj[1]
     kinds = (type(layer), type(attention), type(layer.mlp), type(decay))
     if kinds != (GLADreamDecoderLayer, GLADreamAttention, Qwen2MLP, DecayProjection):

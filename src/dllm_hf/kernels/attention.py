@@ -6,11 +6,7 @@ a key head are rows of one product, so that each key is read once, and every que
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # on a CPU
-    triton = None
+from .triton import tl, triton
 
 LOG2E = 1.4426950408889634
 
@@ -19,7 +15,7 @@ def canvas_attention_torch(query, keys, values, lengths, base, width, scale) -> 
     """The twin of [`canvas_attention`]."""
     columns = torch.arange(width, device=keys.device)
     unseen = columns >= lengths[:, None, :, None]
-    # What lies behind the visible keys may be anything, also not a number.
+    # Keys behind the visible ones may hold anything, NaN too, which a weight of 0 would not remove.
     behind = (columns >= lengths.amax(-1)[:, None])[:, None, :, None]
     groups = query.shape[2] // keys.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -62,29 +58,28 @@ def canvas_attention(
     groups = heads // kv_heads
     rows = window * groups
     lengths = lengths.contiguous()
-    # Float32, which is for comparing, has to stay in the registers.
+    # Float32 tiles, which serve comparisons, are smaller, so that they stay in registers.
     most_rows, block_n = (64, 64) if query.element_size() < 4 else (16, 16)
     block_m = max(16, min(most_rows, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block_m)
     splits = number_of_splits(tiles * batch * kv_heads, width, query.device)
     chunk = triton.cdiv(triton.cdiv(width, splits), block_n) * block_n
-    splits = triton.cdiv(width, chunk)
+    splits, number = triton.cdiv(width, chunk), batch * window * heads
     out = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
-    parts, sums = out, lengths  # not touched where there is one part
+    parts, sums = out, lengths  # unused arguments of a single part
     if splits > 1:
         parts = torch.empty(splits, batch, window, heads, head_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     _attend[(tiles, batch * kv_heads, splits)](
         query, keys, values, lengths, base, out, parts, sums, scale * LOG2E,
-        window, kv_heads, chunk, batch * window * heads,
+        window, kv_heads, chunk, number,
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
     if splits > 1:
-        number = batch * window * heads
         _combine[(number,)](
             out, parts, sums, number,
             SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=2,
@@ -93,17 +88,17 @@ def canvas_attention(
 
 
 def number_of_splits(programs: int, width: int, device: torch.device) -> int:
-    """So many parts of the keys that there is a program for every processor, and a part at least 64 keys. (Two programs
-    for each cost up to twice the time where there are many rows: every part writes its rows in float32.)"""
+    """Parts of the keys: one program for each processor, and at least 64 keys in a part. (Two programs for each processor
+    cost up to twice the time with many rows, since every part writes its rows in float32.)"""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     return max(1, min(processors // programs, width // 64, 32))
 
 
 def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device) -> int:
-    """Loads ahead of the loop: three, or as many as the processor's shared memory has room for. `row`: bytes of one."""
+    """Pipeline stages of the loads: three, or as many as fit into shared memory. `row`: bytes of a row."""
     room = 48 * 1024
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined] # not in the stub
     return max(1, min(3, (room - block_m * row) // (2 * block_n * row)))
 
 
@@ -128,8 +123,8 @@ if triton is not None:
         dims = tl.arange(0, BLOCK_D)
         real = dims < HEAD_DIM
         length = tl.load(lengths + batch * window + token, mask=exists, other=0)
-        place = batch.to(tl.int64) * query_batch + token * query_token + head * query_head
-        tile = tl.load(query + place[:, None] + dims, mask=exists[:, None] & real, other=0.0)
+        start_of_row = batch.to(tl.int64) * query_batch + token * query_token + head * query_head
+        tile = tl.load(query + start_of_row[:, None] + dims, mask=exists[:, None] & real, other=0.0)
         begin = tl.load(base + batch)
         keys += begin * key_column + kv_head.to(tl.int64) * key_head
         values += begin * value_column + kv_head.to(tl.int64) * value_head
@@ -142,11 +137,11 @@ if triton is not None:
             column = start + tl.arange(0, BLOCK_N)
             inside = (column < end)[:, None] & real
             key = tl.load(keys + column[:, None] * key_column + dims, mask=inside, other=0.0)
-            # Compiled by Inductor, `scale` is a float64.
+            # Inductor passes Python floats as fp64; cast back.
             score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
             score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
             higher = tl.maximum(highest, tl.max(score, 1))
-            # A row may see none of these keys: infinity minus infinity would be no number.
+            # A row may see none of these keys: -inf - -inf would be NaN.
             lowest = tl.where(higher == -float("inf"), 0.0, higher)
             prob = tl.exp2(score - lowest[:, None])
             fade = tl.exp2(highest - lowest)
@@ -161,8 +156,7 @@ if triton is not None:
         heads = kv_heads * GROUPS
         row = (batch * window + token).to(tl.int64) * heads + head
         if not IS_SPLIT:
-            place = out + row[:, None] * HEAD_DIM + dims
-            tl.store(place, result.to(out.dtype.element_ty), mask=exists[:, None] & real)
+            tl.store(out + row[:, None] * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=exists[:, None] & real)
         else:
             row += split.to(tl.int64) * number
             tl.store(parts + row[:, None] * HEAD_DIM + dims, result, mask=exists[:, None] & real)
@@ -177,13 +171,13 @@ if triton is not None:
         """The parts of one row, weighted by what they saw."""
         row = tl.program_id(0).to(tl.int64)
         split, dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-        place = split.to(tl.int64) * number + row
-        logsum = tl.load(sums + place, mask=split < SPLITS, other=-float("inf"))
+        source = split.to(tl.int64) * number + row
+        logsum = tl.load(sums + source, mask=split < SPLITS, other=-float("inf"))
         saw = logsum > -float("inf")
         highest = tl.max(logsum, 0)
         weight = tl.where(saw, tl.exp2(logsum - tl.where(highest > -float("inf"), highest, 0.0)), 0.0)
         inside = saw[:, None] & (dims < HEAD_DIM)
-        part = tl.load(parts + place[:, None] * HEAD_DIM + dims, mask=inside, other=0.0)
+        part = tl.load(parts + source[:, None] * HEAD_DIM + dims, mask=inside, other=0.0)
         total = tl.sum(weight, 0)
         result = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
         tl.store(out + row * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)

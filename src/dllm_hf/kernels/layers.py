@@ -1,18 +1,14 @@
-"""What stands between the matrix products of a layer: norms, rotary positions, the cache's columns, the gate.
+"""What a layer computes between its matrix products: norms, rotary positions, the writes to the cache, the gate.
 
-They round where the layers of `transformers` (and PyTorch's norm) round, so that both paths give the same in bfloat16 as
-well, but for the rotation, which is rounded once instead of three times.
+The kernels round where the layers of `transformers` (and PyTorch's norm) round, so that both paths agree in bfloat16 too;
+only the rotation is rounded once instead of three times.
 """
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # on a CPU
-    triton = None
+from .triton import tl, triton
 
-HEADS_OF_A_PROGRAM = 8
+HEADS_PER_PROGRAM = 8
 
 
 def add_rms_norm_torch(
@@ -35,7 +31,7 @@ def add_rms_norm(
     Args:
         x, residual: `(..., size)`, contiguous; without a residual the total is `x` itself.
         weight: `(size,)`.
-        rounds_once: after the weight only, as `torch.nn.RMSNorm`, and not before it too, as the library's norms.
+        rounds_once: whether to round after the weight only, as `torch.nn.RMSNorm`, or before it too, as `transformers`.
 
     Returns:
         The norm times `weight`, and the total.
@@ -134,9 +130,9 @@ def rotate_and_store(
     batch, window = query.shape[:2]
     kv_heads, _, head_dim = keys.shape
     heads = query.shape[2] // head_dim
-    columns = columns.contiguous()  # may be one row for the whole batch
+    columns = columns.contiguous()  # may be one row, expanded to the batch
     rotated = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
-    together = min(HEADS_OF_A_PROGRAM, triton.next_power_of_2(kv_heads))
+    together = min(HEADS_PER_PROGRAM, triton.next_power_of_2(kv_heads))
     programs = triton.cdiv(heads, together) + 2 * triton.cdiv(kv_heads, together)
     _rotate_and_store[(batch * window, programs)](
         query, key, value, cos, sin, columns, rotated, keys, values,
@@ -165,7 +161,7 @@ if triton is not None:
             values = (other.to(tl.float32) + values.to(tl.float32)).to(dtype)
             tl.store(total + row + index, values, mask=inside)
         values = values.to(tl.float32)
-        scale = tl.rsqrt((tl.sum(values * values, 0) / size + eps).to(tl.float32))  # of Inductor, `eps` is a float64
+        scale = tl.rsqrt((tl.sum(values * values, 0) / size + eps).to(tl.float32))  # Inductor passes `eps` as fp64
         factor = tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
         result = values * scale
         if not ROUNDS_ONCE:

@@ -1,6 +1,6 @@
 """LLaDA model configuration, in the names of the published checkpoints."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from ..configuration import DiffusionConfigMixin
 
-# Switches of the OLMo code base that LLaDA grew from, and the one value that the published checkpoints give them.
+# Options of the OLMo code base that LLaDA is derived from, and the only value that published checkpoints use.
 _FIXED = {
     "block_type": "llama",
     "layer_norm_type": "rms",
@@ -29,7 +29,7 @@ _FIXED = {
 class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
     """Configuration of LLaDA (Nie et al., arXiv:2502.09992). The defaults are those of LLaDA-8B.
 
-    The original names stay on disk; the library's (`hidden_size`, `num_attention_heads`, ...) are aliases of them.
+    On disk the fields keep the original names; the library's (`hidden_size`, `num_attention_heads`, ...) are aliases.
     """
 
     model_type = "llada"
@@ -37,8 +37,6 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
     base_model_tp_plan = LlamaConfig.base_model_tp_plan
     base_model_pp_plan = LlamaConfig.base_model_pp_plan
     default_theta = 500000.0
-    # Read by the library's mask functions: attention has no direction.
-    is_causal: ClassVar[bool] = False
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -87,7 +85,7 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
         for name, value in _FIXED.items():
             if kwargs.get(name, value) not in (value, None):
                 raise ValueError(f"LLaDA checkpoints with `{name}={kwargs[name]!r}` are not supported, only {value!r}.")
-        # The original keeps the rows of the embedding apart from the vocabulary; to the library they are one number.
+        # The original allows more rows in the embedding than tokens; the library has one number for both.
         if self.embedding_size is not None:
             self.vocab_size = self.embedding_size
         self.embedding_size = None
@@ -99,7 +97,7 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
             if getattr(self, name) < 1 or multiple % getattr(self, name):
                 raise ValueError(f"`{name}={getattr(self, name)}` must divide {multiple}: correct the configuration.")
         if self.eot_token_id is None and self.vocab_size == LLaDAConfig.vocab_size:
-            # The published config.json does not name the token that ends a turn, <|eot_id|>.
+            # <|eot_id|>, which the published config.json does not name.
             self.eot_token_id = 126348
 
     @property
@@ -107,5 +105,5 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
         return self.include_bias or self.include_qkv_bias
 
     def to_dict(self) -> dict[str, Any]:
-        """With the original's name for the rows of the embedding."""
+        """With `embedding_size`, which the original code reads."""
         return {**super().to_dict(), "embedding_size": self.vocab_size}

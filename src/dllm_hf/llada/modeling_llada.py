@@ -1,16 +1,15 @@
-"""LLaDA: a Llama whose attention has no direction."""
+"""LLaDA: a Llama with bidirectional attention."""
 
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 
-from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import MaskedDiffusionLM, attend_both_ways
 from .configuration_llada import LLaDAConfig
 
-# On disk the weights keep the names of the original checkpoints: renamed on loading, and back on saving. The stack of
-# layers alone has them without `model.`. Adapters are saved with the names here, which must stay as they are.
+# On disk the weights keep the names of the original checkpoints: renamed on loading, and back on saving. The stack alone
+# has them without `model.`. Adapters are saved under our names, which the patterns must not match.
 _NAMES = {
     "model.transformer.ff_out.": "lm_head.",
     r"(^|model\.)transformer\.wte\.": r"\1embed_tokens.",
@@ -32,7 +31,6 @@ register_checkpoint_conversion_mapping(
 
 
 class LLaDAPreTrainedModel(LlamaPreTrainedModel):
-    config: LLaDAConfig
     config_class = LLaDAConfig
 
 
@@ -43,19 +41,17 @@ class LLaDAModel(LLaDAPreTrainedModel, LlamaModel):
         super().__init__(config)
         if config.include_qkv_bias and not config.include_bias:
             for layer in self.layers:
-                layer.self_attn.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+                layer.set_submodule("self_attn.o_proj", nn.Linear(config.hidden_size, config.hidden_size, bias=False))
         attend_both_ways(self)
 
 
-class LLaDAModelLM(MaskedDiffusionLM, DiffusionGenerationMixin, LLaDAPreTrainedModel):
+class LLaDAModelLM(MaskedDiffusionLM, LLaDAPreTrainedModel):
     """LLaDA with its head (Nie et al., arXiv:2502.09992, https://github.com/ML-GSAI/LLaDA)."""
 
+    base_model_class = LLaDAModel
     cache_policies = ("none", "prefix", "dual")
     default_block_length = 32
     confidence_source = "raw"
 
     def __init__(self, config: LLaDAConfig):
-        super().__init__(config)
-        self.model = LLaDAModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.include_bias)
-        self.post_init()
+        super().__init__(config, head_bias=config.include_bias)

@@ -1,6 +1,6 @@
 """SDAR model configuration."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config
@@ -9,7 +9,7 @@ from ..configuration import DiffusionConfigMixin
 
 
 class BlockDiffusionConfigMixin(DiffusionConfigMixin):
-    """What SDAR's configurations share. Goes before the library's in a class's bases."""
+    """Base of SDAR's configurations. Goes before the library's in a class's bases."""
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
         if self.use_sliding_window:
@@ -17,8 +17,8 @@ class BlockDiffusionConfigMixin(DiffusionConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        # Published files ask for the back end that their training used; the library would take it for a wish to decode
-        # with it. What a caller asks for is in `kwargs`.
+        # Published files name the attention of their training, which the library would use for decoding, too. That of the
+        # caller is in `kwargs`.
         config_dict = {name: value for name, value in config_dict.items() if name != "attn_implementation"}
         return super().from_dict(config_dict, **kwargs)
 
@@ -27,13 +27,11 @@ class BlockDiffusionConfigMixin(DiffusionConfigMixin):
 class SDARConfig(BlockDiffusionConfigMixin, Qwen3Config):
     """Configuration of SDAR (Cheng et al., arXiv:2510.06303): a Qwen3's, the block and the mask.
 
-    The published `config.json`s name neither `block_size` nor `mask_token_id`: these are the values they mean.
+    The published `config.json` files lack `block_size` and `mask_token_id`: the defaults are their values.
     """
 
     model_type = "sdar"
     default_theta = 1000000.0
-    # Read by the library's mask functions: inside a block attention has no direction.
-    is_causal: ClassVar[bool] = False
 
     block_size: int = 4
     mask_token_id: int | None = 151669

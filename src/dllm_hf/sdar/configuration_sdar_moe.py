@@ -1,6 +1,6 @@
 """SDAR-MoE model configuration."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3MoeConfig
@@ -14,10 +14,8 @@ class SDARMoeConfig(BlockDiffusionConfigMixin, Qwen3MoeConfig):
 
     model_type = "sdar_moe"
     default_theta = 1000000.0
-    # Read by the library's mask functions: inside a block attention has no direction.
-    is_causal: ClassVar[bool] = False
 
-    # The other way round than in the library, so that the published name stays on disk.
+    # The inverse of the library's, so that the published name stays on disk.
     attribute_map = {"num_local_experts": "num_experts"}
 
     head_dim: int | None = 128

@@ -1,6 +1,5 @@
 """SDAR-MoE: SDAR's attention with Qwen3-MoE's router and experts."""
 
-from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
@@ -10,21 +9,19 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 from ..block_diffusion import BlockCausalModel, BlockDiffusionLM
-from ..generation.mixin import DiffusionGenerationMixin
 from ..modeling import attend_both_ways
 from .configuration_sdar_moe import SDARMoeConfig
 
-# On disk each expert has weights of its own; the library's grouped forward wants them stacked.
+# On disk each expert has its own weights; the library's grouped forward needs them stacked.
 register_checkpoint_conversion_mapping("sdar_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)
 
 
 class SDARMoePreTrainedModel(Qwen3MoePreTrainedModel):
     config: SDARMoeConfig
-    config_class = SDARMoeConfig
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # The library looks for a decorator in the file of the class; it stands at the experts that are inherited.
+        # The library searches the file of the class for a decorator, which is in the file of the inherited experts.
         return True
 
 
@@ -36,16 +33,12 @@ class SDARMoeModel(BlockCausalModel, SDARMoePreTrainedModel, Qwen3MoeModel):
         attend_both_ways(self)
 
 
-class SDARMoeForCausalLM(BlockDiffusionLM, DiffusionGenerationMixin, SDARMoePreTrainedModel):
+class SDARMoeForCausalLM(BlockDiffusionLM, SDARMoePreTrainedModel):
     """SDAR-MoE with its head (Cheng et al., arXiv:2510.06303, https://github.com/JetAstra/SDAR)."""
 
-    def __init__(self, config: SDARMoeConfig):
-        super().__init__(config)
-        self.model = SDARMoeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_model_class = SDARMoeModel
 
-    def _output(self, loss, logits, outputs, token_mask) -> MoeCausalLMOutputWithPast:
+    def _output(self, logits, outputs, token_mask) -> MoeCausalLMOutputWithPast:
         """With the load-balancing loss of the router where `output_router_logits` asks for it."""
         aux_loss = None
         if outputs.router_logits is not None:
@@ -54,7 +47,6 @@ class SDARMoeForCausalLM(BlockDiffusionLM, DiffusionGenerationMixin, SDARMoePreT
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
             )
         return MoeCausalLMOutputWithPast(
-            loss=loss,
             aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from .losses import masked_diffusion_loss
 
-# Imported when they are asked for: the models need the losses only, and the library's trainer takes a second.
+# Imported on first use: the models need only the losses, and importing the library's trainer takes a second.
 _LATER = {
     "DataCollatorForMaskedDiffusion": ".collator",
     "MaskedDiffusionSFTTrainer": ".sft",

@@ -5,48 +5,48 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .noising import context_weights, mask_complementary, mask_sequences
 
 SCHEDULES = ("llada", "dream", "complementary")
 WEIGHTINGS = ("1/t", "1-t", "cart", "none")
-OPTIONAL = ("labels", "position_ids", "attention_mask")  # of a text, beside `input_ids`
+OPTIONAL = ("labels", "position_ids", "attention_mask")  # columns of a text beside `input_ids`
 
 
 @dataclass
 class DataCollatorForMaskedDiffusion(TrainerCallback):
-    """Makes noisy batches of clean texts for the training of a masked-diffusion language model.
+    """Makes noisy batches of clean texts, for the training of a masked-diffusion language model.
 
-    A text is `input_ids`, a list or 1-D tensor. If it has `labels` too, they say what to learn: where they are -100, as
-    in a prompt, tokens are never masked. Packed samples have `position_ids` that start from 0 in each
-    ([`~dllm_hf.training.pack`]). `attention_mask`, 0 on padding, takes padding away. An empty text becomes a row of
-    padding, from which nothing is learnt.
+    A text is `input_ids`, a list or 1-D tensor. With `labels`, tokens at -100, as in a prompt, are never masked. Packed
+    samples have `position_ids` that start from 0 in each ([`~dllm_hf.training.pack`]). `attention_mask`, 0 on padding,
+    takes padding away. An empty text becomes a row of padding.
 
         collator = DataCollatorForMaskedDiffusion(tokenizer, seed=0)
         Trainer(model, args, train_dataset=texts, data_collator=collator, callbacks=[collator])
 
     The batch has `input_ids`, `labels`, `mask_ratio` (what a token's loss is divided by), `attention_mask`, and for
-    packed samples `position_ids`, all `(batch, length)`. The positions that are labelled are those that the loss is
-    divided by, so that `Trainer` counts them right under gradient accumulation and in several processes.
+    packed samples `position_ids`, all `(batch, length)`. `Trainer` counts the labels, also under gradient accumulation
+    and over several processes, and divides the sum of the losses by their number.
 
     Args:
-        tokenizer: for its mask, padding and end tokens.
-        schedule: `llada` (also SDAR's): a rate for each sequence, or packed sample, a token's loss divided by it, and the
-            sum by the number of tokens that there are to learn, masked or not (arXiv:2502.09992, equation 3).
-            `dream`: the same rates, weights of choice, the sum divided by the number of masked tokens.
-            `complementary`: a rate for each block, each text twice, the masks inverted, no weights (Fast-dLLM v2).
-        weighting: of `dream`: `1/t` for a rate of t, `1-t`, `none`, or `cart` ([`~training.noising.context_weights`]).
-        cart_p: of `cart`.
-        block_size: of `complementary`.
-        eos_padding: pad with end-of-sequence tokens that are learnt like the text, so that the model says by itself
-            where an answer ends, as LLaDA's and Dream's fine-tuning does.
-        pad_to_multiple_of: makes the length of a batch a multiple of this.
-        mask_token_id: the tokenizer's if not given. A tokenizer may have none, as LLaDA's, whose mask is an added token:
-            give `model.config.mask_token_id`.
-        seed: with it, and passed to `Trainer` as a callback as well, noise depends on nothing but seed, epoch and batch:
-            a resumed run sees what the unbroken one would have seen, whatever the number of workers. Without it,
-            PyTorch's generator draws.
+        tokenizer: its mask, padding and end tokens are used.
+        schedule: `llada` (also SDAR's): one rate for each sequence or packed sample; a token's loss is divided by it, and
+            the sum by the number of tokens to learn, masked or not (arXiv:2502.09992, equation 3). `dream`: the same
+            rates, `weighting`, and the sum divided by the number of masked tokens. `complementary`: one rate for each
+            block, each text twice with inverted masks, no weights (Fast-dLLM v2).
+        weighting: for `dream`: `1/t` for a rate of t, `1-t`, `none`, or `cart` ([`~training.noising.context_weights`]).
+        cart_p: for `cart`.
+        block_size: for `complementary`.
+        eos_padding: pad with end-of-sequence tokens that are learnt like the text, so that the model learns where an
+            answer ends, as in LLaDA's and Dream's fine-tuning.
+        pad_to_multiple_of: the length of a batch is a multiple of it.
+        mask_token_id: the tokenizer's if not given. LLaDA's tokenizer has none, its mask is an added token: give
+            `model.config.mask_token_id`.
+        seed: with it, and with the collator passed to `Trainer` as a callback too, noise depends on seed, epoch and batch
+            alone: not on the number of workers, or on whether the run was resumed. Without it, PyTorch's generator
+            draws.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
     pad_to_multiple_of: int | None = None
     mask_token_id: int | None = None
     seed: int | None = None
-    # In shared memory, so that workers that live longer than an epoch see it change.
+    # In shared memory, so that persistent workers read the current epoch.
     _epoch: torch.Tensor = field(init=False, repr=False, default_factory=lambda: torch.zeros(1).share_memory_())
 
     def __post_init__(self):
@@ -94,19 +94,19 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
         tokens, maskable, real, positions = self._padded(features)
         generator = None
         if self.seed is not None:
-            # Of the text too, so that no two batches of an epoch share their noise. All in 32 bits: of a longer seed
-            # PyTorch's generator on the CPU reads no more.
+            # The text is part of the seed, so that no two batches of an epoch share their noise. 32 bits, since PyTorch's
+            # generator on the CPU reads no more.
             start = zlib.crc32(f"{self.seed} {int(self._epoch)}".encode())
             generator = torch.Generator().manual_seed(zlib.crc32(tokens.numpy().tobytes(), start))
         packed = positions is not None
         samples = None
         if packed:
-            begun = ((positions == 0) & real).long().cumsum(1)
-            samples = begun - begun[:, :1]
+            counts = ((positions == 0) & real).long().cumsum(1)
+            samples = counts - counts[:, :1]
         if self.schedule == "complementary":
-            places = positions if packed else torch.arange(tokens.shape[1]).expand_as(tokens)
-            # Counted through the row, so that packed samples have blocks of their own.
-            blocks = ((places % self.block_size == 0) & real).long().cumsum(1)
+            columns = positions if packed else torch.arange(tokens.shape[1]).expand_as(tokens)
+            # Counted through the row, so that packed samples do not share blocks.
+            blocks = ((columns % self.block_size == 0) & real).long().cumsum(1)
             noisy, labels = mask_complementary(tokens, maskable, self.mask_token_id, blocks, generator)
             ratio = torch.ones(())
             real, positions = real.repeat(2, 1), None if positions is None else positions.repeat(2, 1)
@@ -120,7 +120,7 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
             else:
                 ratio = 1 / self._weights(rates, real & (labels == -100), samples)
         ratio = torch.where(labels != -100, ratio, 0.0)
-        # A mask that masks nothing too, so that all batches have the same columns.
+        # Also a mask of ones, so that all batches have the same columns.
         batch = {"input_ids": noisy, "labels": labels, "mask_ratio": ratio, "attention_mask": real.long()}
         if positions is not None:
             batch["position_ids"] = positions
@@ -132,9 +132,8 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
         return {"1/t": 1 / rates, "1-t": 1 - rates, "none": torch.ones_like(rates)}[self.weighting]
 
     def _padded(self, features: list[dict[str, Any]]):
-        """Tokens, what may be masked, what is no padding, and the positions of packed samples or None; all `(batch,
-        length)`. Padding stands on the right: where decoding pads, positions would not start at the first column. An
-        empty text is a row of padding."""
+        """Tokens, what may be masked, what is not padding, and the positions of packed samples or None; all `(batch,
+        length)`. Padding is on the right, so that positions start at the first column."""
         if not features or not any("input_ids" in feature for feature in features):
             raise ValueError(
                 "The collator got no `input_ids`: tokenize the dataset first (`Trainer` drops columns that the model's "
@@ -149,41 +148,42 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
         length = max(1, *(len(row[0]) for row in rows))
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        tokenizer = self.tokenizer
-        filler = (
-            tokenizer.eos_token_id if self.eos_padding or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
-        fillers = [0 if filler is None else filler, self.eos_padding, 0]
-        columns = [_stacked(list(column), length, value) for column, value in zip(zip(*rows), fillers)]
-        real = _stacked([torch.ones_like(row[1]) for row in rows], length, self.eos_padding)
-        return columns[0], columns[1], real, columns[2] if packed else None
+        filler = self.tokenizer.pad_token_id
+        if self.eos_padding or filler is None:
+            filler = self.tokenizer.eos_token_id or 0
+        pads = (filler, self.eos_padding, self.eos_padding, 0)
+        columns = [
+            torch.stack([F.pad(values, (0, length - len(values)), value=pad) for values in column])
+            for column, pad in zip(zip(*rows), pads)
+        ]
+        return columns if packed else [*columns, None]
 
 
 def _read(number: int, feature: dict[str, Any], packed: bool) -> list[torch.Tensor]:
-    """Tokens, what may be masked and, of packed samples, positions of a text without its padding, `(length,)` each."""
+    """Of a text without its padding, `(length,)` each: tokens, what may be masked, ones, positions if it is packed."""
     for name in ("input_ids", "position_ids")[: 1 + packed]:
         if feature.get(name) is None:
             raise ValueError(
                 f"Row {number} of the batch has no `{name}`, and others do: give it in all rows or in none."
             )
     ids = _numbers(number, "input_ids", feature["input_ids"])
-    given = {name: _numbers(number, name, feature[name]) for name in OPTIONAL if feature.get(name) is not None}
-    for name, values in given.items():
+    columns = {name: _numbers(number, name, feature[name]) for name in OPTIONAL if feature.get(name) is not None}
+    for name, values in columns.items():
         if len(values) != len(ids):
             raise ValueError(
                 f"`{name}` of row {number} of the batch has {len(values)} elements, and `input_ids` {len(ids)}: both "
                 "must be as many."
             )
-    labels = given.get("labels", ids)
+    labels = columns.get("labels", ids)
     maskable = labels != -100
     if (labels != ids)[maskable].any():
         raise ValueError(
             f"`labels` of row {number} of the batch are not the tokens at their places: give the token itself where it "
             "is to be learnt, -100 elsewhere, and clean text in `input_ids`. The collator draws the noise."
         )
-    row = [ids, maskable, *([given["position_ids"]] if packed else [])]
-    if "attention_mask" in given:
-        row = [values[given["attention_mask"] != 0] for values in row]
+    row = [ids, maskable, torch.ones_like(maskable), *([columns["position_ids"]] if packed else [])]
+    if "attention_mask" in columns:
+        row = [values[columns["attention_mask"] != 0] for values in row]
     return row
 
 
@@ -199,12 +199,3 @@ def _numbers(number: int, name: str, values) -> torch.Tensor:
             f"{tensor.dtype}: one text in each row."
         )
     return tensor.long()
-
-
-def _stacked(rows: list[torch.Tensor], length: int, value) -> torch.Tensor:
-    if all(len(row) == length for row in rows):
-        return torch.stack(rows)
-    padded = rows[0].new_full((len(rows), length), value)
-    for row, values in zip(padded, rows):
-        row[: len(values)] = values
-    return padded

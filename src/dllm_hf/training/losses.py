@@ -13,25 +13,21 @@ def masked_diffusion_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy at the masked positions.
+    """Cross-entropy at the masked positions, a float32 scalar.
 
     Without `mask_ratio`, the mean over the labelled positions. With it, LLaDA's bound on the negative log-likelihood
-    per token (arXiv:2502.09992, equation 3): each position weighs 1 / its ratio, and the sum is divided by the number
+    per token (arXiv:2502.09992, equation 3): the loss of a position is divided by its ratio, and the sum by the number
     of tokens that could have been masked.
 
     Args:
         logits: `(batch, length, vocab)`, as the model returns them.
         labels: `(batch, length)`, the clean token at masked positions, -100 elsewhere.
-        logits_shift: the logits of a position stand that many columns before it.
+        logits_shift: the logits of position i are at i - `logits_shift`.
         mask_ratio: `(batch,)` or `(batch, length)`, the probability with which a position was masked; 0 where it could
-            not be, as in a prompt. Infinite where a label is to be counted and to weigh nothing: with labels on all of
-            a text, masked or not, `num_items_in_batch` is the number of its tokens.
+            not be, as in a prompt. Infinite at labels that only count as tokens in `num_items_in_batch`.
         token_mask: `(batch, length)`, 0 on padding, which is not counted as tokens.
-        num_items_in_batch: divides the sum instead, as `transformers.Trainer` asks under gradient accumulation.
+        num_items_in_batch: what `transformers.Trainer` divides the sum by instead.
         position_ids: `(batch, length)`; several samples packed into a row each start from 0.
-
-    Returns:
-        The loss, a float32 scalar.
     """
     if labels.shape != logits.shape[:2]:
         raise ValueError(
@@ -44,7 +40,7 @@ def masked_diffusion_loss(
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     losses = losses.view(labels.shape)
     labelled = labels != -100
-    number = labelled.sum()
+    number: torch.Tensor | int = labelled.sum()
     if mask_ratio is not None:
         if mask_ratio.shape not in (labels.shape, labels.shape[:1]):
             raise ValueError(
@@ -55,22 +51,16 @@ def masked_diffusion_loss(
         losses = losses / torch.where(labelled, ratio, 1.0)
         counted = (ratio > 0).expand_as(labels)
         number = (counted if token_mask is None else counted & token_mask.bool()).sum()
-    number = number if num_items_in_batch is None else num_items_in_batch
-    number = torch.as_tensor(number, device=losses.device)
-    return losses.sum() / number.clamp(min=1)
+    if num_items_in_batch is not None:
+        number = num_items_in_batch
+    return losses.sum() / torch.as_tensor(number, device=losses.device).clamp(min=1)
 
 
 def previous_tokens(
     tokens: torch.Tensor, position_ids: torch.Tensor | None = None, token_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`(batch, length)`: the column of the token before each one, padding passed over. The first token of a sample has
-    none, and gets its own, as in decoding.
-
-    Args:
-        tokens: `(batch, length)`.
-        position_ids: `(batch or 1, length)`; several samples packed into a row each start from 0.
-        token_mask: `(batch, length)`, 0 on padding.
-    """
+    """The column of the token before each of `tokens`, `(batch, length)`, padding passed over; of the first token of a
+    sample its own column, as in decoding. The other arguments are those of [`masked_diffusion_loss`]."""
     index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     real = index if token_mask is None else index.masked_fill(token_mask == 0, -1)
     before = F.pad(real.cummax(-1).values[:, :-1], (1, 0), value=-1)

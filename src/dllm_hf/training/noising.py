@@ -7,8 +7,8 @@ EPS = 1e-3
 
 
 def draw_rates(number: int, device: torch.device | str, generator: torch.Generator | None = None) -> torch.Tensor:
-    """`(number,)` masking rates, each uniform on (EPS, 1). One lies in each of `number` equal slices, in random order,
-    so that every batch holds low and high ones (Sahoo et al., arXiv:2406.07524, section C.3)."""
+    """`(number,)` masking rates, each uniform on (EPS, 1), one from each of `number` equal slices in random order, so
+    that every batch has low and high ones (Sahoo et al., arXiv:2406.07524, section C.3)."""
     order = torch.randperm(number, generator=generator, device=device)
     return EPS + (1 - EPS) * (order + torch.rand(number, generator=generator, device=device)) / max(number, 1)
 
@@ -20,13 +20,13 @@ def mask_sequences(
     samples: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One rate for each sequence (LLaDA, arXiv:2502.09992; Dream, arXiv:2508.15487).
+    """Mask each sequence at one rate (LLaDA, arXiv:2502.09992; Dream, arXiv:2508.15487).
 
     Args:
         tokens: `(batch, length)`.
         maskable: `(batch, length)` bool; prompt and padding are False.
-        samples: `(batch, length)`, which of the samples packed into a row a token belongs to: each has a rate.
-        generator: draws, on the device of `tokens`; the default one of the device if not given.
+        samples: `(batch, length)`, which of the samples packed into a row a token belongs to: each has its own rate.
+        generator: on the device of `tokens`.
 
     Returns:
         The noisy tokens, the labels (the clean token at masked positions, -100 elsewhere) and the rates, `(batch,)`, or
@@ -50,17 +50,17 @@ def mask_complementary(
     blocks: torch.Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One rate for each block, and every sequence twice, the second time with the inverted mask, so that each token is
-    learnt once (Fast-dLLM v2, arXiv:2509.26328).
+    """Mask each block at one rate, and every sequence a second time with the inverted mask, so that each token is learnt
+    once (Fast-dLLM v2, arXiv:2509.26328).
 
     Args:
-        blocks: `(batch, length)`, the number of the block that a token stands in.
+        blocks: `(batch, length)`, the number of a token's block.
 
     Returns:
         The noisy tokens and the labels, `(2 * batch, length)`: first the masks, then the inverted ones.
     """
     rates = EPS + (1 - EPS) * torch.rand(tokens.shape, generator=generator, device=tokens.device)
-    # Blocks follow each other, so that no two of a row share a rate; the first need not be number 0.
+    # Modulo: the numbers of a row are consecutive, but need not begin at 0.
     rates = rates.gather(1, blocks.expand_as(tokens) % tokens.shape[1])
     drawn = torch.rand(tokens.shape, generator=generator, device=tokens.device) < rates
     masked = torch.cat([drawn, ~drawn]) & maskable.repeat(2, 1)
@@ -68,16 +68,13 @@ def mask_complementary(
 
 
 def context_weights(known: torch.Tensor, p: float, samples: torch.Tensor | None = None) -> torch.Tensor:
-    """CART, the weights of Dream's context-adaptive noise rescheduling (arXiv:2508.15487, section 3.2): a mask weighs
-    more where known tokens stand near, `1/2 * sum over known m of p * (1 - p)^(|n - m| - 1)`.
+    """CART, the weights of Dream's context-adaptive noise rescheduling (arXiv:2508.15487, section 3.2), `(batch, length)`:
+    known tokens m near a mask n raise its weight, `1/2 * sum over m of p * (1 - p)^(|n - m| - 1)`.
 
     Args:
         known: `(batch, length)` bool, False at masks and padding.
-        p: of the geometric distribution; 0.1, 0.3 and 0.8 have been used. The larger, the fewer neighbours count.
-        samples: `(batch, length)`, which of the samples packed into a row a token belongs to.
-
-    Returns:
-        `(batch, length)`, float32.
+        p: of the geometric distribution; 0.1, 0.3 and 0.8 are common. The larger, the fewer neighbours count.
+        samples: as in [`mask_sequences`].
     """
     index = torch.arange(known.shape[1], device=known.device)
     distance = (index[:, None] - index).abs()

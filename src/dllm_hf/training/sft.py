@@ -10,14 +10,14 @@ except ImportError as error:
 
 class MaskedDiffusionSFTTrainer(SFTTrainer):
     """[`trl.SFTTrainer`] for masked-diffusion language models: the datasets, chat templates and adapters of TRL, and the
-    loss of the model. SFTTrainer itself goes past the model's `forward` and takes the loss of the next token.
+    loss of the model's `forward`. SFTTrainer itself computes the loss of the next token from the logits.
 
         collator = DataCollatorForMaskedDiffusion(tokenizer, mask_token_id=model.config.mask_token_id, seed=0)
         MaskedDiffusionSFTTrainer(model, SFTConfig("out"), collator, train_dataset=chats, callbacks=[collator])
 
     Args:
-        data_collator: draws the noise, so it has to be given.
-        kwargs: as those of `SFTTrainer`.
+        data_collator: a [`DataCollatorForMaskedDiffusion`], which draws the noise.
+        kwargs: those of `SFTTrainer`.
     """
 
     _tag_names = ["trl", "sft", "masked-diffusion"]

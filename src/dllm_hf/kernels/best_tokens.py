@@ -2,11 +2,7 @@
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # on a CPU
-    triton = None
+from .triton import tl, triton
 
 BLOCK = 4096
 
@@ -34,18 +30,18 @@ def best_tokens(
         mask_token_id: never the best; it counts in the distribution all the same.
 
     Returns:
-        For each position the best token (the first of equals), its probability, what it is ahead of the second best in
-        probability, and the entropy of the distribution in nats. Not a number where the distribution is none.
+        For each position the best token (the first of equals), its probability, the margin in probability to the second
+        best, and the entropy of the distribution in nats. NaN where the logits are.
     """
     vocab, logits = logits.shape[-1], logits.contiguous()
     rows, chunks = logits.numel() // vocab, triton.cdiv(vocab, BLOCK)
     parts = torch.empty(5, rows, chunks, dtype=torch.float32, device=logits.device)
-    places = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     best = torch.empty(logits.shape[:-1], dtype=torch.long, device=logits.device)
     probability, margin, entropy = torch.empty(3, *logits.shape[:-1], dtype=torch.float32, device=logits.device)
-    _scan[(rows, chunks)](logits, parts, places, vocab, mask_token_id, rows * chunks, BLOCK=BLOCK, num_warps=8)
+    _scan[(rows, chunks)](logits, parts, tokens, vocab, mask_token_id, rows * chunks, BLOCK=BLOCK, num_warps=8)
     _merge[(rows,)](
-        parts, places, best, probability, margin, entropy, chunks, rows * chunks, int(mask_token_id == 0),
+        parts, tokens, best, probability, margin, entropy, chunks, rows * chunks, int(mask_token_id == 0),
         BLOCK=triton.next_power_of_2(chunks), num_warps=1,
     )  # fmt: skip
     return best, probability, margin, entropy
@@ -54,35 +50,36 @@ def best_tokens(
 if triton is not None:
 
     @triton.jit
-    def _scan(logits, parts, places, vocab, mask_token_id, number, BLOCK: tl.constexpr):
+    def _scan(logits, parts, tokens, vocab, mask_token_id, number, BLOCK: tl.constexpr):
         """A chunk of a row: its maximum, sum of exponentials, their sum weighted by the logits' distance from the
         maximum, and the two best."""
         row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
         token = chunk * BLOCK + tl.arange(0, BLOCK)
         logit = tl.load(logits + row * vocab + token, mask=token < vocab, other=-float("inf")).to(tl.float32)
-        # Maxima of what are numbers; what is none gets into the sums.
-        number_or_least = tl.where(logit == logit, logit, -float("inf"))
-        highest = tl.max(number_or_least, 0)
+        # A maximum must ignore NaN; the sums keep it, so that rows with NaN stay visible.
+        without_nan = tl.where(logit == logit, logit, -float("inf"))
+        highest = tl.max(without_nan, 0)
         base = tl.where(highest == -float("inf"), 0.0, highest)
         distance = logit - base
         weight = tl.exp(distance)
         total = tl.sum(weight, 0)
         spread = tl.sum(tl.where(weight > 0, weight * distance, 0.0), 0)
-        allowed = tl.where(token == mask_token_id, -float("inf"), number_or_least)
+        allowed = tl.where(token == mask_token_id, -float("inf"), without_nan)
         best = tl.max(allowed, 0)
-        place = tl.argmax(allowed, 0)
-        place = tl.where(best > -float("inf"), chunk * BLOCK + place, -1)  # a chunk may hold the mask alone
-        second = tl.max(tl.where(token == place, -float("inf"), number_or_least), 0)
+        winner = chunk * BLOCK + tl.argmax(allowed, 0)
+        winner = tl.where(best > -float("inf"), winner, -1)  # a chunk may hold the mask alone
+        second = tl.max(tl.where(token == winner, -float("inf"), without_nan), 0)
         index = row * tl.num_programs(1) + chunk
         tl.store(parts + index, base)
         tl.store(parts + number + index, total)
         tl.store(parts + 2 * number + index, spread)
         tl.store(parts + 3 * number + index, best)
         tl.store(parts + 4 * number + index, second)
-        tl.store(places + index, place)
+        tl.store(tokens + index, winner)
 
     @triton.jit
-    def _merge(parts, places, best, probability, margin, entropy, chunks, number, lowest, BLOCK: tl.constexpr):
+    def _merge(parts, tokens, best, probability, margin, entropy, chunks, number, lowest, BLOCK: tl.constexpr):
+        """The chunks of a row. `lowest`: the first token id that is not the mask."""
         row = tl.program_id(0).to(tl.int64)
         chunk = tl.arange(0, BLOCK)
         inside = chunk < chunks
@@ -92,7 +89,6 @@ if triton is not None:
         spread = tl.load(parts + 2 * number + index, mask=inside, other=0.0)
         first = tl.load(parts + 3 * number + index, mask=inside, other=-float("inf"))
         second = tl.load(parts + 4 * number + index, mask=inside, other=-float("inf"))
-        place = tl.load(places + index, mask=inside, other=0)
         highest = tl.max(tl.where(total != 0, base, -float("inf")), 0)
         weight = tl.where(total != 0, tl.exp(base - highest), 0.0)
         sums = tl.sum(total * weight, 0)
@@ -103,8 +99,9 @@ if triton is not None:
         is_winner = chunk == winner
         top = tl.max(first, 0)
         runner = tl.max(tl.where(is_winner, second, tl.maximum(first, second)), 0)
-        # No token is best where nothing is a number; it must be one all the same, and not the mask.
-        token = tl.maximum(tl.sum(tl.where(is_winner, place, 0), 0), lowest)
+        token = tl.sum(tl.where(is_winner, tl.load(tokens + index, mask=inside, other=0), 0), 0)
+        # A row of NaN has no best token (-1): a valid id is stored, which is not the mask.
+        token = tl.maximum(token, lowest)
         tl.store(best + row, token.to(tl.int64))
         tl.store(probability + row, tl.exp(top - logsum))
         tl.store(margin + row, tl.exp(top - logsum) - tl.exp(runner - logsum))
