@@ -1,6 +1,5 @@
 """What all families share: the forward pass with head and loss, and bidirectional attention."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .fused.stack import FusedStack
 from .generation.attention import uses_flash_attention
+from .generation.contract import StepForward
 from .generation.mixin import DiffusionGenerationMixin
 from .training.losses import masked_diffusion_loss
 
@@ -129,8 +129,8 @@ class MaskedDiffusionLM(DiffusionGenerationMixin, PreTrainedModel):
             loss = loss + self.config.router_aux_loss_coef * output["aux_loss"]
         return type(output)(loss=loss, **output)
 
-    def step_forward(self) -> Callable | None:
-        """See [`DiffusionGenerationMixin.step_forward`]."""
+    def step_forward(self) -> StepForward | None:
+        """See [`DenoisingModel.step_forward`]."""
         return FusedStack.of(self)
 
     def add_model_tags(self, tags: list[str] | str) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from ..generation.mixin import DiffusionGenerationMixin
+from .detokenizer import Detokenizer
 from .driver import Driver, Mailbox
 from .engine import Engine, QueueFullError
 from .outputs import Event, RequestOutput
@@ -84,28 +85,26 @@ class LLM:
                 f"`tensor_parallel_size={tensor_parallel_size}`: an engine runs on one GPU. `from_pretrained(..., "
                 "tp_plan='auto')` divides a model for `diffusion_generate`."
             )
-        if isinstance(model, (str, os.PathLike)):
-            source = model
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
-            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        else:
-            source = None
-            model = model if device is None else model.to(device)
-        if not hasattr(model, "diffusion_request"):
-            raise ValueError(f"`model` is a {type(model).__name__}, which does not decode by diffusion.")
-        self.model = model
+        source = model if isinstance(model, (str, os.PathLike)) else None
+        loaded: Any = model
+        if source is not None:
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not hasattr(loaded, "diffusion_request"):
+            raise ValueError(f"`model` is a {type(loaded).__name__}, which does not decode by diffusion.")
+        self.model: DiffusionGenerationMixin = loaded if device is None else loaded.to(device)
         self.tokenizer = self._load_tokenizer(tokenizer, source, trust_remote_code)
-        positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
+        positions = getattr(self.model.config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
         capacity = max_model_len or min(positions, DEFAULT_MAX_MODEL_LEN)
         if capacity > positions:
             raise ValueError(f"`max_model_len={capacity}` is more than the {positions} positions of the model.")
-        if cache_policy is None and model.generation_config.cache_policy is None and "block" in model.cache_policies:
-            cache_policy = "block"
+        if cache_policy is None and self.model.generation_config.cache_policy is None:
+            cache_policy = "block" if "block" in self.model.cache_policies else None
         options = {"mask_token_id": mask_token_id, "block_length": block_length, "cache_policy": cache_policy}
         options = {name: value for name, value in options.items() if value is not None}
         self._check_memory(max_num_seqs, capacity, gpu_memory_utilization)
         engine = Engine(
-            model,
+            self.model,
             self.tokenizer,
             max_num_seqs,
             capacity,
@@ -228,7 +227,7 @@ class LLM:
         events = []
         for sequence in (each for sequences in waiting for each in sequences):
             sequence.end("abort")
-            events.append(sequence.finish(None))
+            events.append(sequence.finish())
         waiting.clear()
         self._driver.abort(list(mailbox.left))
         while mailbox.is_open:
@@ -320,12 +319,16 @@ class LLM:
 
     def _output(self, sequence: Sequence) -> RequestOutput:
         prompt = sequence.request.prompt
-        text = None if self.tokenizer is None else self.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+        text = (
+            None
+            if self.tokenizer is None
+            else Detokenizer(self.tokenizer, []).decode(prompt, skip_special_tokens=False)
+        )
         return RequestOutput(sequence.request_id, prompt, text)
 
 
-def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids of a prompt.
+def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """The token ids of a prompt, see [`LLM.generate`].
 
     Raises:
         ValueError: it is none, or needs a tokenizer or a chat template that is not there.
@@ -341,7 +344,7 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> list[in
         return list(tokenizer(prompt)["input_ids"]) if prompt else []
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: pass a string or token ids.")
-    encoding = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    encoding: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
     return list(encoding["input_ids"])
 
 

@@ -87,10 +87,8 @@ class SamplingParams:
 
     def generation_options(self) -> dict[str, Any]:
         """The options of [`DiffusionGenerationConfig`] that were given, by its names or those of the originals."""
-        names = ("temperature", "topk", "topp", "min_p", "max_tokens", "remasking_strategy", "block_length")
-        names += ("steps", "denoising_steps", "factor")
-        given = {name: getattr(self, name) for name in names}
-        for name in ("dynamic_threshold", "eb_threshold"):
-            given[name] = getattr(self, name) or None
+        own = ("stop", "stop_token_ids", "ignore_eos", "seed", "n", "timeout", "skip_special_tokens", "options")
+        given = {name: value for name, value in vars(self).items() if name not in own}
+        given |= {name: given[name] or None for name in ("dynamic_threshold", "eb_threshold")}
         given["stop_strings"] = self.stop_strings or None
         return {**{name: value for name, value in given.items() if value is not None}, **self.options}

@@ -11,7 +11,7 @@ class Beginnings:
     keys to another), and by the block length, on which keys and values depend.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._slots: dict[bytes, set[int]] = {}
         self._keys: dict[int, list[bytes]] = {}
 

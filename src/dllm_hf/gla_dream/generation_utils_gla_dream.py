@@ -1,10 +1,11 @@
 """GLADream's cache, which does not grow with the text."""
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from ..generation.cache import CanvasCache
+from ..generation.contract import DenoisingModel
 from ..generation.window import Window
 from ..modeling import keep_positions
 
@@ -90,7 +91,7 @@ class GLADreamCache(CanvasCache):
     layer_class = GLADreamCacheLayer
     layers: list[GLADreamCacheLayer]  # type: ignore[assignment]  # the library's list holds layers of any kind
 
-    def __init__(self, model: PreTrainedModel, width: int = 0):
+    def __init__(self, model: DenoisingModel, width: int = 0):
         super().__init__(model, width)
         self.reset()
 
@@ -151,9 +152,9 @@ class GLADreamCache(CanvasCache):
         """A state is that of one column: where it is past `column`, nothing of it can be used."""
         if final_length > column:
             return self.forget(target, -1, 0, block_length)
-        held = [layer.state for layer in self.layers if layer.is_initialized]
-        for tensor in [*held, *([] if self.last_hidden is None else [self.last_hidden])]:
-            tensor[target] = tensor[source]
+        for tensor in (*(layer.state for layer in self.layers), self.last_hidden):
+            if tensor is not None:
+                tensor[target] = tensor[source]
         return final_length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

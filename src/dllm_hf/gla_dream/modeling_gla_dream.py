@@ -4,8 +4,6 @@ A layer has three units: gated linear attention inside a block, in both directio
 blocks, with a state ([`GLADreamAttention`] has both); and a feed-forward network.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -17,6 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from ..block_diffusion import BlockDiffusionLM, check_clean_text
 from ..fused.stack import can_be_captured
+from ..generation.contract import StepForward
 from ..modeling import counted_positions, is_clean, keep_positions, sample_ids, text_positions
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
@@ -68,7 +67,7 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GLADreamDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2RotaryEmbedding(config)
+        self.rotary_emb = Qwen2RotaryEmbedding(config)  # type: ignore[arg-type]  # it reads fields that ours has
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -246,7 +245,7 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
         return from_autoregressive(cls, pretrained_model_name_or_path, config, output_loading_info, **kwargs)
 
     @property
-    def logits_shift(self) -> int:
+    def logits_shift(self) -> int:  # type: ignore[override]  # of other families a constant of the class
         return self.config.logits_shift
 
     def make_cache(self, width: int) -> GLADreamCache:
@@ -310,8 +309,8 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
             return *mask_complementary(clean, labelled, mask_token_id, positions // self.config.block_size), None
         return mask_sequences(clean, labelled, mask_token_id, samples)
 
-    def step_forward(self) -> Callable | None:
-        """See [`DiffusionGenerationMixin.step_forward`]."""
+    def step_forward(self) -> StepForward | None:
+        """See [`DenoisingModel.step_forward`]."""
         fused = FusedGLADream.of(self) if all(_is_as_built(layer) for layer in self.model.layers) else None
         return fused or (EagerStep(self) if can_be_captured(self) else None)
 

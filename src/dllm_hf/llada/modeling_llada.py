@@ -38,7 +38,7 @@ class LLaDAModel(LLaDAPreTrainedModel, LlamaModel):
     """The stack of layers without the head."""
 
     def __init__(self, config: LLaDAConfig):
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[arg-type]  # it reads fields that ours has under other names
         if config.include_qkv_bias and not config.include_bias:
             for layer in self.layers:
                 layer.set_submodule("self_attn.o_proj", nn.Linear(config.hidden_size, config.hidden_size, bias=False))

@@ -47,7 +47,7 @@ class SDARMoeForCausalLM(BlockDiffusionLM, SDARMoePreTrainedModel):
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
             )
         return MoeCausalLMOutputWithPast(
-            aux_loss=aux_loss,
+            aux_loss=aux_loss,  # type: ignore[arg-type]  # an integer only without router logits
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -98,20 +98,21 @@ class DataCollatorForMaskedDiffusion(TrainerCallback):
             # generator on the CPU reads no more.
             start = zlib.crc32(f"{self.seed} {int(self._epoch)}".encode())
             generator = torch.Generator().manual_seed(zlib.crc32(tokens.numpy().tobytes(), start))
+        mask_token_id: Any = self.mask_token_id  # an integer since `__post_init__`
         packed = positions is not None
         samples = None
         if packed:
             counts = ((positions == 0) & real).long().cumsum(1)
             samples = counts - counts[:, :1]
-        if self.schedule == "complementary":
+        if self.block_size is not None:  # of the complementary schedule alone
             columns = positions if packed else torch.arange(tokens.shape[1]).expand_as(tokens)
             # Counted through the row, so that packed samples do not share blocks.
             blocks = ((columns % self.block_size == 0) & real).long().cumsum(1)
-            noisy, labels = mask_complementary(tokens, maskable, self.mask_token_id, blocks, generator)
+            noisy, labels = mask_complementary(tokens, maskable, mask_token_id, blocks, generator)
             ratio = torch.ones(())
             real, positions = real.repeat(2, 1), None if positions is None else positions.repeat(2, 1)
         else:
-            noisy, labels, rates = mask_sequences(tokens, maskable, self.mask_token_id, samples, generator)
+            noisy, labels, rates = mask_sequences(tokens, maskable, mask_token_id, samples, generator)
             rates = rates.view(len(tokens), -1).expand(tokens.shape)
             if self.schedule == "llada":
                 # Every token to learn has a label, so that they are counted; what is not masked weighs nothing.
