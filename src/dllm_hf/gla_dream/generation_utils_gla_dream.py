@@ -1,11 +1,12 @@
 """GLADream's cache, which does not grow with the text."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from ..generation.cache import CanvasCache
-from ..generation.contract import DenoisingModel
 from ..generation.window import Window
 from ..modeling import keep_positions
 
@@ -91,7 +92,7 @@ class GLADreamCache(CanvasCache):
     layer_class = GLADreamCacheLayer
     layers: list[GLADreamCacheLayer]  # type: ignore[assignment]  # the library's list holds layers of any kind
 
-    def __init__(self, model: DenoisingModel, width: int = 0):
+    def __init__(self, model: Any, width: int = 0):
         super().__init__(model, width)
         self.reset()
 
