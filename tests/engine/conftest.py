@@ -3,6 +3,7 @@ import pytest
 from dllm_hf import LLM
 
 from ..builders import character_tokenizer, new_model, tiny_model
+from ..generation.conftest import captured  # noqa: F401  a fixture of these tests too
 
 
 @pytest.fixture

@@ -5,23 +5,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_hf import SamplingParams
+from dllm_hf.engine import engine
 from dllm_hf.engine.engine import Engine
 
-from ..builders import tiny_model
-from ..generation.test_decoder import CAPACITY, CELLS, alone, calls
+from ..builders import new_model, tiny_model
+from ..generation.test_decoder import CAPACITY, CELLS, DEVICE, alone, calls
 
 SLOTS = 3
 
 
-def engine_of(model, policy: str, uses_graphs: bool = False, budget: int = 24, slots: int = SLOTS) -> Engine:
-    return Engine(model, None, slots, CAPACITY, {"cache_policy": policy}, 1000, budget, uses_graphs)
+def engine_of(
+    model, policy: str, uses_graphs: bool = False, budget: int = 24, slots: int = SLOTS, columns: int = 110
+) -> Engine:
+    return Engine(
+        model, None, slots, CAPACITY, {"cache_policy": policy}, 1000, budget, columns, uses_graphs=uses_graphs
+    )
 
 
 def submitted(engine: Engine, call, name: str) -> None:
     prompt, seed, options = call
-    options = dict(options)
-    params = SamplingParams(seed=seed, options=options)
-    engine.submit(engine.prepare(prompt, params, name))
+    engine.submit(engine.prepare(prompt, SamplingParams(seed=seed, options=options), name))
 
 
 def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
@@ -33,7 +36,7 @@ def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
             number, call = waiting.pop(0)
             submitted(engine, call, str(number))
         elif action == "abort" and engine.running:
-            engine.abort(engine.running[0].request_id)
+            engine.abort(next(iter(engine.running.values())).request_id)
         for event in engine.step():
             told.setdefault(event.request_id, []).extend(event.token_ids)
             if event.output is not None:
@@ -56,8 +59,8 @@ def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_besid
     if family == "gla_dream":
         every = [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
     actions = data.draw(st.lists(st.sampled_from(["submit", "submit", "step", "step", "abort"]), max_size=20))
-    engine = engine_of(model, policy, budget=data.draw(st.sampled_from([1, 16, 1000])))
-    outputs = run(engine, every, actions)
+    served = engine_of(model, policy, budget=data.draw(st.sampled_from([1, 16, 1000])))
+    outputs = run(served, every, actions)
     for number, call in enumerate(every):
         output, prompt = outputs[str(number)], call[0]
         text, per_forward = alone(model, policy, call)
@@ -69,3 +72,19 @@ def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_besid
         assert output.finish_reason == (
             "stop" if output.token_ids[-1:] and output.token_ids[-1] in call[2]["eos_token_id"] else "length"
         )
+
+
+@pytest.mark.parametrize("family, policy", [cell for cell in CELLS if cell[1] != "none"])
+@settings(max_examples=2)
+@given(data=st.data())
+def test_a_request_gets_it_from_graphs_too(family, policy, data, captured, monkeypatch):
+    """Steps are captured with extents as data: they move, grow and shrink without another capture."""
+    monkeypatch.setattr(engine, "are_possible", lambda device: True)
+    sizes = {"block_size": 4} if family not in ("llada", "dream") else {}
+    model = new_model(family, **sizes).to(DEVICE)
+    every = data.draw(st.lists(calls(), min_size=4, max_size=7))
+    if family == "gla_dream":
+        every = [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
+    outputs = run(engine_of(model, policy, uses_graphs=True, columns=80), every, [])
+    for number, call in enumerate(every):
+        assert outputs[str(number)].token_ids == alone(model, policy, call)[0][len(call[0]) :], call

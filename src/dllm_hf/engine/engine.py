@@ -26,6 +26,8 @@ from .sequence import Sequence
 
 # Options that need the logits of a whole batch between forward pass and selection.
 _BATCH_OPTIONS = {"cfg_scale": (None, 0), "repetition_penalty": (None, 1)}
+# Completions behind the free slots among which one is looked for that fits where the first do not.
+LOOKAHEAD = 64
 
 
 class QueueFullError(RuntimeError):
@@ -44,6 +46,8 @@ class Engine:
         options: of [`DiffusionGenerationConfig`], for every request that does not say otherwise.
         max_queue: completions that may wait.
         token_budget: columns of long windows in a step, see [`Decoder`].
+        cache_columns: of the arena that all completions share; each takes those of its canvas and one more.
+        max_passed_over: how often a completion that waits for room may be passed over by shorter ones.
         uses_graphs: whether steps on a GPU run on fused kernels, as CUDA graphs.
 
     Attributes:
@@ -59,9 +63,12 @@ class Engine:
         options: dict,
         max_queue: int,
         token_budget: int,
+        cache_columns: int,
+        max_passed_over: int = 100,
         uses_graphs: bool = True,
     ):
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
+        self.max_passed_over, self._cache_columns = max_passed_over, cache_columns
         self.options = {"prefill_chunk_size": token_budget, **options}
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Row, Sequence] = {}
@@ -69,7 +76,7 @@ class Engine:
         self._defaults = model.diffusion_request([0], **self.options, max_new_tokens=1).options
         has_cache = self._defaults.cache_policy != "none"
         fused = fused_of(model)[0] if uses_graphs and has_cache and are_possible(model.device) else None
-        backend = ModelBackend(model, has_cache, fused)
+        backend = ModelBackend(model, has_cache, fused, arena_columns=cache_columns)
         self._decoder = Decoder.open(
             backend,
             slots,
@@ -120,12 +127,16 @@ class Engine:
                     f"`{name}={value}` of the model's generation config needs the logits of a whole batch: use "
                     "`diffusion_generate`, or remove it from `model.generation_config`."
                 )
-        columns = len(request.canvas(self._decoder.backend.block_grid))
-        if columns > self._decoder.canvas.capacity:
-            raise ValueError(
-                f"A prompt of {len(prompt)} tokens and `max_tokens={request.max_new_tokens}` take {columns} columns, but "
-                f"there are {self._decoder.canvas.capacity}: shorten either, or raise `max_model_len`."
-            )
+        columns = self._decoder.seats.columns_of(request)
+        limits = {"max_model_len": self._decoder.canvas.capacity + 1, "num_cache_tokens": self._cache_columns - 1}
+        for name, limit in limits.items():
+            if columns > limit:
+                raise ValueError(
+                    f"A prompt of {len(prompt)} tokens and `max_tokens={request.max_new_tokens}` take {columns - 1} "
+                    f"columns, but there are {limit - 1}: shorten either, or raise `{name}`."
+                )
+        for sequence in sequences:
+            sequence.columns = columns
         return sequences
 
     def submit(self, sequences: list[Sequence]) -> None:
@@ -176,12 +187,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Give the first that wait a slot. Where there is no memory for it, they go on waiting as long as others run."""
-        free = self._decoder.canvas.slots - len(self.running)
-        self._admitting = list(itertools.islice(self.waiting, free))
+        self._admitting = self._next()
         if not self._admitting:
             return
-        for _ in self._admitting:
-            self.waiting.popleft()
+        for sequence in self._admitting:
+            self.waiting.remove(sequence)
         try:
             rows = self._decoder.add(*(sequence.request for sequence in self._admitting))
         except torch.OutOfMemoryError:
@@ -193,6 +203,23 @@ class Engine:
             sequence.admit(row)
             self.running[row] = sequence
         self._admitting = []
+
+    def _next(self) -> list[Sequence]:
+        """The completions that get a slot now: the first that wait, and those behind them that fit where they do not."""
+        seats, found = self._decoder.seats, list[Sequence]()
+        free, room = len(seats.free), math.inf if seats.room is None else seats.room
+        blocked: list[Sequence] = []
+        for sequence in itertools.islice(self.waiting, free + LOOKAHEAD):
+            if len(found) == free or (blocked and blocked[0].passed_over >= self.max_passed_over):
+                break
+            if sequence.columns > room:
+                blocked.append(sequence)
+                continue
+            room -= sequence.columns
+            found.append(sequence)
+            for each in blocked:
+                each.passed_over += 1
+        return found
 
     def _decode(self) -> list[Row]:
         """A denoising step. Returns the rows that have finished a block."""

@@ -36,11 +36,14 @@ class LLM:
             `cache_policy="block"`, that is the default.
         dtype, trust_remote_code: as in `from_pretrained`.
         device: by default a GPU if there is one.
-        max_num_seqs: completions that are decoded together.
+        max_num_seqs: completions that are decoded together, as long as there is room in the cache.
         max_model_len: columns of each, prompt and new tokens together; by default the model's positions, up to 4,096.
         max_num_batched_tokens: columns of prompts and of whole canvases that a step computes beside the blocks; one such
             window always goes.
         max_queue: completions that may wait.
+        num_cache_tokens: columns of the cache, which all completions share: each has as many as its prompt and new tokens
+            take, from its first step to its last. By default on a GPU what `gpu_memory_utilization` leaves, elsewhere four
+            times `max_model_len`.
         gpu_memory_utilization: part of the GPU's memory that weights and cache may take.
         tensor_parallel_size: only 1.
         enforce_eager: no CUDA graphs and no fused kernels.
@@ -60,10 +63,11 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
-        max_num_seqs: int = 16,
+        max_num_seqs: int = 32,
         max_model_len: int | None = None,
         max_num_batched_tokens: int = 2048,
         max_queue: int = 100_000,
+        num_cache_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
         enforce_eager: bool = False,
@@ -73,6 +77,7 @@ class LLM:
             ("max_model_len", max_model_len),
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("max_queue", max_queue),
+            ("num_cache_tokens", num_cache_tokens),
         ):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
@@ -102,7 +107,8 @@ class LLM:
             cache_policy = "block" if "block" in self.model.cache_policies else None
         options = {"mask_token_id": mask_token_id, "block_length": block_length, "cache_policy": cache_policy}
         options = {name: value for name, value in options.items() if value is not None}
-        self._check_memory(max_num_seqs, capacity, gpu_memory_utilization)
+        if num_cache_tokens is None:
+            num_cache_tokens = self._cache_columns(max_num_seqs, capacity, gpu_memory_utilization)
         engine = Engine(
             self.model,
             self.tokenizer,
@@ -111,6 +117,7 @@ class LLM:
             options,
             max_queue,
             max_num_batched_tokens,
+            num_cache_tokens,
             uses_graphs=not enforce_eager,
         )
         self._driver, self._submitted, self._numbers = Driver(engine), Mailbox(), itertools.count()
@@ -130,22 +137,23 @@ class LLM:
         # Without files some classes make a tokenizer that knows its special tokens alone.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
-    def _check_memory(self, slots: int, capacity: int, part: float) -> None:
-        model = self.model
+    def _cache_columns(self, slots: int, capacity: int, part: float) -> int:
+        """As many columns of the cache as there is memory for, and no more than all slots could use."""
+        model, config = self.model, self.model.config
         if model.device.type != "cuda":
-            return
-        config = model.config
+            return min(slots, 4) * (capacity + 1) + 1
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         element = torch.empty((), dtype=model.dtype).element_size()
-        needed = 2 * config.num_hidden_layers * heads * head_dim * element * slots * (capacity + 1)
         free, total = torch.cuda.mem_get_info(model.device)
-        available = int(free - (1 - part) * total)
-        if needed > available:
+        column = 2 * config.num_hidden_layers * heads * head_dim * element
+        columns = int(free - (1 - part) * total) // column
+        if columns < capacity + 2:
             raise ValueError(
-                f"A cache of `max_num_seqs={slots}` times `max_model_len={capacity}` columns takes {needed / 2**30:.1f} "
-                f"GiB, but `gpu_memory_utilization={part}` leaves {max(available, 0) / 2**30:.1f}: reduce either number."
+                f"`gpu_memory_utilization={part}` leaves room for {max(columns, 0)} columns of the cache, and "
+                f"`max_model_len={capacity}` needs more: raise the one or reduce the other."
             )
+        return min(columns, slots * (capacity + 1) + 1)
 
     # --- for programs
 

@@ -17,6 +17,8 @@ class Sequence:
     request: what the loop decodes.
     timeout: seconds from its submission to its end at the latest.
     shows_texts, shows_drafts: whether events tell the text as it becomes final, and how the canvas looks after each step.
+    columns: that it takes in the arena.
+    passed_over: how often a later one was admitted before it.
     row: where it stands, once it has been admitted.
     text: the canvas as far as the host knows it: masks where a block has not been finished.
     final: the column up to which nothing of it is open.
@@ -34,6 +36,8 @@ class Sequence:
     detokenizer: Detokenizer
     shows_texts: bool = False
     shows_drafts: bool = False
+    columns: int = 0
+    passed_over: int = 0
     row: Row | None = None
     text: list[int] = field(default_factory=list)
     final: int = 0

@@ -117,8 +117,8 @@ class FusedStack:
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window into the cache: `(rows, window)` tokens ->
         `(rows, kept, vocab)` logits."""
-        base = window.slots * cache.layers[0].width
-        sees = (base, window.lengths, base[:, None] + window.columns)
+        base, columns = cache.locate(window)
+        sees = (base, window.lengths, columns)
         return self.head(self.last_hidden(tokens, window.columns, sees, cache, window.keep))
 
     def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
@@ -153,7 +153,7 @@ class FusedStack:
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
         (base, lengths, columns), (keys, values) = sees, slot.arenas()
         query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
-        return self.attend_to(query, keys, values, lengths, base, slot.width, attention.scaling).flatten(2)
+        return self.attend_to(query, keys, values, lengths, base, cache.longest_extent, attention.scaling).flatten(2)
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
         return self.add_norm(x, residual, norm.weight, norm.variance_epsilon)

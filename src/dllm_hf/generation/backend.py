@@ -56,6 +56,8 @@ class ModelBackend:
         has_cache: whether passes read and write one.
         fused: runs the passes that it covers, see [`contract.StepForward`].
         compiles: whether its small passes go through `torch.compile`.
+        arena_columns: of an arena for keys and values in which each row has as many columns as it needs; None gives every
+            slot the same number.
         cfg_scale: of guidance. Above 0 every row has a second slot, `slots` further on, for the pass with its prompt masked.
     """
 
@@ -66,7 +68,9 @@ class ModelBackend:
         fused: StepForward | None = None,
         cfg_scale: float = 0.0,
         compiles: bool = False,
+        arena_columns: int | None = None,
     ):
+        self.arena_columns = arena_columns
         self.model, self.has_cache, self.fused, self.cfg_scale = model, has_cache, fused, cfg_scale
         self.compiled = torch.compile(fused.__call__, dynamic=False) if fused and compiles else None
         self.device, self.vocab_size = model.device, model.config.vocab_size
@@ -79,6 +83,8 @@ class ModelBackend:
             return None
         cache = self.model.make_cache(width)
         cache.reserve(slots * self.guidance_copies)
+        if self.arena_columns is not None:
+            cache.use_arena(slots, self.arena_columns, self.device)
         if self.fused is not None:
             self.fused.prepare(cache, slots * self.guidance_copies)
         return cache
@@ -89,7 +95,7 @@ class ModelBackend:
     def forget(self, state: CanvasCache | None, slot: int, final_length: int, column: int, block_length: int) -> int:
         if state is None:
             return 0
-        copies = range(slot, self.guidance_copies * self.slots_of(state), self.slots_of(state))
+        copies = (slot + copy * self.slots_of(state) for copy in range(self.guidance_copies))
         return min(state.forget(each, final_length, column, block_length) for each in copies)
 
     def share(

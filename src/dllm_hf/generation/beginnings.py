@@ -22,6 +22,9 @@ class Beginnings:
         for key in keys:
             self._slots.setdefault(key, set()).add(slot)
 
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._keys
+
     def drop(self, slot: int) -> None:
         """A slot holds nothing that can be relied on."""
         for key in self._keys.pop(slot, []):

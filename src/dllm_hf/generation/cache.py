@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .configuration import DiffusionGenerationConfig
 from .contract import DenoisingModel
+from .extents import Extents
 from .window import Window
 
 # Not attributes of the caches: locks can be neither copied nor pickled.
@@ -38,6 +39,8 @@ class CanvasCacheLayer(CacheLayerMixin):
 
     Attributes:
         window: of the next forward pass; without one, a pass writes the columns from 0 on and sees all.
+        arena: where slots have extents of different lengths (keys and values are `(1, kv_heads, columns, head_dim)` then):
+            the columns that the window writes, `(rows, window)`, and those that its rows see, `(rows, visible)`.
         slots: the number to allocate; None: as many as the first pass has rows.
     """
 
@@ -50,6 +53,7 @@ class CanvasCacheLayer(CacheLayerMixin):
         self.width = width
         self.window: Window | None = None
         self.slots: int | None = None
+        self.arena: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -76,6 +80,10 @@ class CanvasCacheLayer(CacheLayerMixin):
         if window is None:
             buffer[:, :, : states.shape[2]].copy_(states)
             return buffer
+        if self.arena is not None:
+            written, seen = self.arena
+            buffer[0][:, written] = states.transpose(0, 1)
+            return buffer[0][:, seen].transpose(0, 1)
         buffer.transpose(1, 2)[window.slots[:, None], window.columns] = states.transpose(1, 2)
         rows = buffer if window.is_every_slot else buffer.index_select(0, window.slots)
         return rows[:, :, : window.visible]
@@ -128,6 +136,7 @@ class CanvasCache(Cache):
         final_lengths: for each row, the column before which keys and values are final ones of `tokens`.
         block_length: of the blocks in which `tokens` were decoded.
         workspace: the buffers and graphs that read the cache's tensors, kept from one call to the next.
+        extents: where each slot has an extent of its own length; None where all have `width` columns.
     """
 
     layer_class: type[Any] = CanvasCacheLayer
@@ -140,6 +149,7 @@ class CanvasCache(Cache):
         self.final_lengths: list[int] = []
         self.block_length = 0
         self.workspace: Any = None
+        self.extents: Extents | None = None
 
     @contextmanager
     def used_by_one(self) -> Iterator[None]:
@@ -197,10 +207,41 @@ class CanvasCache(Cache):
         for layer in self.layers:
             layer.slots = slots
 
+    def use_arena(self, slots: int, columns: int, device: torch.device) -> None:
+        """Give slots extents of different lengths, in an arena of so many columns. Before the first pass."""
+        self.extents = Extents(slots, columns, self.layers[0].width, device, self._move)
+        for layer in self.layers:
+            layer.slots, layer.width = 1, columns
+
+    def _move(self, source: int, target: int, size: int) -> None:
+        """Copy columns of the arena; the two runs may overlap."""
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values) if layer.is_initialized else ():
+                buffer[:, :, target : target + size] = buffer[:, :, source : source + size].clone()
+
     def set_window(self, window: Window) -> None:
         """Set the window of the next forward pass."""
+        arena = None
+        if self.extents is not None:
+            base, written = self.locate(window)
+            seen = base[:, None] + torch.arange(window.visible, device=base.device)
+            arena = written, seen.clamp(max=self.extents.columns - 1)
         for layer in self.layers:
-            layer.window = window
+            layer.window, layer.arena = window, arena
+
+    def locate(self, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where in the arena the extents of a window's rows begin, `(rows,)`, and which columns of the arena the window
+        writes, `(rows, window)`. The last column of an extent is its scratch column."""
+        if self.extents is None:
+            base = window.slots * self.layers[0].width
+            return base, base[:, None] + window.columns
+        base, size = self.extents.base[window.slots], self.extents.size[window.slots]
+        return base, base[:, None] + torch.minimum(window.columns, size[:, None] - 1)
+
+    @property
+    def longest_extent(self) -> int:
+        """Columns of the longest extent that a slot may have, the scratch column included."""
+        return self.layers[0].width if self.extents is None else self.extents.longest
 
     def remember(self, tokens: torch.Tensor, final_lengths: list[int], block_length: int) -> None:
         """Note what a later call can rely on. The last block is not final: its keys were computed before its last tokens
@@ -243,8 +284,10 @@ class CanvasCache(Cache):
         """Copy what slot `source`, final up to `final_length`, holds before `column` to slot `target`. Returns the column up
         to which `target` is final then."""
         column = column // block_length * block_length
-        for layer in self.layers:
-            if layer.is_initialized and source != target:
+        if source != target and self.extents is not None:
+            self._move(self.extents.begin_of(source), self.extents.begin_of(target), column)
+        elif source != target:
+            for layer in self.layers:
                 for buffer in (layer.keys, layer.values):
                     buffer[target, :, :column] = buffer[source, :, :column]
         return column

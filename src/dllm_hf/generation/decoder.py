@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 
 from .backend import Backend
-from .beginnings import Beginnings
 from .canvas import LISTS, Canvas, list_of
 from .graphs import MAX_CAPTURED_TOKENS
 from .pool import Workspace
 from .requests import Request, Row
 from .sampling import Noise
+from .seats import Seats
 from .step import Features, denoise, draw
 from .window import Frame, Window, make_window
 
@@ -50,16 +50,11 @@ class Decoder:
         self.backend, self.workspace, self.canvas = backend, workspace, workspace.canvas
         self.uses_graphs, self.process = uses_graphs and process is None, process
         self.after_step, self.is_hooked, self.token_budget = after_step, is_hooked, token_budget
-        self.rows: list[Row | None] = [None] * self.canvas.slots
+        self.seats = Seats(backend, workspace.state, self.canvas.slots, shares_beginnings)
+        self.rows = self.seats.rows
         self.features: dict[int, Features] = {}  # by slot
         self.num_forward_passes, self._steps = 0, 0
         self._last_steps: dict[int, int] = {}  # by slot, in which step the row took part last
-        self._free = list(range(self.canvas.slots))  # the slot that has been free longest first
-        self._beginnings = Beginnings() if shares_beginnings and backend.sees_earlier_blocks else None
-        self._final_lengths: dict[int, int] = {}  # by free slot, the column up to which its state is final
-        self._sources: dict[
-            Row, tuple[Row, int]
-        ] = {}  # by waiting row, the row whose beginning it needs, and its columns
         self._window: tuple[tuple, Window] | None = None
 
     @classmethod
@@ -79,8 +74,9 @@ class Decoder:
         Raises:
             ValueError: there is no slot left, or a row is longer than its extent.
         """
-        if len(self._free) < len(requests):
-            raise ValueError(f"{len(requests)} rows do not fit into {len(self._free)} free slots: remove rows first.")
+        free = len(self.seats.free)
+        if free < len(requests):
+            raise ValueError(f"{len(requests)} rows do not fit into {free} free slots: remove rows first.")
         longest = max((len(request.canvas(self.backend.block_grid)) for request in requests), default=0)
         if longest > self.canvas.capacity:
             raise ValueError(
@@ -90,7 +86,8 @@ class Decoder:
         rows: list[Row] = []
         try:
             for request, length in zip(requests, final_lengths or [0] * len(requests), strict=True):
-                rows.append(self._seat(request, length))
+                rows.append(row := self.seats.seat(request, length))
+                self.features[row.slot], self._last_steps[row.slot] = Features.of(row), self._steps
             self.canvas.load(rows)
             present = [row for row in self.rows if row is not None]
             for index, name in enumerate(LISTS):
@@ -103,45 +100,6 @@ class Decoder:
             raise
         return rows
 
-    def _seat(self, request: Request, final_length: int) -> Row:
-        """Give a request a slot, if possible one whose state begins as the prompt does."""
-        backend, slot, size = self.backend, self._free[0], request.options.block_length
-        known, mask = request.prompt, request.options.mask_token_id
-        known = known[: known.index(mask)] if mask in known else known
-        holders: list[int] = []
-        if self._beginnings is not None:
-            holders, shared = self._beginnings.find(known, size)
-            slot = next((each for each in holders if self.rows[each] is None), slot)
-        self._free.remove(slot)
-        row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
-        sources = [other for other in map(self.rows.__getitem__, holders) if other is not None]
-        self.rows[slot], self.features[slot], self._last_steps[slot] = row, Features.of(row), self._steps
-        if slot in holders:
-            self._take_beginning(row, slot, self._final_lengths[slot], shared)
-        else:
-            if not final_length and row.first_feeds == "not yet final":
-                backend.forget(self.workspace.state, slot, -1, 0, size)
-            row.final_length = final_length
-            if sources:
-                self._sources[row] = max(sources, key=lambda each: each.final_length), shared
-        if self._beginnings is not None:
-            self._beginnings.put(slot, known, size)
-        self._take_beginnings()
-        return row
-
-    def _take_beginning(self, row: Row, slot: int, final_length: int, column: int) -> None:
-        """Take what a slot, which is final up to `final_length`, holds before `column`."""
-        column = min(column, final_length)
-        row.final_length = self.backend.share(
-            self.workspace.state, slot, row.slot, final_length, column, row.block_length
-        )
-
-    def _take_beginnings(self) -> None:
-        for row, (source, shared) in list(self._sources.items()):
-            if source.final_length >= shared:
-                self._take_beginning(row, source.slot, source.final_length, shared)
-                del self._sources[row]
-
     def remove(self, row: Row, tokens: list[int] | None = None, is_intact: bool = True) -> None:
         """Free the slot of a row, finished or not.
 
@@ -149,21 +107,9 @@ class Decoder:
             tokens: its text, where that is known: what comes next may begin with it. By default its prompt.
             is_intact: whether the state holds what the row says; not so after a pass that has failed.
         """
-        slot = row.slot
-        if self.rows[slot] is not row:
-            return
-        self._sources.pop(row, None)
-        for other in [other for other, (source, _) in self._sources.items() if source is row]:
-            _, shared = self._sources.pop(other)
-            if is_intact:
-                self._take_beginning(other, slot, row.final_length, shared)
-        if self._beginnings is not None:
-            text = row.request.prompt if tokens is None else tokens
-            self._beginnings.put(slot, text[: row.final_length] if is_intact else [], row.block_length)
-            self._final_lengths[slot] = row.final_length
-        self.rows[slot] = None
-        self.features.pop(slot)
-        self._free.append(slot)
+        if self.rows[row.slot] is row:
+            self.seats.leave(row, tokens, is_intact)
+            self.features.pop(row.slot)
 
     def forget(self, row: Row, column: int) -> int:
         """Forget the state of a row from `column` on. Returns the column up to which the row is final now."""
@@ -178,8 +124,8 @@ class Decoder:
 
     def step(self) -> list[Row]:
         """A denoising step of every row that is not done. Returns the rows that finished a block."""
-        self._take_beginnings()
-        rows = [row for row in self.busy if row not in self._sources]
+        self.seats.take_beginnings()
+        rows = [row for row in self.busy if not self.seats.waits(row)]
         for row in rows:
             if not row.is_open:
                 self._open_block(row)

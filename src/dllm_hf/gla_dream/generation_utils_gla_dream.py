@@ -149,6 +149,9 @@ class GLADreamCache(CanvasCache):
                 layer.state[slot] = 0
         return 0
 
+    def use_arena(self, slots: int, columns: int, device: torch.device) -> None:
+        """States have no columns: all slots are of one size."""
+
     def share(self, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
         """A state is that of one column: where it is past `column`, nothing of it can be used."""
         if final_length > column:

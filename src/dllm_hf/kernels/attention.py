@@ -14,17 +14,14 @@ LOG2E = 1.4426950408889634
 def canvas_attention_torch(query, keys, values, lengths, base, width, scale) -> torch.Tensor:
     """The twin of [`canvas_attention`]."""
     columns = torch.arange(width, device=keys.device)
+    arena = (base[:, None] + columns).clamp(max=keys.shape[1] - 1)  # an extent at the end may be shorter
     unseen = columns >= lengths[:, None, :, None]
     # Keys behind the visible ones may hold anything, NaN too, which a weight of 0 would not remove.
     behind = (columns >= lengths.amax(-1)[:, None])[:, None, :, None]
     groups = query.shape[2] // keys.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)
     keys, values = (
-        each[:, base[:, None] + columns]
-        .transpose(0, 1)
-        .to(wide)
-        .masked_fill(behind, 0)
-        .repeat_interleave(groups, dim=1)
+        each[:, arena].transpose(0, 1).to(wide).masked_fill(behind, 0).repeat_interleave(groups, dim=1)
         for each in (keys, values)
     )
     scores = query.to(wide).transpose(1, 2) @ keys.transpose(2, 3) * scale
@@ -47,7 +44,7 @@ def canvas_attention(
             (i + 1) * groups - 1 read key head i.
         lengths: `(batch, window)` int32: a query sees so many columns of its row's extent. With none the result is 0.
         base: `(batch,)` int64, where the extent of each row begins.
-        width: of an extent; no length is larger.
+        width: of the longest extent; no length is larger.
         scale: of the scores.
 
     Returns:

@@ -1,0 +1,86 @@
+"""Where the columns of each slot are in an arena that all slots share."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class Extents:
+    """Gives slots runs of columns of one arena. A canvas' length is known before a row begins, so that a row has one extent,
+    from its admission to its end. Gaps between extents are closed by moving extents when a new one does not fit otherwise.
+
+    The arena's first column is the scratch column of slots without an extent.
+
+    Args:
+        slots: slots that may have an extent.
+        columns: of the arena.
+        longest: no extent is longer.
+        move: `(source, target, size)`, copies columns of the arena to lower ones, which may overlap.
+
+    Attributes:
+        base, size: `(slots,)`, first column and number of columns of each slot's extent, on the device; a captured step reads
+            them, so that it does not depend on what the extents are.
+    """
+
+    def __init__(
+        self, slots: int, columns: int, longest: int, device: torch.device, move: Callable[[int, int, int], None]
+    ):
+        self.columns, self.longest, self._move = columns, longest, move
+        self.base = torch.zeros(slots, dtype=torch.long, device=device)
+        self.size = torch.ones(slots, dtype=torch.long, device=device)
+        self._held: dict[int, tuple[int, int]] = {}
+
+    def begin_of(self, slot: int) -> int:
+        return self._held[slot][0]
+
+    def size_of(self, slot: int) -> int:
+        """Columns that a slot has; 0 without an extent."""
+        return self._held.get(slot, (0, 0))[1]
+
+    @property
+    def free(self) -> int:
+        """Columns that no extent has."""
+        return self.columns - 1 - sum(size for _, size in self._held.values())
+
+    def acquire(self, slot: int, size: int) -> bool:
+        """Give a slot an extent, instead of the one that it has. False where there is no room, and it then has none."""
+        self.release(slot)
+        if size > self.free:
+            return False
+        begin = self._gap(size)
+        if begin is None:
+            self._close_gaps()
+            begin = self._gap(size)
+        assert begin is not None
+        self._put(slot, begin, size)
+        return True
+
+    def shrink(self, slot: int, size: int) -> None:
+        """Take the last columns of an extent away."""
+        self._put(slot, self.begin_of(slot), size)
+
+    def release(self, slot: int) -> None:
+        if self._held.pop(slot, None) is not None:
+            self.base[slot], self.size[slot] = 0, 1
+
+    def _put(self, slot: int, begin: int, size: int) -> None:
+        self._held[slot] = begin, size
+        self.base[slot], self.size[slot] = begin, size
+
+    def _gap(self, size: int) -> int | None:
+        """The first column of the first gap that is large enough."""
+        end = 1
+        for begin, held in sorted(self._held.values()):
+            if begin - end >= size:
+                return end
+            end = begin + held
+        return end if self.columns - end >= size else None
+
+    def _close_gaps(self) -> None:
+        end = 1
+        for begin, slot in sorted((begin, slot) for slot, (begin, _) in self._held.items()):
+            size = self.size_of(slot)
+            if begin > end:
+                self._move(begin, end, size)
+                self._put(slot, end, size)
+            end += size

@@ -1,0 +1,131 @@
+"""Which row has which slot, and what of the state it can take over from another one."""
+
+from typing import Any
+
+from .backend import Backend
+from .beginnings import Beginnings
+from .requests import Request, Row
+
+
+class Seats:
+    """Gives rows a slot, in an arena an extent as well, and, where blocks see earlier ones alone, the beginning of another
+    row's text: such rows copy its keys and values, and wait for them if they are being computed.
+
+    Args:
+        state: of `backend`, for so many `slots`.
+        shares_beginnings: whether rows take over beginnings.
+
+    Attributes:
+        rows: by slot.
+        free: the free slots, the one that has been free longest first.
+    """
+
+    def __init__(self, backend: Backend, state: Any, slots: int, shares_beginnings: bool):
+        self.backend, self.state = backend, state
+        self.rows: list[Row | None] = [None] * slots
+        self.free = list(range(slots))
+        self._extents = getattr(state, "extents", None)
+        self._beginnings = Beginnings() if shares_beginnings and backend.sees_earlier_blocks else None
+        self._final_lengths: dict[int, int] = {}  # by free slot, the column up to which its state is final
+        self._sources: dict[
+            Row, tuple[Row, int]
+        ] = {}  # by waiting row, the row whose beginning it needs, and its columns
+
+    @property
+    def room(self) -> int | None:
+        """Columns that rows can still get, see [`columns_of`]; None where all slots are of one size."""
+        if self._extents is None:
+            return None
+        return self._extents.free + sum(self._extents.size_of(slot) for slot in self.free)
+
+    def columns_of(self, request: Request) -> int:
+        """Columns that a request takes: its canvas and the scratch column."""
+        return len(request.canvas(self.backend.block_grid)) + 1
+
+    def seat(self, request: Request, final_length: int = 0) -> Row:
+        """Give a request a slot. `final_length`: the column up to which the state of the slot is final.
+
+        Raises:
+            ValueError: there is no room in the arena.
+        """
+        backend, size, columns = self.backend, request.options.block_length, self.columns_of(request)
+        known, mask = request.prompt, request.options.mask_token_id
+        known = known[: known.index(mask)] if mask in known else known
+        holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(known, size)
+        own = next((slot for slot in holders if self.rows[slot] is None and self._can_hold(slot, columns)), None)
+        slot = next(slot for slot in self.free if slot not in holders or len(self.free) == 1) if own is None else own
+        self._make_room(slot, columns, own is not None, holders)
+        self.free.remove(slot)
+        row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
+        row.final_length = final_length
+        if own is None and not final_length and row.first_feeds == "not yet final":
+            backend.forget(self.state, slot, -1, 0, size)
+        self.rows[slot] = row
+        if self._beginnings is not None:
+            holders = [each for each in holders if each == own or each != slot and each in self._beginnings]
+            self._beginnings.put(slot, known, size)
+            self._take_over(row, own, holders, shared)
+        return row
+
+    def _can_hold(self, slot: int, columns: int) -> bool:
+        return self._extents is None or self._extents.size_of(slot) >= columns
+
+    def _make_room(self, slot: int, columns: int, is_kept: bool, holders: list[int]) -> None:
+        """Give a slot an extent, for which free slots lose theirs, those that hold the row's beginning last."""
+        if self._extents is None:
+            return
+        if is_kept:
+            self._extents.shrink(slot, columns)
+            return
+        others = [each for each in self.free if each != slot]
+        for other in [None, *sorted(others, key=lambda each: each in holders)]:
+            if other is not None:
+                self._extents.release(other)
+                if self._beginnings is not None:
+                    self._beginnings.drop(other)
+            if self._extents.acquire(slot, columns):
+                return
+        raise ValueError(
+            f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first."
+        )
+
+    def _take_over(self, row: Row, own: int | None, holders: list[int], shared: int) -> None:
+        free = [slot for slot in holders if slot == own or self.rows[slot] is None]
+        sources = [other for other in map(self.rows.__getitem__, holders) if other not in (None, row)]
+        if free:
+            slot = own if own is not None else free[0]
+            self._copy(row, slot, self._final_lengths[slot], shared)
+        elif sources:
+            self._sources[row] = max(sources, key=lambda each: each.final_length), shared
+            self.take_beginnings()
+
+    def _copy(self, row: Row, slot: int, final_length: int, column: int) -> None:
+        """Copy what a slot, which is final up to `final_length`, holds before `column`."""
+        column = min(column, final_length)
+        row.final_length = self.backend.share(self.state, slot, row.slot, final_length, column, row.block_length)
+
+    def take_beginnings(self) -> None:
+        """Copy the beginnings that have become final."""
+        for row, (source, shared) in list(self._sources.items()):
+            if source.final_length >= shared:
+                self._copy(row, source.slot, source.final_length, shared)
+                del self._sources[row]
+
+    def waits(self, row: Row) -> bool:
+        """Whether a row waits for a beginning that another row computes."""
+        return row in self._sources
+
+    def leave(self, row: Row, tokens: list[int] | None, is_intact: bool) -> None:
+        """Free the slot of a row, see [`Decoder.remove`]."""
+        slot = row.slot
+        self._sources.pop(row, None)
+        for other in [other for other, (source, _) in self._sources.items() if source is row]:
+            _, shared = self._sources.pop(other)
+            if is_intact:
+                self._copy(other, slot, row.final_length, shared)
+        if self._beginnings is not None:
+            text = row.request.prompt if tokens is None else tokens
+            self._beginnings.put(slot, text[: row.final_length] if is_intact else [], row.block_length)
+            self._final_lengths[slot] = row.final_length
+        self.rows[slot] = None
+        self.free.append(slot)

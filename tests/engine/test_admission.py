@@ -1,0 +1,72 @@
+"""Who gets columns of the cache, and when."""
+
+import pytest
+
+from dllm_hf import LLM, SamplingParams
+
+from ..builders import recorded, tiny_model
+
+
+def admitted_of(llm: LLM) -> list[list[int]]:
+    """The prompts of the rows that join, noted as they do."""
+    decoder, prompts = llm._driver.engine._decoder, []
+    add = decoder.add
+    decoder.add = lambda *requests: prompts.extend(request.prompt for request in requests) or add(*requests)
+    return prompts
+
+
+def params(length: int) -> SamplingParams:
+    return SamplingParams(max_tokens=length, ignore_eos=True)
+
+
+def test_a_completion_takes_its_own_columns_and_no_more():
+    """Four canvases of 12 columns run at once where two of the longest would not fit."""
+    llm = LLM(tiny_model("sdar"), max_num_seqs=4, max_model_len=64, num_cache_tokens=4 * 13 + 1)
+    with pytest.raises(ValueError, match="there are 51.*raise `num_cache_tokens`"):
+        llm.generate([[1] * 50], params(10))
+    with recorded(llm.model) as calls:
+        llm.generate([[1, 2, 3, 4]] * 4, params(8))
+    assert max(len(call["input_ids"]) for call in calls) == 4
+
+
+def test_shorter_ones_pass_one_that_waits_for_room_but_not_without_end():
+    llm = LLM(tiny_model("sdar"), max_num_seqs=3, num_cache_tokens=60)
+    llm._driver.engine.max_passed_over = 2
+    admitted = admitted_of(llm)
+    prompts = [[1] * 30, [2] * 40, [3], [4], [5], [6]]
+    outputs = llm.generate(prompts, [params(8), *[params(4)] * 5])
+    assert admitted == [[1] * 30, [3], [4], [2] * 40, [5], [6]]
+    for output, prompt in zip(outputs, prompts):
+        alone = LLM(llm.model).generate([prompt], params(len(output.outputs[0].token_ids)))
+        assert output.outputs[0].token_ids == alone[0].outputs[0].token_ids
+
+
+def test_beginnings_are_kept_until_their_columns_are_needed():
+    llm = LLM(tiny_model("sdar"), max_num_seqs=3, num_cache_tokens=100)
+    beginning = list(range(40))
+
+    def fed(prompt) -> int:
+        with recorded(llm.model) as calls:
+            llm.generate([prompt], params(4))
+        return sum(call["input_ids"].numel() for call in calls)
+
+    first, again = fed(beginning), fed(beginning)
+    assert again <= first - 36
+    fed([7] * 90)  # needs all columns
+    assert fed(beginning) == first
+
+
+@pytest.mark.parametrize("family, policy", [("llada", "dual"), ("sdar", "block")])
+def test_gaps_are_closed_for_one_that_fits_into_all_of_them_together(family, policy):
+    """Rows go on at their new columns, and get the same tokens."""
+    llm = LLM(tiny_model(family), max_num_seqs=4, num_cache_tokens=4 * 20, cache_policy=policy, block_length=4)
+    extents = llm._driver.engine._decoder.workspace.state.extents
+    moves, move = [], extents._move
+    extents._move = lambda *run: (moves.append(run), move(*run))
+    prompts = [[number] * 8 for number in range(3)] + [[9] * 30]
+    lengths = [4, 10, 4, 5]
+    outputs = llm.generate(prompts, list(map(params, lengths)))
+    assert moves
+    for output, prompt, length in zip(outputs, prompts, lengths):
+        alone = LLM(llm.model, cache_policy=policy, block_length=4).generate([prompt], params(length))
+        assert output.outputs[0].token_ids == alone[0].outputs[0].token_ids
