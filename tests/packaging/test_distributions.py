@@ -56,7 +56,7 @@ def test_the_source_distribution_has_docs_and_tests_but_no_trained_weights_in_fi
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     assert {"README.md", "LICENSE", "docs/index.md", "mkdocs.yml", "tests/test_golden.py", "Makefile"} <= names
-    assert "hub_configs/llada-tiny-sudoku/config.json" in names
+    assert ".ci/docs_links.py" in names and "hub_configs/llada-tiny-sudoku/config.json" in names
     assert {name for name in names if name.endswith(".safetensors")} == {
         str(path.relative_to(ROOT)) for path in (ROOT / "tests/golden").glob("*/*.safetensors")
     }
