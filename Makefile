@@ -30,7 +30,7 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-upstream lint types clean venv FORCE
+.PHONY: help demo test test-slow test-upstream lint types docs package clean venv FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -56,8 +56,14 @@ lint: $(DEV_STAMP) ## Check style with ruff
 types: $(DEV_STAMP) ## Check types with mypy
 	$(PY) -m mypy
 
+docs: $(DEV_STAMP) ## Build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+package: $(DEV_STAMP) ## Build the source distribution and the wheel into dist/
+	$(PY) -m build --no-isolation
+
 clean: ## Remove .venv, caches and build output
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./.git -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
 # The dev install is a superset of the plain one, so it writes both stamps.

@@ -15,6 +15,8 @@ import torch
 import transformers.dynamic_module_utils
 from transformers import BertConfig, BertForMaskedLM, GenerationMixin
 
+import dllm_hf
+import dllm_hf.training
 from dllm_hf.hub import export_loop
 
 from .builders import character_tokenizer, load_script, new_model
@@ -23,6 +25,7 @@ from .hub.standin import lead_library_to, running_hub
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+REFERENCE = sorted(f"docs/reference/{path.name}" for path in (ROOT / "docs/reference").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(\w+=\S+ )*((dllm-hf|python|make|pip) |(benchmarks|examples)/\w+\.py).*")
 
@@ -165,7 +168,47 @@ def test_the_commands_of_a_page_know_their_options(page):
         check(command)
 
 
-def test_the_readme_has_commands_and_snippets():
+@pytest.mark.parametrize(
+    "page, number, words",
+    [
+        ("README.md", 4, {"make", "dllm-hf", "pip"}),
+        ("docs/decoding.md", 4, set()),
+        ("docs/training.md", 1, {"pip", "examples/train.py"}),
+        ("docs/command_line.md", 0, {"make", "dllm-hf"}),
+    ],
+)
+def test_the_pages_that_one_types_from_have_commands_and_snippets(page, number, words):
     """Else the patterns above have stopped finding them."""
-    assert len(snippets("README.md")) >= 5
-    assert {command[0] for command in commands("README.md")} >= {"make", "dllm-hf", "pip", "examples/train.py"}
+    assert len(snippets(page)) >= number
+    assert {command[0] for command in commands(page)} >= words
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", *REFERENCE])
+def test_the_links_of_a_page_lead_to_files(page):
+    """`make docs` checks the anchors too, but reads nothing outside of `docs/`."""
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path = link.partition("#")[0]
+        if path and not link.startswith("https://"):
+            assert ((ROOT / page).parent / path).exists(), f"{page} links to {link}"
+
+
+def test_the_reference_lists_every_public_name():
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in REFERENCE)
+    listed = {name.rpartition(".")[2] for name in re.findall("^::: ([\\w.]+)$", text, re.MULTILINE)}
+    assert listed >= {*dllm_hf.__all__, *dllm_hf.training.__all__, *dllm_hf.hub.__all__}
+
+
+def test_where_to_change_what_names_what_is_there():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = [line for line in text.split("## Where to change what\n")[1].split("\n## ")[0].splitlines() if "`" in line]
+    assert len(rows) > 10
+    for row in rows[1:]:
+        said = set(re.findall("`([^`]+)`", row))
+        paths = {word for word in said if re.search(r"\.py$|/$", word) and "<" not in word}
+        found = [ROOT / start / path for path in paths for start in ("", "src/dllm_hf", "src/dllm_hf_cli")]
+        files = [path for path in found if path.exists()]
+        assert len(files) == len(paths), (row, files)
+        code = "".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
+        for word in said - paths:
+            assert "<" in word or re.search(rf"\b{word.rpartition('.')[2]}\b", code), word
