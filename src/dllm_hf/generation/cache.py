@@ -118,9 +118,6 @@ class CanvasCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.width
 
-    # The name of the method above before transformers 5.13.
-    get_max_cache_shape = get_max_length
-
 
 class CanvasCache(Cache):
     """A cache indexed by position. The loop calls [`CanvasCache.set_window`] before a forward pass; the attention layers

@@ -67,9 +67,6 @@ class GLADreamCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    # The name of the method above before transformers 5.13.
-    get_max_cache_shape = get_max_length
-
 
 class GLADreamCache(CanvasCache):
     """One state for each layer, whatever the length of the text before it.

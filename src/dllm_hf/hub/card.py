@@ -26,7 +26,7 @@ CARD = """---
 
 {description}
 
-The code in this repository is that of `dllm_hf` {version} (Apache-2.0); it needs `transformers` 5.12 or newer and nothing else.
+The code in this repository is that of `dllm_hf` {version} (Apache-2.0); it needs `transformers` 5.13 or newer and nothing else.
 {origin}
 
 ## Use
