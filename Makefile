@@ -41,7 +41,7 @@ demo: $(RUN_STAMP) ## Install, then watch small models continue a prompt and sol
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) examples/sudoku.py solve hub_configs/llada-tiny-sudoku --delay 0.2
 
 test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
-	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" --durations=12 $(PYTEST_ARGS)
 
 test-slow: $(DEV_STAMP) ## Install, then search at random (DLLM_HF_FUZZ=10000 for more than 200 cases of each)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) -m slow tests/fuzz $(PYTEST_ARGS)
