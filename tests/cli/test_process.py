@@ -158,7 +158,11 @@ def test_so_it_is_when_a_text_is_done(folder, monkeypatch, capsys):
 
 def test_a_closed_standard_output_is_one_line_before_any_work():
     done = subprocess.run(
-        [*COMMAND, "generate", "MODEL"], stderr=subprocess.PIPE, text=True, timeout=PATIENCE, preexec_fn=lambda: os.close(1)
+        [*COMMAND, "generate", "MODEL"],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=PATIENCE,
+        preexec_fn=lambda: os.close(1),
     )
     assert done.returncode == 2
     assert done.stderr == "dllm-hf: error: standard output is closed: there is nowhere to write to.\n"
@@ -173,7 +177,11 @@ def test_a_closed_standard_error_keeps_messages_out_of_standard_output():
 
 def test_a_closed_standard_input_is_one_line():
     done = subprocess.run(
-        [*COMMAND, "generate", "MODEL", "-"], capture_output=True, text=True, timeout=PATIENCE, preexec_fn=lambda: os.close(0)
+        [*COMMAND, "generate", "MODEL", "-"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        preexec_fn=lambda: os.close(0),
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("dllm-hf: error: standard input is closed")
