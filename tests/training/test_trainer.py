@@ -311,6 +311,7 @@ def trained_by_two(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("two processes")  # which are started once
 @pytest.mark.parametrize("family", IN_TWO_PROCESSES)
 def test_two_processes_do_what_one_does_with_the_same_batch(family, trained_by_two, tmp_path):
     (one, history), (other, _) = (torch.load(trained_by_two / f"{family}-{rank}.pt") for rank in range(2))
