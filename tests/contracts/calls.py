@@ -34,7 +34,7 @@ FEW_ENDS = [END, *range(3)]  # a row ends now and then while its neighbours go o
 MANY_ENDS = [END, *range(10)]
 
 tokens = st.integers(0, VOCAB - 1).filter(lambda token: token != MASK)
-prompts = st.lists(st.one_of(tokens, tokens, tokens, st.just(MASK)), max_size=9)
+prompts = st.lists(st.one_of(tokens, tokens, tokens, st.just(MASK)), max_size=7)
 paces = st.one_of(
     st.just({}),
     st.builds(lambda number: {"steps": number}, st.integers(1, 14)),
@@ -66,10 +66,10 @@ def models(draw, family: str):
 @st.composite
 def calls(draw, strategies, fewest_rows=1):
     """Prompts of a batch, and options. Masks in a prompt are positions to fill."""
-    rows = draw(st.lists(prompts, min_size=fewest_rows, max_size=3))
+    rows = draw(st.lists(prompts, min_size=fewest_rows, max_size=draw(st.sampled_from([2, 2, 3]))))
     strategy = draw(strategies)
     options = {
-        "max_new_tokens": draw(st.integers(0, 8)),
+        "max_new_tokens": draw(st.integers(0, 6)),
         "remasking_strategy": strategy,
         **BOUNDS.get(strategy, {}),
         "prefill_chunk_size": draw(st.sampled_from([1, 3, 5, 2048, 2048])),
