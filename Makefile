@@ -30,7 +30,7 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-upstream lint types docs package clean venv FORCE
+.PHONY: help demo check test test-slow test-upstream lint types docs package clean venv FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -40,8 +40,14 @@ demo: $(RUN_STAMP) ## Install, then watch small models continue a prompt and sol
 	OMP_NUM_THREADS=$(OMP_THREADS) $(VENV)/bin/dllm-hf generate hub_configs/llada-tiny-shakespeare "$(DEMO_PROMPT)" $(DEMO_ARGS)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) examples/sudoku.py solve hub_configs/llada-tiny-sudoku --delay 0.2
 
+# Types and tests side by side, each on a core of its own. `tests/one_of_each.txt` lists the tests.
+check: lint ## Check style and types, and run one test of each kind: 90 seconds on two cores
+	$(PY) -m mypy & types=$$!; \
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -q @tests/one_of_each.txt $(PYTEST_ARGS); tests=$$?; \
+	wait $$types && exit $$tests
+
 test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
-	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not slow" --durations=12 $(PYTEST_ARGS)
 
 test-slow: $(DEV_STAMP) ## Install, then search at random (DLLM_HF_FUZZ=10000 for more than 200 cases of each)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) -m slow tests/fuzz $(PYTEST_ARGS)

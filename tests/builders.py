@@ -1,6 +1,7 @@
 """What the tests build: tiny models, a model that says what the test tells it to, padded batches, a tokenizer."""
 
 import importlib.util
+import itertools
 import re
 from contextlib import contextmanager
 from functools import cache
@@ -96,8 +97,9 @@ def tiny_model(family: str, **changes) -> PreTrainedModel:
     Attention over equal values is the same wherever one stands: on a canvas of masks alone all positions would have
     equal logits, and rounding would choose between them.
     """
-    model = new_model(family, **changes)
-    shifts = torch.randn(POSITIONS, model.config.hidden_size)
+    with torch.random.fork_rng(devices=[]):  # what a test draws must not depend on whether the model was built before
+        model = new_model(family, **changes)
+        shifts = torch.randn(POSITIONS, model.config.hidden_size)
 
     def embed(stack, args, kwargs):
         ids, positions = kwargs.pop("input_ids"), kwargs["position_ids"]
@@ -209,6 +211,19 @@ def window_of(
         False,
         slots is None,
     )
+
+
+def pairwise(**axes: list) -> pytest.MarkDecorator:
+    """`parametrize` over few of all combinations: each two values of two axes meet in one of them."""
+    values = [list(axis) for axis in axes.values()]
+    combinations = list(itertools.product(*(range(len(axis)) for axis in values)))
+    pairs = {each: set(itertools.combinations(enumerate(each), 2)) for each in combinations}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        best = max(combinations, key=lambda each: len(pairs[each] & missing))
+        missing -= pairs[best]
+        chosen.append([axis[index] for axis, index in zip(values, best)])
+    return pytest.mark.parametrize(list(axes), chosen)
 
 
 @contextmanager

@@ -74,10 +74,10 @@ def test_a_value_that_makes_no_model_is_refused_by_its_name(configs, tmp_path, f
         del values["rope_parameters"]
     written = LLADA.get(name, name) if family == "llada" else name
     (tmp_path / "config.json").write_text(json.dumps({**values, written: value}))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError) as refused:
         AutoConfig.from_pretrained(tmp_path)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5  # of this process: others may keep the machine busy
     message = str(refused.value)
     assert says in message and (written in message or name == "rope_scaling")
     # What to do about it.

@@ -15,6 +15,7 @@ from dllm_hf_cli import main
 
 from .conftest import COMMAND, PYPROJECT, SCRIPT
 
+PATIENCE = 600  # seconds: a machine may be busy, but nothing hangs for ever
 # What needs no model, and its exit code.
 LIGHT = [
     (["--version"], 0),
@@ -37,20 +38,22 @@ LIGHT = [
 def test_the_installed_command_answers_without_torch_transformers_and_the_models(arguments, code):
     heavy = ["torch", "transformers", "huggingface_hub", "numpy", "dllm_hf"]
     blocked = f"import sys; sys.modules.update(dict.fromkeys({heavy})); " + SCRIPT
-    done = subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert (done.stdout == "") == (code == 2) and done.stderr.count("\n") == (code == 2)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["genrate"], ["generate", "MODEL", "--stpes", "3"]])
 def test_the_installed_command_answers_within_three_tenths_of_a_second_of_a_core(arguments):
-    def seconds():
+    def seconds(command):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*COMMAND, *arguments], capture_output=True, timeout=60)
+        subprocess.run(command, capture_output=True, timeout=PATIENCE)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.3
+    # A machine that takes long to start Python and read a few of its modules takes long for this too.
+    bare = min(seconds([sys.executable, "-c", "import argparse, json, subprocess"]) for _ in range(3))
+    assert min(seconds([*COMMAND, *arguments]) for _ in range(3)) < max(0.3, 4 * bare)
 
 
 def test_every_package_of_the_command_goes_into_the_wheel():
@@ -80,7 +83,7 @@ def test_ctrl_c_while_packages_are_imported_ends_it_with_130_and_no_word(tmp_pat
     )
     assert process.stdout.readline() == b"importing\n"
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert (process.returncode, stderr) == (130, b"")
 
 
@@ -96,7 +99,7 @@ def test_ctrl_c_ends_it_with_130_and_a_clean_terminal(folder):
         preexec_fn=with_default_ctrl_c,
     )
     # Whatever happens, nobody waits for the 4,000 tokens.
-    overdue = threading.Timer(120, process.kill)
+    overdue = threading.Timer(PATIENCE, process.kill)
     overdue.start()
     os.close(theirs)
     shown = b""
@@ -109,7 +112,7 @@ def test_ctrl_c_ends_it_with_130_and_a_clean_terminal(folder):
                 shown += os.read(ours, 65536)
             except OSError:  # Linux's way to say that the other end is closed
                 break
-        assert process.wait(60) == 130
+        assert process.wait(PATIENCE) == 130
     finally:
         overdue.cancel()
         process.kill()
@@ -126,7 +129,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(folder):
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.run(
-        [*COMMAND, "generate", folder, "Hi"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+        [*COMMAND, "generate", folder, "Hi"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=PATIENCE
     )
     os.close(writer)
     assert process.returncode == 141
@@ -141,7 +144,7 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_a_full_disk_behind_standard_output_is_one_line(option):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*COMMAND, option], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run([*COMMAND, option], stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (2, FULL)
 
 
@@ -155,7 +158,11 @@ def test_so_it_is_when_a_text_is_done(folder, monkeypatch, capsys):
 
 def test_a_closed_standard_output_is_one_line_before_any_work():
     done = subprocess.run(
-        [*COMMAND, "generate", "MODEL"], stderr=subprocess.PIPE, text=True, timeout=60, preexec_fn=lambda: os.close(1)
+        [*COMMAND, "generate", "MODEL"],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=PATIENCE,
+        preexec_fn=lambda: os.close(1),
     )
     assert done.returncode == 2
     assert done.stderr == "dllm-hf: error: standard output is closed: there is nowhere to write to.\n"
@@ -163,14 +170,18 @@ def test_a_closed_standard_output_is_one_line_before_any_work():
 
 def test_a_closed_standard_error_keeps_messages_out_of_standard_output():
     done = subprocess.run(
-        [*COMMAND, "genrate"], stdout=subprocess.PIPE, text=True, timeout=60, preexec_fn=lambda: os.close(2)
+        [*COMMAND, "genrate"], stdout=subprocess.PIPE, text=True, timeout=PATIENCE, preexec_fn=lambda: os.close(2)
     )
     assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_a_closed_standard_input_is_one_line():
     done = subprocess.run(
-        [*COMMAND, "generate", "MODEL", "-"], capture_output=True, text=True, timeout=60, preexec_fn=lambda: os.close(0)
+        [*COMMAND, "generate", "MODEL", "-"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        preexec_fn=lambda: os.close(0),
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("dllm-hf: error: standard input is closed")

@@ -6,25 +6,19 @@ import pickle
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ..builders import MASK, generate, new_model, tiny_model
+from .calls import BLOCK_FAMILIES, STATIC, texts
 
-FAMILIES = ("sdar", "sdar_moe", "gla_dream")
-OPTIONS = {"max_new_tokens": 6, "eos_token_id": [], "remasking_strategy": "low_confidence_static"}
+OPTIONS = {"max_new_tokens": 6, "eos_token_id": [], **STATIC}
 ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 2, 3]]
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request):
-    return tiny_model(request.param)
 
 
 def first_turn(model, rows=ROWS):
     """The output of a turn, and the prompts of the next one."""
     output = generate(model, rows, **OPTIONS)
-    width = max(map(len, rows))
-    texts = [sequence[width - len(row) :] for row, sequence in zip(rows, output.sequences.tolist(), strict=True)]
-    return output, [[*text, 20, 21] for text in texts]
+    return output, [[*text, 20, 21] for text in texts(rows, output)]
 
 
 def assert_goes_on(model, cache, rows):
@@ -87,16 +81,37 @@ def test_an_output_is_saved_and_the_conversation_goes_on_from_what_is_read(model
     assert resumed.num_forward_passes < generate(model, following, prefill_chunk_size=4, **OPTIONS).num_forward_passes
 
 
-def test_a_saved_conversation_goes_on_with_the_same_weights_and_not_with_others(model):
-    model = new_model(model.config.model_type, max_position_embeddings=96)
-    output, following = first_turn(model)
+def test_a_saved_conversation_goes_on_with_the_same_weights_and_not_with_others(fresh):
+    output, following = first_turn(fresh)
     read = pickle.loads(pickle.dumps(output.past_key_values))
     with torch.no_grad():
-        other = copy.deepcopy(model)
+        other = copy.deepcopy(fresh)
         other.lm_head.weight.add_(1.0)
-    assert_goes_on(copy.deepcopy(model), read, following)
+    assert_goes_on(copy.deepcopy(fresh), read, following)
     with pytest.raises(ValueError, match="does not come from a call of this model"):
         generate(other, following, past_key_values=read, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family,
+            marks=pytest.mark.xfail(
+                family != "gla_dream",
+                reason="the library writes `is_causal` into SDAR's configuration at its first pass, and `identity_of` "
+                "counts it: a model that has not run yet is taken for another",
+            ),
+        )
+        for family in BLOCK_FAMILIES
+    ],
+)
+def test_a_saved_conversation_goes_on_in_a_model_that_has_just_been_loaded(family, tmp_path):
+    new_model(family).save_pretrained(tmp_path)
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path) for _ in range(2))
+    output, following = first_turn(one)
+    read = pickle.loads(pickle.dumps(output.past_key_values))
+    assert_goes_on(other, read, following)
 
 
 def test_what_stands_behind_the_asked_tokens_costs_no_forward_pass():
@@ -109,9 +124,10 @@ def test_what_stands_behind_the_asked_tokens_costs_no_forward_pass():
                 assert generate(model, rows, cache_policy=policy, **options).num_forward_passes == 4
 
 
-def test_not_decoding_them_changes_no_token(model):
+@pytest.mark.parametrize("family", BLOCK_FAMILIES)
+def test_not_decoding_them_changes_no_token(family):
     """Each prefix of a longer answer is what a shorter call gives in the same block."""
-    model = new_model(model.config.model_type, block_size=16)
+    model = new_model(family, block_size=16)
     rows = [[1, 2, 3], [4, 5], [6, MASK, 7]]
     whole = generate(model, rows, max_new_tokens=13, eos_token_id=[]).sequences
     for number in (1, 4, 9):

@@ -31,7 +31,7 @@ def test_every_strategy_with_every_policy(family, policy, strategy, captured):
     options = {"denoising_steps": 3} if STRATEGIES[strategy].schedule == "timestep" else {}
     both_ways(
         fresh_model(family),
-        max_new_tokens=12,
+        max_new_tokens=8,
         block_length=4,
         cache_policy=policy,
         remasking_strategy=strategy,
@@ -73,7 +73,7 @@ def test_guidance(family, policy):
 @pytest.mark.parametrize("family, policy", POLICIES)
 def test_suppressed_tokens_and_ends_of_sequence(family, policy):
     model = fresh_model(family)
-    options = {"max_new_tokens": 16, "block_length": 4, "cache_policy": policy}
+    options = {"max_new_tokens": 12, "block_length": 4, "cache_policy": policy, "denoising_steps": 2}
     common = both_ways(model, **options).sequences[:, 7:].flatten().bincount().argmax().item()
     assert not (both_ways(model, suppress_tokens=[common], **options).sequences[:, 7:] == common).any()
     both_ways(model, confidence_suppress_tokens=[common], **options)
@@ -83,10 +83,10 @@ def test_suppressed_tokens_and_ends_of_sequence(family, policy):
 @pytest.mark.parametrize("family, policy", POLICIES)
 def test_calls_of_other_lengths_share_graphs_and_do_not_disturb_each_other(family, policy, captured):
     model, numbers = fresh_model(family), []
-    options = {"block_length": 4, "cache_policy": policy}
+    options = {"block_length": 4, "cache_policy": policy, "denoising_steps": 2}
     for _ in range(3):
         both_ways(model, **options, max_new_tokens=12)
-        both_ways(model, rows=[row[::-1] for row in ROWS], **options, max_new_tokens=40)
+        both_ways(model, rows=[row[::-1] for row in ROWS], **options, max_new_tokens=24)
         both_ways(model, rows=ROWS[:2], **options, max_new_tokens=8)
         numbers.append(len(captured))
     # A returned cache holds its graphs as long as somebody has it, and a model keeps two workspaces.

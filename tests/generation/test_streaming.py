@@ -128,7 +128,7 @@ def test_the_librarys_diffusion_streamer_leaves_the_final_text_on_the_screen(tok
 
 def test_the_librarys_iterator_streamer_gives_the_text_to_another_thread(tokenizer):
     model, number = saying(tokenizer, "to be or not")
-    streamer = TextIteratorStreamer(tokenizer, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, timeout=600)
     options = {"max_new_tokens": number, "block_length": 3, "streamer": streamer}
     thread = Thread(target=generate, args=(model, [[]]), kwargs=options)
     thread.start()

@@ -16,7 +16,7 @@ class Gate:
 
     def __call__(self, *args, **kwargs):
         self.inside.set()
-        assert self.may_go.wait(60)
+        assert self.may_go.wait(600)
 
 
 def in_a_thread(run):
@@ -31,13 +31,13 @@ def test_a_model_in_training_stays_without_dropout_until_the_last_call_has_ended
     gate, modes = Gate(), []
     first = model.register_forward_pre_hook(gate)
     thread = in_a_thread(lambda: model.diffusion_generate(torch.tensor([[1]]), max_new_tokens=3, denoising_steps=1))
-    assert gate.inside.wait(60)
+    assert gate.inside.wait(600)
     first.remove()
     model.register_forward_hook(lambda *args: modes.append(model.training))
     model.diffusion_generate(torch.tensor([[2]]), max_new_tokens=2)  # begins second, ends first
     assert not model.training
     gate.may_go.set()
-    thread.join(60)
+    thread.join(600)
     assert model.training and all(module.training for module in model.modules())
     assert modes and not any(modes)
 
@@ -61,13 +61,13 @@ def test_a_cache_in_use_by_a_call_is_refused_to_another(family):
     handle = model.register_forward_pre_hook(gate)
     thread = in_a_thread(lambda: answers.append(generate(model, [[*text, 6]], past_key_values=cache, **options)))
     try:
-        assert gate.inside.wait(60)
+        assert gate.inside.wait(600)
         handle.remove()
         with pytest.raises(ValueError, match="`past_key_values` is in use by another call"):
             generate(model, [[*text, 7]], past_key_values=cache, **options)
     finally:
         gate.may_go.set()
-        thread.join(60)
+        thread.join(600)
     assert answers[0].sequences.tolist() == expected
     following = [*expected[0], 8]
     resumed = generate(model, [following], past_key_values=cache, **options)

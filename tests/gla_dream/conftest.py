@@ -1,20 +1,10 @@
 """The ways in which a GLADream may differ from another."""
 
 import pytest
-from hypothesis import strategies as st
 
 from ..builders import tiny_model
 
 INJECTIONS = ("global", "boundary")
-# Changes to the configuration of a model that decodes.
-models = st.fixed_dictionaries(
-    {
-        "block_size": st.sampled_from([1, 3, 4]),
-        "inter_block_injection_mode": st.sampled_from(INJECTIONS),
-        "logits_shift": st.sampled_from([0, 1]),
-        "conv_size": st.sampled_from([0, 3]),
-    }
-)
 
 
 @pytest.fixture(params=INJECTIONS)

@@ -59,7 +59,7 @@ class Fresh:
             env={**environment, **{name: str(value) for name, value in settings.items()}},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr
         self.answers = dict(zip(self.tasks, json.loads(done.stdout)))

@@ -23,6 +23,7 @@ from dllm_hf.hub import export
 from ..builders import BUILDERS, END, character_tokenizer, new_model
 from .conftest import Fresh, content, in_hub_cache, weights
 
+pytestmark = pytest.mark.xdist_group("repositories")  # one worker makes them, and one fresh process tries them
 HERE = Path(__file__).parents[2]
 GOLDEN = sorted(path.parent for path in (HERE / "tests" / "golden").glob("*/cases.json"))
 SHAKESPEARE = HERE / "hub_configs" / "llada-tiny-shakespeare"
@@ -63,49 +64,60 @@ class Made:
     folders: dict[str, Path] = field(default_factory=dict)
 
     def answer(self, kind, task):
-        return self.fresh.answer((kind, task))
+        return self.fresh.answer((self.family, kind, task))
 
 
 # The kinds of repository that are tried: an export in a folder and in the hub's cache, and what was saved with its code.
 KINDS = ("exported", "cached", "saved")
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
-def made(request, tmp_path_factory, fresh_processes):
-    family = request.param
-    top = tmp_path_factory.mktemp(family)
+def make(family: str, top: Path, fresh: Fresh) -> Made:
+    """A family's source and repositories, and what the fresh process is to say about each."""
     source = top / "source"
     model = new_model(family)
     model.save_pretrained(source)
     tokenizer = character_tokenizer()
     tokenizer.save_pretrained(source)
-    made = Made(family, source, content(source), model, fresh_processes())
+    made = Made(family, source, content(source), model, fresh)
 
     name = f"org/some.{family}-v1.5"
-    made.folders["exported"] = export(str(source), top / "exported-v1.5")
-    made.folders["cached"] = in_hub_cache(export(str(source), top / "to-push", name=name), top / "hub", name)
-    made.folders["saved"] = top / "saved"
+    made.folders["exported"] = export(str(source), top / f"exported-{family}-v1.5")
+    made.folders["cached"] = in_hub_cache(export(str(source), top / "to-push", name=name), top.parent / "hub", name)
+    made.folders["saved"] = top / f"saved-{family}"
     tokenizer.save_pretrained(made.folders["saved"])
     model.save_pretrained(made.folders["saved"], include_code=True)
     made.places = {kind: str(folder) for kind, folder in made.folders.items()} | {"cached": name}
 
-    ask = made.fresh.ask
     for kind, place in made.places.items():
-        ask((kind, "classes"), "classes", name=place)
-        ask((kind, "tokenizer"), "tokenizer", name=place, text=PROMPT)
-        ask((kind, "firm"), "tokens", name=place, ids=IDS, options=FIRM)
-        ask((kind, "drawn"), "tokens", name=place, ids=IDS, options=DRAWN, seed=SEED)
-        ask((kind, "hidden"), "hidden", name=place, ids=IDS)
-        ask((kind, "text"), "text", name=place, prompt=PROMPT, options=FIRM)
-        ask((kind, "card"), "card", name=place, folder=made.folders[kind])
-        again = top / f"{kind}-again"
-        ask((kind, "saved again"), "saved_again", name=place, folder=again)
-        ask((kind, "again classes"), "classes", name=again)
-        ask((kind, "again tokenizer"), "tokenizer", name=again, text=PROMPT)
-        ask((kind, "again firm"), "tokens", name=again, ids=IDS, options=FIRM)
-        ask((kind, "again text"), "text", name=again, prompt=PROMPT, options=FIRM)
-    made.fresh.run(HF_HUB_CACHE=top / "hub")
+        ask = lambda key, task, kind=kind, **arguments: fresh.ask((family, kind, key), task, **arguments)
+        ask("classes", "classes", name=place)
+        ask("tokenizer", "tokenizer", name=place, text=PROMPT)
+        ask("firm", "tokens", name=place, ids=IDS, options=FIRM)
+        ask("drawn", "tokens", name=place, ids=IDS, options=DRAWN, seed=SEED)
+        ask("hidden", "hidden", name=place, ids=IDS)
+        ask("text", "text", name=place, prompt=PROMPT, options=FIRM)
+        ask("card", "card", name=place, folder=made.folders[kind])
+        again = top / f"{kind}-{family}-again"
+        ask("saved again", "saved_again", name=place, folder=again)
+        ask("again classes", "classes", name=again)
+        ask("again tokenizer", "tokenizer", name=again, text=PROMPT)
+        ask("again firm", "tokens", name=again, ids=IDS, options=FIRM)
+        ask("again text", "text", name=again, prompt=PROMPT, options=FIRM)
     return made
+
+
+@pytest.fixture(scope="module")
+def made_of_each(tmp_path_factory, fresh_processes) -> dict[str, Made]:
+    """One fresh process for all families: to import the libraries takes it longer than a family."""
+    top, fresh = tmp_path_factory.mktemp("made"), fresh_processes()
+    made = {family: make(family, top / family, fresh) for family in BUILDERS}
+    fresh.run(HF_HUB_CACHE=top / "hub")
+    return made
+
+
+@pytest.fixture(params=BUILDERS)
+def made(request, made_of_each) -> Made:
+    return made_of_each[request.param]
 
 
 @pytest.fixture(params=KINDS)
@@ -178,7 +190,7 @@ def test_what_is_saved_there_has_the_same_files(made, kind):
 
 def test_what_is_saved_there_loads_by_its_own_code(made, kind):
     found = {auto: place_and_class(*where) for auto, where in made.answer(kind, "again classes").items()}
-    assert found == expected_classes(made, f"{kind}-again")
+    assert found == expected_classes(made, f"{kind}-{made.family}-again")
 
 
 def test_what_is_saved_there_gives_the_same_again(made, kind):

@@ -228,7 +228,7 @@ def test_the_command_writes_and_publishes(hub, source, tmp_path):
         env={**os.environ, **settings, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     published = f"Published: {hub.url}/{NAME}/commit/{1:040x}"

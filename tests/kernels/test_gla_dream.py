@@ -16,6 +16,7 @@ from dllm_hf.gla_dream.kernels_gla_dream import (
     short_convolutions_torch,
 )
 
+from ..builders import pairwise
 from .test_kernels import DEVICE, close, random
 
 
@@ -46,24 +47,32 @@ def check(inputs, is_global, dtype, normalizer=16.0):
             close(got, expected, dtype)
 
 
-@pytest.mark.parametrize("is_global", [False, True], ids=["boundary", "global"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("heads, kv_heads, key_dim, value_dim", [(2, 2, 16, 32), (4, 1, 64, 24), (1, 1, 96, 64)])
-def test_a_block_of_every_head_size_and_group(heads, kv_heads, key_dim, value_dim, dtype, is_global):
-    check(arguments(32, heads, kv_heads, key_dim, value_dim, 16, dtype), is_global, dtype)
+@pairwise(
+    sizes=[(2, 2, 16, 32), (4, 1, 64, 24), (1, 1, 96, 64)],  # heads, kv_heads, key_dim, value_dim
+    dtype=[torch.float32, torch.bfloat16],
+    is_global=[False, True],
+)
+def test_a_block_of_every_head_size_and_group(sizes, dtype, is_global):
+    check(arguments(32, *sizes, 16, dtype), is_global, dtype)
 
 
-@pytest.mark.parametrize("is_global", [False, True], ids=["boundary", "global"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size, rank", [(1, 16), (3, 4), (16, 33), (33, 16), (64, 16)])
-def test_blocks_of_every_size_and_rank(size, rank, dtype, is_global):
+@pairwise(
+    size_and_rank=[(1, 16), (3, 4), (16, 33), (33, 16), (64, 16)],
+    dtype=[torch.float32, torch.bfloat16],
+    is_global=[False, True],
+)
+def test_blocks_of_every_size_and_rank(size_and_rank, dtype, is_global):
+    size, rank = size_and_rank
     check(arguments(size, 4, 1, 64, 24, rank, dtype), is_global, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size, taps", [(1, 3), (4, 9), (32, 1), (32, 5), (33, 3), (64, 5)])
-@pytest.mark.parametrize("channels", [(32, 32, 64), (128, 64, 24), (16, 1, 100)], ids=str)
-def test_short_convolutions_of_every_size(channels, size, taps, dtype):
+@pairwise(
+    channels=[(32, 32, 64), (128, 64, 24), (16, 1, 100)],
+    size_and_taps=[(1, 3), (4, 9), (32, 1), (32, 5), (33, 3), (64, 5)],
+    dtype=[torch.float32, torch.bfloat16],
+)
+def test_short_convolutions_of_every_size(channels, size_and_taps, dtype):
+    size, taps = size_and_taps
     product = random(2, size, 5 + sum(channels), dtype=dtype)[..., 5:]
     inputs, weights = product.split(channels, dim=-1), [random(each, 1, taps, dtype=dtype, seed=1) for each in channels]
     precise = short_convolutions_torch([x.double() for x in inputs], [x.double() for x in weights])

@@ -17,7 +17,7 @@ from dllm_hf.kernels.layers import (
     swiglu_torch,
 )
 
-from ..builders import new_model, window_of
+from ..builders import new_model, pairwise, window_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -153,10 +153,13 @@ def test_gate(dtype):
     close(got, swiglu_torch(gate, up), dtype)
 
 
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 64), (4, 1, 96), (7, 1, 128), (2, 2, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_and_the_columns_of_the_cache(heads, kv_heads, head_dim, has_norm, dtype):
+@pairwise(
+    sizes=[(2, 2, 64), (4, 1, 96), (7, 1, 128), (2, 2, 8)],  # heads, kv_heads, head_dim
+    has_norm=[False, True],
+    dtype=[torch.float32, torch.bfloat16],
+)
+def test_rotation_and_the_columns_of_the_cache(sizes, has_norm, dtype):
+    heads, kv_heads, head_dim = sizes
     batch, window, width = 2, 3, 20
     sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     query, key, value = random(batch, window, sum(sizes), dtype=dtype).split(sizes, dim=-1)  # of one product

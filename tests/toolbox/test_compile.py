@@ -1,9 +1,12 @@
-"""`torch.compile` of the forward pass, without a graph break."""
+"""`torch.compile` of the forward pass, without a graph break.
+
+Compiling takes seconds: each family is compiled once with a mask and once without, once forward and once in training.
+"""
 
 import pytest
 import torch
 
-from ..builders import MASK, left_pad, new_model
+from ..builders import BUILDERS, MASK, left_pad, new_model
 
 ROWS = [[3, 4, MASK, 6, 7, MASK, 9, MASK, 8], [11, MASK, 13], [21, 22, 23, 24, MASK]]
 
@@ -25,14 +28,14 @@ def compiled(model):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["without a mask", "with a mask"])
+@pytest.mark.parametrize("family, padded", [(family, index % 2 == 1) for index, family in enumerate(BUILDERS)])
 @torch.no_grad()
 def test_the_forward_pass_is_one_graph(model, compiled, padded):
     batch = batch_of(padded)
     torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["without a mask", "with a mask"])
+@pytest.mark.parametrize("family, padded", [(family, index % 2 == 0) for index, family in enumerate(BUILDERS)])
 def test_the_training_pass_is_one_graph(model, compiled, padded):
     batch = batch_of(padded)
     batch["labels"] = torch.where(batch["input_ids"] == MASK, 8, -100)

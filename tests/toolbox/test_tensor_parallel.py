@@ -12,6 +12,7 @@ from torch import distributed
 
 from ..builders import BUILDERS, new_model
 
+pytestmark = pytest.mark.xdist_group("tensor parallel")  # the processes are started once
 # GLADream's gates between its two scans read all heads together: its attention stays whole, its MLPs are divided.
 LARGEST_SHARE = {"gla_dream": 0.9}
 
@@ -27,7 +28,7 @@ def outcomes(tmp_path_factory) -> dict:
     command += ["-m", "tests.toolbox.tensor_parallel", str(root)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((root / "outcomes.json").read_text())

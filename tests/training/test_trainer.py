@@ -274,37 +274,47 @@ WORKER = """
 import sys
 import torch
 from transformers import Trainer
-from tests.training.test_trainer import arguments, new_model, noised, stack
+from tests.training.test_trainer import arguments, new_model, noised, stack, weights
 
 torch.set_num_threads(1)
-family, folder = sys.argv[1:]
-training = arguments(folder, max_steps=2, optim="sgd", learning_rate=0.1, per_device_train_batch_size=2,
-                     ddp_backend="gloo", train_sampling_strategy="sequential")
-assert training.world_size == 2
-trainer = Trainer(new_model(family), training, data_collator=stack, train_dataset=noised(8))
-trainer.train()
-state = {name: value.detach() for name, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
-losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-torch.save((state, losses), f"{folder}/{training.process_index}.pt")
+folder, *families = sys.argv[1:]
+for family in families:
+    training = arguments(folder, max_steps=2, optim="sgd", learning_rate=0.1, per_device_train_batch_size=2,
+                         ddp_backend="gloo", train_sampling_strategy="sequential")
+    assert training.world_size == 2
+    trainer = Trainer(new_model(family), training, data_collator=stack, train_dataset=noised(8))
+    trainer.train()
+    state = weights(trainer.accelerator.unwrap_model(trainer.model))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    torch.save((state, losses), f"{folder}/{family}-{training.process_index}.pt")
 """
+IN_TWO_PROCESSES = ("sdar", "gla_dream")
 
 
-@pytest.mark.parametrize("family", ["sdar", "gla_dream"])
-def test_two_processes_do_what_one_does_with_the_same_batch(family, tmp_path):
-    script = tmp_path / "worker.py"
+@pytest.fixture(scope="module")
+def trained_by_two(tmp_path_factory) -> Path:
+    """Where two processes have left the weights and losses of each family."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "worker.py"
     script.write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*launch, str(script), family, str(tmp_path)],
+        [*launch, str(script), str(folder), *IN_TWO_PROCESSES],
         cwd=root,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (one, history), (other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    return folder
+
+
+@pytest.mark.xdist_group("two processes")  # which are started once
+@pytest.mark.parametrize("family", IN_TWO_PROCESSES)
+def test_two_processes_do_what_one_does_with_the_same_batch(family, trained_by_two, tmp_path):
+    (one, history), (other, _) = (torch.load(trained_by_two / f"{family}-{rank}.pt") for rank in range(2))
     assert_same_weights(one, other, atol=0, rtol=0)
     model = new_model(family)
     training = arguments(tmp_path, max_steps=2, optim="sgd", learning_rate=0.1, train_sampling_strategy="sequential")

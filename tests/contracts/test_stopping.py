@@ -1,10 +1,9 @@
-"""Where a row of SDAR stops, in both cache policies, and what is shown of its last block."""
+"""Where a row stops in a family that decodes in blocks of its own, and what is shown of its last block."""
 
 import pytest
-import torch
 
 from ..builders import END, generate, new_tokens, recorded
-from .test_block_cache import STATIC, assert_equal, span
+from .calls import STATIC, span
 
 
 def test_any_of_several_tokens_ends_a_row(model):
@@ -50,16 +49,6 @@ def test_an_end_beyond_the_cut_is_not_shown_and_pads_nothing(model):
     shown = free[:4]
     first = shown.index(free[4]) if free[4] in shown else 3
     assert cut == shown[: first + 1] + [END] * (3 - first)
-
-
-def test_stopping_criteria_end_a_row_in_both_policies(model):
-    def long_enough(input_ids, scores, **kwargs):
-        return torch.tensor([input_ids.shape[1] >= 10] * len(input_ids))
-
-    output = assert_equal(
-        model, [[1, 2, 3], [4, 5, 6]], max_new_tokens=20, stopping_criteria=[long_enough], eos_token_id=[], **STATIC
-    )
-    assert (output.sequences[:, 12:] == END).all()
 
 
 def test_a_streamer_gets_the_prompt_and_then_each_block_once(model):
