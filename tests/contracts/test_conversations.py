@@ -92,20 +92,7 @@ def test_a_saved_conversation_goes_on_with_the_same_weights_and_not_with_others(
         generate(other, following, past_key_values=read, **OPTIONS)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            family,
-            marks=pytest.mark.xfail(
-                family != "gla_dream",
-                reason="the library writes `is_causal` into SDAR's configuration at its first pass, and `identity_of` "
-                "counts it: a model that has not run yet is taken for another",
-            ),
-        )
-        for family in BLOCK_FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", BLOCK_FAMILIES)
 def test_a_saved_conversation_goes_on_in_a_model_that_has_just_been_loaded(family, tmp_path):
     new_model(family).save_pretrained(tmp_path)
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path) for _ in range(2))
