@@ -1,6 +1,7 @@
 """The key-value cache of the canvas, with the tokens of the conversation that it belongs to."""
 
 import hashlib
+import json
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,7 +29,9 @@ def identity_of(model: DenoisingModel) -> str:
     if model not in _identities:
         plain = [each for each in model.parameters() if type(each) in (nn.Parameter, torch.Tensor) and not each.is_meta]
         values = torch.cat([each.detach().flatten()[:8].double().cpu() for each in plain] or [torch.zeros(0)])
-        text = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)} {values.tolist()}"
+        # The library writes `is_causal` into some configurations at the first pass.
+        config = {name: value for name, value in model.config.to_dict().items() if name != "is_causal"}
+        text = f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)} {values.tolist()}"
         _identities[model] = hashlib.sha256(text.encode()).hexdigest()
     return _identities[model]
 
