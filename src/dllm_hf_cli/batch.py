@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -15,13 +15,27 @@ from dllm_hf.generation.configuration import canonical_options
 from .output import tell
 from .session import Session
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]  # there is none
+
+BEGINNING = b'{"id": "'  # of every result
 PROMPTS = ("prompt", "messages", "prompt_token_ids")
 
 
 def batch(arguments: argparse.Namespace) -> int:
     """Exit code 1 where requests have failed: they are not among the results, and the next run tries them again."""
-    lines = _read_lines(Path(arguments.prompts))
-    results = Path(arguments.results)
+    prompts, results = Path(arguments.prompts), Path(arguments.results)
+    lines = _read_lines(prompts)
+    if results.exists() and results.samefile(prompts):
+        raise ValueError(f"{results} holds the prompts: name another file for the results.")
+    with results.open("a", encoding="utf-8") as file:
+        _lock(file, results)
+        return _run(arguments, lines, results, file)
+
+
+def _run(arguments: argparse.Namespace, lines: dict[str, dict[str, Any]], results: Path, file: TextIO) -> int:
     done = _finished(results, lines)
     session = Session(arguments)
     requests = {
@@ -33,48 +47,74 @@ def batch(arguments: argparse.Namespace) -> int:
     with tqdm(total=len(lines), initial=len(done), unit="request", dynamic_ncols=True) as bar:
         if requests:
             session.load()
-            with results.open("a", encoding="utf-8") as file:
-                failed = _decode(_engine(session, requests), requests, file, bar)
+            failed = _decode(_engine(session, requests), requests, file, bar)
     if failed:
         tell(f"dllm-hf: {failed} of {len(lines)} requests failed: the same command tries them again.")
     return 1 if failed else 0
 
 
+def _lock(file: TextIO, path: Path) -> None:
+    """Refuse to write what another run is writing."""
+    if fcntl is None:  # on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{path} is being written by another run: wait for it, or name another file.") from error
+    except OSError:  # a file system without locks
+        pass
+
+
 def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
     """The requests of a file, by their ids."""
     lines: dict[str, dict[str, Any]] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
+    with path.open("rb") as file:
+        for number, content in enumerate(file, start=1):
             where = f"{path} line {number}"
             try:
+                text = content.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
                 line = json.loads(text)
             except ValueError as error:
                 raise ValueError(f"{where} is no JSON: {error}") from error
             if not isinstance(line, dict) or sum(name in line for name in PROMPTS) != 1:
                 raise ValueError(f"{where} must be an object with one of {', '.join(PROMPTS)}.")
-            name = str(line.pop("id", number))
+            name = line.pop("id", number)
+            if type(name) not in (str, int) or not _is_text(name := str(name)):
+                raise ValueError(f"{where} has the id {name!r}: an id is a string or an integer.")
             if name in lines:
                 raise ValueError(f"{where} has the id {name!r} of an earlier line: ids must differ.")
             lines[name] = line
     return lines
 
 
+def _is_text(text: str) -> bool:
+    """Whether a file can hold a text: JSON can spell half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _finished(path: Path, lines: dict[str, dict[str, Any]]) -> set[str]:
     """The ids of the results that an earlier run has written. What it had begun to write when it was killed is removed."""
-    if not path.exists():
-        return set()
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     done = set()
     for number, text in enumerate(whole.splitlines(), start=1):
         try:
-            name = json.loads(text)["id"]
+            result = json.loads(text)
+            name = result["id"] if isinstance(result["outputs"], list) else None
         except (ValueError, TypeError, KeyError):
             name = None
-        if name not in lines:
+        if not isinstance(name, str) or name not in lines:
             raise ValueError(f"{path} line {number} is no result of these prompts: name another file for the results.")
         done.add(name)
-    if len(whole) < len(content):
+    if begun := content[len(whole) :]:
+        if not (begun.startswith(BEGINNING) or BEGINNING.startswith(begun)):
+            raise ValueError(f"{path} does not end with a result: name another file for the results.")
         os.truncate(path, len(whole))
     return done
 
@@ -82,7 +122,10 @@ def _finished(path: Path, lines: dict[str, dict[str, Any]]) -> set[str]:
 def _request(session: Session, name: str, line: dict[str, Any], number: int) -> tuple[list[int], SamplingParams]:
     """The token ids and the parameters of a line: its own options, else those of the command. `--seed` is that of the first
     line, and the next numbers those of the next ones."""
-    given = canonical_options({key: value for key, value in line.items() if key not in PROMPTS})
+    try:
+        given = canonical_options({key: value for key, value in line.items() if key not in PROMPTS})
+    except ValueError as error:
+        raise ValueError(f"request {name}: {error}") from error
     options: dict[str, Any] = {**session.options, "num_return_sequences": session.resolved.num_return_sequences}
     for shared in ("cache_policy", "mask_token_id", "disable_compile"):
         options.pop(shared, None)  # those of the engine

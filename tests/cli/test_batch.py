@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dllm_hf import LLaDAModelLM
+from dllm_hf_cli.session import Session
 
 LENGTHS = [3, 9, 1, 6]
 
@@ -108,6 +109,11 @@ def test_what_failed_is_said_and_tried_again(run, folder, prompts, tmp_path, mon
         (['{"prompt": "a", "tempratur": 1}'], r"request 1: .*did you mean 'temperature'"),
         (['{"prompt": "a"}', '{"prompt": 5, "id": "x"}'], r"request x: a prompt is a string"),
         (['{"prompt_token_ids": [99]}'], r"request 1: .*token id 99"),
+        (['{"prompt": "a", "id": null}'], r"line 1 has the id None: an id is a string or an integer"),
+        (['{"prompt": "a", "id": true}'], r"line 1 has the id True: an id is a string or an integer"),
+        (['{"prompt": "a", "id": "\\ud800"}'], r"line 1 has the id .*: an id is a string or an integer"),
+        (['{"prompt": "a", "stop": 5}'], r"request 1: `stop` must be a string"),
+        (['{"prompt": "a", "threshold": 0.5, "factor": 1.0}'], r"request 1: .*belong to different strategies"),
     ],
 )
 def test_a_wrong_line_is_refused_before_anything_is_written(run, folder, tmp_path, lines, message):
@@ -123,6 +129,43 @@ def test_results_of_other_prompts_are_left_alone(run, folder, prompts, tmp_path)
     code, _, stderr = run("batch", folder, prompts, tmp_path / "out")
     assert code == 2 and "line 1 is no result of these prompts: name another file" in stderr
     assert (tmp_path / "out").read_text() == '{"id": "other", "outputs": []}\n'
+
+
+def test_the_prompts_are_not_taken_for_results(run, folder, prompts):
+    prompts.write_text(prompts.read_text().rstrip())
+    before = prompts.read_bytes()
+    code, _, stderr = run("batch", folder, prompts, prompts)
+    assert code == 2 and "holds the prompts: name another file" in stderr
+    assert prompts.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["notes without a newline", '{"id": "p0"}\n', '{"id": ["p0"], "outputs": []}\n'])
+def test_a_file_that_holds_no_results_is_left_alone(run, folder, prompts, tmp_path, content):
+    (tmp_path / "out").write_text(content)
+    code, _, stderr = run("batch", folder, prompts, tmp_path / "out")
+    assert code == 2 and "name another file for the results" in stderr
+    assert (tmp_path / "out").read_text() == content
+
+
+def test_two_runs_do_not_write_one_file(run, folder, prompts, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / "out").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, _, stderr = run("batch", folder, prompts, tmp_path / "out")
+    assert code == 2 and "is being written by another run" in stderr
+    assert run("batch", folder, prompts, tmp_path / "out")[0] == 0
+
+
+def test_blank_lines_a_byte_order_mark_and_other_line_ends_are_read(run, folder, tmp_path):
+    (tmp_path / "in").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n\n')
+    assert run("batch", folder, tmp_path / "in", tmp_path / "out", "--max-tokens", 2)[0] == 0
+    assert sorted(results_of(tmp_path / "out")) == ["1", "3"]
+
+
+def test_where_no_results_can_be_written_no_weights_are_read(run, folder, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(Session, "load", lambda self: pytest.fail("weights were read"))
+    for path in (tmp_path, tmp_path / "missing" / "out"):
+        assert run("batch", folder, prompts, path)[0] == 2
 
 
 def test_options_of_the_engine_are_checked(run, folder, prompts, tmp_path):

@@ -1,6 +1,7 @@
 """Who gets columns of the cache, and when."""
 
 import pytest
+import torch
 
 from dllm_hf import LLM, SamplingParams
 
@@ -70,3 +71,28 @@ def test_gaps_are_closed_for_one_that_fits_into_all_of_them_together(family, pol
     for output, prompt, length in zip(outputs, prompts, lengths):
         alone = LLM(llm.model, cache_policy=policy, block_length=4).generate([prompt], params(length))
         assert output.outputs[0].token_ids == alone[0].outputs[0].token_ids
+
+
+def test_a_longer_one_takes_the_columns_of_free_slots_that_all_hold_its_beginning():
+    llm = LLM(tiny_model("sdar"), max_num_seqs=2)
+    llm.generate([[1] * 8] * 2, params(4))
+    [output] = llm.generate([[1] * 8], params(40))
+    [alone] = LLM(llm.model).generate([[1] * 8], params(40))
+    assert output.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+def test_no_memory_to_move_what_stands_in_the_cache_costs_no_slot(monkeypatch):
+    llm = LLM(tiny_model("sdar"), max_num_seqs=2)
+    engine = llm._driver.engine
+    seats = engine._decoder.seats
+    forget, count = seats.backend.forget, iter(range(100))
+
+    def tight(*arguments):
+        if next(count) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return forget(*arguments)
+
+    monkeypatch.setattr(seats.backend, "forget", tight)
+    outputs = llm.generate([[number] * 5 for number in range(4)], params(4))
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error"] * 2 + ["length"] * 2
+    assert engine.is_idle and sorted(seats.free) == [0, 1] and seats.rows == [None, None]

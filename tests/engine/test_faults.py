@@ -1,12 +1,15 @@
 """What goes wrong beside a request, or in its own step."""
 
+import threading
+
 import pytest
 import torch
 
 from dllm_hf import LLM, SamplingParams
+from dllm_hf.engine.driver import Mailbox
 from dllm_hf.generation.canvas import Canvas
 
-from ..builders import tiny_model
+from ..builders import character_tokenizer, tiny_model
 
 
 def failing(model, at: int, error: BaseException):
@@ -114,3 +117,81 @@ def test_requests_are_admitted_in_the_order_in_which_they_came(own_model):
     llm._driver.engine._decoder.add = lambda *requests: admitted.extend(requests) or submit(*requests)
     llm.generate(PROMPTS, [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths])
     assert [request.prompt for request in admitted] == PROMPTS
+
+
+class Ignorant:
+    """A tokenizer that does not know a token of the model."""
+
+    def __init__(self, tokenizer, unknown: int):
+        self.tokenizer, self.unknown = tokenizer, unknown
+
+    def decode(self, tokens, **options):
+        if self.unknown in tokens:
+            raise IndexError("piece id is out of range")
+        return self.tokenizer.decode(tokens, **options)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_token_that_the_tokenizer_does_not_know_fails_alone(streams, drafts):
+    llm = LLM(tiny_model("sdar"), tokenizer=character_tokenizer(), max_num_seqs=2)
+    [first, second] = [output.outputs[0] for output in llm.generate([[1, 2], [30, 31]], PARAMS)]
+    unknown = next(token for token in second.token_ids if token not in first.token_ids)
+    llm._driver.engine.tokenizer = Ignorant(llm.tokenizer, unknown)
+    if streams:
+        events = llm.generate_streaming([[1, 2], [30, 31]], PARAMS, drafts=drafts)
+        found = {event.request_id: event.output for event in events if event.output}
+        outputs = [found[name] for name in sorted(found)]
+    else:
+        outputs = [output.outputs[0] for output in llm.generate([[1, 2], [30, 31]], PARAMS)]
+    assert outputs[0] == first and free(llm)
+    assert (outputs[1].finish_reason, outputs[1].error) == ("error", "IndexError: piece id is out of range")
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_ctrl_c_between_the_end_of_a_step_and_its_reader_loses_nothing(own_model, at, monkeypatch):
+    """In the engine, the driver and `generate` itself."""
+    llm = LLM(own_model, max_num_seqs=2)
+    expected = [output.outputs for output in llm.generate(PROMPTS, PARAMS)]
+    owner, name = [(llm._driver.engine._decoder, "remove"), (llm._driver.engine, "step"), (Mailbox, "take")][at]
+    method, ends = getattr(owner, name), iter(range(10**6))
+
+    def interrupted(*arguments, **options):
+        result = method(*arguments, **options)
+        if next(ends) == 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+    outputs = llm.generate(PROMPTS, PARAMS)
+    for output, [whole] in zip(outputs, expected, strict=True):
+        [completion] = output.outputs
+        assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
+    assert free(llm) and not all(output.finished for output in outputs)
+
+
+def test_an_iterator_that_python_collects_in_the_middle_of_a_step_does_not_wait_for_itself(own_model):
+    llm = LLM(own_model, max_num_seqs=2)
+    stream = llm.generate_streaming([[1, 2]], SamplingParams(max_tokens=40, ignore_eos=True))
+    next(stream)
+    left = [stream]
+
+    def collect(*_):
+        left.clear()
+
+    del stream
+    own_model.register_forward_pre_hook(collect)
+    done = threading.Thread(target=llm.generate, args=([[3, 4]], PARAMS), daemon=True)
+    done.start()
+    done.join(30)
+    assert not done.is_alive()
+    llm.generate([[3, 4]], PARAMS)
+    assert free(llm)
+
+
+def test_closing_beside_generate_returns_what_has_finished(own_model):
+    llm = LLM(own_model, max_num_seqs=1, max_queue=1)
+    count = iter(range(10**6))
+    own_model.register_forward_pre_hook(lambda *_: llm.close() if next(count) == 12 else None)
+    reasons = [output.outputs[0].finish_reason for output in llm.generate(PROMPTS, PARAMS)]
+    assert reasons[0] == "length" and reasons[1:] == ["abort"] * 5 and free(llm)

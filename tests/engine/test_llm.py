@@ -190,7 +190,56 @@ def test_who_stops_to_read_aborts_the_rest(llm):
     assert llm._driver.engine.is_idle and all(row is None for row in llm._driver.engine._decoder.rows)
 
 
+def test_a_stop_string_across_a_special_token_that_the_text_leaves_out_takes_nothing_away():
+    llm = scripted("xa<end>bcd")
+    params = SamplingParams(max_tokens=6, block_length=2, stop="ab", ignore_eos=True)
+    events = list(llm.generate_streaming([[]], params))
+    assert "".join(event.text for event in events) == events[-1].output.text == "xabcd"
+    assert events[-1].finish_reason == "length"
+
+
+def test_who_stops_to_read_events_finds_the_others_later(llm):
+    names = [llm.submit(prompt, SamplingParams(max_tokens=4, block_length=4)) for prompt in ("abc", "de")]
+    seen = []
+    while len(seen) < 2:
+        event = next(llm.events())
+        seen += [event.request_id] if event.output is not None else []
+    assert sorted(seen) == names and list(llm.events()) == []
+
+
 # --- for servers
+
+
+def test_an_id_that_was_aborted_after_its_end_can_be_taken_again(llm):
+    params = SamplingParams(max_tokens=4, options={"eos_token_id": []})
+    llm.submit("abc", params, request_id="x")
+    list(llm.events())
+    llm.abort("x")
+    llm.submit("abc", params, request_id="x")
+    assert [event.finish_reason for event in llm.events() if event.output] == ["length"]
+
+
+def test_numbered_ids_pass_over_one_that_is_taken(llm):
+    llm.submit("a", SamplingParams(**ROOM), request_id="request-1")
+    assert [output.request_id for output in llm.generate(["a", "b"], SamplingParams(**ROOM))] == [
+        "request-0",
+        "request-2",
+    ]
+
+
+@pytest.mark.parametrize(
+    "request_ids, message",
+    [
+        (["x", "x"], "`request_id='x'` is given twice"),
+        (["x"], "`request_ids` lists 1 for 2 prompts"),
+        (["x", 5], "`request_ids` must be a list of strings"),
+        (["x", "taken"], "`request_id='taken'` is that of a request which has not finished"),
+    ],
+)
+def test_wrong_ids_are_refused_before_anything_is_submitted(llm, request_ids, message):
+    llm.submit("a", SamplingParams(**ROOM), request_id="taken")
+    with pytest.raises(ValueError, match=message):
+        llm.generate_streaming(["a", "b"], SamplingParams(**ROOM), request_ids=request_ids)
 
 
 def test_requests_are_submitted_and_aborted_while_others_run(llm):
@@ -273,7 +322,16 @@ def test_leaving_the_context_aborts_what_runs(llm):
         ({"n": 0}, "`n` must be an integer of at least 1"),
         ({"seed": -1}, "`seed` must be an integer"),
         ({"timeout": 0}, "`timeout` must be a number of seconds above 0"),
+        ({"timeout": True}, "`timeout` must be a number of seconds above 0"),
+        ({"timeout": 10**400}, "`timeout` must be a number of seconds above 0"),
         ({"stop": ""}, "`stop` must be a string or a list of strings"),
+        ({"stop": 5}, "`stop` must be a string or a list of strings"),
+        ({"stop_token_ids": 5}, "`stop_token_ids` must be a list of token ids"),
+        ({"ignore_eos": "no"}, "`ignore_eos` must be True or False"),
+        ({"skip_special_tokens": "no"}, "`skip_special_tokens` must be True or False"),
+        ({"options": {1: 2}}, "`options` must be a dict of options by their names"),
+        ({"options": {"mask_id": 5}}, "`mask_token_id` is no option of a request"),
+        ({"options": {"use_cache": False}}, "`cache_policy` is no option of a request"),
         ({"options": {"cfg_scale": 1.0}}, "use `diffusion_generate`"),
         ({"options": {"cache_policy": "dual"}}, "pass it to `LLM`"),
         ({"options": {"stop_strings": "a"}}, "the argument is called `stop`"),
@@ -289,6 +347,13 @@ def test_wrong_parameters_are_refused_when_they_are_made(arguments, message):
     [
         (["abc", [5, 99]], {}, "prompt 1: .*token id 99"),
         (["abc", 5], {}, "prompt 1: a prompt is a string, a list of token ids, or a list of messages"),
+        ([[2**70]], {}, "the prompt holds the token id 1180591620717411303424"),
+        (["\ud800"], {}, "no text that can be encoded"),
+        (["abc"], {"stop_token_ids": [99]}, "`stop_token_ids` holds the token id 99"),
+        ({"input_ids": [1, 2]}, {}, "`prompts` must be .*: pass its `input_ids`"),
+        ({"role": "user", "content": "a"}, {}, "`prompts` must be .*: pass a list of messages"),
+        (5, {}, "`prompts` must be a string"),
+        (torch.tensor([[1, 2]]), {}, r"`.tolist\(\)` makes a list"),
         (["abc"], {"max_tokens": 200}, "take 203 columns|longer than the 128 positions"),
         (["abc"], {"remasking_strategy": "lowconfidence"}, "`remasking_strategy='lowconfidence'` is unknown"),
         (["abc"], {"options": {"tempratur": 1}}, "`tempratur` is not an option.*did you mean 'temperature'"),
@@ -314,6 +379,23 @@ def test_wrong_prompts_are_refused_before_anything_runs(llm, prompts, params, me
 def test_an_engine_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         LLM(tiny_model("llada"), **arguments)
+
+
+def test_an_iterator_of_prompts_is_read_once(llm):
+    params = SamplingParams(**ROOM)
+    assert [output.prompt for output in llm.generate(map(str, ["abc", "de"]), params)] == ["abc", "de"]
+
+
+def test_what_a_chat_template_raises_is_said_with_its_prompt(llm):
+    llm.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="prompt 1: the chat template .*roles must alternate"):
+        llm.generate(["a", [{"role": "user", "content": "a"}]], SamplingParams(**ROOM))
+
+
+def test_a_number_of_best_tokens_that_no_tensor_holds_is_all_of_them(llm):
+    params = [SamplingParams(topk=topk, temperature=1.0, seed=1, **ROOM) for topk in (10**30, None)]
+    first, second = llm.generate(["abc", "abc"], params)
+    assert first.outputs == second.outputs
 
 
 def test_as_many_parameters_as_prompts_or_one(llm):

@@ -17,11 +17,14 @@ class Detokenizer:
 
     Attributes:
         text: all that has been given away.
+        is_stopped: whether a stop string has ended the tokens. Only then the text ends at one: where special tokens are left
+            out, what stands on both sides of them may look like one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stop: list[str], skip_special_tokens: bool = True):
         self.tokenizer, self.stop, self.skip_special_tokens = tokenizer, stop, skip_special_tokens
         self.text, self._held, self._begin, self._end = "", "", 0, 0
+        self.is_stopped = False
 
     def decode(self, tokens: list[int], skip_special_tokens: bool | None = None) -> str:
         if self.tokenizer is None:
@@ -35,7 +38,7 @@ class Detokenizer:
         if is_last or not text.endswith("\ufffd"):
             self._held += text[len(known) :]
             self._begin, self._end = self._end, len(tokens)
-        found = [self._held.index(string) for string in self.stop if string in self._held]
+        found = [self._held.index(string) for string in self.stop if self.is_stopped and string in self._held]
         if found:
             self._held = self._held[: min(found)]
         waits = 0 if is_last or found else max((_overlap(self._held, string) for string in self.stop), default=0)

@@ -2,11 +2,16 @@
 
 import threading
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .engine import Engine, QueueFullError
 from .outputs import Event
 from .sequence import Sequence
+
+
+class ClosedError(ValueError):
+    """[`LLM.close`] was called."""
 
 
 @dataclass(eq=False)
@@ -24,6 +29,15 @@ class Mailbox:
         """Whether there is something to read, or will be."""
         return bool(self.left or self.events)
 
+    def take(self) -> Iterator[Event]:
+        """What has arrived, one by one; who stops to read leaves the rest."""
+        while True:
+            try:
+                event = self.events.popleft()
+            except IndexError:  # nothing is left, or another thread has taken it
+                return
+            yield event
+
 
 class Driver:
     """Whoever waits for events does the engine's next step, and finds its own among what comes of it. Requests are put in
@@ -32,8 +46,10 @@ class Driver:
     def __init__(self, engine: Engine):
         self.engine = engine
         self._stepping, self._changing = threading.Lock(), threading.Condition()
-        self._arrived: deque[list[Sequence]] = deque()
-        self._aborted: deque[str] = deque()
+        # Requests, and the ids of those to abort, in the order in which they came: an id may be taken again.
+        self._arrived: deque[list[Sequence] | set[str]] = deque()
+        self._undelivered: deque[Event] = deque()
+        self._stepper: int | None = None  # the thread that does a step
         self._mailboxes: dict[str, Mailbox] = {}
         self.is_closed = False
 
@@ -47,39 +63,54 @@ class Driver:
         request_id = sequences[0].request_id
         with self._changing:
             if self.is_closed:
-                raise ValueError("The `LLM` is closed: make a new one.")
+                raise ClosedError("The `LLM` is closed: make a new one.")
             if request_id in self._mailboxes:
                 raise ValueError(
                     f"`request_id={request_id!r}` is that of a request which has not finished: take another."
                 )
-            waiting = len(self.engine.waiting) + sum(map(len, self._arrived))
+            waiting = len(self.engine.waiting) + sum(len(each) for each in [*self._arrived] if isinstance(each, list))
             if waiting and waiting + len(sequences) > self.engine.max_queue:
                 raise QueueFullError(
                     f"{waiting} completions are waiting, and `max_queue` is {self.engine.max_queue}: try again later."
                 )
-            self._mailboxes[request_id] = mailbox
             mailbox.left[request_id] = len(sequences)
+            self._mailboxes[request_id] = mailbox
             self._arrived.append(sequences)
             self._changing.notify_all()
 
     def abort(self, request_ids: list[str]) -> None:
         with self._changing:
-            self._aborted.extend(request_ids)
+            self._arrived.append({request_id for request_id in request_ids if request_id in self._mailboxes})
             self._changing.notify_all()
 
-    def turn(self, mailbox: Mailbox) -> list[Event]:
-        """The events of a mailbox; where there are none yet, those of a step."""
+    def turn(self, mailbox: Mailbox | None) -> None:
+        """Do a step, unless there are events in a mailbox."""
         with self._stepping:
-            if not mailbox.events:
+            if mailbox is not None and mailbox.events:
+                return
+            self._stepper = threading.get_ident()
+            try:
                 while self._arrived:
-                    self.engine.submit(self._arrived.popleft())
-                while self._aborted:
-                    self.engine.abort(self._aborted.popleft())
-                for event in self.engine.step():
-                    self._deliver(event)
-            events = list(mailbox.events)
-            mailbox.events.clear()
-            return events
+                    arrived = self._arrived.popleft()
+                    if isinstance(arrived, set):
+                        self.engine.abort(*arrived)
+                    else:
+                        self.engine.submit(arrived)
+                self._undelivered.extend(self.engine.step())
+                while self._undelivered:
+                    self._deliver(self._undelivered.popleft())
+            finally:
+                self._stepper = None
+
+    @property
+    def is_in_my_step(self) -> bool:
+        """Whether this thread is in the middle of a step, and would wait for itself: Python may collect an iterator that
+        somebody has left anywhere."""
+        return self._stepper == threading.get_ident()
+
+    def knows(self, request_id: str) -> bool:
+        """Whether there is a request of this id which has not finished."""
+        return request_id in self._mailboxes
 
     def _deliver(self, event: Event) -> None:
         mailbox = self._mailboxes[event.request_id]
@@ -98,5 +129,5 @@ class Driver:
         """End everything. Who waits for events gets the last ones."""
         with self._changing:
             self.is_closed = True
-            self._aborted.extend(self._mailboxes)
+            self._arrived.append(set(self._mailboxes))
             self._changing.notify_all()

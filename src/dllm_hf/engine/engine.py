@@ -88,6 +88,7 @@ class Engine:
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
         self._order = itertools.count()
         self._ended: list[Sequence] = []  # without a row; the next step tells it
+        self._told: list[Event] = []  # those of the present step, and of one that was interrupted
 
     @property
     def num_forward_passes(self) -> int:
@@ -96,7 +97,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether a step would do nothing and tell nothing."""
-        return not (self.waiting or self.running or self._ended)
+        return not (self.waiting or self.running or self._ended or self._told)
 
     # --- requests come and go
 
@@ -107,6 +108,12 @@ class Engine:
             ValueError: names the argument that is wrong and what to do.
         """
         options = {**self.options, **params.generation_options()}
+        vocab = self.model.config.vocab_size
+        for name, tokens in (("the prompt", prompt), ("`stop_token_ids`", params.stop_token_ids or ())):
+            if wrong := [token for token in tokens if not 0 <= token < vocab]:
+                raise ValueError(
+                    f"{name} holds the token id {wrong[0]}, but the vocabulary has {vocab} tokens: was it made for this model?"
+                )
         ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
         first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
@@ -147,11 +154,15 @@ class Engine:
                 heapq.heappush(self._deadlines, (now + sequence.timeout, next(self._order), sequence))
         self.waiting.extend(sequences)
 
-    def abort(self, request_id: str) -> None:
-        """End a request with what is final of it; nothing happens where it has finished."""
+    def abort(self, *request_ids: str) -> None:
+        """End requests with what is final of them; nothing happens where they have finished."""
+        ids, left = set(request_ids), deque[Sequence]()
         for sequence in [*self.waiting, *self.running.values()]:
-            if sequence.request_id == request_id:
-                self._end(sequence, "abort")
+            if sequence.request_id in ids:
+                sequence.end("abort")
+        for sequence in self.waiting:
+            (left if sequence.reason is None else self._ended).append(sequence)
+        self.waiting = left
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         sequence.end(reason)
@@ -172,17 +183,17 @@ class Engine:
             *_, sequence = heapq.heappop(self._deadlines)
             if not sequence.is_finished:
                 self._end(sequence, "timeout")
-        events: list[Event] = []
         try:
             self._admit()
-            self._tell(self._decode(), events)
+            self._tell(self._decode())
         except Exception as error:
             self._fail("error", error)
         except BaseException:
             self._fail("abort")
             raise
-        events += [sequence.finish() for sequence in self._ended]
+        self._told += [sequence.finish() for sequence in self._ended]
         self._ended = []
+        events, self._told = self._told, []
         return events
 
     def _admit(self) -> None:
@@ -230,23 +241,34 @@ class Engine:
         with torch.no_grad(), evaluating(self.model), current:
             return self._decoder.step()
 
-    def _tell(self, finished: list[Row], events: list[Event]) -> None:
-        """Add the events of a step. `finished`: the rows that have finished a block."""
-        canvas = self._decoder.canvas
+    def _tell(self, finished: list[Row]) -> None:
+        """Make the events of a step. `finished`: the rows that have finished a block."""
+        canvas, events = self._decoder.canvas, self._told
         spans = {row: row.blocks[row.block_index - 1][0] for row in finished}
         # A row that was ended stands in a block of which some may be final.
         spans |= {row: row.span for row in self.running if row.has_ended and row not in spans}
         for (row, (start, _)), block in zip(spans.items(), self._tokens(spans)):
-            if event := self.running[row].settle(row, start, block):
+            try:
+                event = self.running[row].settle(row, start, block)
+            except (
+                Exception
+            ) as error:  # a tokenizer that does not know a token of the model: of no concern to the others
+                self.running[row].end("error", error)
+                continue
+            if event is not None:
                 events.append(event)
         for row, sequence in self.running.items():
             if sequence.shows_drafts and not row.is_done:
-                events.append(sequence.draft(canvas.text(row).tolist()))
+                try:
+                    events.append(sequence.draft(canvas.text(row).tolist()))
+                except Exception as error:
+                    sequence.end("error", error)
         done = [row for row in self.running if row.is_done]
         counts = canvas.counts.tolist() if done else []
         for row in done:
-            sequence = self.running.pop(row)
+            sequence = self.running[row]
             events.append(sequence.finish(*counts[row.slot]))
+            del self.running[row]
             self._decoder.remove(row, sequence.text[: row.ends_at])
 
     def _tokens(self, spans: dict[Row, tuple[int, int]]) -> list[list[int]]:
@@ -262,10 +284,11 @@ class Engine:
 
     def _fail(self, reason: str, error: Exception | None = None) -> None:
         """End everything that has a slot, after a step that did not come to its end."""
-        for row in self.running:
+        for row in [row for row in self._decoder.rows if row is not None]:
             self._decoder.remove(row, is_intact=False)
-        for sequence in (failed := [*self.running.values(), *self._admitting]):
-            sequence.end(reason, error)
-        self._ended += failed
+        for sequence in dict.fromkeys([*self.running.values(), *self._admitting]):
+            if not sequence.is_finished:
+                sequence.end(reason, error)
+                self._ended.append(sequence)
         self.running, self._admitting = {}, []
         self.waiting = deque(each for each in self.waiting if each.reason is None)

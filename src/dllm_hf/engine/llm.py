@@ -2,8 +2,8 @@
 
 import itertools
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..generation.mixin import DiffusionGenerationMixin
 from .detokenizer import Detokenizer
-from .driver import Driver, Mailbox
+from .driver import ClosedError, Driver, Mailbox
 from .engine import Engine, QueueFullError
 from .outputs import Event, RequestOutput
 from .sampling_params import SamplingParams
@@ -185,16 +185,20 @@ class LLM:
         with tqdm(total=len(requests), unit="request", disable=not use_tqdm, dynamic_ncols=True) as bar:
             while waiting or mailbox.is_open:
                 try:
-                    events = self._turn(waiting, mailbox)
+                    self._turn(waiting, mailbox)
+                    for event in mailbox.take():
+                        tokens += len(event.token_ids)
+                        if event.output is not None:
+                            outputs[event.request_id].outputs.append(event.output)
+                            bar.update(event.request_id not in mailbox.left)
+                    speed = tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                 except KeyboardInterrupt:
                     logger.warning("Interrupted: what has finished is returned, the rest as far as it is final.")
-                    events = self._withdraw(waiting, mailbox)
-                for event in events:
-                    tokens += len(event.token_ids)
-                    if event.output is not None:
-                        outputs[event.request_id].outputs.append(event.output)
-                        bar.update(event.request_id not in mailbox.left)
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+                    self._withdraw(waiting, mailbox)
+                except BaseException:
+                    self._withdraw(waiting, mailbox)
+                    raise
         for output in outputs.values():
             output.outputs.sort(key=lambda each: each.index)
         return list(outputs.values())
@@ -216,31 +220,38 @@ class LLM:
         mailbox = Mailbox()
         try:
             while waiting or mailbox.is_open:
-                yield from self._turn(waiting, mailbox)
+                self._turn(waiting, mailbox)
+                yield from mailbox.take()
         finally:
             self._withdraw(waiting, mailbox)
 
-    def _turn(self, waiting: deque[list[Sequence]], mailbox: Mailbox) -> list[Event]:
+    def _turn(self, waiting: deque[list[Sequence]], mailbox: Mailbox) -> None:
         """Submit what the queue has room for, and wait for events."""
         while waiting:
             try:
                 self._driver.submit(waiting[0], mailbox)
             except QueueFullError:
                 break
+            except ClosedError:
+                self._give_up(waiting, mailbox)
+                break
             waiting.popleft()
-        return self._driver.turn(mailbox)
+        self._driver.turn(mailbox)
 
-    def _withdraw(self, waiting: deque[list[Sequence]], mailbox: Mailbox) -> list[Event]:
-        """Abort requests, submitted or not. Returns their last events."""
-        events = []
+    def _give_up(self, waiting: deque[list[Sequence]], mailbox: Mailbox) -> None:
+        """End requests that have not been submitted."""
         for sequence in (each for sequences in waiting for each in sequences):
-            sequence.end("abort")
-            events.append(sequence.finish())
+            if not sequence.is_finished and not self._driver.knows(sequence.request_id):
+                sequence.end("abort")
+                mailbox.events.append(sequence.finish())
         waiting.clear()
+
+    def _withdraw(self, waiting: deque[list[Sequence]], mailbox: Mailbox) -> None:
+        """Abort requests, submitted or not, and have their last events put into the mailbox."""
+        self._give_up(waiting, mailbox)
         self._driver.abort(list(mailbox.left))
-        while mailbox.is_open:
-            events += self._driver.turn(mailbox)
-        return events
+        while mailbox.left and not self._driver.is_in_my_step:
+            self._driver.turn(None)
 
     # --- for servers
 
@@ -280,7 +291,8 @@ class LLM:
             if not self._submitted.is_open:
                 self._driver.wait(self._submitted)
                 continue
-            yield from self._driver.turn(self._submitted)
+            self._driver.turn(self._submitted)
+            yield from self._submitted.take()
 
     def close(self) -> None:
         """Abort everything. Whoever reads events gets the last ones."""
@@ -303,7 +315,10 @@ class LLM:
         streams: bool = True,
     ) -> list[list[Sequence]]:
         """Check prompts and parameters, and make the completions of each."""
-        prompts = [prompts] if _is_one(prompts) else list(prompts)
+        prompts = _prompts_of(prompts)
+        if self._driver.is_closed:
+            raise ClosedError("The `LLM` is closed: make a new one.")
+        names = self._names(len(prompts), request_ids)
         every = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(every) != len(prompts):
             raise ValueError(
@@ -314,7 +329,7 @@ class LLM:
             one = SamplingParams() if one is None else one
             if not isinstance(one, SamplingParams):
                 raise ValueError(f"`sampling_params` must hold `SamplingParams`, but holds {one!r}.")
-            name = request_ids[number] if request_ids else f"request-{next(self._numbers)}"
+            name = names[number]
             try:
                 sequences = self._driver.engine.prepare(encode(prompt, self.tokenizer), one, name)
             except ValueError as error:
@@ -324,6 +339,21 @@ class LLM:
                 sequence.shows_texts, sequence.shows_drafts = streams, drafts
             requests.append(sequences)
         return requests
+
+    def _names(self, number: int, given: list[str] | None) -> list[str]:
+        """The ids of requests."""
+        if given is None:
+            free = (name for name in (f"request-{each}" for each in self._numbers) if not self._driver.knows(name))
+            return list(itertools.islice(free, number))
+        if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"`request_ids` must be a list of strings, but is {given!r}.")
+        if len(given) != number:
+            raise ValueError(f"`request_ids` lists {len(given)} for {number} prompts: pass one for each.")
+        for name, count in Counter(given).items():
+            if count > 1 or self._driver.knows(name):
+                of = "given twice" if count > 1 else "that of a request which has not finished"
+                raise ValueError(f"`request_id={name!r}` is {of}: take another.")
+        return list(given)
 
     def _output(self, sequence: Sequence) -> RequestOutput:
         prompt = sequence.request.prompt
@@ -345,22 +375,41 @@ def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
         return list(prompt)
     is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
     if not (is_chat or isinstance(prompt, str)):
-        raise ValueError(f"a prompt is a string, a list of token ids, or a list of messages, but not {prompt!r}.")
+        raise ValueError(
+            f"a prompt is a string, a list of token ids, or a list of messages, but not {prompt!r}{_remedy(prompt)}."
+        )
     if tokenizer is None:
         raise ValueError("there is no tokenizer: pass token ids, or `tokenizer=` to `LLM`.")
     if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is no text that can be encoded: {error}") from error
         return list(tokenizer(prompt)["input_ids"]) if prompt else []
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: pass a string or token ids.")
-    encoding: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    try:
+        encoding: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # what a template raises is its own affair
+        raise ValueError(f"the chat template does not take these messages: {error}") from error
     return list(encoding["input_ids"])
 
 
-def _is_one(prompts: Any) -> bool:
-    """Whether this is a prompt, and not several."""
+def _prompts_of(prompts: Any) -> list[Any]:
+    """One prompt or several as a list."""
     if isinstance(prompts, str):
-        return True
+        return [prompts]
+    if isinstance(prompts, (Mapping, bytes, bytearray)) or not isinstance(prompts, Iterable):
+        raise ValueError(
+            f"`prompts` must be a string, a list of token ids, a list of messages, or a list of such, but is {prompts!r}"
+            f"{_remedy(prompts)}."
+        )
     prompts = list(prompts)
-    return (
-        bool(prompts) and all(type(each) is int for each in prompts) or any(isinstance(each, dict) for each in prompts)
-    )
+    is_one = prompts and all(type(each) is int for each in prompts) or any(isinstance(each, dict) for each in prompts)
+    return [prompts] if is_one else prompts
+
+
+def _remedy(prompt: Any) -> str:
+    if isinstance(prompt, Mapping):
+        return ": pass its `input_ids`" if "input_ids" in prompt else ": pass a list of messages"
+    return ": `.tolist()` makes a list" if hasattr(prompt, "tolist") else ""

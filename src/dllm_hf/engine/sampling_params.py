@@ -1,8 +1,10 @@
 """`SamplingParams`: what a request asks for, under the names of vLLM and BlockInfer."""
 
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..generation.configuration import canonical_options
 
 # Options of `diffusion_generate` that are about a whole batch or look at its logits, and what to do instead.
 _REMEDIES = {
@@ -70,14 +72,21 @@ class SamplingParams:
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63 - self.n):
             raise ValueError(f"`seed` must be an integer from 0 to 2**63, but is {self.seed!r}.")
         if self.timeout is not None and not (
-            isinstance(self.timeout, (int, float)) and 0 < self.timeout and math.isfinite(self.timeout)
+            type(self.timeout) in (int, float) and 0 < self.timeout <= sys.float_info.max
         ):
             raise ValueError(f"`timeout` must be a number of seconds above 0, but is {self.timeout!r}.")
-        if not all(isinstance(string, str) and string for string in self.stop_strings):
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
+        tokens = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(tokens, (list, tuple)) or not all(type(token) is int for token in tokens):
+            raise ValueError(f"`stop_token_ids` must be a list of token ids, but is {self.stop_token_ids!r}.")
+        is_known = self.stop is None or isinstance(self.stop, (str, list, tuple))
+        if not is_known or not all(isinstance(string, str) and string for string in self.stop_strings):
             raise ValueError(f"`stop` must be a string or a list of strings, none empty, but is {self.stop!r}.")
-        if not isinstance(self.options, dict):
+        if not isinstance(self.options, dict) or not all(isinstance(name, str) for name in self.options):
             raise ValueError(f"`options` must be a dict of options by their names, but is {self.options!r}.")
-        for name in self.options:
+        for name in {**self.options, **canonical_options(self.options)}:
             if name in _REMEDIES:
                 raise ValueError(f"`{name}` is no option of a request: {_REMEDIES[name]}.")
 

@@ -67,9 +67,9 @@ class Sequence:
         while self.final < row.shown and self.text[self.final] != row.mask:
             self.final += 1
         prompt = len(self.request.prompt)
-        end = self.stop.find(self.text[: self.final], prompt) if self.stop and self.reason is None else None
+        end = self.stop.find(self.text[: self.final], prompt) if self.stop else None
         if end is not None:
-            self.reason = "stop"
+            self.reason, self.detokenizer.is_stopped = self.reason or "stop", True
             row.end(end)
         # No end of sequence stands before the last block of a row that goes on: the loop ends the others.
         limit = end_of(row, self.text) if row.is_done else self.final
@@ -83,12 +83,17 @@ class Sequence:
     def finish(self, passes: int = 0, transferred: int = 0) -> Event:
         """The last event, which tells nothing new of the tokens. `passes`: those that gave the row a token; `transferred`:
         how many it got."""
-        self.is_finished, row, prompt = True, self.row, self.request.prompt
+        row, prompt = self.row, self.request.prompt
         mask, filled = self.request.options.mask_token_id, None
         if row is not None and mask in prompt and mask not in self.text[: len(prompt)]:
             filled = self.text[: len(prompt)]
         has_end = bool(self.tokens) and self.tokens[-1] in as_token_list(self.request.options.eos_token_id)
-        text = self.detokenizer.put(self.tokens, is_last=True)
+        text, filled_text = "", None
+        try:
+            text = self.detokenizer.put(self.tokens, is_last=True)
+            filled_text = None if filled is None else self.detokenizer.decode(filled)
+        except Exception as error:  # a tokenizer that does not know a token of the model
+            self.end("error", error)
         output = CompletionOutput(
             index=self.index,
             text=self.detokenizer.text,
@@ -97,10 +102,11 @@ class Sequence:
             num_forward_passes=0 if row is None else row.passes,
             tokens_per_forward=transferred / max(passes, 1),
             filled_prompt_token_ids=filled,
-            filled_prompt=None if filled is None else self.detokenizer.decode(filled),
+            filled_prompt=filled_text,
             error=None if self.error is None else f"{type(self.error).__name__}: {self.error}",
         )
         usage = Usage(len(prompt), len(self.tokens), output.num_forward_passes)
+        self.is_finished = True
         return Event(
             self.request_id, self.index, [], text, finish_reason=output.finish_reason, usage=usage, output=output
         )

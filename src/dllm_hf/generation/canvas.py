@@ -9,6 +9,7 @@ from .requests import Row
 # The numeric options of a row, in the order of the columns of `Canvas.numbers`.
 NUMBERS = ("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
 LISTS = ("eos_token_id", "suppress_tokens", "confidence_suppress_tokens")
+MAX_TOP_K = 2**31  # no vocabulary is larger, and a tensor takes no integers of more than 64 bits
 
 
 class Canvas:
@@ -93,7 +94,7 @@ def choices_of(row: Row) -> list[int]:
     """A row of `Canvas.choices`."""
     strategy, request = row.strategy, row.request
     score, rule = SCORES.index(strategy.confidence), RULES.index(strategy.selection)
-    return [score, rule, request.options.top_k or 0, len(request.prompt)]
+    return [score, rule, min(request.options.top_k or 0, MAX_TOP_K), len(request.prompt)]
 
 
 def list_of(row: Row, name: str) -> list[int]:

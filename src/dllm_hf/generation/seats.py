@@ -53,19 +53,33 @@ class Seats:
         known = known[: known.index(mask)] if mask in known else known
         holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(known, size)
         own = next((slot for slot in holders if self.rows[slot] is None and self._can_hold(slot, columns)), None)
-        slot = next(slot for slot in self.free if slot not in holders or len(self.free) == 1) if own is None else own
-        self._make_room(slot, columns, own is not None, holders)
-        self.free.remove(slot)
+        slot = next((slot for slot in self.free if slot not in holders), self.free[0]) if own is None else own
         row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
         row.final_length = final_length
-        if own is None and not final_length and row.first_feeds == "not yet final":
-            backend.forget(self.state, slot, -1, 0, size)
-        self.rows[slot] = row
-        if self._beginnings is not None:
-            holders = [each for each in holders if each == own or each != slot and each in self._beginnings]
-            self._beginnings.put(slot, known, size)
-            self._take_over(row, own, holders, shared)
+        try:
+            self._make_room(slot, columns, own is not None, holders)
+            self.rows[slot] = row
+            self.free.remove(slot)
+            if own is None and not final_length and row.first_feeds == "not yet final":
+                backend.forget(self.state, slot, -1, 0, size)
+            if self._beginnings is not None:
+                holders = [each for each in holders if each == own or each != slot and each in self._beginnings]
+                self._beginnings.put(slot, known, size)
+                self._take_over(row, own, holders, shared)
+        except BaseException:  # no memory to move or copy what stands in the state
+            self._give_back(slot)
+            raise
         return row
+
+    def _give_back(self, slot: int) -> None:
+        """Free the slot of a row that could not be seated."""
+        row = self.rows[slot]
+        if row is not None and slot not in self.free:
+            self.leave(row, None, is_intact=False)
+            return
+        self.rows[slot] = None
+        if self._beginnings is not None:
+            self._beginnings.drop(slot)
 
     def _can_hold(self, slot: int, columns: int) -> bool:
         return self._extents is None or self._extents.size_of(slot) >= columns
