@@ -23,7 +23,6 @@ from dllm_hf.hub import export
 from ..builders import BUILDERS, END, character_tokenizer, new_model
 from .conftest import Fresh, content, in_hub_cache, weights
 
-pytestmark = pytest.mark.xdist_group("repositories")  # one worker makes them, and one fresh process tries them
 HERE = Path(__file__).parents[2]
 GOLDEN = sorted(path.parent for path in (HERE / "tests" / "golden").glob("*/cases.json"))
 SHAKESPEARE = HERE / "hub_configs" / "llada-tiny-shakespeare"

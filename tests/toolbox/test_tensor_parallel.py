@@ -12,7 +12,6 @@ from torch import distributed
 
 from ..builders import BUILDERS, new_model
 
-pytestmark = pytest.mark.xdist_group("tensor parallel")  # the processes are started once
 # GLADream's gates between its two scans read all heads together: its attention stays whole, its MLPs are divided.
 LARGEST_SHARE = {"gla_dream": 0.9}
 

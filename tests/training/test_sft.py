@@ -50,9 +50,15 @@ def trainer_of(kind, family: str, folder, rows: list[dict], schedule: str = "lla
     )
 
 
-@pytest.mark.parametrize("rows, schedule", [("even", "llada"), ("ragged", "complementary"), ("packed", "llada")])
-def test_it_trains_as_the_library_s_trainer_does(family, rows, schedule, tmp_path):
+# Every family, and each kind of rows with a family that sees all of a text and one that sees blocks.
+TRAINED = [(family, "even") for family in BUILDERS]
+TRAINED += [("llada", "ragged"), ("sdar", "ragged"), ("dream", "packed"), ("gla_dream", "packed")]
+
+
+@pytest.mark.parametrize("family, rows", TRAINED)
+def test_it_trains_as_the_library_s_trainer_does(family, rows, tmp_path):
     """SFTTrainer's own loss would be another one, and take no batch whose rows are of equal length."""
+    schedule = "complementary" if rows == "ragged" else "llada"
     made = {
         "even": texts(8),
         "ragged": [{"input_ids": row["input_ids"][: 4 + index]} for index, row in enumerate(texts(8))],
