@@ -1,6 +1,10 @@
 """What goes wrong beside a request, or in its own step."""
 
+import os
+import random
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -195,3 +199,30 @@ def test_closing_beside_generate_returns_what_has_finished(own_model):
     own_model.register_forward_pre_hook(lambda *_: llm.close() if next(count) == 12 else None)
     reasons = [output.outputs[0].finish_reason for output in llm.generate(PROMPTS, PARAMS)]
     assert reasons[0] == "length" and reasons[1:] == ["abort"] * 5 and free(llm)
+
+
+def test_ctrl_c_at_any_moment_leaves_an_engine_that_goes_on(own_model):
+    """The signal itself, at random times: it takes effect between two steps."""
+    llm = LLM(own_model, max_num_seqs=3)
+    expected = [output.outputs for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+    dice, before, interrupted = random.Random(0), signal.getsignal(signal.SIGINT), 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for _ in range(25):
+            timer = threading.Timer(dice.uniform(0, 0.06), os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            try:
+                outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+                interrupted += not all(output.finished for output in outputs)
+                for output, [whole] in zip(outputs, expected, strict=True):
+                    [completion] = output.outputs
+                    assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
+                timer.join()
+                time.sleep(0.01)
+            except KeyboardInterrupt:  # outside of the engine's steps
+                timer.join()
+            assert free(llm)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert interrupted > 3
+    assert [output.outputs for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .engine import Engine, QueueFullError
+from .interrupts import interrupts_deferred
 from .outputs import Event
 from .sequence import Sequence
 
@@ -61,7 +62,7 @@ class Driver:
             QueueFullError: there is no room for its completions.
         """
         request_id = sequences[0].request_id
-        with self._changing:
+        with interrupts_deferred(), self._changing:
             if self.is_closed:
                 raise ClosedError("The `LLM` is closed: make a new one.")
             if request_id in self._mailboxes:
@@ -79,13 +80,13 @@ class Driver:
             self._changing.notify_all()
 
     def abort(self, request_ids: list[str]) -> None:
-        with self._changing:
+        with interrupts_deferred(), self._changing:
             self._arrived.append({request_id for request_id in request_ids if request_id in self._mailboxes})
             self._changing.notify_all()
 
     def turn(self, mailbox: Mailbox | None) -> None:
         """Do a step, unless there are events in a mailbox."""
-        with self._stepping:
+        with interrupts_deferred(), self._stepping:
             if mailbox is not None and mailbox.events:
                 return
             self._stepper = threading.get_ident()

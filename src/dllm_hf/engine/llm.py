@@ -15,6 +15,7 @@ from ..generation.mixin import DiffusionGenerationMixin
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
 from .engine import Engine, QueueFullError
+from .interrupts import interrupts_deferred
 from .outputs import Event, RequestOutput
 from .sampling_params import SamplingParams
 from .sequence import Sequence
@@ -185,14 +186,15 @@ class LLM:
         with tqdm(total=len(requests), unit="request", disable=not use_tqdm, dynamic_ncols=True) as bar:
             while waiting or mailbox.is_open:
                 try:
-                    self._turn(waiting, mailbox)
-                    for event in mailbox.take():
-                        tokens += len(event.token_ids)
-                        if event.output is not None:
-                            outputs[event.request_id].outputs.append(event.output)
-                            bar.update(event.request_id not in mailbox.left)
-                    speed = tokens / max(bar.format_dict["elapsed"], 1e-9)
-                    bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+                    with interrupts_deferred():
+                        self._turn(waiting, mailbox)
+                        for event in mailbox.take():
+                            tokens += len(event.token_ids)
+                            if event.output is not None:
+                                outputs[event.request_id].outputs.append(event.output)
+                                bar.update(event.request_id not in mailbox.left)
+                        speed = tokens / max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                 except KeyboardInterrupt:
                     logger.warning("Interrupted: what has finished is returned, the rest as far as it is final.")
                     self._withdraw(waiting, mailbox)
@@ -220,7 +222,8 @@ class LLM:
         mailbox = Mailbox()
         try:
             while waiting or mailbox.is_open:
-                self._turn(waiting, mailbox)
+                with interrupts_deferred():
+                    self._turn(waiting, mailbox)
                 yield from mailbox.take()
         finally:
             self._withdraw(waiting, mailbox)
@@ -248,10 +251,11 @@ class LLM:
 
     def _withdraw(self, waiting: deque[list[Sequence]], mailbox: Mailbox) -> None:
         """Abort requests, submitted or not, and have their last events put into the mailbox."""
-        self._give_up(waiting, mailbox)
-        self._driver.abort(list(mailbox.left))
-        while mailbox.left and not self._driver.is_in_my_step:
-            self._driver.turn(None)
+        with interrupts_deferred():
+            self._give_up(waiting, mailbox)
+            self._driver.abort(list(mailbox.left))
+            while mailbox.left and not self._driver.is_in_my_step:
+                self._driver.turn(None)
 
     # --- for servers
 
