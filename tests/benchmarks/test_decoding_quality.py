@@ -68,7 +68,7 @@ def test_every_setting_of_a_family_s_policies_decodes_a_puzzle(script, tmp_path,
     monkeypatch.setattr(script, "LEVELS", {"33-36 clues": (33, 36)})
     out = tmp_path / "results.jsonl"
     script.main(
-        ["measure", str(ROOT / "hub_configs/sdar-tiny-sudoku"), "--rows", "2", "--device", "cpu", "--out", str(out)]
+        ["measure", str(ROOT / "hub_configs/sdar-tiny-sudoku"), "--rows", "1", "--device", "cpu", "--out", str(out)]
     )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == len(script.sudoku_settings(("block", "none")))
