@@ -42,7 +42,7 @@ class Mailbox:
 
 class Driver:
     """Whoever waits for events does the engine's next step, and finds its own among what comes of it. Requests are put in
-    and taken out from any thread; nobody waits for a step for that."""
+    and taken out from any thread; no thread waits for a step for that."""
 
     def __init__(self, engine: Engine):
         self.engine = engine

@@ -1,4 +1,4 @@
-"""Stop strings."""
+"""Where a row ends: stop strings, and ends of sequence."""
 
 from bisect import bisect_left
 
