@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("build")
 pytest.importorskip("hatchling")
+pytestmark = pytest.mark.slow  # it builds, and makes an environment: CI runs it with `make test-slow`
 
 ROOT = Path(__file__).parents[2]
 
