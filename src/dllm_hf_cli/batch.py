@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace, lines: dict[str, dict[str, Any]], result
     with tqdm(total=len(lines), initial=len(done), unit="request", dynamic_ncols=True) as bar:
         if requests:
             session.load()
-            failed = _decode(_engine(session, requests), requests, file, bar)
+            failed = _decode(_engine(session), requests, file, bar)
     if failed:
         tell(f"dllm-hf: {failed} of {len(lines)} requests failed: the same command tries them again.")
     return 1 if failed else 0
@@ -146,7 +146,7 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
         raise ValueError(f"request {name}: {error}") from error
 
 
-def _engine(session: Session, requests: dict[str, tuple[list[int], SamplingParams]]) -> LLM:
+def _engine(session: Session) -> LLM:
     arguments = session.arguments
     return LLM(
         session.model,

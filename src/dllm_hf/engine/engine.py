@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -117,17 +118,12 @@ class Engine:
         ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
         first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        sequences = []
-        for index in range(params.n):
-            generator = torch.Generator(self.model.device).manual_seed(first + index)
-            request = self.model.diffusion_request(prompt, generator, **options)
-            strings = as_token_list(request.options.stop_strings)
-            if strings and self.tokenizer is None:
-                raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
-            stop = StopStrings(self.tokenizer, strings) if strings else None
-            texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
-            timeout = params.timeout or request.options.max_time or math.inf
-            sequences.append(Sequence(request_id, index, request, timeout, stop, texts))
+        request = self.model.diffusion_request(prompt, **options)
+        strings = as_token_list(request.options.stop_strings)
+        if strings and self.tokenizer is None:
+            raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
+        stop = StopStrings(self.tokenizer, strings) if strings else None
+        timeout = params.timeout or request.options.max_time or math.inf
         for name, neutral in _BATCH_OPTIONS.items():
             if (value := getattr(request.options, name)) not in neutral:
                 raise ValueError(
@@ -142,8 +138,11 @@ class Engine:
                     f"A prompt of {len(prompt)} tokens and `max_tokens={request.max_new_tokens}` take {columns - 1} "
                     f"columns, but there are {limit - 1}: shorten either, or raise `{name}`."
                 )
-        for sequence in sequences:
-            sequence.columns = columns
+        sequences = []
+        for index in range(params.n):
+            own = replace(request, generator=torch.Generator(self.model.device).manual_seed(first + index))
+            texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
+            sequences.append(Sequence(request_id, index, own, timeout, stop, texts, columns=columns))
         return sequences
 
     def submit(self, sequences: list[Sequence]) -> None:
