@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -198,19 +199,37 @@ def window_of(
     columns: torch.Tensor, keep: torch.Tensor, final: torch.Tensor | None = None, slots: list[int] | None = None
 ) -> Window:
     """A window whose tokens see as many columns as the last of them all has before it, and itself."""
-    rows, lengths = len(columns), torch.full_like(columns, int(columns.max()) + 1, dtype=torch.int32)
+    own = torch.arange(len(columns), device=columns.device)
+    own = own if slots is None else torch.tensor(slots, device=columns.device)
     return Window(
-        torch.arange(rows, device=columns.device) if slots is None else torch.tensor(slots, device=columns.device),
-        columns,
-        lengths,
-        keep,
-        columns[:, :1] if final is None else final,
-        keep,
-        torch.ones_like(keep, dtype=torch.bool),
-        int(columns.max()) + 1,
-        "all",
-        False,
-        slots is None,
+        slots=own,
+        owners=own[:, None],
+        columns=columns,
+        lengths=torch.full_like(columns, int(columns.max()) + 1, dtype=torch.int32),
+        keep=keep,
+        final=columns[:, :1] if final is None else final,
+        block=keep,
+        shown=torch.ones_like(keep, dtype=torch.bool),
+        runs=torch.empty(0, 3, dtype=torch.long, device=columns.device),
+        longest=columns.shape[1],
+        visible=int(columns.max()) + 1,
+        seen="all",
+        is_canvas=False,
+        is_every_slot=slots is None,
+    )
+
+
+def as_list(window: Window) -> Window:
+    """The same positions as a list of tokens."""
+    rows, width = window.columns.shape
+    first = torch.arange(rows, device=window.slots.device) * width
+    return replace(
+        window,
+        owners=window.slots.repeat_interleave(width),
+        columns=window.columns.flatten(),
+        lengths=window.lengths.flatten(),
+        keep=window.keep + first[:, None],
+        runs=torch.stack([window.slots, first, torch.full_like(first, width)], dim=1),
     )
 
 

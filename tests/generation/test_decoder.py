@@ -48,16 +48,16 @@ def open_decoder(model, policy: str, has_graphs: bool, slots: int = SLOTS) -> De
     return Decoder.open(backend, slots, CAPACITY, uses_graphs=has_graphs)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(seed)
+def seeded(seed: int, device: torch.device | str = DEVICE) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def alone(model, policy: str, call) -> tuple[list[int], float]:
     """The row's text up to its end, and its tokens per forward pass."""
     prompt, seed, options = call
     inputs = {"cache_policy": policy, "disable_compile": True, "return_dict_in_generate": True, **options}
-    ids = torch.tensor([prompt], dtype=torch.long, device=DEVICE).view(1, -1)
-    output = model.diffusion_generate(ids, generator=[seeded(seed)], **inputs)
+    ids = torch.tensor([prompt], dtype=torch.long, device=model.device).view(1, -1)
+    output = model.diffusion_generate(ids, generator=[seeded(seed, model.device)], **inputs)
     return up_to_end(output.sequences[0].tolist(), call), float(output.tokens_per_forward[0])
 
 
@@ -161,7 +161,7 @@ def test_logits_of_a_plain_function_are_decoded():
     class Echo:
         """Position i is answered with token i + 1, the surer the further left."""
 
-        device, vocab_size = torch.device("cpu"), 64
+        device, vocab_size, takes_lists = torch.device("cpu"), 64, False
         logits_shift, block_grid, sees_earlier_blocks, confidence_source = 0, "prompt", False, "raw"
 
         def open(self, slots, width):

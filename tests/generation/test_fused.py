@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from dllm_hf.fused.joint_products import JointProducts
 from dllm_hf.fused.stack import FusedStack
 
-from ..builders import new_model, window_of
+from ..builders import as_list, new_model, window_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -193,7 +193,7 @@ def test_in_bfloat16_the_logits_are_as_near_to_float64_as_the_plain_path_s():
         exact = copy.deepcopy(model).double()(tokens, **block).logits
         stack, cache = FusedStack.of(model), model.make_cache(20)
         stack.prepare(cache, len(tokens))
-        found = {"fused": stack(tokens, window_of(columns, columns), cache)}
+        found = {"fused": stack(tokens.flatten(), as_list(window_of(columns, columns)), cache)}
         found["plain"] = model(tokens, **block).logits
         for path, logits in found.items():
             errors[path] += float((logits.double() - exact).norm() / exact.norm())

@@ -54,7 +54,9 @@ x, angles, columns = new(1, 32, 4096), new(1, 32, 128), new(1, 32, dtype=torch.l
 # In one part, and with the keys split over programs.
 for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     keys, base = new(kv_heads, 768, 128), new(1, dtype=torch.long)
-    canvas_attention(new(1, window, heads, 128), keys, keys, new(1, window, dtype=torch.int32), base, 768, 0.1)
+    query, lengths, runs = new(1, window, heads, 128), new(1, window, dtype=torch.int32), new(2, 3, dtype=torch.long)
+    canvas_attention(query, keys, keys, lengths, base, 768, 0.1)
+    canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window)
 for residual, rounds_once in ((None, True), (x, False)):
     add_rms_norm(x, residual, new(4096), 1e-6, rounds_once)
 swiglu(x, x)

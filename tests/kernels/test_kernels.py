@@ -17,7 +17,7 @@ from dllm_hf.kernels.layers import (
     swiglu_torch,
 )
 
-from ..builders import new_model, pairwise, window_of
+from ..builders import as_list, new_model, pairwise, window_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -106,6 +106,23 @@ def test_extents_begin_anywhere_in_the_arena():
         alone = (x[None, :, begin : begin + length] for x in (keys, values))
         one = slice(row, row + 1)
         close(got[one], attend(canvas_attention_torch, query[one], *alone, lengths[one], 0.1), torch.float32)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_runs_of_a_list_are_read_as_rows_of_their_own(groups):
+    """Runs in any order, as long as tiles or shorter, of a row twice, and one without a token."""
+    counts, begins = [3, 0, 40, 1, 16], [40, 0, 0, 43, 44]
+    query, keys, values = random(1, 60, 2 * groups, 64), random(2, 900, 64), random(2, 900, 64, seed=1)
+    lengths = torch.randint(0, 290, (1, 60), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    base = torch.tensor([333, 0, 5, 333, 600], device=DEVICE)
+    runs = torch.tensor([[9, begin, count] for begin, count in zip(begins, counts)], device=DEVICE)
+    arguments = (keys, values, lengths, base, 300, 0.1, runs, 64)
+    got = canvas_attention(query, *arguments)
+    close(got, canvas_attention_torch(query, *arguments), torch.float32)
+    for number, (begin, count) in enumerate(zip(begins, counts)):
+        alone = (query[:, begin : begin + count], keys, values, lengths[:, begin : begin + count], base[number, None])
+        if count:
+            close(got[:, begin : begin + count], canvas_attention_torch(*alone, 300, 0.1), torch.float32)
 
 
 @pytest.mark.gpu
@@ -242,7 +259,7 @@ def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_t
     with torch.no_grad():
         stack, cache = fused.FusedStack.of(model), model.make_cache(20)
         stack.prepare(cache, 4)
-        logits = stack(tokens, window_of(columns, keep, slots=[3, 1]), cache)
+        logits = stack(tokens.flatten(), as_list(window_of(columns, keep, slots=[3, 1])), cache)
         block = {"block_size": 8} if "sdar" in family else {}
         expected = model(tokens, **block, logits_to_keep=keep).logits
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)

@@ -22,6 +22,7 @@ from ..generation.requests import Row
 from ..generation.stopping import StopStrings
 from .detokenizer import Detokenizer
 from .outputs import Event
+from .reading import Piece, Reading
 from .sampling_params import SamplingParams
 from .sequence import Sequence
 
@@ -85,7 +86,9 @@ class Engine:
             uses_graphs=fused is not None,
             token_budget=token_budget,
             shares_beginnings=has_cache,
+            caller_ends_rows=True,
         )
+        self._reading = Reading(self._decoder.canvas, [])  # what the last step has left
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
         self._order = itertools.count()
         self._ended: list[Sequence] = []  # without a row; the next step tells it
@@ -174,6 +177,9 @@ class Engine:
     def step(self) -> list[Event]:
         """Admit what fits, move every admitted completion on by one denoising step, and tell what has happened.
 
+        What a step has left on the canvas is read while the next one runs, so that the device does not wait for the host. A
+        completion that ends by what is read, at an end of sequence or a stop string, has taken part in one step too many.
+
         An exception in a step ends the completions that took part in it, with the finish reason "error"; what waits goes on.
         After an interruption (Ctrl-C) they have been aborted, and it is raised.
         """
@@ -184,7 +190,8 @@ class Engine:
                 self._end(sequence, "timeout")
         try:
             self._admit()
-            self._tell(self._decode())
+            left, self._reading = self._reading, self._read(self._decode())
+            self._tell(left)
         except Exception as error:
             self._fail("error", error)
         except BaseException:
@@ -240,49 +247,53 @@ class Engine:
         with torch.no_grad(), evaluating(self.model), current:
             return self._decoder.step()
 
-    def _tell(self, finished: list[Row]) -> None:
-        """Make the events of a step. `finished`: the rows that have finished a block."""
-        canvas, events = self._decoder.canvas, self._told
-        spans = {row: row.blocks[row.block_index - 1][0] for row in finished}
-        # A row that was ended stands in a block of which some may be final.
-        spans |= {row: row.span for row in self.running if row.has_ended and row not in spans}
-        for (row, (start, _)), block in zip(spans.items(), self._tokens(spans)):
+    def _read(self, finished: list[Row]) -> Reading:
+        """Begin to read what a step has left. `finished`: the rows that have finished a block."""
+        known, pieces = {piece.row for piece in self._reading.pieces if piece.is_last}, []
+        new = set(finished)
+        for row in self.running:
+            if row in known or not (row in new or row.is_done):
+                continue
+            # A row that was ended stands in a block of which some may be final.
+            index = row.block_index - (row in new)
+            start, end = row.blocks[index][0] if index < len(row.blocks) else (0, 0)
+            pieces.append(Piece(row, start, end, row.passes, row.is_done))
+        return Reading(self._decoder.canvas, pieces)
+
+    def _tell(self, reading: Reading) -> None:
+        """Make the events of what a step has left."""
+        for piece, counts, block in reading:
+            row, sequence = piece.row, self.running.get(piece.row)
+            if sequence is None:  # what was read before has ended it
+                continue
             try:
-                event = self.running[row].settle(row, start, block)
+                event = sequence.settle(piece.start, block, piece.is_last)
             except (
                 Exception
             ) as error:  # a tokenizer that does not know a token of the model: of no concern to the others
-                self.running[row].end("error", error)
-                continue
+                sequence.end("error", error)
+                event, sequence.is_over = None, True
             if event is not None:
-                events.append(event)
+                self._told.append(event)
+            if piece.is_last or sequence.is_over:
+                self._told.append(sequence.finish(piece.passes, *counts))
+                del self.running[row]
+                self._decoder.remove(row, sequence.text[: row.ends_at])
         for row, sequence in self.running.items():
             if sequence.shows_drafts and not row.is_done:
                 try:
-                    events.append(sequence.draft(canvas.text(row).tolist()))
+                    self._told.append(sequence.draft(self._decoder.canvas.text(row).tolist()))
                 except Exception as error:
                     sequence.end("error", error)
-        done = [row for row in self.running if row.is_done]
-        counts = canvas.counts.tolist() if done else []
-        for row in done:
-            sequence = self.running[row]
-            events.append(sequence.finish(*counts[row.slot]))
-            del self.running[row]
-            self._decoder.remove(row, sequence.text[: row.ends_at])
-
-    def _tokens(self, spans: dict[Row, tuple[int, int]]) -> list[list[int]]:
-        """What stands in a span of each row, by one look at the device."""
-        if not spans:
-            return []
-        canvas = self._decoder.canvas
-        width = max(end - start for start, end in spans.values())
-        starts = torch.tensor([[row.slot, start] for row, (start, _) in spans.items()]).to(canvas.device)
-        columns = (starts[:, 1:] + torch.arange(width, device=canvas.device)).clamp(max=canvas.capacity)
-        tokens = canvas.tokens[starts[:, :1], columns].tolist()
-        return [row[: end - start] for row, (start, end) in zip(tokens, spans.values())]
 
     def _fail(self, reason: str, error: Exception | None = None) -> None:
-        """End everything that has a slot, after a step that did not come to its end."""
+        """End everything that has a slot, after a step that did not come to its end, but for what steps before it have
+        finished."""
+        try:
+            self._tell(self._reading)
+        except Exception as failure:  # of the device, so that nothing can be read from it
+            error = error or failure
+        self._reading = Reading(self._decoder.canvas, [])
         for row in [row for row in self._decoder.rows if row is not None]:
             self._decoder.remove(row, is_intact=False)
         for sequence in dict.fromkeys([*self.running.values(), *self._admitting]):

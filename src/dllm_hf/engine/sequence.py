@@ -25,6 +25,7 @@ class Sequence:
     tokens: the new tokens that events have told of.
     reason: why it has ended, where that is not the end of its canvas or an end of sequence.
     error: what went wrong in one of its steps.
+    is_over: whether what has been told of it holds its end, before the end of its canvas.
     is_finished: whether its last event has been told.
     """
 
@@ -44,6 +45,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
     error: Exception | None = None
+    is_over: bool = False
     is_finished: bool = False
 
     def admit(self, row: Row) -> None:
@@ -60,19 +62,24 @@ class Sequence:
         new = text[len(self.request.prompt) :]
         return Event(self.request_id, self.index, [], "", draft=self.detokenizer.decode(new, skip_special_tokens=False))
 
-    def settle(self, row: Row, start: int, block: list[int]) -> Event | None:
-        """Tell what has become final when the row has finished a block, which begins at column `start`; None where there is
-        nothing to tell. A stop string ends the row."""
+    def settle(self, start: int, block: list[int], is_last: bool) -> Event | None:
+        """Tell what has become final with a block that begins at column `start`; None where there is nothing to tell. An end
+        of sequence or a stop string ends the row. `is_last`: whether nothing of the row is left to decode."""
+        row, prompt = self.row, len(self.request.prompt)
+        assert row is not None
         self.text[start : start + len(block)] = block[: row.shown - start]
         while self.final < row.shown and self.text[self.final] != row.mask:
             self.final += 1
-        prompt = len(self.request.prompt)
+        ends = as_token_list(self.request.options.eos_token_id)
+        if any(token in ends for token in self.text[max(start, prompt) : start + len(block)]):
+            self.is_over = True
+            row.end(row.shown)
         end = self.stop.find(self.text[: self.final], prompt) if self.stop else None
         if end is not None:
-            self.reason, self.detokenizer.is_stopped = self.reason or "stop", True
+            self.reason, self.detokenizer.is_stopped, self.is_over = self.reason or "stop", True, True
             row.end(end)
-        # No end of sequence stands before the last block of a row that goes on: the loop ends the others.
-        limit = end_of(row, self.text) if row.is_done else self.final
+        # No end of sequence stands before the last block of a row that goes on.
+        limit = end_of(row, self.text) if is_last or row.has_ended else self.final
         added = self.text[prompt + len(self.tokens) : limit]
         if not added:
             return None
@@ -80,9 +87,9 @@ class Sequence:
         text = self.detokenizer.put(self.tokens) if self.shows_texts else ""
         return Event(self.request_id, self.index, added, text)
 
-    def finish(self, passes: int = 0, transferred: int = 0) -> Event:
-        """The last event, which tells nothing new of the tokens. `passes`: those that gave the row a token; `transferred`:
-        how many it got."""
+    def finish(self, passes: int = 0, useful: int = 0, transferred: int = 0) -> Event:
+        """The last event, which tells nothing new of the tokens. `passes`: forward passes until then; `useful`: those that
+        gave the row a token; `transferred`: how many it got."""
         row, prompt = self.row, self.request.prompt
         mask, filled = self.request.options.mask_token_id, None
         if row is not None and mask in prompt and mask not in self.text[: len(prompt)]:
@@ -99,8 +106,8 @@ class Sequence:
             text=self.detokenizer.text,
             token_ids=self.tokens,
             finish_reason=self.reason or ("stop" if has_end else "length"),
-            num_forward_passes=0 if row is None else row.passes,
-            tokens_per_forward=transferred / max(passes, 1),
+            num_forward_passes=passes,
+            tokens_per_forward=transferred / max(useful, 1),
             filled_prompt_token_ids=filled,
             filled_prompt=filled_text,
             error=None if self.error is None else f"{type(self.error).__name__}: {self.error}",

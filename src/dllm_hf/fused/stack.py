@@ -56,6 +56,8 @@ class FusedStack:
     """Embeddings, layers, last norm and head of a model, without a reference to the model, so that an entry of a
     `WeakKeyDictionary` can be collected."""
 
+    takes_lists = True
+
     def __init__(self, stack: Any, head: nn.Module):
         """`stack`: with `embed_tokens`, `layers`, `norm` and `rotary_emb`, as the library's decoders."""
         self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
@@ -115,11 +117,14 @@ class FusedStack:
                 slot.lazy_initialization(nothing, nothing)
 
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
-        """A forward pass that writes keys and values of its window into the cache: `(rows, window)` tokens ->
+        """A forward pass that writes keys and values of its window, a list, into the cache: `(tokens,)` tokens ->
         `(rows, kept, vocab)` logits."""
         base, columns = cache.locate(window)
-        sees = (base, window.lengths, columns)
-        return self.head(self.last_hidden(tokens, window.columns, sees, cache, window.keep))
+        sees = (base, window.lengths[None], columns[None], window.runs, window.longest)
+        keep = window.keep.reshape(1, window.keep.numel())
+        return self.head(self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]).unflatten(
+            0, window.keep.shape
+        )
 
     def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
         """The output of the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: see
@@ -143,17 +148,19 @@ class FusedStack:
         """Attention of a layer without `o_proj`: `(rows, window, hidden)` -> `(rows, window, heads * head_dim)`.
 
         Args:
-            sees: the base of each row's extent in the arena of the cache, `(rows,)`; the number of its columns that each
-                token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`.
+            sees: where the extent of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
+                each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs
+                and the longest of them, see [`canvas_attention`].
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
         query, key, value = self.inputs[index][0](normed)
         norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-        (base, lengths, columns), (keys, values) = sees, slot.arenas()
+        (base, lengths, columns, *runs), (keys, values) = sees, slot.arenas()
         query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
-        return self.attend_to(query, keys, values, lengths, base, cache.longest_extent, attention.scaling).flatten(2)
+        width, scale = cache.longest_extent, attention.scaling
+        return self.attend_to(query, keys, values, lengths, base, width, scale, *runs).flatten(2)
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
         return self.add_norm(x, residual, norm.weight, norm.variance_epsilon)

@@ -20,11 +20,13 @@ class Backend(Protocol):
 
     Attributes:
         device: of tokens and windows.
+        takes_lists: whether its windows are lists of tokens, see [`Window`], or rectangles.
         vocab_size: of the logits.
         logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`contract.DenoisingModel`].
     """
 
     device: torch.device
+    takes_lists: bool
     vocab_size: int
     logits_shift: int
     block_grid: str
@@ -38,7 +40,8 @@ class Backend(Protocol):
         """Whether a pass over the window can be captured in a graph: its operations depend on shapes alone."""
 
     def __call__(self, tokens: torch.Tensor, window: Window, state: Any) -> torch.Tensor:
-        """`(rows, window)` tokens -> `(rows, block, vocab)` logits at `window.keep`, which the caller may write to."""
+        """Tokens of the shape of `window.columns` -> `(rows, block, vocab)` logits at `window.keep`, which the caller may
+        write to."""
 
     def forget(self, state: Any, slot: int, final_length: int, column: int, block_length: int) -> int:
         """Forget what the state of a row, final up to `final_length`, holds of columns from `column` on. Returns the column
@@ -76,6 +79,7 @@ class ModelBackend:
         self.device, self.vocab_size = model.device, model.config.vocab_size
         self.logits_shift, self.block_grid = model.logits_shift, model.block_grid
         self.sees_earlier_blocks, self.confidence_source = model.sees_earlier_blocks, model.confidence_source
+        self.takes_lists = fused is not None and fused.takes_lists
         self.guidance_copies = 2 if cfg_scale else 1
 
     def open(self, slots: int, width: int) -> CanvasCache | None:
@@ -109,7 +113,7 @@ class ModelBackend:
     def __call__(
         self, tokens: torch.Tensor, window: Window, state: CanvasCache | None, unconditional: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`unconditional`: `(rows, window)`, the tokens with the prompt masked; needed for guidance."""
+        """`unconditional`: the tokens with the prompt masked; needed for guidance."""
         if unconditional is not None:
             slots = 0 if state is None else self.slots_of(state)
             tokens, window = torch.cat([tokens, unconditional]), window.repeated(2, slots)

@@ -230,13 +230,14 @@ class CanvasCache(Cache):
             layer.window, layer.arena = window, arena
 
     def locate(self, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where in the arena the extents of a window's rows begin, `(rows,)`, and which columns of the arena the window
-        writes, `(rows, window)`. The last column of an extent is its scratch column."""
+        """Where in the arena the extents of a window's rows begin, `(rows,)`, in a list those of its runs, `(runs,)`; and
+        which column of the arena each token has. The last column of an extent is its scratch column."""
+        readers = window.runs[:, 0] if len(window.runs) else window.slots
         if self.extents is None:
-            base = window.slots * self.layers[0].width
-            return base, base[:, None] + window.columns
-        base, size = self.extents.base[window.slots], self.extents.size[window.slots]
-        return base, base[:, None] + torch.minimum(window.columns, size[:, None] - 1)
+            width = self.layers[0].width
+            return readers * width, window.owners * width + window.columns
+        base, size = self.extents.base, self.extents.size
+        return base[readers], base[window.owners] + torch.minimum(window.columns, size[window.owners] - 1)
 
     @property
     def longest_extent(self) -> int:

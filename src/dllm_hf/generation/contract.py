@@ -10,7 +10,12 @@ from .window import Window
 
 class StepForward(Protocol):
     """Runs the steps on a GPU in the place of a model's `forward`, without guidance. It is kept as long as the model and
-    must hold no reference to it."""
+    must hold no reference to it.
+
+    takes_lists: whether its windows are lists of tokens, see [`Window`], or rectangles.
+    """
+
+    takes_lists: bool
 
     def covers(self, window: Window) -> bool:
         """Whether it can run a pass over the window."""
@@ -19,7 +24,7 @@ class StepForward(Protocol):
         """Allocate the tensors of a cache for so many slots."""
 
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
-        """`(rows, window)` tokens -> `(rows, block, vocab)` logits at `window.keep`."""
+        """Tokens of the shape of `window.columns` -> `(rows, block, vocab)` logits at `window.keep`."""
 
 
 class DenoisingModel(nn.Module):

@@ -12,7 +12,7 @@ from .requests import Request, Row
 from .sampling import Noise
 from .seats import Seats
 from .step import Features, denoise, draw
-from .window import Frame, Window, make_window
+from .window import Frame, Window, make_list, make_window
 
 
 class Decoder:
@@ -31,6 +31,8 @@ class Decoder:
             other rows wait, and the row that has waited longest goes first. None: no limit.
         shares_beginnings: whether rows whose prompts begin alike compute the beginning once, where blocks see earlier ones
             alone. The other rows copy its keys and values, and wait for them if need be.
+        caller_ends_rows: whether the caller ends the rows in whose blocks it finds an end of sequence, so that the decoder
+            reads nothing from the device for that alone.
 
     Attributes:
         num_forward_passes: of all rows together.
@@ -46,10 +48,12 @@ class Decoder:
         is_hooked: bool = False,
         token_budget: int | None = None,
         shares_beginnings: bool = False,
+        caller_ends_rows: bool = False,
     ):
         self.backend, self.workspace, self.canvas = backend, workspace, workspace.canvas
         self.uses_graphs, self.process = uses_graphs and process is None, process
         self.after_step, self.is_hooked, self.token_budget = after_step, is_hooked, token_budget
+        self.caller_ends_rows = caller_ends_rows
         self.seats = Seats(backend, workspace.state, self.canvas.slots, shares_beginnings)
         self.rows = self.seats.rows
         self.features: dict[int, Features] = {}  # by slot
@@ -131,12 +135,13 @@ class Decoder:
                 self._open_block(row)
         before = self.num_forward_passes
         self._steps += 1
-        rows = self._within_budget(rows)
-        while prefilling := [row for row in rows if row.wants_pass and row.is_prefilling]:
-            self._pass(prefilling)
-            if self.token_budget is not None:
-                rows = [row for row in rows if row not in prefilling]
-        for group in self._groups([row for row in rows if row.wants_pass]):
+        rows, frames = self._within_budget(rows)
+        if self.token_budget is None:  # the rows of a call stay in step: the longer prompts first
+            while chunks := {row: frame for row, frame in frames.items() if row.is_prefilling}:
+                self._pass(chunks)
+                frames |= {row: row.frame() for row in chunks}
+        rows = [row for row in rows if not (row in frames and row.is_prefilling)]
+        for group in self._groups(frames):
             self._pass(group)
         if self.after_step is not None:
             self.after_step(self.num_forward_passes > before)
@@ -163,27 +168,29 @@ class Decoder:
         if plan is not None:
             self.canvas.load_plan(row, plan)
 
-    def _within_budget(self, rows: list[Row]) -> list[Row]:
-        """The rows that take part in a step."""
+    def _within_budget(self, rows: list[Row]) -> tuple[list[Row], dict[Row, Frame]]:
+        """The rows that take part in a step, and the frames of those that make a forward pass."""
+        frames = {row: row.frame() for row in rows if row.wants_pass}
         if self.token_budget is None:
-            return rows
+            return rows, frames
         longest_step = 2 * max((row.span[1] - row.span[0] for row in rows), default=0) + 1
-        left, kept = self.token_budget, []
-        for row in sorted(rows, key=lambda row: self._last_steps[row.slot]):
-            frame = row.frame() if row.wants_pass else None
-            width = 0 if frame is None else frame.end - frame.start
-            if width > longest_step:
-                if width > left and left < self.token_budget:
-                    continue
-                left -= width
-            kept.append(row)
-            self._last_steps[row.slot] = self._steps
-        return sorted(kept, key=lambda row: row.slot)
+        wide = {row: width for row, frame in frames.items() if (width := frame.end - frame.start) > longest_step}
+        left = self.token_budget
+        for row in sorted(wide, key=lambda row: self._last_steps[row.slot]):
+            if wide[row] > left and left < self.token_budget:
+                del frames[row]
+            else:
+                left -= wide[row]
+                self._last_steps[row.slot] = self._steps
+        self._last_steps.update((row.slot, self._steps) for row in rows if row not in wide)
+        return [row for row in rows if row in frames or row not in wide], frames
 
     def _must_check(self, row: Row) -> bool:
         """Whether the host must read from the device if a row's block is filled, or if it holds an end of sequence."""
+        if row.needs_check(self.is_hooked):
+            return True
         is_last = row.step + 1 >= len(row.quotas)
-        return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
+        return is_last and self.features[row.slot].widths[0] > 0 and not self.caller_ends_rows
 
     def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool]]:
         """By slot: whether a mask is left in the shown part of the row's block, and whether the block holds an end."""
@@ -198,49 +205,49 @@ class Decoder:
             found[row.slot] = (row.mask in tokens[start : row.shown], any(token in ends for token in new))
         return found
 
-    def _groups(self, rows: list[Row]) -> list[list[Row]]:
-        """The rows of each forward pass of a step. Long windows have a pass of their own, unless all rows fit into a small
-        pass: short windows would be padded to the length of the long ones."""
-        if not rows or self.process is not None:
-            return [rows] if rows else []
-        widths = [frame.end - frame.start for frame in (row.frame() for row in rows)]
-        if max(widths) * len(rows) <= max(MAX_CAPTURED_TOKENS, 2 * sum(widths)):
-            return [rows]
-        limit = 2 * max(row.span[1] - row.span[0] for row in rows) + 1
-        wide = [row for row, width in zip(rows, widths) if width > limit]
-        narrow = [row for row, width in zip(rows, widths) if width <= limit]
-        return [group for group in (wide, narrow) if group]
+    def _groups(self, frames: dict[Row, Frame]) -> list[dict[Row, Frame]]:
+        """The rows of each forward pass of a step: one, where windows need no padding. In a rectangle pieces of prompts have
+        a pass of their own, and so have long windows, unless all rows fit into a small pass."""
+        if not frames or self.process is not None or self.backend.takes_lists:
+            return [frames] if frames else []
+        kinds: dict[str, dict[Row, Frame]] = {"piece": {}, "long": {}, "short": {}}
+        blocks = {row: frame.end - frame.start for row, frame in frames.items() if not row.is_prefilling}
+        is_small = max(blocks.values(), default=0) * len(blocks) <= max(MAX_CAPTURED_TOKENS, 2 * sum(blocks.values()))
+        limit = 2 * max((row.span[1] - row.span[0] for row in blocks), default=0) + 1
+        for row, frame in frames.items():
+            kind = "piece" if row not in blocks else "short" if is_small or blocks[row] <= limit else "long"
+            kinds[kind][row] = frame
+        return [group for group in kinds.values() if group]
 
-    def _pass(self, rows: list[Row]) -> None:
-        """One denoising step of the windows of rows."""
-        rows = sorted(rows, key=lambda row: row.slot)
+    def _pass(self, chosen: dict[Row, Frame]) -> None:
+        """One forward pass over the windows of rows, and a denoising step of those that have a block in it."""
         # `process` gets the logits of all rows.
-        every = rows if self.process is None else [row for row in self.rows if row is not None]
-        device = self.canvas.device
-        frames = [row.frame() if row in rows else self._idle_frame() for row in every]
-        slots = [row.slot for row in every]
+        rows = [row for row in self.rows if row is not None and (row in chosen or self.process is not None)]
+        frames, slots = [chosen.get(row) or self._idle_frame() for row in rows], [row.slot for row in rows]
+        is_stepping = [row in chosen and not row.is_prefilling for row in rows]
+        stepping = [row for row, steps in zip(rows, is_stepping) if steps]
+        quotas = [[row.quotas[row.step], row.step] if steps else [0, 0] for row, steps in zip(rows, is_stepping)]
         if self.uses_graphs and len(slots) < self.canvas.slots:
             # Each number of rows is a graph: idle rows fill it up to a power of two.
             wanted = min(1 << (len(slots) - 1).bit_length(), self.canvas.slots)
             others = [slot for slot in range(self.canvas.slots) if slot not in slots][: wanted - len(slots)]
             slots, frames = slots + others, frames + [self._idle_frame()] * len(others)
+            quotas += [[0, 0]] * len(others)
         window = self._make_window(frames, slots)
-        features = Features.union(self.features[row.slot] for row in rows)
-        quotas = [
-            [row.quotas[row.step], row.step] if row in rows and not row.is_prefilling else [0, 0] for row in every
-        ]
+        features = Features.union(self.features[row.slot] for row in chosen)
+        device = self.canvas.device
         # Non-blocking, so that the host keeps ahead of the device.
-        quota = torch.tensor(quotas + [[0, 0]] * (len(slots) - len(every))).to(device, non_blocking=True)
+        quota = torch.tensor(quotas).to(device, non_blocking=True)
         noise: dict[str, torch.Tensor] = {}
         if width := window.block.shape[1]:
-            noise = draw(features, rows, (len(rows), width, self.backend.vocab_size), device)
-            if len(slots) > len(rows):
-                indices = torch.tensor([slots.index(row.slot) for row in rows], device=device)
+            noise = draw(features, stepping, (len(stepping), width, self.backend.vocab_size), device)
+            if len(slots) > len(stepping):
+                indices = torch.tensor([slots.index(row.slot) for row in stepping], device=device)
                 spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, indices, each)
                 noise = {use: spread(each) for use, each in noise.items()}
         self._run(window, quota, noise, features)
         self.num_forward_passes += 1
-        for row in rows:
+        for row in chosen:
             row.note_pass()
 
     def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features) -> None:
@@ -251,7 +258,7 @@ class Decoder:
         def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
             guidance = {}
             if guided:
-                is_prompt = canvas.is_prompt[window.slots[:, None], window.columns]
+                is_prompt = canvas.is_prompt[window.owners, window.columns]
                 guidance["unconditional"] = torch.where(is_prompt, features.mask_token_id, tokens)
             logits = backend(tokens, window, state, **guidance)
             if self.process is None or not window.block.shape[1]:
@@ -272,12 +279,16 @@ class Decoder:
         key = (tuple(frames), tuple(slots))
         if self._window is None or self._window[0] != key:
             backend, capacity = self.backend, self.canvas.capacity
-            before = backend.logits_shift if backend.sees_earlier_blocks else 0
-            shapes = (self.canvas.slots, capacity, backend.logits_shift, before, 64 if self.uses_graphs else 1)
-            window = make_window(frames, slots, *shapes)
+            every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift)
+            if backend.takes_lists:
+                window = make_list(*every, padded_up_to=MAX_CAPTURED_TOKENS if self.uses_graphs else 0)
+            else:
+                before = backend.logits_shift if backend.sees_earlier_blocks else 0
+                window = make_window(*every, before=before, multiple=64 if self.uses_graphs else 1)
             self._window = key, window.to(self.canvas.device)
         return self._window[1]
 
     def _idle_frame(self) -> Frame:
-        """The frame of an idle slot, which feeds the scratch column."""
-        return Frame(self.canvas.capacity, self.canvas.capacity + 1, 0, 0, 1, 0, 0, 0)
+        """The frame of an idle slot: in a list it feeds nothing, in a rectangle the scratch column."""
+        scratch = self.canvas.capacity
+        return Frame(scratch, scratch + (not self.backend.takes_lists), 0, 0, 1, 0, 0, 0)

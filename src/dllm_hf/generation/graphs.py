@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 # Larger steps are not launch-bound: the host keeps ahead of the GPU without a graph.
 MAX_CAPTURED_TOKENS = 1024
-MAX_GRAPHS = 16
+MAX_GRAPHS = 64
 
 
 def are_possible(device: torch.device) -> bool:
@@ -74,7 +74,7 @@ class StepGraphs:
         noise: dict[str, torch.Tensor],
     ) -> None:
         """Run `compute(window, quota, noise)`. `key`: what its operations depend on besides the shapes."""
-        key = (key, window.columns.shape, window.block.shape, window.keep.shape)
+        key = (key, window.longest, *(getattr(window, name).shape for name in TENSORS))
         inputs, graph, runs = self.steps.pop(key, None) or (StepInputs(window, quota, noise, self.noise), None, 0)
         inputs.update(window, quota, noise)
         run = lambda: compute(inputs.window, inputs.quota, inputs.noise)

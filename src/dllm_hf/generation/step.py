@@ -95,12 +95,13 @@ def denoise(
 
     Args:
         quota: `(rows, 2)`, how many tokens each row must transfer, and the index of the step in its block.
-        forward: `(tokens, window) -> (rows, block, vocab)`, logits, which may be written to; `tokens` is `(rows, window)`.
+        forward: `(tokens, window) -> (rows, block, vocab)`, logits, which may be written to; `tokens` has the shape of
+            `window.columns`.
         noise: as [`draw`] returns it.
         reads_raw_logits: whether scores are read before temperature and filters.
     """
     slots = window.slots[:, None]
-    logits = forward(canvas.tokens[slots, window.columns], window)
+    logits = forward(canvas.tokens[window.owners, window.columns], window)
     if not window.block.shape[1]:
         return
     now = canvas.tokens[slots, window.block]

@@ -1,12 +1,15 @@
 """Windows: the positions that one forward pass feeds, made on the host from a frame of each row."""
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
+# Tokens of one row that attention reads as one run of a list, see [`Window`].
+RUN_LENGTH = 64
 
-@dataclass(frozen=True)
-class Frame:
+
+class Frame(NamedTuple):
     """What a row feeds to a forward pass, in columns of its canvas.
 
     start, end: the window.
@@ -29,16 +32,22 @@ class Frame:
 
 @dataclass
 class Window:
-    """The positions of one forward pass, on the device.
+    """The positions of one forward pass, on the device. They are a rectangle, `(rows, window)`, as a model's own forward
+    pass takes it, or a list, `(tokens,)`, as our kernels do: in a list the windows of rows that do not all feed as much stand
+    one behind the other, in a rectangle the shorter ones are padded with their last column.
 
     slots: `(rows,)`, the slot of each row of the pass.
-    columns: `(rows, window)`, positions; a window that is shorter than others is padded with its last column.
-    lengths: `(rows, window)` int32, the number of columns that each token sees.
-    keep: `(rows, block)`, for each position of the block, the index into the window of its logits; -1 for the column before
-        the window, whose hidden state a recurrent cache keeps.
+    owners: the slot of each token, `(rows, 1)` or `(tokens,)`.
+    columns: the position of each token, `(rows, window)` or `(tokens,)`.
+    lengths: as `columns`, int32, the number of columns that each token sees.
+    keep: `(rows, block)`, for each position of the block, the index of its logits, in its row's window or in the list; -1
+        for the column before the window, whose hidden state a recurrent cache keeps.
     final: `(rows, 1)`, see [`Frame`].
     block: `(rows, block)`, the block's columns; a block that is shorter than others is padded with the scratch column.
     shown: `(rows, block)` bool, the positions of the block that the output shows.
+    runs: `(runs, 3)`, pieces of a list of which each belongs to one row: slot, index of the first token, number of tokens.
+        A rectangle has none.
+    longest: no run has more tokens.
     visible: the largest of `lengths`.
     seen: what `lengths` depends on: `"all"` (the same for all tokens), `"row"` or `"token"`.
     is_canvas: whether every row's window is its whole canvas, so that the pass refreshes the whole cache.
@@ -46,12 +55,15 @@ class Window:
     """
 
     slots: torch.Tensor
+    owners: torch.Tensor
     columns: torch.Tensor
     lengths: torch.Tensor
     keep: torch.Tensor
     final: torch.Tensor
     block: torch.Tensor
     shown: torch.Tensor
+    runs: torch.Tensor
+    longest: int
     visible: int
     seen: str
     is_canvas: bool
@@ -69,18 +81,28 @@ class Window:
 
     def repeated(self, times: int, slots: int) -> "Window":
         """The window of `times` copies of the rows, each copy `slots` slots behind the one before."""
-        offsets = torch.arange(times, device=self.slots.device).repeat_interleave(len(self.slots)) * slots
-        tensors = {name: getattr(self, name).repeat(times, 1) for name in ("columns", "lengths", "keep", "final")}
-        return replace(self, slots=self.slots.repeat(times) + offsets, **tensors)
+        tokens = self.columns.numel() if self.columns.ndim == 1 else 0
+        together = lambda x, step: torch.cat([x + copy * step for copy in range(times)])
+        slot, first, number = self.runs.unbind(1)
+        return replace(
+            self,
+            slots=together(self.slots, slots),
+            owners=together(self.owners, slots),
+            columns=together(self.columns, 0),
+            lengths=together(self.lengths, 0),
+            keep=together(self.keep, tokens),
+            final=together(self.final, 0),
+            runs=torch.stack([together(slot, slots), together(first, tokens), together(number, 0)], dim=1),
+        )
 
 
 TENSORS = tuple(field.name for field in fields(Window) if field.type is torch.Tensor)
 
 
 def make_window(
-    frames: list[Frame], slots: list[int], number: int, scratch: int, shift: int, before: int, multiple: int = 1
+    frames: list[Frame], slots: list[int], number: int, scratch: int, shift: int, before: int = 0, multiple: int = 1
 ) -> Window:
-    """The window of a pass over rows with any frames, on the CPU.
+    """The rectangle of a pass over rows with any frames, on the CPU.
 
     Args:
         slots: the slot of each row.
@@ -90,32 +112,86 @@ def make_window(
         before: how many columns before the window `keep` may point to.
         multiple: windows that shrink from block to block are padded to a multiple of it: fewer shapes, fewer graphs.
     """
-    table = torch.tensor([[*vars(frame).values()] for frame in frames])
-    start, end, first, last, length, shown, final, grid = table[:, :, None].unbind(1)
+    start, end, first, last, length, _, _, grid = torch.tensor(frames)[:, :, None].unbind(1)
     width, block_width = int((end - start).max()), int((last - first).max())
     if not grid.any() and width > block_width + shift and not (start == 0).all():
         width += -width % multiple
     columns = torch.minimum(start + torch.arange(width), end - 1)
-    seen_by_block = (columns // grid.clamp(min=1) + 1) * grid
-    lengths = torch.where(grid > 0, torch.minimum(seen_by_block, end), length)
-    position = first + torch.arange(block_width)
-    exists = position < last
-    keep = ((torch.minimum(position, last - 1) - shift).clamp(min=0) - start) * (last > first)
+    lengths = _lengths(columns, end, length, grid)
     visible = int(lengths.max())
     if bool((lengths == visible).all()):
         seen = "all"
     else:
         seen = "row" if bool((lengths == lengths[:, :1]).all()) else "token"
+    keep = (_kept(first, last, shift) - start) * (last > first)
+    tokens = {"owners": torch.tensor(slots)[:, None], "columns": columns, "lengths": lengths.to(torch.int32)}
+    tokens |= {"keep": keep.clamp(-before, width - 1), "runs": torch.empty(0, 3, dtype=torch.long)}
+    return _window(frames, slots, number, scratch, **tokens, longest=width, visible=visible, seen=seen)
+
+
+def make_list(
+    frames: list[Frame], slots: list[int], number: int, scratch: int, shift: int, padded_up_to: int = 0
+) -> Window:
+    """The list of a pass over rows with any frames, on the CPU. Rows whose window is empty take part with their block alone.
+    The other arguments are those of [`make_window`].
+
+    Args:
+        padded_up_to: lists of at most so many tokens are filled up with idle tokens and empty runs, unless all rows feed
+            equally many: fewer shapes, fewer graphs.
+    """
+    start, end, first, last, length, _, _, grid = torch.tensor(frames).unbind(1)
+    slot, width = torch.tensor(slots), end - start
+    begin = width.cumsum(0) - width
+    row = torch.arange(len(frames)).repeat_interleave(width)
+    columns = start[row] + torch.arange(len(row)) - begin[row]
+    lengths = _lengths(columns, end[row], length[row], grid[row])
+    visible, widest = int(lengths.max()), int(width.max())
+    longest = min(1 << (widest - 1).bit_length(), RUN_LENGTH)
+    pieces = -(-width // longest)
+    of = torch.arange(len(frames)).repeat_interleave(pieces)
+    skipped = longest * (torch.arange(len(of)) - (pieces.cumsum(0) - pieces)[of])
+    runs = torch.stack([slot[of], begin[of] + skipped, (width[of] - skipped).clamp(max=longest)], dim=1)
+    owners = slot[row]
+    if len(row) <= padded_up_to and (widest > RUN_LENGTH or int(width.min()) < widest):
+        step = max(16, (1 << (len(row) - 1).bit_length()) // 16)
+        owners, columns, lengths = (
+            torch.cat([each, each.new_full((-len(row) % step,), value)])
+            for each, value in ((owners, slots[0]), (columns, scratch), (lengths, 0))
+        )
+        # As many runs as any rows can need for so many tokens, so that the shape depends on nothing else.
+        most = len(frames) + -(-step // longest) + (len(columns) // longest if widest > longest else 0)
+        begins = len(row) + longest * torch.arange(most - len(runs))
+        idle = (len(columns) - begins).clamp(0, longest)
+        runs = torch.cat([runs, torch.stack([torch.full_like(idle, slots[0]), begins, idle], dim=1)])
+    keep = begin[:, None] + (_kept(first[:, None], last[:, None], shift) - start[:, None]) * (last > first)[:, None]
+    tokens = {"owners": owners, "columns": columns, "lengths": lengths.to(torch.int32)}
+    tokens |= {"keep": keep.clamp(0, len(columns) - 1), "runs": runs}
+    return _window(frames, slots, number, scratch, **tokens, longest=longest, visible=visible, seen="token")
+
+
+def _lengths(columns, end, length, grid) -> torch.Tensor:
+    """How many columns each token sees."""
+    seen_by_block = (columns // grid.clamp(min=1) + 1) * grid
+    return torch.where(grid > 0, torch.minimum(seen_by_block, end), length)
+
+
+def _kept(first, last, shift: int) -> torch.Tensor:
+    """`(rows, block)`, the column where the logits of each position of a block stand."""
+    width = int((last - first).max())
+    return (torch.minimum(first + torch.arange(width), last - 1) - shift).clamp(min=0)
+
+
+def _window(frames: list[Frame], slots: list[int], number: int, scratch: int, **tokens) -> Window:
+    """A window of tokens that are known already."""
+    start, end, first, last, length, shown, final, grid = torch.tensor(frames)[:, :, None].unbind(1)
+    position = first + torch.arange(int((last - first).max()))
+    exists = position < last
     return Window(
-        torch.tensor(slots),
-        columns,
-        lengths.to(torch.int32),
-        keep.clamp(-before, width - 1),
-        final,
-        torch.where(exists, position, scratch),
-        exists & (position < shown),
-        visible,
-        seen,
-        bool(((start == 0) & (end == length) & (grid == 0)).all()),
-        slots == list(range(number)),
+        slots=torch.tensor(slots),
+        final=final,
+        block=torch.where(exists, position, scratch),
+        shown=exists & (position < shown),
+        is_canvas=bool(((start == 0) & (end == length) & (grid == 0)).all()),
+        is_every_slot=slots == list(range(number)),
+        **tokens,
     )

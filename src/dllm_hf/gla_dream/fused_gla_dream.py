@@ -30,6 +30,8 @@ from .kernels_gla_dream import (
 class FusedGLADream(FusedStack):
     """The [`FusedStack`] of a GLADream, for windows of one block or two."""
 
+    takes_lists = False
+
     def __init__(self, stack: Any, head: nn.Module):
         super().__init__(stack, head)
         self.convolve = short_convolutions if self.is_fused else short_convolutions_torch
@@ -123,6 +125,8 @@ class FusedGLADream(FusedStack):
 
 class EagerStep:
     """The model's own forward pass as a step, where [`FusedGLADream`] does not cover the model."""
+
+    takes_lists = False
 
     def __init__(self, model: PreTrainedModel):
         self.reference, self.size = weakref.ref(model), model.config.block_size

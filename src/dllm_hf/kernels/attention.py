@@ -11,8 +11,15 @@ from .triton import tl, triton
 LOG2E = 1.4426950408889634
 
 
-def canvas_attention_torch(query, keys, values, lengths, base, width, scale) -> torch.Tensor:
+def canvas_attention_torch(query, keys, values, lengths, base, width, scale, runs=None, longest=0) -> torch.Tensor:
     """The twin of [`canvas_attention`]."""
+    if runs is not None:  # each run is a row of a rectangle
+        tokens, inside = query.shape[1], torch.arange(longest, device=query.device)
+        index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
+        padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
+        padded[:tokens], seen[:tokens] = query[0], lengths[0]
+        rows = canvas_attention_torch(padded[index], keys, values, seen[index], base, width, scale)
+        return padded.zero_().index_put_((index,), rows)[None, :tokens]
     columns = torch.arange(width, device=keys.device)
     arena = (base[:, None] + columns).clamp(max=keys.shape[1] - 1)  # an extent at the end may be shorter
     unseen = columns >= lengths[:, None, :, None]
@@ -37,6 +44,8 @@ def canvas_attention(
     base: torch.Tensor,
     width: int,
     scale: float,
+    runs: torch.Tensor | None = None,
+    longest: int = 0,
 ) -> torch.Tensor:
     """Args:
         query: `(batch, window, heads, head_dim)`, the last dimension contiguous, as of `keys` and `values`.
@@ -46,34 +55,36 @@ def canvas_attention(
         base: `(batch,)` int64, where the extent of each row begins.
         width: of the longest extent; no length is larger.
         scale: of the scores.
+        runs: `(runs, 3)` int64, if the batch of one is a list of tokens of several rows, see [`window.Window`]: the second
+            number is the index of a run's first token, the third how many tokens it has. `base` is `(runs,)` then. Each
+            token must be in one run.
+        longest: no run has more tokens.
 
     Returns:
         `(batch, window, heads, head_dim)`, contiguous.
     """
     batch, window, heads, head_dim = query.shape
-    kv_heads = keys.shape[0]
+    kv_heads, number = keys.shape[0], batch * window * heads
     groups = heads // kv_heads
-    rows = window * groups
+    readers, rows = (batch, window * groups) if runs is None else (len(runs), longest * groups)
     lengths = lengths.contiguous()
     # Float32 tiles, which serve comparisons, are smaller, so that they stay in registers.
     most_rows, block_n = (64, 64) if query.element_size() < 4 else (16, 16)
     block_m = max(16, min(most_rows, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block_m)
-    splits = number_of_splits(tiles * batch * kv_heads, width, query.device)
-    chunk = triton.cdiv(triton.cdiv(width, splits), block_n) * block_n
-    splits, number = triton.cdiv(width, chunk), batch * window * heads
+    splits = number_of_splits(tiles * readers * kv_heads, width, query.device)
     out = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
     parts, sums = out, lengths  # unused arguments of a single part
     if splits > 1:
         parts = torch.empty(splits, batch, window, heads, head_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    _attend[(tiles, batch * kv_heads, splits)](
-        query, keys, values, lengths, base, out, parts, sums, scale * LOG2E,
-        window, kv_heads, chunk, number,
+    _attend[(tiles, readers * kv_heads, splits)](
+        query, keys, values, lengths, base, base if runs is None else runs, out, parts, sums, scale * LOG2E,
+        window, kv_heads, number,
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
-        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits,
+        IS_LIST=runs is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
     if splits > 1:
@@ -103,30 +114,42 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        query, keys, values, lengths, base, out, parts, sums, scale,
-        window, kv_heads, chunk, number,
+        query, keys, values, lengths, base, runs, out, parts, sums, scale,
+        window, kv_heads, number,
         query_batch, query_token, query_head,
         key_head, key_column,
         value_head, value_column,
         GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, IS_LIST: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
-        batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+        reader, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
         split = tl.program_id(2)
         rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        exists = rows < window * GROUPS
+        if IS_LIST:
+            first, tokens = tl.load(runs + 3 * reader + 1), tl.load(runs + 3 * reader + 2)
+            start_of_row = first * query_token
+            if tl.program_id(0) * BLOCK_M >= tokens * GROUPS:
+                return
+        else:
+            first, tokens = reader.to(tl.int64) * window, window
+            start_of_row = reader.to(tl.int64) * query_batch
+        exists = rows < tokens * GROUPS
         token, head = rows // GROUPS, kv_head * GROUPS + rows % GROUPS
         dims = tl.arange(0, BLOCK_D)
         real = dims < HEAD_DIM
-        length = tl.load(lengths + batch * window + token, mask=exists, other=0)
-        start_of_row = batch.to(tl.int64) * query_batch + token * query_token + head * query_head
+        length = tl.load(lengths + first + token, mask=exists, other=0)
+        start_of_row += token * query_token + head * query_head
         tile = tl.load(query + start_of_row[:, None] + dims, mask=exists[:, None] & real, other=0.0)
-        begin = tl.load(base + batch)
+        begin = tl.load(base + reader)
         keys += begin * key_column + kv_head.to(tl.int64) * key_head
         values += begin * value_column + kv_head.to(tl.int64) * value_head
 
-        end = tl.minimum(tl.max(length, 0), (split + 1) * chunk)
+        # The parts are of what is seen: a step does not get slower with the room that an extent has left.
+        longest = tl.max(length, 0)
+        chunk = tl.cdiv(tl.cdiv(longest, SPLITS), BLOCK_N) * BLOCK_N
+        end = tl.minimum(longest, (split + 1) * chunk)
         highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -151,8 +174,8 @@ if triton is not None:
         sees = total > 0
         result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
         heads = kv_heads * GROUPS
-        row = (batch * window + token).to(tl.int64) * heads + head
-        if not IS_SPLIT:
+        row = (first + token).to(tl.int64) * heads + head
+        if SPLITS == 1:
             tl.store(out + row[:, None] * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=exists[:, None] & real)
         else:
             row += split.to(tl.int64) * number
