@@ -1,6 +1,6 @@
 """Many requests of mixed lengths: in flight, in static batches, and an autoregressive model beside them.
 
-usage: serving_offline.py --model sdar-4b [--requests 512] [--slots 128] [--tokens-per-step 1 2 4] --out rows.jsonl
+usage: serving_offline.py --model sdar-4b [--requests 1024] [--slots 128] [--tokens-per-step 1 2 4] --out rows.jsonl
        serving_offline.py --model hub_configs/sdar-tiny-shakespeare --threshold 0.9 --mean-prompt 64 --mean-new 32 ...
 
 Lengths are log-normal (prompts: mean 512, at most 2,048; new tokens: mean 256, at most 1,024; sigma 0.8) from a fixed seed.
@@ -10,23 +10,32 @@ the same where all lengths are the means. `autoregressive`: continuous batching 
 
 tokens_per_second: asked-for tokens over the time of all. first, latency: seconds from the start to a request's first text
 and to its end (percentiles 50, 95, 99; all requests arrive at once). fed, wasted: columns that forward passes computed, and
-the part of them that was padding or belonged to tokens that nobody asked for. scheduler: the part of the time that the
-engine spent outside of the loop's steps. agrees: of 16 requests, how many got the tokens of `diffusion_generate` alone
-(all must in float32; in bfloat16 rounding depends on the batch).
+the part of them that was padding or belonged to tokens that nobody asked for. agrees: of 16 requests, how many got the tokens
+of `diffusion_generate` alone (all must in float32; in bfloat16 rounding depends on the batch).
+
+On a GPU, of all passes in flight: over_floor, their time on the device over that of their matrix products alone (in a CUDA
+graph, at as many tokens; the head's at the positions of blocks) plus reading the keys and values of their rows once, at the
+speed of a copy. host: the part of the time in which no pass was on the device, which is what the scheduler is not hidden in.
+
+`shared`: 64 requests that begin with the same 2,000 tokens, beside one of them: seconds until their prompts are computed.
 """
 
 import argparse
+import gc
 import json
 import math
 import random
 import time
 from pathlib import Path
 
+import numpy
 import torch
 import transformers
+from timing import captured, milliseconds
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from dllm_hf import LLM, SamplingParams
+from dllm_hf.generation.cache import column_bytes_of
 from dllm_hf.generation.configuration import as_token_list
 
 CONFIGS = Path(__file__).parents[1] / "hub_configs"
@@ -73,42 +82,112 @@ def percentiles(values: list[float]) -> list[float]:
     return [round(values[min(int(len(values) * part), len(values) - 1)], 3) for part in (0.5, 0.95, 0.99)]
 
 
+class Floor:
+    """Seconds that a pass takes at least: its matrix products, and reading keys and values."""
+
+    SIZES = (8, 16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1536, 2048, 3072, 4096, 6144)
+
+    @torch.no_grad()
+    def __init__(self, model):
+        self.column = column_bytes_of(model)
+        head = model.lm_head.weight
+        layers = [
+            each.weight for each in model.modules() if isinstance(each, torch.nn.Linear) and each.weight is not head
+        ]
+        self.layers = [self._seconds(layers, size) for size in self.SIZES]
+        self.head = [self._seconds([head], size) for size in self.SIZES]
+        source = torch.empty(2**31, dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+        self.bytes_per_second = 2 * len(source) / (milliseconds(lambda: target.copy_(source)) / 1000)
+
+    def _seconds(self, weights: list[torch.Tensor], rows: int) -> float:
+        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=DEVICE, dtype=w.dtype) for w in weights}
+
+        def run():
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+        return milliseconds(captured(run), 5, 1) / 1000
+
+    def of(self, tokens: int, kept: int, seen: int) -> float:
+        """`seen`: columns that all rows together see."""
+        products = self._at(self.layers, tokens) + (self._at(self.head, kept) if kept else 0)
+        return products + seen * self.column / self.bytes_per_second
+
+    def _at(self, seconds: list[float], size: int) -> float:
+        return float(numpy.interp(size, self.SIZES, seconds))
+
+
 class Meter:
-    """Counts what a decoder feeds, and times its steps."""
+    """Counts what a decoder feeds, and how long its passes take on the device."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, floor: Floor | None):
         self.fed = self.padding = self.steps = 0
-        self.seconds = 0.0
-        decoder = engine._decoder
-        make, step = decoder._make_window, decoder.step
+        self.floor, self.floors, self.events = floor, [], []
+        self.decoder = decoder = engine._decoder
+        self.make, self.step, self.run = decoder._make_window, decoder.step, decoder._run
+        decoder._make_window, decoder.step, decoder._run = self.make_window, self.count_step, self.time_pass
 
-        def make_window(frames, slots):
-            window = make(frames, slots)
-            own = sum(frame.end - frame.start for frame in frames if frame.length)
-            self.fed, self.padding = self.fed + window.columns.numel(), self.padding + window.columns.numel() - own
-            return window
+    def make_window(self, frames, slots):
+        window = self.make(frames, slots)
+        own = sum(frame.end - frame.start for frame in frames if frame.length > 1)
+        self.fed, self.padding = self.fed + window.columns.numel(), self.padding + window.columns.numel() - own
+        kept = sum(frame.last - frame.first for frame in frames)
+        self.present = (own, kept, sum(frame.end if frame.grid else frame.length for frame in frames if own))
+        return window
 
-        def timed_step():
-            began = time.perf_counter()
-            finished = step()
-            self.seconds, self.steps = self.seconds + time.perf_counter() - began, self.steps + 1
-            return finished
+    def count_step(self):
+        self.steps += 1
+        return self.step()
 
-        decoder._make_window, decoder.step = make_window, timed_step
+    def time_pass(self, *arguments):
+        if self.floor is None:
+            return self.run(*arguments)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        self.run(*arguments)
+        events[1].record()
+        self.events.append(events)
+        self.floors.append(self.present)
+
+    def figures(self, seconds: float) -> dict:
+        """What is printed."""
+        row = {"steps": self.steps, "fed": self.fed, "wasted": self.padding / max(self.fed, 1)}
+        if self.floor is not None:
+            torch.cuda.synchronize()
+            times = [start.elapsed_time(end) / 1000 for start, end in self.events]
+            floors = [self.floor.of(*each) for each in self.floors]
+            row |= {"over_floor": sum(times) / sum(floors), "host": 1 - sum(times) / seconds}
+            for name, wanted in (
+                ("steps_alone", lambda own, kept: own <= 2 * kept),
+                ("with_prompts", lambda own, kept: own > 2 * kept),
+            ):
+                chosen = [index for index, (own, kept, _) in enumerate(self.floors) if wanted(own, kept)]
+                if chosen:
+                    part, least = (sum(each[index] for index in chosen) for each in (times, floors))
+                    row[name] = {"passes": len(chosen), "ms": 1000 * part / len(chosen), "over_floor": part / least}
+        return row
 
 
-def in_flight(model, work, options: dict, args, block, policy) -> dict:
+def engine_for(model, work, args, block, policy) -> LLM:
     longest = max(len(prompt) + new for prompt, new in work) + (block or 32)
-    llm = LLM(
+    return LLM(
         model,
         block_length=block,
         cache_policy=policy,
         max_num_seqs=args.slots,
         max_model_len=longest,
         max_num_batched_tokens=args.budget,
+        gpu_memory_utilization=0.85,
     )
-    llm.generate([prompt for prompt, _ in work[:4]], SamplingParams(max_tokens=8, options=options), use_tqdm=False)
-    meter = Meter(llm._driver.engine)
+
+
+def in_flight(model, work, options: dict, args, block, policy, floor: Floor | None) -> dict:
+    llm = engine_for(model, work, args, block, policy)
+    # The shapes of steps come up, and are captured, before the clock runs.
+    warm = [SamplingParams(max_tokens=min(new, 64), options=options) for _, new in work[: 2 * args.slots]]
+    llm.generate([prompt for prompt, _ in work[: len(warm)]], warm, use_tqdm=False)
+    meter = Meter(llm._driver.engine, floor)
     params = [SamplingParams(max_tokens=new, options=options) for _, new in work]
     first, last, outputs, began = {}, {}, {}, time.perf_counter()
     for event in llm.generate_streaming([prompt for prompt, _ in work], params):
@@ -127,12 +206,38 @@ def in_flight(model, work, options: dict, args, block, policy) -> dict:
         "tokens_per_second": sum(map(len, texts)) / seconds,
         "first": percentiles(list(first.values())),
         "latency": percentiles(list(last.values())),
-        "steps": meter.steps,
-        "fed": meter.fed,
-        "wasted": meter.padding / max(meter.fed, 1),
-        "scheduler": 1 - meter.seconds / seconds,
+        **meter.figures(seconds),
         "agrees": f"{agrees} of {len(sample)}",
     }
+
+
+def shared(model, options: dict, args, block, policy) -> dict:
+    """One prompt, and 64 that begin alike."""
+    dice, seconds = random.Random(args.seed), {}
+    engine = engine_for(model, [([0] * 2100, 100)], args, block, policy)._driver.engine
+    seats = engine._decoder.seats
+    for number in (1, 64, 1, 64):  # the second of each counts, when the kernels are compiled
+        beginning = [dice.randrange(1000) for _ in range(2000)]
+        for own in range(number):
+            params = SamplingParams(max_tokens=block or 32, options=options)
+            engine.submit(engine.prepare([*beginning, own], params, f"{number}-{own}"))
+        synchronize()
+        began = time.perf_counter()
+        while engine.waiting or min(row.final_length for row in seats.rows if row) < 2000:
+            if any(row and row.final_length >= 2000 for row in seats.rows):
+                seats.take_beginnings()
+            else:
+                engine.step()
+        synchronize()
+        seconds[number] = time.perf_counter() - began
+        while not engine.is_idle:
+            engine.step()
+    return {"mode": "shared", "one": seconds[1], "64": seconds[64], "ratio": seconds[64] / seconds[1]}
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def alone(model, request, options: dict, block, policy) -> list[int]:
@@ -210,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a checkpoint")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--requests", type=int, default=1024)
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--budget", type=int, default=2048, help="columns of prompts and canvases in a step")
     parser.add_argument("--mean-prompt", type=int, default=512)
@@ -223,6 +328,7 @@ def main() -> None:
     args = parser.parse_args()
     model, block, policy = build(args.model)
     work = workload(args, model.config.vocab_size)
+    floor = Floor(model) if DEVICE == "cuda" and "flight" in args.modes else None
     size = block or model.default_block_length or 32
     settings = (
         [("threshold", args.threshold)] if args.threshold else [("tokens", each) for each in args.tokens_per_step]
@@ -236,9 +342,14 @@ def main() -> None:
             options |= {"denoising_steps": -(-size // value), "eos_token_id": [], "suppress_tokens": ends}
         for mode in args.modes:
             if DEVICE == "cuda":
+                model.release_graphs()
+                gc.collect()
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             if mode == "flight":
-                row = in_flight(model, work, options, args, block, policy)
+                row = in_flight(model, work, options, args, block, policy, floor)
+            elif mode == "shared":
+                row = shared(model, options, args, block, policy)
             elif mode == "autoregressive":
                 row = autoregressive(model, work, args)
             else:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..generation.cache import column_bytes_of
 from ..generation.mixin import DiffusionGenerationMixin
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
@@ -140,15 +141,11 @@ class LLM:
 
     def _cache_columns(self, slots: int, capacity: int, part: float) -> int:
         """As many columns of the cache as there is memory for, and no more than all slots could use."""
-        model, config = self.model, self.model.config
-        if model.device.type != "cuda":
+        device = self.model.device
+        if device.type != "cuda":
             return min(slots, 4) * (capacity + 1) + 1
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        element = torch.empty((), dtype=model.dtype).element_size()
-        free, total = torch.cuda.mem_get_info(model.device)
-        column = 2 * config.num_hidden_layers * heads * head_dim * element
-        columns = int(free - (1 - part) * total) // column
+        free, total = torch.cuda.mem_get_info(device)
+        columns = int(free - (1 - part) * total) // column_bytes_of(self.model)
         if columns < capacity + 2:
             raise ValueError(
                 f"`gpu_memory_utilization={part}` leaves room for {max(columns, 0)} columns of the cache, and "

@@ -36,6 +36,14 @@ def identity_of(model: DenoisingModel) -> str:
     return _identities[model]
 
 
+def column_bytes_of(model: DenoisingModel) -> int:
+    """Bytes that a column of a row takes in the key-value cache of a model."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * torch.empty((), dtype=model.dtype).element_size()
+
+
 class CanvasCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, `(slots, kv_heads, width, head_dim)`, allocated once and written by column. In memory
     they are one arena, `(kv_heads, slots * width, head_dim)`, in which a slot is the extent that begins at `slot * width`.

@@ -42,8 +42,8 @@ class DenoisingModel(nn.Module):
         sees_earlier_blocks: whether a token sees its own and earlier blocks alone; otherwise it sees the whole canvas.
         makes_masks: whether attention takes a mask that the loop makes; otherwise the model derives it from the blocks.
         has_fixed_block_length: whether the model decodes in blocks of `default_block_length` alone.
-        capacity_step: the fast path allocates a multiple of this number of columns. The steps of a conversation that
-            outgrows its columns are captured anew.
+        capacity_step: the fast path allocates a multiple of this number of columns, see [`pool.capacity_for`]. The steps of
+            a conversation that outgrows its columns are captured anew.
     """
 
     if TYPE_CHECKING:  # at run time `PreTrainedModel` would take this annotation for the family's configuration class

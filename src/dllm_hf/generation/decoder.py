@@ -245,12 +245,14 @@ class Decoder:
                 indices = torch.tensor([slots.index(row.slot) for row in stepping], device=device)
                 spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, indices, each)
                 noise = {use: spread(each) for use, each in noise.items()}
-        self._run(window, quota, noise, features)
+        # Prompts have many lengths, of which few come again: their passes are no graphs.
+        feeds_prompt = any(frame.grid and frame.end - frame.start > 2 * frame.grid for frame in frames)
+        self._run(window, quota, noise, features, self.uses_graphs and not feeds_prompt)
         self.num_forward_passes += 1
         for row in chosen:
             row.note_pass()
 
-    def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features) -> None:
+    def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features, may_capture: bool) -> None:
         backend, canvas, state = self.backend, self.canvas, self.workspace.state
         reads_raw_logits = backend.confidence_source == "raw"
         guided = getattr(backend, "cfg_scale", 0)
@@ -270,7 +272,7 @@ class Decoder:
             denoise(canvas, window, quota, forward, noise, features, reads_raw_logits)
 
         small = window.columns.numel() <= MAX_CAPTURED_TOKENS and not window.is_canvas and window.block.shape[1]
-        if self.uses_graphs and small and backend.covers(window):
+        if may_capture and small and backend.covers(window):
             self.workspace.graphs.run((features, guided), compute, window, quota, noise)
         else:
             compute(window, quota, noise)

@@ -220,7 +220,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final."""
         slots, columns = len(texts), max(map(len, texts))
         has_graphs = backend.fused is not None
-        capacity = capacity_for(columns, self.capacity_step) if has_graphs else columns
+        capacity = capacity_for(self, slots, columns) if has_graphs else columns
         key = (fingerprint, slots, capacity, backend.guidance_copies)
 
         def make() -> Workspace:

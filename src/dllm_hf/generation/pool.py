@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from .cache import CanvasCache
+from .cache import CanvasCache, column_bytes_of
 from .canvas import Canvas
 from .contract import DenoisingModel, StepForward
 from .graphs import StepGraphs
 
 MAX_IDLE = 2
+# Of SDAR-8B's weights half a GiB, 3,584 columns of one sequence.
+SPARE = 1 / 32
 
 # Reentrant: a finalizer (`_release_unless_changed`) may run while this thread holds the lock.
 _lock = threading.RLock()
@@ -49,8 +51,12 @@ class Workspace:
         return type(None), ()
 
 
-def capacity_for(width: int, step: int) -> int:
-    """The columns to allocate, a multiple of `step`, so that calls of about the same length share their graphs."""
+def capacity_for(model: DenoisingModel, slots: int, width: int) -> int:
+    """The columns to allocate for rows of `width` columns, in steps of `capacity_step` or of what [`SPARE`] of the weights'
+    memory holds, so that calls of about the same length, and the turns of a conversation, share their graphs."""
+    spare = sum(parameter.nbytes for parameter in model.parameters()) * SPARE
+    step = max(int(spare / (slots * column_bytes_of(model))), 1)
+    step = -(-step // model.capacity_step) * model.capacity_step
     return -(-width // step) * step
 
 
