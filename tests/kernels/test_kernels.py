@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from dllm_hf.fused import stack as fused
 from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch, number_of_stages
 from dllm_hf.kernels.best_tokens import BLOCK, best_tokens, best_tokens_torch
+from dllm_hf.kernels.columns import copy_columns, copy_columns_torch
 from dllm_hf.kernels.layers import (
     add_rms_norm,
     add_rms_norm_torch,
@@ -237,6 +238,16 @@ def test_where_nothing_is_a_number_some_token_is_proposed(mask):
     best, probability, _, _ = best_tokens(logits, mask)
     assert 0 <= best[0, 0] < 2 * BLOCK and best[0, 0] != mask
     assert probability[0, 0].isnan() and best[0, 1] == best_tokens_torch(logits, mask)[0][0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_are_copied_to_several_extents_at_once(dtype):
+    arena = random(3, 400, 96, dtype=dtype)
+    expected, before = arena.clone(), arena.clone()
+    runs = [(10, 200, 70), (10, 300, 33), (10, 390, 1), (90, 350, 2)]
+    copy_columns_torch(expected, runs)
+    copy_columns(arena, runs)
+    assert torch.equal(arena, expected) and not torch.equal(arena, before)
 
 
 @pytest.mark.gpu

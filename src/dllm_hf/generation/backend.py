@@ -1,7 +1,7 @@
 """Where logits come from: the protocol that the loop asks for, and the backend of the library's models."""
 
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -12,6 +12,16 @@ from .cache import CanvasCache
 from .contract import DenoisingModel, StepForward
 from .sampling import guide
 from .window import Window
+
+
+class Copy(NamedTuple):
+    """What the row in slot `target` takes over: what `source`, final up to `final_length`, holds before `column`."""
+
+    source: int
+    target: int
+    final_length: int
+    column: int
+    block_length: int
 
 
 class Backend(Protocol):
@@ -47,9 +57,9 @@ class Backend(Protocol):
         """Forget what the state of a row, final up to `final_length`, holds of columns from `column` on. Returns the column
         up to which it is final now."""
 
-    def share(self, state: Any, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
-        """Give the row in slot `target` what the one in slot `source`, final up to `final_length`, holds before `column`.
-        Returns the column up to which `target` is final then. Where blocks see all others, nothing can be shared: 0."""
+    def share(self, state: Any, copies: list[Copy]) -> list[int]:
+        """Give rows what others hold. Returns for each the column up to which its target is final then. Where blocks see all
+        others, nothing can be shared: 0."""
 
 
 class ModelBackend:
@@ -102,10 +112,8 @@ class ModelBackend:
         copies = (slot + copy * self.slots_of(state) for copy in range(self.guidance_copies))
         return min(state.forget(each, final_length, column, block_length) for each in copies)
 
-    def share(
-        self, state: CanvasCache | None, source: int, target: int, final_length: int, column: int, block_length: int
-    ) -> int:
-        return 0 if state is None else state.share(source, target, final_length, column, block_length)
+    def share(self, state: CanvasCache | None, copies: list[Copy]) -> list[int]:
+        return [0] * len(copies) if state is None else state.share(copies)
 
     def slots_of(self, state: CanvasCache) -> int:
         return state.layers[0].slots // self.guidance_copies

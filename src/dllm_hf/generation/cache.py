@@ -13,6 +13,8 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ..kernels.columns import copy_columns, copy_columns_torch
+from ..kernels.triton import triton
 from .configuration import DiffusionGenerationConfig
 from .contract import DenoisingModel
 from .extents import Extents
@@ -289,17 +291,19 @@ class CanvasCache(Cache):
         `final_length` before, is final now."""
         return min(final_length, column // block_length * block_length)
 
-    def share(self, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
-        """Copy what slot `source`, final up to `final_length`, holds before `column` to slot `target`. Returns the column up
-        to which `target` is final then."""
-        column = column // block_length * block_length
-        if source != target and self.extents is not None:
-            self._move(self.extents.begin_of(source), self.extents.begin_of(target), column)
-        elif source != target:
-            for layer in self.layers:
-                for buffer in (layer.keys, layer.values):
-                    buffer[target, :, :column] = buffer[source, :, :column]
-        return column
+    def share(self, copies: list) -> list[int]:
+        """See [`Backend.share`]; `copies`: of [`Copy`]."""
+        columns = [copy.column // copy.block_length * copy.block_length for copy in copies]
+        begin = self.extents.begin_of if self.extents is not None else lambda slot: slot * self.layers[0].width
+        runs = [
+            (begin(copy.source), begin(copy.target), column)
+            for copy, column in zip(copies, columns)
+            if copy.source != copy.target and column
+        ]
+        for layer in self.layers if runs else ():
+            for arena in layer.arenas():
+                (copy_columns if arena.is_cuda and triton is not None else copy_columns_torch)(arena, runs)
+        return columns
 
     def check(self, model: DenoisingModel, batch: int, options: DiffusionGenerationConfig) -> None:
         """Raises a `ValueError` where this cache cannot serve a call."""

@@ -31,8 +31,8 @@ class Decoder:
             other rows wait, and the row that has waited longest goes first. None: no limit.
         shares_beginnings: whether rows whose prompts begin alike compute the beginning once, where blocks see earlier ones
             alone. The other rows copy its keys and values, and wait for them if need be.
-        caller_ends_rows: whether the caller ends the rows in whose blocks it finds an end of sequence, so that the decoder
-            reads nothing from the device for that alone.
+        caller_ends_rows: whether the caller ends the rows in whose blocks it finds an end of sequence. The decoder then looks
+            at the device only where a strategy is adaptive, so that the device need not wait for the host.
 
     Attributes:
         num_forward_passes: of all rows together.
@@ -187,10 +187,10 @@ class Decoder:
 
     def _must_check(self, row: Row) -> bool:
         """Whether the host must read from the device if a row's block is filled, or if it holds an end of sequence."""
-        if row.needs_check(self.is_hooked):
-            return True
+        if self.caller_ends_rows:
+            return row.strategy.is_adaptive and row.needs_check(False)
         is_last = row.step + 1 >= len(row.quotas)
-        return is_last and self.features[row.slot].widths[0] > 0 and not self.caller_ends_rows
+        return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
 
     def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool]]:
         """By slot: whether a mask is left in the shown part of the row's block, and whether the block holds an end."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .backend import Backend
+from .backend import Backend, Copy
 from .beginnings import Beginnings
 from .requests import Request, Row
 
@@ -108,22 +108,27 @@ class Seats:
         sources = [other for other in map(self.rows.__getitem__, holders) if other not in (None, row)]
         if free:
             slot = own if own is not None else free[0]
-            self._copy(row, slot, self._final_lengths[slot], shared)
+            self._copy([(row, slot, self._final_lengths[slot], shared)])
         elif sources:
             self._sources[row] = max(sources, key=lambda each: each.final_length), shared
             self.take_beginnings()
 
-    def _copy(self, row: Row, slot: int, final_length: int, column: int) -> None:
-        """Copy what a slot, which is final up to `final_length`, holds before `column`."""
-        column = min(column, final_length)
-        row.final_length = self.backend.share(self.state, slot, row.slot, final_length, column, row.block_length)
+    def _copy(self, takers: list[tuple[Row, int, int, int]]) -> None:
+        """Copy to rows what a slot, which is final up to a column, holds before another column."""
+        copies = [
+            Copy(slot, row.slot, final_length, min(column, final_length), row.block_length)
+            for row, slot, final_length, column in takers
+        ]
+        lengths = self.backend.share(self.state, copies) if copies else []
+        for (row, *_), length in zip(takers, lengths):
+            row.final_length = length
 
     def take_beginnings(self) -> None:
         """Copy the beginnings that have become final."""
-        for row, (source, shared) in list(self._sources.items()):
-            if source.final_length >= shared:
-                self._copy(row, source.slot, source.final_length, shared)
-                del self._sources[row]
+        ready = [(row, *of) for row, of in self._sources.items() if of[0].final_length >= of[1]]
+        self._copy([(row, source.slot, source.final_length, shared) for row, source, shared in ready])
+        for row, *_ in ready:
+            del self._sources[row]
 
     def waits(self, row: Row) -> bool:
         """Whether a row waits for a beginning that another row computes."""
@@ -133,10 +138,10 @@ class Seats:
         """Free the slot of a row, see [`Decoder.remove`]."""
         slot = row.slot
         self._sources.pop(row, None)
-        for other in [other for other, (source, _) in self._sources.items() if source is row]:
-            _, shared = self._sources.pop(other)
-            if is_intact:
-                self._copy(other, slot, row.final_length, shared)
+        waiting = [other for other, (source, _) in self._sources.items() if source is row]
+        shared = {other: self._sources.pop(other)[1] for other in waiting}
+        if is_intact:
+            self._copy([(other, slot, row.final_length, column) for other, column in shared.items()])
         if self._beginnings is not None:
             text = row.request.prompt if tokens is None else tokens
             self._beginnings.put(slot, text[: row.final_length] if is_intact else [], row.block_length)

@@ -73,9 +73,9 @@ class Window:
         """The window with its tensors on a device."""
         if device.type == "cpu":
             return self
-        # One upload: small copies from pageable memory cost the host more than the GPU.
+        # One upload: small copies cost the host more than the GPU. Pinned: others wait for the GPU where they are large.
         tensors = [getattr(self, name) for name in TENSORS]
-        uploaded = torch.cat([each.flatten().long() for each in tensors]).to(device, non_blocking=True)
+        uploaded = torch.cat([each.flatten().long() for each in tensors]).pin_memory().to(device, non_blocking=True)
         parts = uploaded.split([each.numel() for each in tensors])
         return replace(self, **{name: part.view(x.shape).to(x.dtype) for name, part, x in zip(TENSORS, parts, tensors)})
 
@@ -112,7 +112,8 @@ def make_window(
         before: how many columns before the window `keep` may point to.
         multiple: windows that shrink from block to block are padded to a multiple of it: fewer shapes, fewer graphs.
     """
-    start, end, first, last, length, _, _, grid = torch.tensor(frames)[:, :, None].unbind(1)
+    table = torch.tensor(frames)[:, :, None]
+    start, end, first, last, length, _, _, grid = table.unbind(1)
     width, block_width = int((end - start).max()), int((last - first).max())
     if not grid.any() and width > block_width + shift and not (start == 0).all():
         width += -width % multiple
@@ -126,7 +127,7 @@ def make_window(
     keep = (_kept(first, last, shift) - start) * (last > first)
     tokens = {"owners": torch.tensor(slots)[:, None], "columns": columns, "lengths": lengths.to(torch.int32)}
     tokens |= {"keep": keep.clamp(-before, width - 1), "runs": torch.empty(0, 3, dtype=torch.long)}
-    return _window(frames, slots, number, scratch, **tokens, longest=width, visible=visible, seen=seen)
+    return _window(table, slots, number, scratch, **tokens, longest=width, visible=visible, seen=seen)
 
 
 def make_list(
@@ -139,7 +140,8 @@ def make_list(
         padded_up_to: lists of at most so many tokens are filled up with idle tokens and empty runs, unless all rows feed
             equally many: fewer shapes, fewer graphs.
     """
-    start, end, first, last, length, _, _, grid = torch.tensor(frames).unbind(1)
+    table = torch.tensor(frames)[:, :, None]
+    start, end, first, last, length, _, _, grid = table[:, :, 0].unbind(1)
     slot, width = torch.tensor(slots), end - start
     begin = width.cumsum(0) - width
     row = torch.arange(len(frames)).repeat_interleave(width)
@@ -151,6 +153,8 @@ def make_list(
     of = torch.arange(len(frames)).repeat_interleave(pieces)
     skipped = longest * (torch.arange(len(of)) - (pieces.cumsum(0) - pieces)[of])
     runs = torch.stack([slot[of], begin[of] + skipped, (width[of] - skipped).clamp(max=longest)], dim=1)
+    # The rows that see most first: a GPU that comes to them last would wait for them alone.
+    runs = runs[torch.where(grid > 0, end, length)[of].argsort(descending=True)]
     owners = slot[row]
     if len(row) <= padded_up_to and (widest > RUN_LENGTH or int(width.min()) < widest):
         step = max(16, (1 << (len(row) - 1).bit_length()) // 16)
@@ -166,7 +170,7 @@ def make_list(
     keep = begin[:, None] + (_kept(first[:, None], last[:, None], shift) - start[:, None]) * (last > first)[:, None]
     tokens = {"owners": owners, "columns": columns, "lengths": lengths.to(torch.int32)}
     tokens |= {"keep": keep.clamp(0, len(columns) - 1), "runs": runs}
-    return _window(frames, slots, number, scratch, **tokens, longest=longest, visible=visible, seen="token")
+    return _window(table, slots, number, scratch, **tokens, longest=longest, visible=visible, seen="token")
 
 
 def _lengths(columns, end, length, grid) -> torch.Tensor:
@@ -181,9 +185,9 @@ def _kept(first, last, shift: int) -> torch.Tensor:
     return (torch.minimum(first + torch.arange(width), last - 1) - shift).clamp(min=0)
 
 
-def _window(frames: list[Frame], slots: list[int], number: int, scratch: int, **tokens) -> Window:
-    """A window of tokens that are known already."""
-    start, end, first, last, length, shown, final, grid = torch.tensor(frames)[:, :, None].unbind(1)
+def _window(table: torch.Tensor, slots: list[int], number: int, scratch: int, **tokens) -> Window:
+    """A window of tokens that are known already. `table`: `(rows, fields, 1)`, the frames."""
+    start, end, first, last, length, shown, final, grid = table.unbind(1)
     position = first + torch.arange(int((last - first).max()))
     exists = position < last
     return Window(

@@ -149,14 +149,16 @@ class GLADreamCache(CanvasCache):
     def use_arena(self, slots: int, columns: int, device: torch.device) -> None:
         """States have no columns: all slots are of one size."""
 
-    def share(self, source: int, target: int, final_length: int, column: int, block_length: int) -> int:
-        """A state is that of one column: where it is past `column`, nothing of it can be used."""
-        if final_length > column:
-            return self.forget(target, -1, 0, block_length)
-        for tensor in (*(layer.state for layer in self.layers), self.last_hidden):
-            if tensor is not None:
-                tensor[target] = tensor[source]
-        return final_length
+    def share(self, copies: list) -> list[int]:
+        """A state is that of one column: where it is past the `column` of a copy, nothing of it can be used."""
+        lengths = []
+        for source, target, final_length, column, block_length in copies:
+            usable = final_length <= column
+            for tensor in (*(layer.state for layer in self.layers), self.last_hidden) if usable else ():
+                if tensor is not None:
+                    tensor[target] = tensor[source]
+            lengths.append(final_length if usable else self.forget(target, -1, 0, block_length))
+        return lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens after which a forward pass without the loop continues."""
