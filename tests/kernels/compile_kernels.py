@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states, read_block, short_convolutions
 from dllm_hf.kernels.attention import canvas_attention
+from dllm_hf.kernels.columns import copy_columns
 from dllm_hf.kernels.best_tokens import best_tokens
 from dllm_hf.kernels.layers import add_rms_norm, rotate_and_store, swiglu
 
@@ -57,6 +58,7 @@ for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     query, lengths, runs = new(1, window, heads, 128), new(1, window, dtype=torch.int32), new(2, 3, dtype=torch.long)
     canvas_attention(query, keys, keys, lengths, base, 768, 0.1)
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window)
+copy_columns(keys, [(0, 40, 8), (0, 60, 4)])
 for residual, rounds_once in ((None, True), (x, False)):
     add_rms_norm(x, residual, new(4096), 1e-6, rounds_once)
 swiglu(x, x)

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-KERNELS = {"_attend", "_combine", "_add_rms_norm", "_swiglu", "_rotate_and_store", "_scan", "_merge"}
+KERNELS = {"_attend", "_combine", "_add_rms_norm", "_swiglu", "_rotate_and_store", "_scan", "_merge", "_copy_columns"}
 KERNELS |= {"_short_convolutions", "_read_block", "_move_states", "_mix_scans"}
 
 

@@ -14,6 +14,9 @@ from .seats import Seats
 from .step import Features, denoise, draw
 from .window import Frame, Window, make_list, make_window
 
+# Columns of a rectangle up to which padding costs little.
+SMALL_PASS = 1024
+
 
 class Decoder:
     """Decodes the rows that it holds; each gets the tokens that it would get alone.
@@ -212,7 +215,7 @@ class Decoder:
             return [frames] if frames else []
         kinds: dict[str, dict[Row, Frame]] = {"piece": {}, "long": {}, "short": {}}
         blocks = {row: frame.end - frame.start for row, frame in frames.items() if not row.is_prefilling}
-        is_small = max(blocks.values(), default=0) * len(blocks) <= max(MAX_CAPTURED_TOKENS, 2 * sum(blocks.values()))
+        is_small = max(blocks.values(), default=0) * len(blocks) <= max(SMALL_PASS, 2 * sum(blocks.values()))
         limit = 2 * max((row.span[1] - row.span[0] for row in blocks), default=0) + 1
         for row, frame in frames.items():
             kind = "piece" if row not in blocks else "short" if is_small or blocks[row] <= limit else "long"
@@ -245,12 +248,16 @@ class Decoder:
                 indices = torch.tensor([slots.index(row.slot) for row in stepping], device=device)
                 spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, indices, each)
                 noise = {use: spread(each) for use, each in noise.items()}
-        # Prompts have many lengths, of which few come again: their passes are no graphs.
-        feeds_prompt = any(frame.grid and frame.end - frame.start > 2 * frame.grid for frame in frames)
-        self._run(window, quota, noise, features, self.uses_graphs and not feeds_prompt)
+        self._run(window, quota, noise, features, self._may_capture(frames))
         self.num_forward_passes += 1
         for row in chosen:
             row.note_pass()
+
+    def _may_capture(self, frames: list[Frame]) -> bool:
+        """Whether a pass may be a graph. Prompts have many lengths; those of a call do not come again, while those that ride
+        along with other rows share few lengths of lists."""
+        feeds_prompt = any(frame.grid and frame.end - frame.start > 2 * frame.grid for frame in frames)
+        return self.uses_graphs and (self.token_budget is not None or not feeds_prompt)
 
     def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features, may_capture: bool) -> None:
         backend, canvas, state = self.backend, self.canvas, self.workspace.state
@@ -283,7 +290,7 @@ class Decoder:
             backend, capacity = self.backend, self.canvas.capacity
             every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift)
             if backend.takes_lists:
-                window = make_list(*every, padded_up_to=MAX_CAPTURED_TOKENS if self.uses_graphs else 0)
+                window = make_list(*every, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0)
             else:
                 before = backend.logits_shift if backend.sees_earlier_blocks else 0
                 window = make_window(*every, before=before, multiple=64 if self.uses_graphs else 1)

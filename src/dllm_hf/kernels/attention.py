@@ -81,16 +81,16 @@ def canvas_attention(
     block_d = max(16, triton.next_power_of_2(head_dim))
     _attend[(tiles, readers * kv_heads, splits)](
         query, keys, values, lengths, base, base if runs is None else runs, out, parts, sums, scale * LOG2E,
-        window, kv_heads, number,
+        window, kv_heads, number, splits,
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
-        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits,
+        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
         IS_LIST=runs is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
     if splits > 1:
         _combine[(number,)](
-            out, parts, sums, number,
-            SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=2,
+            out, parts, sums, number, splits,
+            BLOCK_S=triton.next_power_of_2(splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=2,
         )  # fmt: skip
     return out
 
@@ -111,16 +111,16 @@ def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device)
 
 
 if triton is not None:
-
-    @triton.jit
+    # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
+    @triton.jit(do_not_specialize=["window", "number", "splits"])
     def _attend(
         query, keys, values, lengths, base, runs, out, parts, sums, scale,
-        window, kv_heads, number,
+        window, kv_heads, number, splits,
         query_batch, query_token, query_head,
         key_head, key_column,
         value_head, value_column,
         GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, IS_LIST: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
         PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
@@ -148,7 +148,7 @@ if triton is not None:
 
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
         longest = tl.max(length, 0)
-        chunk = tl.cdiv(tl.cdiv(longest, SPLITS), BLOCK_N) * BLOCK_N
+        chunk = tl.cdiv(tl.cdiv(longest, splits), BLOCK_N) * BLOCK_N
         end = tl.minimum(longest, (split + 1) * chunk)
         highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -175,7 +175,7 @@ if triton is not None:
         result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
         heads = kv_heads * GROUPS
         row = (first + token).to(tl.int64) * heads + head
-        if SPLITS == 1:
+        if not IS_SPLIT:
             tl.store(out + row[:, None] * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=exists[:, None] & real)
         else:
             row += split.to(tl.int64) * number
@@ -183,16 +183,16 @@ if triton is not None:
             logsum = tl.where(sees, highest + tl.log2(tl.where(sees, total, 1.0)), -float("inf"))
             tl.store(sums + row, logsum, mask=exists)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["number", "splits"])
     def _combine(
-        out, parts, sums, number,
-        SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+        out, parts, sums, number, splits,
+        BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row, weighted by what they saw."""
         row = tl.program_id(0).to(tl.int64)
         split, dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
         source = split.to(tl.int64) * number + row
-        logsum = tl.load(sums + source, mask=split < SPLITS, other=-float("inf"))
+        logsum = tl.load(sums + source, mask=split < splits, other=-float("inf"))
         saw = logsum > -float("inf")
         highest = tl.max(logsum, 0)
         weight = tl.where(saw, tl.exp2(logsum - tl.where(highest > -float("inf"), highest, 0.0)), 0.0)
