@@ -6,7 +6,7 @@ usage: serving_offline.py --model sdar-4b [--requests 1024] [--slots 128] [--tok
 Lengths are log-normal (prompts: mean 512, at most 2,048; new tokens: mean 256, at most 1,024; sigma 0.8) from a fixed seed.
 Random weights forbid end tokens, so that each row ends by its own length. `flight`: `LLM` with so many slots. `static`:
 `diffusion_generate` on batches of as many prompts in the order of arrival, each as long as its longest row asks. `equal`:
-the same where all lengths are the means. `autoregressive`: continuous batching of `transformers` on a Qwen3 of SDAR's shape.
+the same where all lengths are the means; both on the first 4 * slots requests. `autoregressive`: continuous batching of `transformers` on a Qwen3 of SDAR's shape.
 
 tokens_per_second: asked-for tokens over the time of all. first, latency: seconds from the start to a request's first text
 and to its end (percentiles 50, 95, 99; all requests arrive at once). fed, wasted: columns that forward passes computed, and
@@ -17,7 +17,8 @@ On a GPU, of all passes in flight: over_floor, their time on the device over tha
 graph, at as many tokens; the head's at the positions of blocks) plus reading the keys and values of their rows once, at the
 speed of a copy. host: the part of the time in which no pass was on the device, which is what the scheduler is not hidden in.
 
-`shared`: 64 requests that begin with the same 2,000 tokens, beside one of them: seconds until their prompts are computed.
+`shared`: what a beginning of 2,000 tokens costs one request, and 64 that share it: seconds, without what these take when
+they have no such beginning.
 """
 
 import argparse
@@ -127,6 +128,7 @@ class Meter:
         self.decoder = decoder = engine._decoder
         self.make, self.step, self.run = decoder._make_window, decoder.step, decoder._run
         decoder._make_window, decoder.step, decoder._run = self.make_window, self.count_step, self.time_pass
+        self.known = len(decoder.workspace.graphs.steps)
 
     def make_window(self, frames, slots):
         window = self.make(frames, slots)
@@ -154,6 +156,7 @@ class Meter:
         """What is printed."""
         row = {"steps": self.steps, "fed": self.fed, "wasted": self.padding / max(self.fed, 1)}
         if self.floor is not None:
+            row["new_shapes"] = len(self.decoder.workspace.graphs.steps) - self.known
             torch.cuda.synchronize()
             times = [start.elapsed_time(end) / 1000 for start, end in self.events]
             floors = [self.floor.of(*each) for each in self.floors]
@@ -185,7 +188,7 @@ def engine_for(model, work, args, block, policy) -> LLM:
 def in_flight(model, work, options: dict, args, block, policy, floor: Floor | None) -> dict:
     llm = engine_for(model, work, args, block, policy)
     # The shapes of steps come up, and are captured, before the clock runs.
-    warm = [SamplingParams(max_tokens=min(new, 64), options=options) for _, new in work[: 2 * args.slots]]
+    warm = [SamplingParams(max_tokens=min(new, 160), options=options) for _, new in work[: 3 * args.slots]]
     llm.generate([prompt for prompt, _ in work[: len(warm)]], warm, use_tqdm=False)
     meter = Meter(llm._driver.engine, floor)
     params = [SamplingParams(max_tokens=new, options=options) for _, new in work]
@@ -212,32 +215,18 @@ def in_flight(model, work, options: dict, args, block, policy, floor: Floor | No
 
 
 def shared(model, options: dict, args, block, policy) -> dict:
-    """One prompt, and 64 that begin alike."""
-    dice, seconds = random.Random(args.seed), {}
-    engine = engine_for(model, [([0] * 2100, 100)], args, block, policy)._driver.engine
-    seats = engine._decoder.seats
-    for number in (1, 64, 1, 64):  # the second of each counts, when the kernels are compiled
-        beginning = [dice.randrange(1000) for _ in range(2000)]
-        for own in range(number):
-            params = SamplingParams(max_tokens=block or 32, options=options)
-            engine.submit(engine.prepare([*beginning, own], params, f"{number}-{own}"))
-        synchronize()
-        began = time.perf_counter()
-        while engine.waiting or min(row.final_length for row in seats.rows if row) < 2000:
-            if any(row and row.final_length >= 2000 for row in seats.rows):
-                seats.take_beginnings()
-            else:
-                engine.step()
-        synchronize()
-        seconds[number] = time.perf_counter() - began
-        while not engine.is_idle:
-            engine.step()
-    return {"mode": "shared", "one": seconds[1], "64": seconds[64], "ratio": seconds[64] / seconds[1]}
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    """One request, and 64, with a beginning of 2,000 tokens and without it."""
+    dice, llm = random.Random(args.seed), engine_for(model, [([0] * 2100, 100)], args, block, policy)
+    params, seconds = SamplingParams(max_tokens=block or 32, options={**options, "denoising_steps": 1}), {}
+    for length in (0, 2000, 0, 2000, 0, 2000, 2000):  # the last of each counts: kernels are compiled, steps are graphs
+        for number in (1, 64):
+            beginning = [dice.randrange(1000) for _ in range(length)]
+            prompts = [[*beginning, dice.randrange(1000), own] for own in range(number)]
+            began = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            seconds[number, length] = time.perf_counter() - began
+    one, many = (seconds[number, 2000] - seconds[number, 0] for number in (1, 64))
+    return {"mode": "shared", "one": one, "64": many, "ratio": many / one}
 
 
 def alone(model, request, options: dict, block, policy) -> list[int]:
@@ -353,8 +342,9 @@ def main() -> None:
             elif mode == "autoregressive":
                 row = autoregressive(model, work, args)
             else:
-                means = [(prompt[:1] * args.mean_prompt, args.mean_new) for prompt, _ in work]
-                row = static(model, work if mode == "static" else means, options, args, block, policy, mode)
+                some = work[: 4 * args.slots]
+                means = [(prompt[:1] * args.mean_prompt, args.mean_new) for prompt, _ in some]
+                row = static(model, some if mode == "static" else means, options, args, block, policy, mode)
             card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
             memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
             row |= {"model": args.model, kind: value, "slots": args.slots, "requests": args.requests, "GiB": memory}

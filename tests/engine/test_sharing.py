@@ -82,7 +82,7 @@ def test_a_mask_in_a_prompt_ends_what_can_be_shared():
 
 
 def test_beginnings_find_the_longest_run_of_whole_blocks():
-    beginnings = Beginnings()
+    beginnings = Beginnings(slots=2, columns=8)
     beginnings.put(0, [1, 2, 3, 4, 5, 6], 2)
     beginnings.put(1, [1, 2, 3, 4, 9, 9], 2)
     assert beginnings.find([1, 2, 3, 4, 5, 6, 7], 2) == ([0], 6)
@@ -93,4 +93,4 @@ def test_beginnings_find_the_longest_run_of_whole_blocks():
     assert beginnings.find([1, 2, 3, 4, 5, 6], 2) == ([1], 4)
     beginnings.drop(1)
     beginnings.drop(0)
-    assert not beginnings._slots and not beginnings._keys
+    assert 0 not in beginnings and beginnings.find([7, 7], 2) == ([], 0)

@@ -15,8 +15,8 @@ from triton.runtime.jit import JITFunction
 
 from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states, read_block, short_convolutions
 from dllm_hf.kernels.attention import canvas_attention
-from dllm_hf.kernels.columns import copy_columns
 from dllm_hf.kernels.best_tokens import best_tokens
+from dllm_hf.kernels.columns import copy_columns
 from dllm_hf.kernels.layers import add_rms_norm, rotate_and_store, swiglu
 
 DTYPE, FLOATS = getattr(torch, sys.argv[1]), sys.argv[2]

@@ -30,6 +30,8 @@ from .sequence import Sequence
 _BATCH_OPTIONS = {"cfg_scale": (None, 0), "repetition_penalty": (None, 1)}
 # Completions behind the free slots among which one is looked for that fits where the first do not.
 LOOKAHEAD = 64
+# Completions that are admitted in one step; the host admits others while the device computes.
+ADMITTED = 16
 
 
 class QueueFullError(RuntimeError):
@@ -224,7 +226,7 @@ class Engine:
     def _next(self) -> list[Sequence]:
         """The completions that get a slot now: the first that wait, and those behind them that fit where they do not."""
         seats, found = self._decoder.seats, list[Sequence]()
-        free, room = len(seats.free), math.inf if seats.room is None else seats.room
+        free, room = min(len(seats.free), ADMITTED), math.inf if seats.room is None else seats.room
         blocked: list[Sequence] = []
         for sequence in itertools.islice(self.waiting, free + LOOKAHEAD):
             if len(found) == free or (blocked and blocked[0].passed_over >= self.max_passed_over):

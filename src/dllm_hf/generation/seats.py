@@ -13,6 +13,7 @@ class Seats:
 
     Args:
         state: of `backend`, for so many `slots`.
+        columns: no text is longer.
         shares_beginnings: whether rows take over beginnings.
 
     Attributes:
@@ -20,12 +21,12 @@ class Seats:
         free: the free slots, the one that has been free longest first.
     """
 
-    def __init__(self, backend: Backend, state: Any, slots: int, shares_beginnings: bool):
+    def __init__(self, backend: Backend, state: Any, slots: int, columns: int, shares_beginnings: bool):
         self.backend, self.state = backend, state
         self.rows: list[Row | None] = [None] * slots
         self.free = list(range(slots))
         self._extents = getattr(state, "extents", None)
-        self._beginnings = Beginnings() if shares_beginnings and backend.sees_earlier_blocks else None
+        self._beginnings = Beginnings(slots, columns) if shares_beginnings and backend.sees_earlier_blocks else None
         self._final_lengths: dict[int, int] = {}  # by free slot, the column up to which its state is final
         self._sources: dict[
             Row, tuple[Row, int]

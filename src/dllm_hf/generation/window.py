@@ -157,7 +157,7 @@ def make_list(
     runs = runs[torch.where(grid > 0, end, length)[of].argsort(descending=True)]
     owners = slot[row]
     if len(row) <= padded_up_to and (widest > RUN_LENGTH or int(width.min()) < widest):
-        step = max(16, (1 << (len(row) - 1).bit_length()) // 16)
+        step = max(min(1 << (len(row) - 1).bit_length(), 64), (1 << (len(row) - 1).bit_length()) // 16)
         owners, columns, lengths = (
             torch.cat([each, each.new_full((-len(row) % step,), value)])
             for each, value in ((owners, slots[0]), (columns, scratch), (lengths, 0))

@@ -9,6 +9,9 @@ import torch
 from .triton import tl, triton
 
 LOG2E = 1.4426950408889634
+# Queries of a key head in one row, on average, up to which several programs for each processor pay. Every part writes the
+# results of its queries in float32: for many queries two programs for each processor cost up to twice the time.
+FEW = 24
 
 
 def canvas_attention_torch(query, keys, values, lengths, base, width, scale, runs=None, longest=0) -> torch.Tensor:
@@ -72,7 +75,8 @@ def canvas_attention(
     most_rows, block_n = (64, 64) if query.element_size() < 4 else (16, 16)
     block_m = max(16, min(most_rows, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block_m)
-    splits = number_of_splits(tiles * readers * kv_heads, width, query.device)
+    few = number / (readers * kv_heads) <= FEW
+    splits = number_of_splits(tiles * readers * kv_heads, width, query.device, 3.6 if few else 0)
     out = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
     parts, sums = out, lengths  # unused arguments of a single part
     if splits > 1:
@@ -95,11 +99,12 @@ def canvas_attention(
     return out
 
 
-def number_of_splits(programs: int, width: int, device: torch.device) -> int:
-    """Parts of the keys: one program for each processor, and at least 64 keys in a part. (Two programs for each processor
-    cost up to twice the time with many rows, since every part writes its rows in float32.)"""
+def number_of_splits(programs: int, width: int, device: torch.device, load: float = 0) -> int:
+    """Parts of the keys: one program for each processor, or `load` of them in up to 16 parts, and at least 64 keys in a
+    part."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(processors // programs, width // 64, 32))
+    wanted = max(processors // programs, min(round(load * processors / programs), 16))
+    return max(1, min(wanted, width // 64, 32))
 
 
 def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device) -> int:
