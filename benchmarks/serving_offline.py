@@ -6,7 +6,8 @@ usage: serving_offline.py --model sdar-4b [--requests 1024] [--slots 128] [--tok
 Lengths are log-normal (prompts: mean 512, at most 2,048; new tokens: mean 256, at most 1,024; sigma 0.8) from a fixed seed.
 Random weights forbid end tokens, so that each row ends by its own length. `flight`: `LLM` with so many slots. `static`:
 `diffusion_generate` on batches of as many prompts in the order of arrival, each as long as its longest row asks. `equal`:
-the same where all lengths are the means; both on the first 4 * slots requests. `autoregressive`: continuous batching of `transformers` on a Qwen3 of SDAR's shape.
+the same where all lengths are the means; both on the first 4 * slots requests. `autoregressive`: continuous batching of
+`transformers` on a Qwen3 of SDAR's shape.
 
 tokens_per_second: asked-for tokens over the time of all. first, latency: seconds from the start to a request's first text
 and to its end (percentiles 50, 95, 99; all requests arrive at once). fed, wasted: columns that forward passes computed, and
@@ -51,14 +52,14 @@ MODELS = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build(name: str):
+def build(name: str, dtype: torch.dtype):
     if name not in MODELS:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(DEVICE).eval(), None, None
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(DEVICE).eval(), None, None
     folder, block, policy = MODELS[name]
     config = AutoConfig.from_pretrained(CONFIGS / folder)
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     return model, block, policy
 
 
@@ -313,9 +314,10 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, help="of low_confidence_dynamic, in the place of a fixed number")
     parser.add_argument("--modes", nargs="+", default=["flight", "static", "equal", "autoregressive"])
     parser.add_argument("--attention", default="sdpa", help="of the autoregressive model")
+    parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model, block, policy = build(args.model)
+    model, block, policy = build(args.model, getattr(torch, args.dtype))
     work = workload(args, model.config.vocab_size)
     floor = Floor(model) if DEVICE == "cuda" and "flight" in args.modes else None
     size = block or model.default_block_length or 32
@@ -348,7 +350,12 @@ def main() -> None:
             card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
             memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
             row |= {"model": args.model, kind: value, "slots": args.slots, "requests": args.requests, "GiB": memory}
-            row |= {"card": card, "torch": torch.__version__, "transformers": transformers.__version__}
+            row |= {
+                "dtype": args.dtype,
+                "card": card,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
             print(json.dumps(row), flush=True)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -1,6 +1,5 @@
 """The canvas: tables with a row for each slot, which hold all that a denoising step reads and writes besides the cache."""
 
-import numpy
 import torch
 
 from .configuration import as_token_list
@@ -49,10 +48,9 @@ class Canvas:
         """Write the initial tokens and the options of rows into their slots."""
         slots = self._indices(rows)
         width = max((row.length for row in rows), default=0)
-        table = numpy.zeros((len(rows), width), dtype=numpy.int64)  # several times faster than a tensor of lists
-        for index, row in enumerate(rows):
-            table[index, : row.length] = row.text
-        texts = torch.from_numpy(table)
+        texts = torch.zeros(len(rows), width, dtype=torch.long)
+        for text, row in zip(texts.numpy(), rows):  # several times faster than a tensor of lists
+            text[: row.length] = row.text
         prompts = torch.tensor([len(row.request.prompt) for row in rows])
         masks = torch.tensor([row.mask for row in rows])
         is_prompt = (texts != masks[:, None]) & (torch.arange(width) < prompts[:, None])
