@@ -12,11 +12,13 @@ the same where all lengths are the means; both on the first 4 * slots requests. 
 tokens_per_second: asked-for tokens over the time of all. first, latency: seconds from the start to a request's first text
 and to its end (percentiles 50, 95, 99; all requests arrive at once). fed, wasted: columns that forward passes computed, and
 the part of them that was padding or belonged to tokens that nobody asked for. agrees: of 16 requests, how many got the tokens
-of `diffusion_generate` alone (all must in float32; in bfloat16 rounding depends on the batch).
+of `diffusion_generate` alone, in float32, where all must (in bfloat16 rounding depends on the batch).
 
 On a GPU, of all passes in flight: over_floor, their time on the device over that of their matrix products alone (in a CUDA
 graph, at as many tokens; the head's at the positions of blocks) plus reading the keys and values of their rows once, at the
-speed of a copy. host: the part of the time in which no pass was on the device, which is what the scheduler is not hidden in.
+speed of a copy. host: the part of the time in which no pass was on the device, so that the scheduler was not hidden. Steps are told apart as
+full ones, those of the last requests, when three quarters of the slots are not in use any more, and those that compute prompts
+as well.
 
 `shared`: what a beginning of 2,000 tokens costs one request, and 64 that share it: seconds, without what these take when
 they have no such beginning.
@@ -136,7 +138,8 @@ class Meter:
         own = sum(frame.end - frame.start for frame in frames if frame.length > 1)
         self.fed, self.padding = self.fed + window.columns.numel(), self.padding + window.columns.numel() - own
         kept = sum(frame.last - frame.first for frame in frames)
-        self.present = (own, kept, sum(frame.end if frame.grid else frame.length for frame in frames if own))
+        real = [frame for frame in frames if frame.length > 1]
+        self.present = (own, kept, sum(frame.end if frame.grid else frame.length for frame in real), len(real))
         return window
 
     def count_step(self):
@@ -160,13 +163,15 @@ class Meter:
             row["new_shapes"] = len(self.decoder.workspace.graphs.steps) - self.known
             torch.cuda.synchronize()
             times = [start.elapsed_time(end) / 1000 for start, end in self.events]
-            floors = [self.floor.of(*each) for each in self.floors]
+            floors = [self.floor.of(*each[:3]) for each in self.floors]
             row |= {"over_floor": sum(times) / sum(floors), "host": 1 - sum(times) / seconds}
+            most = max(rows for *_, rows in self.floors)
             for name, wanted in (
-                ("steps_alone", lambda own, kept: own <= 2 * kept),
-                ("with_prompts", lambda own, kept: own > 2 * kept),
+                ("steps_full", lambda own, kept, rows: own <= 2 * kept and rows >= 0.75 * most),
+                ("steps_draining", lambda own, kept, rows: own <= 2 * kept and rows < 0.75 * most),
+                ("with_prompts", lambda own, kept, rows: own > 2 * kept),
             ):
-                chosen = [index for index, (own, kept, _) in enumerate(self.floors) if wanted(own, kept)]
+                chosen = [index for index, (own, kept, _, rows) in enumerate(self.floors) if wanted(own, kept, rows)]
                 if chosen:
                     part, least = (sum(each[index] for index in chosen) for each in (times, floors))
                     row[name] = {"passes": len(chosen), "ms": 1000 * part / len(chosen), "over_floor": part / least}
@@ -202,7 +207,7 @@ def in_flight(model, work, options: dict, args, block, policy, floor: Floor | No
             outputs[event.request_id] = event.output.token_ids
     seconds = time.perf_counter() - began
     texts = [outputs[name] for name in sorted(outputs, key=lambda name: int(name.split("-")[1]))]
-    sample = range(0, len(work), max(len(work) // 16, 1))
+    sample = range(0, len(work), max(len(work) // 16, 1)) if model.dtype == torch.float32 else ()
     agrees = sum(alone(model, work[index], options, block, policy) == texts[index] for index in sample)
     return {
         "mode": "flight",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dllm_hf.generation import cache as cache_module
 from dllm_hf.generation.cache import CanvasCache
 from dllm_hf.generation.window import Frame, make_window
 
@@ -114,3 +115,21 @@ def test_a_canvas_cache_writes_columns_in_place_and_returns_everything():
     assert again.data_ptr() == keys.data_ptr()
     assert again.flatten().tolist() == [0, 10, 20, 3]
     assert values.flatten().tolist() == [0, -1, -2, 3]
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_columns_of_an_arena_move_piece_by_piece(at_once, monkeypatch):
+    """Sources and targets overlap, and a piece may reach from one extent into the next."""
+    monkeypatch.setattr(cache_module, "MOVED_AT_ONCE", at_once)
+    model = tiny_model("sdar")
+    cache = model.make_cache(20)
+    cache.use_arena(4, 60, model.device)
+    for layer in cache.layers:
+        nothing = torch.empty(1, 2, 0, 12)
+        layer.lazy_initialization(nothing, nothing)
+        layer.keys.normal_(), layer.values.normal_()
+    before = [tensor.clone() for tensor in cache.layer_tensors()]
+    cache._move([(12, 10, 7), (20, 17, 5), (40, 22, 9)])
+    for old, new in zip(before, cache.layer_tensors()):
+        assert torch.equal(new[:, :, 10:31], torch.cat([old[:, :, 12:19], old[:, :, 20:25], old[:, :, 40:49]], dim=2))
+        assert torch.equal(new[:, :, :10], old[:, :, :10]) and torch.equal(new[:, :, 31:], old[:, :, 31:])

@@ -17,9 +17,12 @@ class Arena:
         self.moves = 0
         self.extents = Extents(SLOTS, COLUMNS, 20, torch.device("cpu"), self.move)
 
-    def move(self, source, target, size):
-        assert target < source
-        self.columns[target : target + size] = self.columns[source : source + size]
+    def move(self, moves):
+        end = moves[0][1]
+        for source, target, size in moves:
+            assert target < source and target == end
+            self.columns[target : target + size] = self.columns[source : source + size]
+            end += size
         self.moves += 1
 
     def run_of(self, slot):

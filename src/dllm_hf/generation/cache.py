@@ -20,6 +20,9 @@ from .contract import DenoisingModel
 from .extents import Extents
 from .window import Window
 
+# Columns; more would take more memory beside the cache.
+MOVED_AT_ONCE = 16384
+
 # Not attributes of the caches: locks can be neither copied nor pickled.
 _locks: "weakref.WeakKeyDictionary[CanvasCache, threading.Lock]" = weakref.WeakKeyDictionary()
 _identities: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
@@ -223,11 +226,16 @@ class CanvasCache(Cache):
         for layer in self.layers:
             layer.slots, layer.width = 1, columns
 
-    def _move(self, source: int, target: int, size: int) -> None:
-        """Copy columns of the arena; the two runs may overlap."""
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values) if layer.is_initialized else ():
-                buffer[:, :, target : target + size] = buffer[:, :, source : source + size].clone()
+    def _move(self, moves: list[tuple[int, int, int]]) -> None:
+        """Copy runs of columns of the arena, each as its first column, that of its target, and its size. The targets stand
+        one behind the other, each before its source, so that any piece can be copied once those before it have been."""
+        sources = torch.cat([torch.arange(source, source + size) for source, _, size in moves])
+        buffers = [buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values)]
+        for start in range(0, len(sources), MOVED_AT_ONCE) if buffers else ():
+            piece = sources[start : start + MOVED_AT_ONCE].to(buffers[0].device)
+            target = moves[0][1] + start
+            for buffer in buffers:
+                buffer[:, :, target : target + len(piece)] = buffer.index_select(2, piece)
 
     def set_window(self, window: Window) -> None:
         """Set the window of the next forward pass."""

@@ -245,8 +245,9 @@ class Decoder:
         noise: dict[str, torch.Tensor] = {}
         if width := window.block.shape[1]:
             noise = draw(features, stepping, (len(stepping), width, self.backend.vocab_size), device)
-            if len(slots) > len(stepping):
-                indices = torch.tensor([slots.index(row.slot) for row in stepping], device=device)
+            if noise and len(slots) > len(stepping):
+                # Not made on the device, which would wait for all that it has to do.
+                indices = torch.tensor([slots.index(row.slot) for row in stepping]).to(device, non_blocking=True)
                 spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, indices, each)
                 noise = {use: spread(each) for use, each in noise.items()}
         self._run(window, quota, noise, features, self._may_capture(frames))

@@ -15,7 +15,8 @@ class Extents:
         slots: slots that may have an extent.
         columns: of the arena.
         longest: no extent is longer.
-        move: `(source, target, size)`, copies columns of the arena to lower ones, which may overlap.
+        move: copies runs of columns, a list of `(source, target, size)`, to lower ones, which stand one behind the other and
+            may overlap their sources.
 
     Attributes:
         base, size: `(slots,)`, first column and number of columns of each slot's extent, on the device; a captured step reads
@@ -23,7 +24,12 @@ class Extents:
     """
 
     def __init__(
-        self, slots: int, columns: int, longest: int, device: torch.device, move: Callable[[int, int, int], None]
+        self,
+        slots: int,
+        columns: int,
+        longest: int,
+        device: torch.device,
+        move: Callable[[list[tuple[int, int, int]]], None],
     ):
         self.columns, self.longest, self._move = columns, longest, move
         self.base = torch.zeros(slots, dtype=torch.long, device=device)
@@ -77,10 +83,12 @@ class Extents:
         return end if self.columns - end >= size else None
 
     def _close_gaps(self) -> None:
-        end = 1
+        moves, end = {}, 1
         for begin, slot in sorted((begin, slot) for slot, (begin, _) in self._held.items()):
-            size = self.size_of(slot)
             if begin > end:
-                self._move(begin, end, size)
-                self._put(slot, end, size)
-            end += size
+                moves[slot] = (begin, end, self.size_of(slot))
+            end += self.size_of(slot)
+        if moves:
+            self._move(list(moves.values()))
+        for slot, (_, target, size) in moves.items():
+            self._put(slot, target, size)

@@ -45,7 +45,7 @@ class Noise:
             noise = draw(tuple(shape), generator=first, device=source(first)).to(self.device)
             if all(self.widths):
                 return noise
-            idle = torch.tensor([not width for width in self.widths], device=self.device)
+            idle = torch.tensor([not width for width in self.widths]).to(self.device, non_blocking=True)
             return noise.masked_fill_(idle.view(-1, *[1] * (len(shape) - 1)), 0)
         noise = None
         for row, (generator, width) in enumerate(zip(self.generators, self.widths, strict=True)):
