@@ -246,7 +246,7 @@ def test_columns_are_copied_to_several_extents_at_once(dtype):
     expected, before = arena.clone(), arena.clone()
     runs = [(10, 200, 70), (10, 300, 33), (10, 390, 1), (90, 350, 2)]
     copy_columns_torch(expected, runs)
-    copy_columns(arena, runs)
+    copy_columns(arena, torch.tensor(runs, device=DEVICE), 70)
     assert torch.equal(arena, expected) and not torch.equal(arena, before)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from ..generation.canvas import Canvas
 from ..generation.requests import Row
+from ..generation.uploads import uploaded
 
 
 class Piece(NamedTuple):
@@ -31,7 +32,7 @@ class Reading:
         self.pieces, self._copied = pieces, None
         if not pieces:
             return
-        starts = torch.tensor([[piece.row.slot, piece.start] for piece in pieces]).to(canvas.device, non_blocking=True)
+        starts = uploaded(torch.tensor([[piece.row.slot, piece.start] for piece in pieces]), canvas.device)
         offsets = torch.arange(max(piece.end - piece.start for piece in pieces), device=canvas.device)
         columns = (starts[:, 1:] + offsets).clamp(max=canvas.capacity)
         self._values = torch.cat([canvas.counts[starts[:, 0]], canvas.tokens[starts[:, :1], columns]], dim=1)

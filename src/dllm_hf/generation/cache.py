@@ -18,6 +18,7 @@ from ..kernels.triton import triton
 from .configuration import DiffusionGenerationConfig
 from .contract import DenoisingModel
 from .extents import Extents
+from .uploads import uploaded
 from .window import Window
 
 # Columns; more would take more memory beside the cache.
@@ -232,7 +233,7 @@ class CanvasCache(Cache):
         sources = torch.cat([torch.arange(source, source + size) for source, _, size in moves])
         buffers = [buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values)]
         for start in range(0, len(sources), MOVED_AT_ONCE) if buffers else ():
-            piece = sources[start : start + MOVED_AT_ONCE].to(buffers[0].device)
+            piece = uploaded(sources[start : start + MOVED_AT_ONCE], buffers[0].device)
             target = moves[0][1] + start
             for buffer in buffers:
                 buffer[:, :, target : target + len(piece)] = buffer.index_select(2, piece)
@@ -308,9 +309,11 @@ class CanvasCache(Cache):
             for copy, column in zip(copies, columns)
             if copy.source != copy.target and column
         ]
-        for layer in self.layers if runs else ():
-            for arena in layer.arenas():
-                (copy_columns if arena.is_cuda and triton is not None else copy_columns_torch)(arena, runs)
+        for arena in (arena for layer in self.layers for arena in layer.arenas()) if runs else ():
+            if arena.is_cuda and triton is not None:
+                copy_columns(arena, uploaded(torch.tensor(runs), arena.device), max(columns))
+            else:
+                copy_columns_torch(arena, runs)
         return columns
 
     def check(self, model: DenoisingModel, batch: int, options: DiffusionGenerationConfig) -> None:

@@ -5,6 +5,7 @@ import torch
 from .configuration import as_token_list
 from .remasking import RULES, SCORES
 from .requests import Row
+from .uploads import uploaded
 
 # The numeric options of a row, in the order of the columns of `Canvas.numbers`.
 NUMBERS = ("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
@@ -54,12 +55,13 @@ class Canvas:
         prompts = torch.tensor([len(row.request.prompt) for row in rows])
         masks = torch.tensor([row.mask for row in rows])
         is_prompt = (texts != masks[:, None]) & (torch.arange(width) < prompts[:, None])
-        for table, values in ((self.tokens, texts), (self.is_prompt, is_prompt), (self.plan, torch.zeros_like(texts))):
-            table[:, :width].index_copy_(0, slots, values.to(self.device, non_blocking=True))
+        for table, values in ((self.tokens, texts), (self.is_prompt, is_prompt)):
+            table[:, :width].index_copy_(0, slots, uploaded(values, self.device))
+        self.plan.index_fill_(0, slots, 0)
         numbers = torch.tensor([numbers_of(row) for row in rows], dtype=torch.float32)
         choices = torch.tensor([choices_of(row) for row in rows])
-        self.numbers.index_copy_(0, slots, numbers.to(self.device, non_blocking=True))
-        self.choices.index_copy_(0, slots, choices.to(self.device, non_blocking=True))
+        self.numbers.index_copy_(0, slots, uploaded(numbers, self.device))
+        self.choices.index_copy_(0, slots, uploaded(choices, self.device))
         self.counts.index_fill_(0, slots, 0)
 
     def load_list(self, name: str, width: int, rows: list[Row]) -> None:
@@ -69,19 +71,19 @@ class Canvas:
             self.lists[key] = torch.full((self.slots, width), -1, device=self.device)
         values = [list_of(row, name) or [-1] for row in rows]
         values = [each + each[-1:] * (width - len(each)) for each in values]
-        self.lists[key].index_copy_(0, self._indices(rows), torch.tensor(values).to(self.device, non_blocking=True))
+        self.lists[key].index_copy_(0, self._indices(rows), uploaded(torch.tensor(values), self.device))
 
     def load_plan(self, row: Row, plan: torch.Tensor) -> None:
         """Write the step at which each position of a row's block may be transferred, `(width,)`."""
         start, end = row.span
-        self.plan[row.slot, start:end] = plan.to(self.device)
+        self.plan[row.slot, start:end] = uploaded(plan, self.device)
 
     def text(self, row: Row) -> torch.Tensor:
         """`(shown,)`, the tokens of a row that the output shows."""
         return self.tokens[row.slot, : row.shown]
 
     def _indices(self, rows: list[Row]) -> torch.Tensor:
-        return torch.tensor([row.slot for row in rows], dtype=torch.long).to(self.device, non_blocking=True)
+        return uploaded(torch.tensor([row.slot for row in rows], dtype=torch.long), self.device)
 
 
 def numbers_of(row: Row) -> list[float]:

@@ -12,6 +12,7 @@ from .requests import Request, Row
 from .sampling import Noise
 from .seats import Seats
 from .step import Features, denoise, draw
+from .uploads import uploaded
 from .window import Frame, Window, make_list, make_window
 
 # Columns of a rectangle up to which padding costs little.
@@ -240,14 +241,12 @@ class Decoder:
         window = self._make_window(frames, slots)
         features = Features.union(self.features[row.slot] for row in chosen)
         device = self.canvas.device
-        # Non-blocking, so that the host keeps ahead of the device.
-        quota = torch.tensor(quotas).to(device, non_blocking=True)
+        quota = uploaded(torch.tensor(quotas), device)
         noise: dict[str, torch.Tensor] = {}
         if width := window.block.shape[1]:
             noise = draw(features, stepping, (len(stepping), width, self.backend.vocab_size), device)
             if noise and len(slots) > len(stepping):
-                # Not made on the device, which would wait for all that it has to do.
-                indices = torch.tensor([slots.index(row.slot) for row in stepping]).to(device, non_blocking=True)
+                indices = uploaded(torch.tensor([slots.index(row.slot) for row in stepping]), device)
                 spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, indices, each)
                 noise = {use: spread(each) for use, each in noise.items()}
         self._run(window, quota, noise, features, self._may_capture(frames))

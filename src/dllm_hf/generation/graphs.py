@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 # Larger steps are not launch-bound: the host keeps ahead of the GPU without a graph. (A step of SDAR-4B takes the host 30 ms,
 # and an H100 as long at 2,000 tokens.)
 MAX_CAPTURED_TOKENS = 4096
-MAX_GRAPHS = 96
+MAX_GRAPHS = 128
 
 
 def are_possible(device: torch.device) -> bool:

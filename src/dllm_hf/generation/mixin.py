@@ -260,10 +260,9 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         if not hasattr(base, "updated"):
             base = DiffusionGenerationConfig.from_dict(base.to_dict())
         config = base.updated(**kwargs)
-        own = DiffusionGenerationConfig.from_model_config(self.config)
         for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(config, name) is None:
-                setattr(config, name, getattr(own, name))
+                setattr(config, name, getattr(self.config, name, None))
         ends = as_token_list(config.eos_token_id)
         if config.mask_token_id is None:
             raise ValueError("The model's configuration has no `mask_token_id`: pass it, or set it in the config.")

@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from ..kernels.best_tokens import best_tokens
 from .configuration import DiffusionGenerationConfig
+from .uploads import uploaded
 
 # Tokens in a chunk of [`first_of_the_largest`]; logits in a piece of [`score`].
 CHUNK, PIECE = 128, 65536
@@ -45,7 +46,7 @@ class Noise:
             noise = draw(tuple(shape), generator=first, device=source(first)).to(self.device)
             if all(self.widths):
                 return noise
-            idle = torch.tensor([not width for width in self.widths]).to(self.device, non_blocking=True)
+            idle = uploaded(torch.tensor([not width for width in self.widths]), torch.device(self.device))
             return noise.masked_fill_(idle.view(-1, *[1] * (len(shape) - 1)), 0)
         noise = None
         for row, (generator, width) in enumerate(zip(self.generators, self.widths, strict=True)):

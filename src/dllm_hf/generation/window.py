@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from .uploads import uploaded
+
 # Tokens of one row that attention reads as one run of a list, see [`Window`].
 RUN_LENGTH = 64
 
@@ -73,10 +75,11 @@ class Window:
         """The window with its tensors on a device."""
         if device.type == "cpu":
             return self
-        # One upload: small copies cost the host more than the GPU. Pinned: others wait for the GPU where they are large.
+        # One upload: small copies cost the host more than the GPU.
         tensors = [getattr(self, name) for name in TENSORS]
-        uploaded = torch.cat([each.flatten().long() for each in tensors]).pin_memory().to(device, non_blocking=True)
-        parts = uploaded.split([each.numel() for each in tensors])
+        parts = uploaded(torch.cat([each.flatten().long() for each in tensors]), device).split(
+            [each.numel() for each in tensors]
+        )
         return replace(self, **{name: part.view(x.shape).to(x.dtype) for name, part, x in zip(TENSORS, parts, tensors)})
 
     def repeated(self, times: int, slots: int) -> "Window":
@@ -157,7 +160,8 @@ def make_list(
     runs = runs[torch.where(grid > 0, end, length)[of].argsort(descending=True)]
     owners = slot[row]
     if len(row) <= padded_up_to and (widest > RUN_LENGTH or int(width.min()) < widest):
-        step = max(min(1 << (len(row) - 1).bit_length(), 64), (1 << (len(row) - 1).bit_length()) // 16)
+        power = 1 << (len(row) - 1).bit_length()
+        step = max(16, min(power, 64 if power <= 512 else power // 32))
         owners, columns, lengths = (
             torch.cat([each, each.new_full((-len(row) % step,), value)])
             for each, value in ((owners, slots[0]), (columns, scratch), (lengths, 0))

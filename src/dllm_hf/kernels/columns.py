@@ -13,18 +13,18 @@ def copy_columns_torch(arena: torch.Tensor, runs: list[tuple[int, int, int]]) ->
         arena[:, target : target + size] = arena[:, source : source + size]
 
 
-def copy_columns(arena: torch.Tensor, runs: list[tuple[int, int, int]]) -> None:
+def copy_columns(arena: torch.Tensor, runs: torch.Tensor, longest: int) -> None:
     """Copy runs of columns of an arena.
 
     Args:
         arena: `(heads, columns, head_dim)`, the last dimension contiguous.
-        runs: first column of the source, of the target, and the number of columns. No target is part of another run.
+        runs: `(runs, 3)` int64: first column of the source, of the target, and the number of columns. No target is part of
+            another run.
+        longest: no run has more columns.
     """
     heads, _, head_dim = arena.shape
-    pieces = triton.cdiv(max(size for *_, size in runs), BLOCK)
-    table = torch.tensor(runs).to(arena.device, non_blocking=True)
-    _copy_columns[(pieces, len(runs), heads)](
-        arena, table, *arena.stride()[:2], HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
+    _copy_columns[(triton.cdiv(longest, BLOCK), len(runs), heads)](
+        arena, runs, *arena.stride()[:2], HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
         num_warps=4,
     )  # fmt: skip
 
@@ -33,10 +33,10 @@ if triton is not None:
 
     @triton.jit
     def _copy_columns(
-        arena, table, head_stride, column_stride,
+        arena, runs, head_stride, column_stride,
         HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        run = table + 3 * tl.program_id(1)
+        run = runs + 3 * tl.program_id(1)
         source, target, size = tl.load(run), tl.load(run + 1), tl.load(run + 2)
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         dims = tl.arange(0, BLOCK_D)

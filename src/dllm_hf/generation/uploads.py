@@ -1,0 +1,11 @@
+"""Tensors of the host on the device."""
+
+import torch
+
+
+def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device. On a GPU by way of pinned memory: a copy from other memory would wait for all that the
+    GPU has to do before, and the host with it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
