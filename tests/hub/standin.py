@@ -98,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
             return 401, {"error": "Invalid username or password."}
         name = f"{wanted['organization'] or 'me'}/{wanted['name']}"
         known = name in self.server.repositories
-        self.server.repositories.setdefault(name, {"visibility": wanted.get("visibility"), "commits": []})
+        # huggingface_hub 1.5 sends `private`, later ones `visibility`.
+        visibility = wanted.get("visibility", "private" if wanted.get("private") else None)
+        self.server.repositories.setdefault(name, {"visibility": visibility, "commits": []})
         return 409 if known else 200, {"url": f"{self.server.url}/{name}"}
 
     def mode(self, name, file) -> dict:

@@ -10,9 +10,10 @@ except ImportError:  # the tests are skipped
 if interpreter is not None and not torch.cuda.is_available():
     plain = interpreter._patch_lang_tensor
 
-    def patched(tensor, scope):
-        """Triton 3.6 turns arrays of one element into numbers in a way that NumPy 2.4 refuses."""
-        plain(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patched(tensor, *scope):
+        """Triton 3.6 turns arrays of one element into numbers in a way that NumPy 2.4 refuses. Triton 3.5 has no scope."""
+        plain(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched

