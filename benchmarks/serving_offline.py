@@ -9,7 +9,8 @@ Random weights forbid end tokens, so that each row ends by its own length. `flig
 the same where all lengths are the means; both on the first 4 * slots requests. `autoregressive`: continuous batching of
 `transformers` on a Qwen3 of SDAR's shape.
 
-tokens_per_second: asked-for tokens over the time of all. first, latency: seconds from the start to a request's first text
+tokens_per_second: asked-for tokens over the time of all; sustained: from when all slots are in use to when no request waits
+any more. first, latency: seconds from the start to a request's first text
 and to its end (percentiles 50, 95, 99; all requests arrive at once). fed, wasted: columns that forward passes computed, and
 the part of them that was padding or belonged to tokens that nobody asked for. agrees: of 16 requests, how many got the tokens
 of `diffusion_generate` alone, in float32, where all must (in bfloat16 rounding depends on the batch).
@@ -199,8 +200,11 @@ def in_flight(model, work, options: dict, args, block, policy, floor: Floor | No
     meter = Meter(llm._driver.engine, floor)
     params = [SamplingParams(max_tokens=new, options=options) for _, new in work]
     first, last, outputs, began = {}, {}, {}, time.perf_counter()
+    told, full, engine = 0, [], llm._driver.engine
     for event in llm.generate_streaming([prompt for prompt, _ in work], params):
-        now = time.perf_counter() - began
+        now, told = time.perf_counter() - began, told + len(event.token_ids)
+        if engine.waiting and len(engine.running) == args.slots:
+            full.append((now, told))
         first.setdefault(event.request_id, now)
         if event.output is not None:
             last[event.request_id] = now
@@ -213,6 +217,7 @@ def in_flight(model, work, options: dict, args, block, policy, floor: Floor | No
         "mode": "flight",
         "seconds": seconds,
         "tokens_per_second": sum(map(len, texts)) / seconds,
+        "sustained": (full[-1][1] - full[0][1]) / (full[-1][0] - full[0][0]) if len(full) > 1 else None,
         "first": percentiles(list(first.values())),
         "latency": percentiles(list(last.values())),
         **meter.figures(seconds),

@@ -49,6 +49,7 @@ class Driver:
         self._stepping, self._changing = threading.Lock(), threading.Condition()
         # Requests, and the ids of those to abort, in the order in which they came: an id may be taken again.
         self._arrived: deque[list[Sequence] | set[str]] = deque()
+        self._number_arrived = 0  # completions among them
         self._undelivered: deque[Event] = deque()
         self._stepper: int | None = None  # the thread that does a step
         self._mailboxes: dict[str, Mailbox] = {}
@@ -69,7 +70,7 @@ class Driver:
                 raise ValueError(
                     f"`request_id={request_id!r}` is that of a request which has not finished: take another."
                 )
-            waiting = len(self.engine.waiting) + sum(len(each) for each in [*self._arrived] if isinstance(each, list))
+            waiting = len(self.engine.waiting) + self._number_arrived
             if waiting and waiting + len(sequences) > self.engine.max_queue:
                 raise QueueFullError(
                     f"{waiting} completions are waiting, and `max_queue` is {self.engine.max_queue}: try again later."
@@ -77,6 +78,7 @@ class Driver:
             mailbox.left[request_id] = len(sequences)
             self._mailboxes[request_id] = mailbox
             self._arrived.append(sequences)
+            self._number_arrived += len(sequences)
             self._changing.notify_all()
 
     def abort(self, request_ids: list[str]) -> None:
@@ -97,6 +99,8 @@ class Driver:
                         self.engine.abort(*arrived)
                     else:
                         self.engine.submit(arrived)
+                        with self._changing:
+                            self._number_arrived -= len(arrived)
                 self._undelivered.extend(self.engine.step())
                 while self._undelivered:
                     self._deliver(self._undelivered.popleft())

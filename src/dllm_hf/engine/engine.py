@@ -90,6 +90,7 @@ class Engine:
             shares_beginnings=has_cache,
             caller_ends_rows=True,
         )
+        self._modules = list(model.modules())  # a step does not look for them
         self._reading = Reading(self._decoder.canvas, [])  # what the last step has left
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
         self._order = itertools.count()
@@ -246,7 +247,7 @@ class Engine:
             return []
         device = self.model.device
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with torch.no_grad(), evaluating(self.model), current:
+        with torch.no_grad(), evaluating(self._modules), current:
             return self._decoder.step()
 
     def _read(self, finished: list[Row]) -> Reading:

@@ -9,7 +9,7 @@ from .window import Window
 
 
 class StepForward(Protocol):
-    """Runs the steps on a GPU in the place of a model's `forward`, without guidance. It is kept as long as the model and
+    """Runs the steps on a GPU instead of a model's `forward`, without guidance. It is kept as long as the model and
     must hold no reference to it.
 
     takes_lists: whether its windows are lists of tokens, see [`Window`], or rectangles.

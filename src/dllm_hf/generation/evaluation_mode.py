@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -13,11 +13,11 @@ _calls: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that dropout cannot change the tokens. The modules that were in training mode return to it when
+def evaluating(every: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode of modules, so that dropout cannot change the tokens. The modules that were in training mode return to it when
     the last of several overlapping calls ends."""
     with _lock:
-        modules = [module for module in model.modules() if module.training or module in _calls]
+        modules = [module for module in every if module.training or module in _calls]
         for module in modules:
             _calls[module] = _calls.get(module, 0) + 1
             module.training = False

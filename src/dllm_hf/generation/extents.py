@@ -74,13 +74,13 @@ class Extents:
         self.base[slot], self.size[slot] = begin, size
 
     def _gap(self, size: int) -> int | None:
-        """The first column of the first gap that is large enough."""
-        end = 1
-        for begin, held in sorted(self._held.values()):
+        """The first column of the smallest gap that is large enough, so that large ones stay whole."""
+        gaps, end = [], 1
+        for begin, held in [*sorted(self._held.values()), (self.columns, 0)]:
             if begin - end >= size:
-                return end
+                gaps.append((begin - end, end))
             end = begin + held
-        return end if self.columns - end >= size else None
+        return min(gaps)[1] if gaps else None
 
     def _close_gaps(self) -> None:
         moves, end = {}, 1

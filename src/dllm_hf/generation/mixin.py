@@ -173,7 +173,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         workspace, final_lengths = self._open(backend, config, texts, fingerprint, past)
         decoder = Decoder(backend, workspace, fused is not None, is_hooked=hooks.tokens is not None)
         # Graphs and Triton's kernels run on the current device, whatever device the tensors are on.
-        with evaluating(self), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with evaluating(self.modules()), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             rows = decoder.add(*requests, final_lengths=final_lengths)
             session = Session(hooks, workspace.canvas, input_ids, rows, decoder.forget)
             decoder.process = session.process if hooks.sees_logits else None

@@ -179,7 +179,7 @@ def _read(number: int, feature: dict[str, Any], packed: bool) -> list[torch.Tens
     maskable = labels != -100
     if (labels != ids)[maskable].any():
         raise ValueError(
-            f"`labels` of row {number} of the batch are not the tokens at their places: give the token itself where it "
+            f"`labels` of row {number} of the batch are not the tokens of `input_ids` at the same positions: give the token itself where it "
             "is to be learnt, -100 elsewhere, and clean text in `input_ids`. The collator draws the noise."
         )
     row = [ids, maskable, torch.ones_like(maskable), *([columns["position_ids"]] if packed else [])]
