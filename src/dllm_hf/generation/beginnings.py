@@ -1,6 +1,6 @@
 """Which slots hold the beginning of which text: rows with the same one compute it once."""
 
-import numpy
+import torch
 
 
 class Beginnings:
@@ -13,12 +13,12 @@ class Beginnings:
     """
 
     def __init__(self, slots: int, columns: int):
-        self._tokens = numpy.zeros((slots, columns), dtype=numpy.int64)
-        self._lengths, self._block_lengths = numpy.zeros((2, slots), dtype=numpy.int64)
+        self._tokens = torch.zeros(slots, columns, dtype=torch.long)
+        self._lengths, self._block_lengths = torch.zeros(2, slots, dtype=torch.long)
 
     def put(self, slot: int, tokens: list[int], block_length: int) -> None:
         """A slot holds, or is about to, the whole blocks of `tokens`, instead of what it held."""
-        self._tokens[slot, : len(tokens)] = tokens
+        self._tokens[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         self._lengths[slot], self._block_lengths[slot] = len(tokens), block_length
 
     def __contains__(self, slot: int) -> bool:
@@ -31,16 +31,13 @@ class Beginnings:
     def find(self, tokens: list[int], block_length: int) -> tuple[list[int], int]:
         """The slots with the longest common beginning, and its length in columns; no slots where there is none."""
         whole = len(tokens) // block_length * block_length
-        if not whole:
-            return [], 0
-        text = numpy.array(tokens[:whole])
+        text = torch.tensor(tokens[:whole], dtype=torch.long)
         # Most texts differ in their first block.
         alike = (self._lengths >= block_length) & (self._block_lengths == block_length)
-        alike &= (self._tokens[:, :block_length] == text[:block_length]).all(1)
-        slots = numpy.flatnonzero(alike)
+        alike &= (self._tokens[:, :block_length] == text[:block_length]).all(1) if whole else False
+        slots = alike.nonzero()[:, 0]
         if not len(slots):
             return [], 0
-        differs = self._tokens[slots, :whole] != text
-        common = numpy.where(differs.any(1), differs.argmax(1), whole)
-        common = numpy.minimum(common, self._lengths[slots]) // block_length * block_length
+        same = (self._tokens[slots, :whole] == text).long().cumprod(1).sum(1)
+        common = torch.minimum(same, self._lengths[slots]) // block_length * block_length
         return slots[common == common.max()].tolist(), int(common.max())

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from .uploads import uploaded
+
 
 class Extents:
     """Gives slots runs of columns of one arena. A canvas' length is known before a row begins, so that a row has one extent,
@@ -32,8 +34,9 @@ class Extents:
         move: Callable[[list[tuple[int, int, int]]], None],
     ):
         self.columns, self.longest, self._move = columns, longest, move
-        self.base = torch.zeros(slots, dtype=torch.long, device=device)
-        self.size = torch.ones(slots, dtype=torch.long, device=device)
+        self._table = torch.tensor([[0], [1]]).repeat(1, slots)
+        self._on_device = self._table.to(device)
+        self.base, self.size = self._on_device
         self._held: dict[int, tuple[int, int]] = {}
 
     def begin_of(self, slot: int) -> int:
@@ -59,19 +62,26 @@ class Extents:
             begin = self._gap(size)
         assert begin is not None
         self._put(slot, begin, size)
+        self._upload()
         return True
 
     def shrink(self, slot: int, size: int) -> None:
         """Take the last columns of an extent away."""
         self._put(slot, self.begin_of(slot), size)
+        self._upload()
 
     def release(self, slot: int) -> None:
         if self._held.pop(slot, None) is not None:
-            self.base[slot], self.size[slot] = 0, 1
+            self._table[:, slot] = torch.tensor([0, 1])
+            self._upload()
 
     def _put(self, slot: int, begin: int, size: int) -> None:
         self._held[slot] = begin, size
-        self.base[slot], self.size[slot] = begin, size
+        self._table[:, slot] = torch.tensor([begin, size])
+
+    def _upload(self) -> None:
+        """Not number by number: each would wait for all that the device has to do."""
+        self._on_device.copy_(uploaded(self._table, self._on_device.device))
 
     def _gap(self, size: int) -> int | None:
         """The first column of the smallest gap that is large enough, so that large ones stay whole."""
