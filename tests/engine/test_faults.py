@@ -11,6 +11,7 @@ import torch
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine.driver import Mailbox
+from dllm_hf.generation.cache import CanvasCache
 from dllm_hf.generation.canvas import Canvas
 
 from ..builders import character_tokenizer, tiny_model
@@ -74,6 +75,52 @@ def test_what_never_fits_fails_alone(own_model, monkeypatch):
     monkeypatch.setattr(Canvas, "load", tight)
     reasons = [output.outputs[0].finish_reason for output in llm.generate(PROMPTS[:3], PARAMS)]
     assert reasons == ["length", "error", "length"] and free(llm)
+
+
+def test_what_cannot_be_admitted_ends_alone(own_model, monkeypatch):
+    """An error that is none of memory: of those that were to be admitted together, and of nobody else."""
+    llm = LLM(own_model, max_num_seqs=2)
+    expected = [output.outputs for output in llm.generate(PROMPTS, PARAMS)]
+    load, count = Canvas.load, iter(range(100))
+
+    def broken(canvas, rows):
+        if next(count) == 1:
+            raise RuntimeError("boom")
+        load(canvas, rows)
+
+    monkeypatch.setattr(Canvas, "load", broken)
+    lengths = [SamplingParams(max_tokens=each, ignore_eos=True) for each in (4, 8, 8, 8, 8, 8)]
+    outputs = [output.outputs for output in llm.generate(PROMPTS, lengths)]
+    [refused] = outputs[2]
+    assert (refused.finish_reason, refused.error, refused.token_ids) == ("error", "RuntimeError: boom", [])
+    assert outputs[1] == expected[1] and outputs[3:] == expected[3:] and free(llm)
+
+
+def test_no_memory_to_close_gaps_is_backpressure(own_model, monkeypatch):
+    """Nothing has moved then, and it is tried again when a row has left."""
+    llm = LLM(own_model, max_num_seqs=3, num_cache_tokens=45)
+    prompts = [[number, 2, 3, *[4] * (3 * number)] for number in (0, 1, 2, 3, 0, 2)]
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS)]
+    tried, move = [], CanvasCache._move
+
+    def tight(cache, moves):
+        tried.append(moves)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        move(cache, moves)
+
+    extents = llm._driver.engine._decoder.workspace.state.extents
+    monkeypatch.setattr(extents, "_move", lambda moves: tight(llm._driver.engine._decoder.workspace.state, moves))
+    for _ in range(4):
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS)] == expected
+    assert len(tried) > 1 and free(llm)
+
+
+def test_deadlines_of_what_has_finished_are_forgotten(own_model):
+    llm = LLM(own_model, max_num_seqs=2)
+    llm.generate([[1, 2]] * 300, SamplingParams(max_tokens=1, ignore_eos=True, timeout=3600))
+    llm.generate([[1, 2]], SamplingParams(max_tokens=1, ignore_eos=True, timeout=3600))
+    assert len(llm._driver.engine._deadlines) <= 64 + 2
 
 
 def test_ctrl_c_returns_what_is_finished(own_model):

@@ -158,6 +158,9 @@ class Engine:
             if math.isfinite(sequence.timeout):
                 heapq.heappush(self._deadlines, (now + sequence.timeout, next(self._order), sequence))
         self.waiting.extend(sequences)
+        if len(self._deadlines) > 2 * (len(self.waiting) + len(self.running)) + 64:  # most have finished long before
+            self._deadlines = [each for each in self._deadlines if not each[2].is_finished]
+            heapq.heapify(self._deadlines)
 
     def abort(self, *request_ids: str) -> None:
         """End requests with what is final of them; nothing happens where they have finished."""
@@ -208,20 +211,31 @@ class Engine:
     def _admit(self) -> None:
         """Give the first that wait a slot. Where there is no memory for it, they go on waiting as long as others run."""
         self._admitting = self._next()
-        if not self._admitting:
-            return
         for sequence in self._admitting:
             self.waiting.remove(sequence)
-        try:
-            rows = self._decoder.add(*(sequence.request for sequence in self._admitting))
-        except torch.OutOfMemoryError:
-            if not self.running:
-                raise
-            self.waiting.extendleft(reversed(self._admitting))
-            rows = []
+        rows: list[Row] = []
+        while self._admitting and not rows:
+            try:
+                rows = self._decoder.add(*(sequence.request for sequence in self._admitting))
+            except torch.OutOfMemoryError as error:
+                # Where others run, all of them wait for these; where none do, half of them may fit.
+                kept = 0 if self.running else len(self._admitting) // 2
+                if not self.running and not kept:
+                    self._refuse(error)
+                self.waiting.extendleft(reversed(self._admitting[kept:]))
+                self._admitting = self._admitting[:kept]
+            except Exception as error:  # nothing is left of them in the decoder, and the others go on
+                self._refuse(error)
         for row, sequence in zip(rows, self._admitting):
             sequence.admit(row)
             self.running[row] = sequence
+        self._admitting = []
+
+    def _refuse(self, error: Exception) -> None:
+        """End what was to be admitted."""
+        for sequence in self._admitting:
+            sequence.end("error", error)
+        self._ended += self._admitting
         self._admitting = []
 
     def _next(self) -> list[Sequence]:
