@@ -130,8 +130,8 @@ class Meter:
         self.fed = self.padding = self.steps = 0
         self.floor, self.floors, self.events = floor, [], []
         self.decoder = decoder = engine._decoder
-        self.make, self.step, self.run = decoder._make_window, decoder.step, decoder._run
-        decoder._make_window, decoder.step, decoder._run = self.make_window, self.count_step, self.time_pass
+        self.make, self.launch, self.run = decoder._make_window, decoder.launch, decoder._run
+        decoder._make_window, decoder.launch, decoder._run = self.make_window, self.count_step, self.time_pass
         self.known = len(decoder.workspace.graphs.steps)
 
     def make_window(self, frames, slots):
@@ -145,7 +145,7 @@ class Meter:
 
     def count_step(self):
         self.steps += 1
-        return self.step()
+        return self.launch()
 
     def time_pass(self, *arguments):
         if self.floor is None:

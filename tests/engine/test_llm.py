@@ -179,8 +179,8 @@ def test_half_a_character_is_held_back():
 def test_drafts_show_the_whole_canvas_masks_included(llm):
     events = list(llm.generate_streaming(["abc"], SamplingParams(options={"eos_token_id": []}, **ROOM), drafts=True))
     drafts = [event.draft for event in events if event.draft is not None]
-    assert len(drafts) == 7  # after each step but the last
-    assert [draft.count("<mask>") for draft in drafts] == [7, 6, 5, 4, 3, 2, 1]
+    assert len(drafts) == 8  # after each step
+    assert [draft.count("<mask>") for draft in drafts] == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
 def test_who_stops_to_read_aborts_the_rest(llm):

@@ -91,7 +91,7 @@ class Engine:
             caller_ends_rows=True,
         )
         self._modules = list(model.modules())  # a step does not look for them
-        self._reading = Reading(self._decoder.canvas, [])  # what the last step has left
+        self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
         self._order = itertools.count()
         self._ended: list[Sequence] = []  # without a row; the next step tells it
@@ -181,10 +181,11 @@ class Engine:
     # --- one step
 
     def step(self) -> list[Event]:
-        """Admit what fits, move every admitted completion on by one denoising step, and tell what has happened.
+        """Move every admitted completion on by one denoising step, tell what the step before has left, and admit what fits.
 
-        What a step has left on the canvas is read while the next one runs, so that the device does not wait for the host. A
-        completion that ends by what is read, at an end of sequence or a stop string, has taken part in one step too many.
+        What a step has left on the canvas is read when the next one has been launched, so that the device does not wait for
+        the host. A completion that ends by what is read, at an end of sequence or a stop string, has taken part in one step
+        too many.
 
         An exception in a step ends the completions that took part in it, with the finish reason "error"; what waits goes on.
         After an interruption (Ctrl-C) they have been aborted, and it is raised.
@@ -195,9 +196,11 @@ class Engine:
             if not sequence.is_finished:
                 self._end(sequence, "timeout")
         try:
+            if not self.running:
+                self._admit()
+            self._launch()
+            self._tell()
             self._admit()
-            left, self._reading = self._reading, self._read(self._decode())
-            self._tell(left)
         except Exception as error:
             self._fail("error", error)
         except BaseException:
@@ -255,34 +258,32 @@ class Engine:
                 each.passed_over += 1
         return found
 
-    def _decode(self) -> list[Row]:
-        """A denoising step. Returns the rows that have finished a block."""
-        if not self._decoder.busy:
-            return []
-        device = self.model.device
+    def _launch(self) -> None:
+        """Settle the step before, begin to read what it has left, and launch the next."""
+        device, decoder = self.model.device, self._decoder
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.no_grad(), evaluating(self._modules), current:
-            return self._decoder.step()
+            self._reading = self._read(set(decoder.settle()))
+            if decoder.busy:
+                decoder.launch()
 
-    def _read(self, finished: list[Row]) -> Reading:
+    def _read(self, finished: set[Row]) -> Reading:
         """Begin to read what a step has left. `finished`: the rows that have finished a block."""
-        known, pieces = {piece.row for piece in self._reading.pieces if piece.is_last}, []
-        new = set(finished)
+        pieces = []
         for row in self.running:
-            if row in known or not (row in new or row.is_done):
+            if not (row in finished or row.is_done):
                 continue
             # A row that was ended stands in a block of which some may be final.
-            index = row.block_index - (row in new)
+            index = row.block_index - (row in finished)
             start, end = row.blocks[index][0] if index < len(row.blocks) else (0, 0)
             pieces.append(Piece(row, start, end, row.passes, row.is_done))
         return Reading(self._decoder.canvas, pieces)
 
-    def _tell(self, reading: Reading) -> None:
+    def _tell(self) -> None:
         """Make the events of what a step has left."""
+        reading, self._reading = self._reading, Reading(self._decoder.canvas, [])
         for piece, counts, block in reading:
-            row, sequence = piece.row, self.running.get(piece.row)
-            if sequence is None:  # what was read before has ended it
-                continue
+            row, sequence = piece.row, self.running[piece.row]
             try:
                 event = sequence.settle(piece.start, block, piece.is_last)
             except (
@@ -307,10 +308,9 @@ class Engine:
         """End everything that has a slot, after a step that did not come to its end, but for what steps before it have
         finished."""
         try:
-            self._tell(self._reading)
+            self._tell()
         except Exception as failure:  # of the device, so that nothing can be read from it
             error = error or failure
-        self._reading = Reading(self._decoder.canvas, [])
         for row in [row for row in self._decoder.rows if row is not None]:
             self._decoder.remove(row, is_intact=False)
         for sequence in dict.fromkeys([*self.running.values(), *self._admitting]):

@@ -63,6 +63,7 @@ class Decoder:
         self.rows = self.seats.rows
         self.features: dict[int, Features] = {}  # by slot
         self.num_forward_passes, self._steps = 0, 0
+        self._launched: list[Row] = []  # rows of the step that has not been settled
         self._last_steps: dict[int, int] = {}  # by slot, in which step the row took part last
         self._window: tuple[tuple, Window] | None = None
 
@@ -133,6 +134,11 @@ class Decoder:
 
     def step(self) -> list[Row]:
         """A denoising step of every row that is not done. Returns the rows that finished a block."""
+        self.launch()
+        return self.settle()
+
+    def launch(self) -> None:
+        """The forward passes of a step, without waiting for what comes of them on the device."""
         self.seats.take_beginnings()
         rows = [row for row in self.busy if not self.seats.waits(row)]
         for row in rows:
@@ -150,6 +156,13 @@ class Decoder:
             self._pass(group)
         if self.after_step is not None:
             self.after_step(self.num_forward_passes > before)
+        self._launched = rows
+
+    def settle(self) -> list[Row]:
+        """The end of the step that was launched last: the rows go on to their next step or block. Returns those that finished
+        a block."""
+        rows = [row for row in self._launched if self.rows[row.slot] is row and not row.is_done]
+        self._launched = []
         checked = [row for row in rows if self._must_check(row)]
         report = self._report(checked) if checked else {}
         finished = []
