@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..generation.backend import ModelBackend
 from ..generation.configuration import as_token_list
 from ..generation.decoder import Decoder
 from ..generation.evaluation_mode import evaluating
@@ -80,7 +79,7 @@ class Engine:
         self._defaults = model.diffusion_request([0], **self.options, max_new_tokens=1).options
         has_cache = self._defaults.cache_policy != "none"
         fused = fused_of(model)[0] if uses_graphs and has_cache and are_possible(model.device) else None
-        backend = ModelBackend(model, has_cache, fused, arena_columns=cache_columns)
+        backend = model.make_backend(has_cache, fused=fused, arena_columns=cache_columns)
         self._decoder = Decoder.open(
             backend,
             slots,

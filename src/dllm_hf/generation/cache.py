@@ -90,18 +90,30 @@ class CanvasCacheLayer(CacheLayerMixin):
         """Write the window's keys and values in place and return those of all visible columns of its rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
+        self.write(key_states, value_states)
+        return self.read()
 
-    def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Write the window's keys and values in place, `(rows, kv_heads, window, head_dim)`."""
+        window = self.window
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if window is None:
+                buffer[:, :, : states.shape[2]].copy_(states)
+            elif self.arena is not None:
+                buffer[0][:, self.arena[0]] = states.transpose(0, 1)
+            else:
+                buffer.transpose(1, 2)[window.slots[:, None], window.columns] = states.transpose(1, 2)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all visible columns of the window's rows."""
+        return self._visible(self.keys), self._visible(self.values)
+
+    def _visible(self, buffer: torch.Tensor) -> torch.Tensor:
         window = self.window
         if window is None:
-            buffer[:, :, : states.shape[2]].copy_(states)
             return buffer
         if self.arena is not None:
-            written, seen = self.arena
-            buffer[0][:, written] = states.transpose(0, 1)
-            return buffer[0][:, seen].transpose(0, 1)
-        buffer.transpose(1, 2)[window.slots[:, None], window.columns] = states.transpose(1, 2)
+            return buffer[0][:, self.arena[1]].transpose(0, 1)
         rows = buffer if window.is_every_slot else buffer.index_select(0, window.slots)
         return rows[:, :, : window.visible]
 

@@ -169,7 +169,9 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         fused, fingerprint = None, ()
         if are_possible(device) and not (config.disable_compile or config.cache_policy == "none" or hooks.sees_logits):
             fused, fingerprint = fused_of(self)
-        backend = ModelBackend(self, config.cache_policy != "none", fused, config.cfg_scale, config.torch_compile)
+        backend = self.make_backend(
+            config.cache_policy != "none", fused=fused, cfg_scale=config.cfg_scale, compiles=config.torch_compile
+        )
         workspace, final_lengths = self._open(backend, config, texts, fingerprint, past)
         decoder = Decoder(backend, workspace, fused is not None, is_hooked=hooks.tokens is not None)
         # Graphs and Triton's kernels run on the current device, whatever device the tensors are on.
@@ -326,6 +328,10 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
     def release_graphs(self) -> None:
         """Give back the memory that the fast path keeps for the next calls: the caches and CUDA graphs of the last ones."""
         release_all(self)
+
+    def make_backend(self, has_cache: bool, **options: Any) -> ModelBackend:
+        """What gives the logits. The arguments are those of [`ModelBackend`]."""
+        return ModelBackend(self, has_cache, **options)
 
     def make_cache(self, width: int) -> CanvasCache:
         return CanvasCache(self, width)
