@@ -1,0 +1,1 @@
+"""Exported programs as backends of the decoding loop, for machines without the model's own code."""

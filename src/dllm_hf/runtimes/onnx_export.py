@@ -1,0 +1,164 @@
+"""Models exported to ONNX, as folders that `onnx_runtime.py` reads. docs/backends.md."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families import family
+from ..generation.evaluation_mode import evaluating
+from ..hub.checkpoint import TOKENIZER_FILES
+from .onnx_runtime import CONTRACT, DESCRIPTION_NAME, FORMAT, MODEL_NAME, WEIGHTS_NAME, hash_of, package
+
+REFUSED = {
+    "gla_dream": "its cache holds recurrent states, and the graph reads and writes keys and values",
+    "sdar_moe": "PyTorch's exporter has no ONNX operator for its experts (`grouped_mm`)",
+}
+
+
+class WindowCache:
+    """Stands for the cache while the graph is exported: gives the layers the canvas with the window's columns replaced, and
+    keeps the window's keys and values.
+
+    past: keys and values of each layer, `(rows, kv_heads, columns, head_dim)`. columns: `(rows, window)`.
+    """
+
+    is_compileable = True
+
+    def __init__(self, past: list[torch.Tensor], columns: torch.Tensor):
+        self.past, self.columns = past, columns
+        self.written: list[torch.Tensor] = []
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
+        self.written += [keys, values]
+        index = self.columns[:, None, :, None].expand_as(keys)
+        past_keys, past_values = self.past[2 * layer : 2 * layer + 2]
+        return past_keys.scatter(2, index, keys), past_values.scatter(2, index, values)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
+
+
+class WindowForward(nn.Module):
+    """What is exported: a forward pass over a window, with keys and values as arguments and those of the window as results."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, columns, lengths, keep, past):
+        cache = WindowCache(past, columns)
+        visible = torch.arange(past[0].shape[2], dtype=torch.int32, device=tokens.device)
+        logits = self.model(
+            input_ids=tokens,
+            attention_mask=(visible < lengths[..., None])[:, None],
+            position_ids=columns,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
+        return logits, *cache.written
+
+
+def export_onnx(model: Any, out: str | os.PathLike, quantization: str | None = None) -> Path:
+    """Write a model as a folder that [`OnnxModel`] reads: the graph and its weights, configurations, tokenizer.
+
+    Args:
+        model: LLaDA, Dream or SDAR, in float32.
+        out: the folder; it must not exist.
+        quantization: None leaves the weights in float32; `"int8"` stores those of matrix products in 8 bits, with a scale
+            for each output channel, and quantises what they are multiplied with in each pass.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: the model cannot be exported, and why. Whatever fails, `out` does not exist then.
+    """
+    target = Path(out)
+    _check(model, target, quantization)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-") as temporary:
+        folder = Path(temporary) / "export"
+        folder.mkdir()
+        _write_graph(model, folder if quantization is None else Path(temporary))
+        if quantization == "int8":
+            quantized = package("onnxruntime.quantization")
+            quantized.quantize_dynamic(
+                Path(temporary) / MODEL_NAME,
+                folder / MODEL_NAME,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                weight_type=quantized.QuantType.QInt8,
+                use_external_data_format=True,
+            )
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        for file in TOKENIZER_FILES:
+            if (source := Path(model.config.name_or_path, file)).is_file():
+                shutil.copyfile(source, folder / file)
+        hashes = {file: hash_of(folder / file) for file in (MODEL_NAME, WEIGHTS_NAME)}
+        description = {
+            "format": FORMAT,
+            "family": model.config.model_type,
+            "quantization": quantization,
+            "sha256": hashes,
+        }
+        description |= {each: getattr(model, each) for each in [*CONTRACT, "default_block_length"]}
+        (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        folder.rename(target)
+    return target
+
+
+def _check(model: Any, target: Path, quantization: str | None) -> None:
+    name = model.config.model_type
+    family(name)
+    if name in REFUSED:
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported to ONNX: {REFUSED[name]}. Decode with the model itself."
+        )
+    rope = model.model.rotary_emb.rope_type
+    if "dynamic" in rope or rope == "longrope":
+        raise ValueError(f"`rope_type={rope!r}` cannot be exported: its angles depend on the longest text of a pass.")
+    if model.dtype != torch.float32:
+        raise ValueError(f"The model is {model.dtype}: load it with `dtype=torch.float32` to export it.")
+    if quantization not in (None, "int8"):
+        raise ValueError(f"`quantization={quantization!r}` is not possible: choose None or 'int8'.")
+    if os.path.lexists(target):
+        raise ValueError(f"{target} is there already: give a folder that does not exist.")
+    for each in ("onnx", "onnxscript", "onnxruntime"):
+        package(each)
+
+
+def _write_graph(model: Any, folder: Path) -> None:
+    config, attention = model.config, model.config._attn_implementation
+    names = [f"{kind}_{layer}" for layer in range(config.num_hidden_layers) for kind in ("keys", "values")]
+    # Two rows and more columns than one: the exporter takes a length of 1 for a constant.
+    shape = (2, config.num_key_value_heads, 12, model.model.layers[0].self_attn.head_dim)
+    past = [torch.zeros(shape, device=model.device) for _ in names]
+    # A tensor for each: the exporter reads one that is passed twice as one input.
+    columns, tokens, keep = (torch.arange(size, device=model.device).repeat(2, 1) for size in (5, 5, 3))
+    lengths = torch.full_like(columns, 12, dtype=torch.int32)
+    token_sizes, past_sizes = {0: "rows", 1: "window"}, {0: "rows", 2: "columns"}
+    sizes = (*[token_sizes] * 3, {0: "rows", 1: "block"}, [past_sizes for _ in past])
+    config._attn_implementation = "sdpa"
+    try:
+        with torch.no_grad(), evaluating(model.modules()):
+            torch.onnx.export(
+                WindowForward(model),
+                (tokens, columns, lengths, keep, past),
+                folder / MODEL_NAME,
+                input_names=["tokens", "columns", "lengths", "keep", *names],
+                output_names=["logits", *(f"window_{name}" for name in names)],
+                dynamic_shapes=sizes,
+                dynamo=True,
+                external_data=True,  # a file of ONNX holds 2 GB at most
+                verbose=False,
+            )
+    finally:
+        config._attn_implementation = attention
