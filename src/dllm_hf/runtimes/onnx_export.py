@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def export_onnx(model: Any, out: str | os.PathLike, quantization: str | None = N
     Args:
         model: LLaDA, Dream or SDAR, in float32.
         out: the folder; it must not exist.
-        quantization: None leaves the weights in float32; `"int8"` stores those of matrix products in 8 bits, with a scale
-            for each output channel, and quantises what they are multiplied with in each pass.
+        quantization: None leaves the weights in float32; `"int8"` stores the embedding in 8 bits, and the weights
+            of matrix products with a scale for each output channel; what they are multiplied with is quantised in each pass.
 
     Returns:
         `out`.
@@ -92,7 +93,7 @@ def export_onnx(model: Any, out: str | os.PathLike, quantization: str | None = N
             quantized.quantize_dynamic(
                 Path(temporary) / MODEL_NAME,
                 folder / MODEL_NAME,
-                op_types_to_quantize=["MatMul", "Gemm"],
+                op_types_to_quantize=["MatMul", "Gemm", "Gather"],
                 per_channel=True,
                 weight_type=quantized.QuantType.QInt8,
                 use_external_data_format=True,
@@ -146,11 +147,13 @@ def _write_graph(model: Any, folder: Path) -> None:
     lengths = torch.full_like(columns, 12, dtype=torch.int32)
     token_sizes, past_sizes = {0: "rows", 1: "window"}, {0: "rows", 2: "columns"}
     sizes = (*[token_sizes] * 3, {0: "rows", 1: "block"}, [past_sizes for _ in past])
+    graph = WindowForward(model)
     config._attn_implementation = "sdpa"
     try:
-        with torch.no_grad(), evaluating(model.modules()):
+        with torch.no_grad(), evaluating(graph.modules()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="# The axis name: ")  # one name for several inputs is meant
             torch.onnx.export(
-                WindowForward(model),
+                graph,
                 (tokens, columns, lengths, keep, past),
                 folder / MODEL_NAME,
                 input_names=["tokens", "columns", "lengths", "keep", *names],

@@ -1,0 +1,267 @@
+"""ONNX Runtime: an exported model gives the logits and the tokens of the model that it comes from."""
+
+import json
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dllm_hf import LLM, STRATEGIES, SamplingParams
+
+from ..builders import character_tokenizer, generators, left_pad, new_model
+from ..generation.test_decoder import BOUNDS, alone, decode
+
+pytest.importorskip("onnxruntime", reason='needs ONNX Runtime: pip install "dllm-hf[onnxruntime]"')
+pytest.importorskip("onnxscript", reason='the export needs it: pip install "dllm-hf[onnxruntime]"')
+
+from dllm_hf.generation.decoder import Decoder  # noqa: E402
+from dllm_hf.runtimes import onnx_export  # noqa: E402
+from dllm_hf.runtimes.onnx_export import export_onnx  # noqa: E402
+from dllm_hf.runtimes.onnx_runtime import DESCRIPTION_NAME, OnnxBackend, OnnxModel  # noqa: E402
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CHECKPOINTS = {"llada": "llada-mha", "dream": "dream-gqa", "sdar": "sdar-b4"}
+CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none", "prefix", "dual")]
+CELLS += [("sdar", "block"), ("sdar", "none")]
+MASK = 300  # of the checkpoints
+ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3, MASK, 12], [20, 21, 22, 23, 24]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A checkpoint of each family and the folder that it is exported to, once."""
+    root = tmp_path_factory.mktemp("onnx")
+
+    @cache
+    def pair(family: str, quantization: str | None = None) -> tuple:
+        model = AutoModelForCausalLM.from_pretrained(GOLDEN / CHECKPOINTS[family], dtype=torch.float32)
+        return model, export_onnx(model, root / f"{family}-{quantization}", quantization)
+
+    return pair
+
+
+@pytest.fixture(scope="module")
+def both(exported):
+    """The model and what ONNX Runtime makes of it."""
+
+    @cache
+    def pair(family: str) -> tuple:
+        model, folder = exported(family)
+        return model, OnnxModel.from_pretrained(folder)
+
+    return pair
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of an exported folder, to break."""
+    return shutil.copytree(exported("sdar")[1], tmp_path / "copy")
+
+
+class Compared(OnnxBackend):
+    """Checks the logits of each pass against those of the model's own forward pass over the same window."""
+
+    def __init__(self, eager, exported, has_cache: bool):
+        super().__init__(exported, has_cache)
+        self.reference, self.windows = eager.make_backend(has_cache), set()
+
+    def open(self, slots, width):
+        self.expected_state = self.reference.open(slots, width)
+        return super().open(slots, width)
+
+    def __call__(self, tokens, window, state):
+        logits = super().__call__(tokens, window, state)
+        expected = self.reference(tokens, window, self.expected_state)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        self.windows.add((tuple(window.columns.shape), tuple(window.keep.shape), window.seen))
+        return expected
+
+
+@pytest.mark.parametrize("family, policy", CELLS)
+@torch.no_grad()
+def test_logits_of_every_window_of_a_decode_are_those_of_the_model(both, family, policy):
+    """Of ragged rows, one of which joins later; with pieces of a prompt ahead of the block (policy `block`)."""
+    model, exported = both(family)
+    backend = Compared(model, exported, policy != "none")
+    decoder = Decoder.open(backend, 3, 32)
+    options = {"cache_policy": policy, "block_length": 4, "max_new_tokens": 10, "prefill_chunk_size": 4}
+    decoder.add(*(model.diffusion_request(row, **options) for row in ROWS[:2]))
+    for _ in range(3):
+        decoder.step()
+    decoder.add(model.diffusion_request(ROWS[2], **options))
+    while decoder.busy:
+        decoder.step()
+    assert len(backend.windows) > 2
+    assert policy != "block" or any(not keep[1] for _, keep, _ in backend.windows)
+
+
+@pytest.mark.parametrize("family, policy", CELLS)
+def test_tokens_of_every_strategy_are_those_of_the_model(both, family, policy):
+    model, exported = both(family)
+    for strategy in STRATEGIES:
+        options = {"remasking_strategy": strategy, **BOUNDS.get(strategy, {}), "cache_policy": policy}
+        options |= {"max_new_tokens": 8, "block_length": 4}
+        for sampling in ({}, {"temperature": 0.8, "top_p": 0.9}):
+            got, expected = (
+                each.diffusion_generate(**left_pad(ROWS), **options, **sampling, generator=generators([1, 2, 3]))
+                for each in (exported, model)
+            )
+            assert got.tolist() == expected.tolist(), (strategy, sampling)
+
+
+@pytest.mark.parametrize("family, policy", CELLS)
+def test_rows_that_join_a_decoder_later_get_what_they_get_alone(both, family, policy):
+    model, exported = both(family)
+    calls = [
+        (row, seed, {"remasking_strategy": strategy, "max_new_tokens": 5 + seed, "temperature": 0.7 * (seed % 2)})
+        for seed, (row, strategy) in enumerate(zip(ROWS + ROWS, STRATEGIES))
+    ]
+    calls = [(row, seed, {**options, "block_length": 4, "eos_token_id": [8, 9]}) for row, seed, options in calls]
+    decoder = Decoder.open(OnnxBackend(exported, policy != "none"), 3, 48)
+    got = decode(exported, decoder, policy, calls, [False, True, True, False, True])
+    assert [text for text, _ in got] == [alone(model, policy, call)[0] for call in calls]
+
+
+def test_guidance_and_the_defaults_are_those_of_the_model(both):
+    for family in CHECKPOINTS:
+        model, exported = both(family)
+        for options in ({}, {"cfg_scale": 1.5, "block_length": 4}):
+            options |= {"max_new_tokens": 8, "generator": generators([1])}
+            got = exported.diffusion_generate(torch.tensor([[5, 6, 7]]), **options)
+            options["generator"] = generators([1])
+            assert got.tolist() == model.diffusion_generate(torch.tensor([[5, 6, 7]]), **options).tolist()
+
+
+def test_a_conversation_goes_on_from_its_cache(both):
+    _, exported = both("sdar")
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True}
+    first = exported.diffusion_generate(torch.tensor([[5, 6, 7, 8, 9]]), **options)
+    text = torch.cat([first.sequences, torch.tensor([[11, 12]])], dim=1)
+    expected = exported.diffusion_generate(text, **options).sequences
+    got = exported.diffusion_generate(text, past_key_values=first.past_key_values, **options)
+    assert got.sequences.tolist() == expected.tolist()
+
+
+def test_the_engine_serves_an_exported_model(both):
+    model, exported = both("sdar")
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    got, expected = (
+        [each.outputs[0].token_ids for each in LLM(one, tokenizer=character_tokenizer()).generate(ROWS[::2], params)]
+        for one in (exported, model)
+    )
+    assert got == expected
+
+
+def test_int8_is_smaller_and_close(exported):
+    model, folder = exported("dream", "int8")
+    size = lambda path: sum(each.stat().st_size for each in path.glob("model.onnx.data"))
+    assert size(folder) < 0.4 * size(exported("dream")[1])
+    request = {"max_new_tokens": 8, "block_length": 4, "remasking_strategy": "sequential", "cache_policy": "dual"}
+    logits = []
+    for each in (model, OnnxModel.from_pretrained(folder)):
+        hook = lambda step, tokens, raw: logits.append(raw[0, 0]) or raw
+        each.diffusion_generate(torch.tensor([[5, 6, 7]]), generation_logits_hook_func=hook, **request)
+    eager, int8 = logits[0], logits[len(logits) // 2]
+    assert (eager - int8).square().mean().sqrt() < 0.3 * eager.std()
+    assert not torch.equal(eager, int8)
+
+
+def test_the_tokenizer_goes_with_the_model(tmp_path, monkeypatch):
+    character_tokenizer().save_pretrained(tmp_path / "source")
+    model = new_model("dream")
+    model.config._name_or_path = str(tmp_path / "source")
+    write = lambda model, folder: [(folder / name).write_bytes(b"x") for name in ("model.onnx", "model.onnx.data")]
+    monkeypatch.setattr(onnx_export, "_write_graph", write)
+    export_onnx(model, tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "source/tokenizer.json").read_bytes()
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("family, reason", [("gla_dream", "recurrent states"), ("sdar_moe", "experts")])
+def test_families_without_such_a_graph_are_refused_by_name(tmp_path, family, reason):
+    model = new_model(family)
+    with pytest.raises(ValueError, match=f"{type(model).__name__}.*{reason}"):
+        export_onnx(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    model = new_model("dream")
+    with pytest.raises(ValueError, match="dtype=torch.float32"):
+        export_onnx(new_model("dream").bfloat16(), tmp_path / "out")
+    with pytest.raises(ValueError, match="quantization='int4'"):
+        export_onnx(model, tmp_path / "out", "int4")
+    with pytest.raises(ValueError, match="there already"):
+        export_onnx(model, tmp_path)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
+        export_onnx(new_model("dream", rope_parameters=rope), tmp_path / "out")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_the_remedy(exported, tmp_path, monkeypatch, package):
+    folder = exported("sdar")[1]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf'`{package}`.*pip install "dllm-hf\[onnxruntime\]"'):
+        export_onnx(new_model("dream"), tmp_path / "out")
+    if package == "onnxruntime":
+        with pytest.raises(ValueError, match=r'pip install "dllm-hf\[onnxruntime\]"'):
+            OnnxModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_a_truncated_file_is_refused(folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{name} is cut short.*export the model again"):
+        OnnxModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "config.json", DESCRIPTION_NAME])
+def test_a_missing_file_is_refused(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"has no {name}: export the model again"):
+        OnnxModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        (DESCRIPTION_NAME, {"format": 99}, "the format 99, and this version reads 1"),
+        (DESCRIPTION_NAME, {"family": "llama"}, "`model_type='llama'` is none of the families"),
+        ("config.json", {"model_type": "Dream"}, "`model_type='Dream'`, but model.onnx of 'sdar'"),
+    ],
+)
+def test_a_file_of_another_version_or_family_is_refused(folder, name, change, message):
+    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        OnnxModel.from_pretrained(folder)
+
+
+def test_a_description_that_is_no_json_is_refused(folder):
+    (folder / DESCRIPTION_NAME).write_text('{"format": 1')
+    with pytest.raises(ValueError, match="cannot be read: export the model again"):
+        OnnxModel.from_pretrained(folder)
+
+
+def test_a_policy_that_the_model_lacks_is_refused_before_the_first_pass(both):
+    _, exported = both("sdar")
+    with pytest.raises(ValueError, match="cache_policy='dual'.*choose one of block, none"):
+        exported.diffusion_generate(torch.tensor([[5, 6]]), max_new_tokens=4, cache_policy="dual")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error):
+    def fail(model, folder):
+        (folder / "model.onnx").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(onnx_export, "_write_graph", fail)
+    with pytest.raises(error):
+        export_onnx(new_model("dream"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
