@@ -39,8 +39,8 @@ REPLACED = {
         "num_hidden_layers=1"
     ),
 }
-# Of a package that is not on every machine that tests: TRL needs Python 3.11. Such snippets are tests of their own.
-TELLS_OF_TRL = re.compile(r"^from trl import", re.MULTILINE)
+# Of packages that are not on every machine that tests: TRL needs Python 3.11. Such snippets are tests of their own.
+NEEDED = {"trl": "^from trl import", "onnxruntime": r"^from dllm_hf\.runtimes"}
 
 
 class MaskedBert(BertForMaskedLM, GenerationMixin):
@@ -117,25 +117,26 @@ def run_snippet(tiny, hub, tmp_path, monkeypatch):
     return run
 
 
-def numbers(page: str, tell_of_trl: bool) -> list[int]:
-    """Which snippets of a page tell of TRL, or which do not."""
-    return [number for number, (_, code) in enumerate(snippets(page)) if bool(TELLS_OF_TRL.search(code)) == tell_of_trl]
+def numbers(page: str, package: str | None) -> list[int]:
+    """Which snippets of a page need a package; None: which need none."""
+    needed = [[name for name, sign in NEEDED.items() if re.search(sign, code, re.M)] for _, code in snippets(page)]
+    return [number for number, names in enumerate(needed) if names == ([package] if package else [])]
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the library's own requests
-@pytest.mark.parametrize("page", [page for page in PAGES if numbers(page, tell_of_trl=False)])
+@pytest.mark.parametrize("page", [page for page in PAGES if numbers(page, None)])
 def test_the_snippets_of_a_page_run_one_after_the_other(page, run_snippet):
     names = {"__name__": "snippet"}
-    for number in numbers(page, tell_of_trl=False):
+    for number in numbers(page, None):
         run_snippet(page, number, names)
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 @pytest.mark.parametrize(
-    "page, number", [(page, number) for page in PAGES for number in numbers(page, tell_of_trl=True)]
+    "page, number, package", [(page, one, each) for page in PAGES for each in NEEDED for one in numbers(page, each)]
 )
-def test_a_snippet_that_tells_of_trl_runs_where_there_is_trl(page, number, run_snippet):
-    pytest.importorskip("trl", reason=f"snippet {number} of {page} needs TRL, which needs Python 3.11")
+def test_a_snippet_that_needs_a_package_runs_where_it_is_installed(page, number, package, run_snippet):
+    pytest.importorskip(package, reason=f"snippet {number} of {page} needs {package}")
     run_snippet(page, number, {"__name__": "snippet"})
 
 

@@ -89,15 +89,7 @@ def export_onnx(model: Any, out: str | os.PathLike, quantization: str | None = N
         folder.mkdir()
         _write_graph(model, folder if quantization is None else Path(temporary))
         if quantization == "int8":
-            quantized = package("onnxruntime.quantization")
-            quantized.quantize_dynamic(
-                Path(temporary) / MODEL_NAME,
-                folder / MODEL_NAME,
-                op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-                per_channel=True,
-                weight_type=quantized.QuantType.QInt8,
-                use_external_data_format=True,
-            )
+            _quantize(Path(temporary) / MODEL_NAME, folder / MODEL_NAME)
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         for file in TOKENIZER_FILES:
@@ -114,6 +106,32 @@ def export_onnx(model: Any, out: str | os.PathLike, quantization: str | None = N
         (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         folder.rename(target)
     return target
+
+
+def _quantize(source: Path, target: Path) -> None:
+    """Products in 8 bits, of which each multiplies by one scale for all of its inputs, except `down_proj`: its inputs have
+    outliers, and get a scale for each run of 128."""
+    onnx, quantization = package("onnx"), package("onnxruntime.quantization")
+    nbits = package("onnxruntime.quantization.matmul_nbits_quantizer")
+    excluded = [
+        node.name
+        for node in onnx.load(source, load_external_data=False).graph.node
+        for each in node.metadata_props
+        if each.key == "pkg.torch.onnx.name_scopes" and ".down_proj" in each.value
+    ]
+    first = source.with_name("without_down_proj.onnx")
+    quantization.quantize_dynamic(
+        source,
+        first,
+        op_types_to_quantize=["MatMul", "Gemm", "Gather"],  # Gather: the embedding
+        nodes_to_exclude=excluded,
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+        use_external_data_format=True,
+    )
+    blocks = nbits.MatMulNBitsQuantizer(onnx.load(first), bits=8, block_size=128, is_symmetric=True, accuracy_level=4)
+    blocks.process()
+    blocks.model.save_model_to_file(str(target), use_external_data_format=True)
 
 
 def _check(model: Any, target: Path, quantization: str | None) -> None:
