@@ -72,8 +72,8 @@ def export_onnx(model: Any, out: str | os.PathLike, quantization: str | None = N
     Args:
         model: LLaDA, Dream or SDAR, in float32.
         out: the folder; it must not exist.
-        quantization: None leaves the weights in float32; `"int8"` stores the embedding in 8 bits, and the weights
-            of matrix products with a scale for each output channel; what they are multiplied with is quantised in each pass.
+        quantization: None leaves the weights in float32; `"int8"` stores the embedding and the weights of
+            matrix products in 8 bits; what those are multiplied with is quantised in each pass.
 
     Returns:
         `out`.
@@ -129,7 +129,8 @@ def _quantize(source: Path, target: Path) -> None:
         weight_type=quantization.QuantType.QInt8,
         use_external_data_format=True,
     )
-    blocks = nbits.MatMulNBitsQuantizer(onnx.load(first), bits=8, block_size=128, is_symmetric=True, accuracy_level=4)
+    how = nbits.DefaultWeightOnlyQuantConfig(block_size=128, is_symmetric=True, accuracy_level=4, bits=8)
+    blocks = nbits.MatMulNBitsQuantizer(onnx.load(first), algo_config=how)
     blocks.process()
     blocks.model.save_model_to_file(str(target), use_external_data_format=True)
 
