@@ -23,6 +23,7 @@ from dllm_hf.runtimes import onnx_export  # noqa: E402
 from dllm_hf.runtimes.onnx_export import export_onnx  # noqa: E402
 from dllm_hf.runtimes.onnx_runtime import DESCRIPTION_NAME, OnnxBackend, OnnxModel  # noqa: E402
 
+pytestmark = pytest.mark.slow  # exports
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINTS = {"llada": "llada-mha", "dream": "dream-gqa", "sdar": "sdar-b4"}
 CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none", "prefix", "dual")]
