@@ -244,9 +244,9 @@ def test_where_nothing_is_a_number_some_token_is_proposed(mask):
 def test_columns_are_copied_to_several_extents_at_once(dtype):
     arena = random(3, 400, 96, dtype=dtype)
     expected, before = arena.clone(), arena.clone()
-    runs = [(10, 200, 70), (10, 300, 33), (10, 390, 1), (90, 350, 2)]
-    copy_columns_torch(expected, runs)
-    copy_columns(arena, torch.tensor(runs, device=DEVICE), 70)
+    runs = torch.tensor([(10, 200, 70), (10, 300, 33), (10, 390, 1), (90, 350, 2)], device=DEVICE)
+    copy_columns_torch(expected, runs, 70)
+    copy_columns(arena, runs, 70)
     assert torch.equal(arena, expected) and not torch.equal(arena, before)
 
 

@@ -122,9 +122,8 @@ class FusedStack:
         base, columns = cache.locate(window)
         sees = (base, window.lengths[None], columns[None], window.runs, window.longest)
         keep = window.keep.reshape(1, window.keep.numel())
-        return self.head(self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]).unflatten(
-            0, window.keep.shape
-        )
+        hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
+        return self.head(hidden_states).unflatten(0, window.keep.shape)
 
     def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
         """The output of the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: see

@@ -1,27 +1,17 @@
 """Where logits come from: the protocol that the loop asks for, and the backend of the library's models."""
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import create_bidirectional_mask
 
 from .attention import without_flash_attention
-from .cache import CanvasCache
+from .cache import CanvasCache, Copy
 from .contract import DenoisingModel, StepForward
 from .sampling import guide
 from .window import Window
-
-
-class Copy(NamedTuple):
-    """What the row in slot `target` takes over: what `source`, final up to `final_length`, holds before `column`."""
-
-    source: int
-    target: int
-    final_length: int
-    column: int
-    block_length: int
 
 
 class Backend(Protocol):

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,6 +48,16 @@ def column_bytes_of(model: DenoisingModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim * torch.empty((), dtype=model.dtype).element_size()
+
+
+class Copy(NamedTuple):
+    """What the row in slot `target` takes over: what `source`, final up to `final_length`, holds before `column`."""
+
+    source: int
+    target: int
+    final_length: int
+    column: int
+    block_length: int
 
 
 class CanvasCacheLayer(CacheLayerMixin):
@@ -312,8 +322,8 @@ class CanvasCache(Cache):
         `final_length` before, is final now."""
         return min(final_length, column // block_length * block_length)
 
-    def share(self, copies: list) -> list[int]:
-        """See [`Backend.share`]; `copies`: of [`Copy`]."""
+    def share(self, copies: list[Copy]) -> list[int]:
+        """See [`Backend.share`]."""
         columns = [copy.column // copy.block_length * copy.block_length for copy in copies]
         begin = self.extents.begin_of if self.extents is not None else lambda slot: slot * self.layers[0].width
         runs = [
@@ -321,11 +331,12 @@ class CanvasCache(Cache):
             for copy, column in zip(copies, columns)
             if copy.source != copy.target and column
         ]
-        for arena in (arena for layer in self.layers for arena in layer.arenas()) if runs else ():
-            if arena.is_cuda and triton is not None:
-                copy_columns(arena, uploaded(torch.tensor(runs), arena.device), max(columns))
-            else:
-                copy_columns_torch(arena, runs)
+        if runs:
+            arenas = [arena for layer in self.layers for arena in layer.arenas()]
+            table = uploaded(torch.tensor(runs), arenas[0].device)
+            copy = copy_columns if table.is_cuda and triton is not None else copy_columns_torch
+            for arena in arenas:
+                copy(arena, table, max(columns))
         return columns
 
     def check(self, model: DenoisingModel, batch: int, options: DiffusionGenerationConfig) -> None:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from .backend import Backend, Copy
+from .backend import Backend
 from .beginnings import Beginnings
+from .cache import Copy
 from .requests import Request, Row
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from ..generation.cache import CanvasCache
+from ..generation.cache import CanvasCache, Copy
 from ..generation.window import Window
 from ..modeling import keep_positions
 
@@ -149,7 +149,7 @@ class GLADreamCache(CanvasCache):
     def use_arena(self, slots: int, columns: int, device: torch.device) -> None:
         """States have no columns: all slots are of one size."""
 
-    def share(self, copies: list) -> list[int]:
+    def share(self, copies: list[Copy]) -> list[int]:
         """A state is that of one column: where it is past the `column` of a copy, nothing of it can be used."""
         lengths = []
         for source, target, final_length, column, block_length in copies:

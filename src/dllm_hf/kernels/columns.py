@@ -7,9 +7,9 @@ from .triton import tl, triton
 BLOCK = 32
 
 
-def copy_columns_torch(arena: torch.Tensor, runs: list[tuple[int, int, int]]) -> None:
+def copy_columns_torch(arena: torch.Tensor, runs: torch.Tensor, longest: int) -> None:
     """The twin of [`copy_columns`]."""
-    for source, target, size in runs:
+    for source, target, size in runs.tolist():
         arena[:, target : target + size] = arena[:, source : source + size]
 
 
