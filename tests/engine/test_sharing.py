@@ -35,6 +35,43 @@ def test_a_beginning_is_computed_once(family, slots):
     assert columns <= 40 + own
 
 
+def test_a_beginning_that_is_shared_stands_in_the_cache_once():
+    """Rows that share it are admitted where as many copies would have no room, and all of its columns are free in the end."""
+    llm = LLM(tiny_model("sdar"), max_num_seqs=8, num_cache_tokens=200)
+    extents = llm._driver.engine._decoder.workspace.state.extents
+    most, acquire = [], extents.acquire
+
+    def counted(slot, size):
+        given = acquire(slot, size)
+        most.append(sum(extents.size_of(each) for each in range(8)))
+        return given
+
+    extents.acquire = counted
+    prompts = [BEGINNING + [number] for number in range(8)]
+    outputs = llm.generate([BEGINNING + [60], *prompts], PARAMS, use_tqdm=False)
+    assert max(most) > 200 and [each.outputs[0].token_ids for each in outputs[1:]] == alone(llm.model, prompts)
+    for slot in range(8):
+        extents.release(slot)
+    assert extents.free == extents.columns - 1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_who_waits_for_a_beginning_goes_on_when_the_one_who_computes_it_is_aborted(steps):
+    """One of them from where it got to, the others wait for that one."""
+    model = tiny_model("sdar")
+    engine = LLM(model, max_num_seqs=4, max_num_batched_tokens=8)._driver.engine
+    prompts = [BEGINNING[: 40 - 4 * number] + [number] for number in range(4)]
+    for number, prompt in enumerate(prompts):
+        engine.submit(engine.prepare(prompt, PARAMS, str(number)))
+    for _ in range(steps):
+        engine.step()
+    engine.abort("0")
+    outputs = {}
+    while not engine.is_idle:
+        outputs |= {event.request_id: event.output for event in engine.step() if event.output is not None}
+    assert [outputs[str(number)].token_ids for number in (1, 2, 3)] == alone(model, prompts[1:])
+
+
 @pytest.mark.parametrize("family", ["sdar", "gla_dream"])
 def test_samples_of_a_prompt_share_its_prefill(family):
     model = tiny_model(family)

@@ -25,47 +25,66 @@ class Arena:
             end += size
         self.moves += 1
 
-    def run_of(self, slot):
-        begin = self.extents.begin_of(slot)
-        return self.columns[begin : begin + self.extents.size_of(slot)]
+    def places(self, slot):
+        """Columns of the arena in which a slot's canvas stands, as the device reads them."""
+        base, size, shared_base, shared = self.extents.table[:, slot].tolist()
+        return [(shared_base if column < shared else base) + column for column in range(size)]
 
-    def fill(self, slot):
-        begin, size = self.extents.begin_of(slot), self.extents.size_of(slot)
-        self.columns[begin : begin + size] = [(slot, column) for column in range(size)]
+    def text_of(self, slot):
+        return [self.columns[place] for place in self.places(slot)]
+
+    def write(self, slot, first=0):
+        """The columns from `first` on become a slot's own."""
+        for column, place in enumerate(self.places(slot)):
+            if column >= first:
+                self.columns[place] = (slot, column)
 
 
-@settings(max_examples=100)
-@given(st.lists(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 20)), max_size=30))
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 20), st.integers(0, SLOTS - 1)), max_size=30))
 def test_what_stands_in_an_extent_stays_whatever_the_others_do(actions):
-    """A size of 0 releases. Every extent that fits into the free columns is given, wherever the gaps are."""
-    arena, held = Arena(), {}
+    """A size of 0 releases. Every canvas that fits into the free columns is given, wherever the gaps are, and shares half of
+    what another slot has. Columns that several share stand in the arena once, as long as one of them is left."""
+    arena, texts = Arena(), {}
     extents = arena.extents
-    for slot, size in actions:
-        if size == 0:
-            extents.release(slot)
-            held.pop(slot, None)
+    for slot, size, source in actions:
+        extents.release(slot)
+        texts.pop(slot, None)
+        shared = min(len(texts.get(source, ())), size) // 2
+        if shared:
+            extents.share(source, slot, shared)
+        free, begins_with = extents.free, extents.shared_of(slot)
+        assert begins_with <= shared
+        if size and extents.acquire(slot, size):
+            assert size - begins_with <= free == extents.free + size - begins_with
+            arena.write(slot, begins_with)
+            own = [(slot, column) for column in range(begins_with, size)]
+            texts[slot] = texts[source][:begins_with] + own if begins_with else own
         else:
-            free = COLUMNS - 1 - sum(held.values()) + held.pop(slot, 0)
-            assert extents.acquire(slot, size) == (size <= free)
-            if size <= free:
-                held[slot] = size
-                arena.fill(slot)
-        assert extents.free == COLUMNS - 1 - sum(held.values())
-        taken = set()
-        for other, length in held.items():
-            assert arena.run_of(other) == [(other, column) for column in range(length)]
-            columns = set(range(extents.begin_of(other), extents.begin_of(other) + length))
-            assert 0 not in columns and not columns & taken and max(columns) < COLUMNS
-            assert (int(extents.base[other]), int(extents.size[other])) == (min(columns), length)
-            taken |= columns
-    for slot in set(range(SLOTS)) - held.keys():
-        assert (int(extents.base[slot]), int(extents.size[slot])) == (0, 1)  # the arena's scratch column
+            assert not size or size - begins_with > free
+            extents.release(slot)
+        places = {slot: arena.places(slot) for slot in texts}
+        for other, text in texts.items():
+            assert arena.text_of(other) == text
+            assert extents.size_of(other) == len(text) and min(places[other]) > 0 and max(places[other]) < COLUMNS
+            own = places[other][extents.shared_of(other) :]
+            assert [extents.place_of(other, extents.shared_of(other) + i) for i in range(len(own))] == own
+            assert not any(set(own) & set(places[each]) for each in texts if each != other)
+        assert extents.held_by(list(range(SLOTS))) == COLUMNS - 1 - extents.free
+        for without in range(SLOTS):
+            others = [other for other in range(SLOTS) if other != without]
+            assert extents.held_by(others) <= COLUMNS - 1 - extents.free - len(places.get(without, ()))
+    for slot in range(SLOTS):
+        if slot not in texts:
+            assert arena.places(slot) == [0]  # the arena's scratch column
+        extents.release(slot)
+    assert extents.free == COLUMNS - 1
 
 
 def test_an_extent_can_shrink_where_it_is():
     arena = Arena()
     arena.extents.acquire(0, 20)
-    arena.fill(0)
+    arena.write(0)
     arena.extents.shrink(0, 5)
-    assert arena.run_of(0) == [(0, column) for column in range(5)] and arena.extents.free == COLUMNS - 1 - 5
+    assert arena.text_of(0) == [(0, column) for column in range(5)] and arena.extents.free == COLUMNS - 1 - 5
     assert arena.extents.acquire(1, 20) and arena.moves == 0

@@ -126,6 +126,27 @@ def test_runs_of_a_list_are_read_as_rows_of_their_own(groups):
             close(got[:, begin : begin + count], canvas_attention_torch(*alone, 300, 0.1), torch.float32)
 
 
+@pytest.mark.parametrize("is_list", [False, True])
+def test_rows_read_the_beginning_that_they_share_where_it_stands(is_list):
+    """Of which one row sees less than the beginning, and one shares nothing."""
+    query, keys, values = random(4, 3, 2, 64), random(2, 900, 64), random(2, 900, 64, seed=1)
+    seen, begins, shared = [250, 70, 90, 200], [600, 500, 5, 150], [(33, 100), (33, 100), (0, 0), (40, 37)]
+    lengths = torch.tensor(seen, dtype=torch.int32, device=DEVICE)[:, None].expand(4, 3).contiguous()
+    places = (torch.tensor(begins, device=DEVICE), 300, 0.1)
+    runs = torch.tensor([[9, 3 * row, 3] for row in range(4)], device=DEVICE)
+    table = torch.tensor(shared, device=DEVICE).T.contiguous()
+    for attend_to in (canvas_attention, canvas_attention_torch):
+        if is_list:
+            flat = (query.flatten(0, 1)[None], keys, values, lengths.view(1, 12), *places, runs, 4)
+            got = attend_to(*flat, shared=table).view_as(query)
+        else:
+            got = attend_to(query, keys, values, lengths, *places, shared=table)
+        for row, (begin, length, (first, number)) in enumerate(zip(begins, seen, shared)):
+            columns = [(first if column < number else begin) + column for column in range(length)]
+            one, alone = slice(row, row + 1), (x[None, :, columns] for x in (keys, values))
+            close(got[one], attend(canvas_attention_torch, query[one], *alone, lengths[one], 0.1), torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [1024, 8192, 32768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -119,8 +119,8 @@ class FusedStack:
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window, a list, into the cache: `(tokens,)` tokens ->
         `(rows, kept, vocab)` logits."""
-        base, columns = cache.locate(window)
-        sees = (base, window.lengths[None], columns[None], window.runs, window.longest)
+        base, shared, columns = cache.locate(window)
+        sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared)
         keep = window.keep.reshape(1, window.keep.numel())
         hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
         return self.head(hidden_states).unflatten(0, window.keep.shape)
@@ -147,9 +147,9 @@ class FusedStack:
         """Attention of a layer without `o_proj`: `(rows, window, hidden)` -> `(rows, window, heads * head_dim)`.
 
         Args:
-            sees: where the extent of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
-                each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs
-                and the longest of them, see [`canvas_attention`].
+            sees: where the canvas of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
+                each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs,
+                the longest of them, and the columns that they share, see [`canvas_attention`].
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
         query, key, value = self.inputs[index][0](normed)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ..kernels.attention import place_in_arena
 from ..kernels.columns import copy_columns, copy_columns_torch
 from ..kernels.triton import triton
 from .configuration import DiffusionGenerationConfig
@@ -264,21 +265,29 @@ class CanvasCache(Cache):
         """Set the window of the next forward pass."""
         arena = None
         if self.extents is not None:
-            base, written = self.locate(window)
-            seen = base[:, None] + torch.arange(window.visible, device=base.device)
+            base, shared, written = self.locate(window)
+            column = torch.arange(window.visible, device=base.device)
+            seen = place_in_arena(column, base[:, None], None if shared is None else shared[..., None])
             arena = written, seen.clamp(max=self.extents.columns - 1)
         for layer in self.layers:
             layer.window, layer.arena = window, arena
 
-    def locate(self, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where in the arena the extents of a window's rows begin, `(rows,)`, in a list those of its runs, `(runs,)`; and
-        which column of the arena each token has. The last column of an extent is its scratch column."""
+    def locate(self, window: Window) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Where in the arena the canvases of a window's rows are, in a list those of its runs; and which column of the arena
+        each token has. The last column of an extent is its scratch column.
+
+        Returns:
+            `(rows,)` or `(runs,)`, the place of a canvas' first column; `(2, rows)` or `(2, runs)`, where shared columns
+            begin, and how many they are, None where nothing can be shared, see [`Extents`]; of the shape of
+            `window.columns`, the column of each token.
+        """
         readers = window.runs[:, 0] if len(window.runs) else window.slots
         if self.extents is None:
             width = self.layers[0].width
-            return readers * width, window.owners * width + window.columns
-        base, size = self.extents.base, self.extents.size
-        return base[readers], base[window.owners] + torch.minimum(window.columns, size[window.owners] - 1)
+            return readers * width, None, window.owners * width + window.columns
+        of_reader, (base, size, *shared) = self.extents.table[:, readers], self.extents.table[:, window.owners]
+        written = place_in_arena(torch.minimum(window.columns, size - 1), base, shared)
+        return of_reader[0], of_reader[2:], written
 
     @property
     def longest_extent(self) -> int:
@@ -325,18 +334,19 @@ class CanvasCache(Cache):
     def share(self, copies: list[Copy]) -> list[int]:
         """See [`Backend.share`]."""
         columns = [copy.column // copy.block_length * copy.block_length for copy in copies]
-        begin = self.extents.begin_of if self.extents is not None else lambda slot: slot * self.layers[0].width
-        runs = [
-            (begin(copy.source), begin(copy.target), column)
-            for copy, column in zip(copies, columns)
-            if copy.source != copy.target and column
-        ]
+        width, extents = self.layers[0].width, self.extents
+        place = extents.place_of if extents is not None else lambda slot, column: slot * width + column
+        runs = []
+        for (source, target, *_), column in zip(copies, columns):
+            first = 0 if extents is None else extents.shared_of(target)
+            if source != target and column > first:
+                runs.append((place(source, first), place(target, first), column - first))
         if runs:
             arenas = [arena for layer in self.layers for arena in layer.arenas()]
             table = uploaded(torch.tensor(runs), arenas[0].device)
             copy = copy_columns if table.is_cuda and triton is not None else copy_columns_torch
             for arena in arenas:
-                copy(arena, table, max(columns))
+                copy(arena, table, max(size for *_, size in runs))
         return columns
 
     def check(self, model: DenoisingModel, batch: int, options: DiffusionGenerationConfig) -> None:

@@ -1,6 +1,7 @@
 """Where the columns of each slot are in an arena that all slots share."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -11,17 +12,21 @@ class Extents:
     """Gives slots runs of columns of one arena. A canvas' length is known before a row begins, so that a row has one extent,
     from its admission to its end. Gaps between extents are closed by moving extents when a new one does not fit otherwise.
 
+    Slots may share the beginning of their canvas: it becomes an extent that stays as long as one of them reads it, and the
+    extents of these slots hold the columns behind it alone.
+
     The arena's first column is the scratch column of slots without an extent.
 
     Args:
         slots: slots that may have an extent.
         columns: of the arena.
-        longest: no extent is longer.
+        longest: no canvas is longer.
         move: copies runs of columns, a list of `(source, target, size)`, to lower ones, which stand one behind the other and
             may overlap their sources.
 
     Attributes:
-        base, size: `(slots,)`, first column and number of columns of each slot's extent, on the device; a captured step reads
+        table: `(4, slots)`, on the device: column i of a slot's canvas is column base + i of the arena, before `shared` it is
+            shared_base + i; rows are base, the number of columns of the canvas, shared_base, shared. A captured step reads
             them, so that it does not depend on what the extents are.
     """
 
@@ -34,54 +39,89 @@ class Extents:
         move: Callable[[list[tuple[int, int, int]]], None],
     ):
         self.columns, self.longest, self._move = columns, longest, move
-        self._table = torch.tensor([[0], [1]]).repeat(1, slots)
-        self._on_device = self._table.to(device)
-        self.base, self.size = self._on_device
-        self._held: dict[int, tuple[int, int]] = {}
+        self._table = torch.tensor([[0], [1], [0], [0]]).repeat(1, slots)
+        self.table = self._table.to(device)
+        self._held: dict[int, tuple[int, int]] = {}  # by slot, and by the key of a shared beginning
+        self._shared: dict[
+            int, tuple[int, int]
+        ] = {}  # by slot: a shared beginning's key, and how much of it the slot reads
+        self._keys = itertools.count(slots)
 
-    def begin_of(self, slot: int) -> int:
-        return self._held[slot][0]
+    def place_of(self, slot: int, column: int) -> int:
+        """The column of the arena where a column of a slot's canvas stands, which it does not share."""
+        return self._held[slot][0] + column - self.shared_of(slot)
 
     def size_of(self, slot: int) -> int:
-        """Columns that a slot has; 0 without an extent."""
-        return self._held.get(slot, (0, 0))[1]
+        """Columns of a slot's canvas, those that it shares included; 0 without an extent."""
+        return self._held[slot][1] + self.shared_of(slot) if slot in self._held else 0
+
+    def shared_of(self, slot: int) -> int:
+        """Columns that a slot reads from a shared beginning."""
+        return self._shared.get(slot, (0, 0))[1]
 
     @property
     def free(self) -> int:
         """Columns that no extent has."""
         return self.columns - 1 - sum(size for _, size in self._held.values())
 
+    def held_by(self, slots: list[int]) -> int:
+        """Columns that would be free without these slots."""
+        others = self._shared.keys() - slots
+        keys = {*slots, *(key for key, _ in self._shared.values())} - {self._shared[slot][0] for slot in others}
+        return sum(self._held[key][1] for key in keys if key in self._held)
+
     def acquire(self, slot: int, size: int) -> bool:
-        """Give a slot an extent, instead of the one that it has. False where there is no room, and it then has none."""
-        self.release(slot)
-        if size > self.free:
-            return False
-        begin = self._gap(size)
-        if begin is None:
-            self._close_gaps()
+        """Give a slot an extent for a canvas of `size` columns, instead of the one that it has; what it shares it goes on
+        sharing. False where there is no room, and it then has none."""
+        self._held.pop(slot, None)
+        size -= self.shared_of(slot)
+        is_possible = size <= self.free
+        if is_possible:
             begin = self._gap(size)
-        assert begin is not None
-        self._put(slot, begin, size)
-        self._upload()
-        return True
+            if begin is None:
+                self._close_gaps()
+                begin = self._gap(size)
+            assert begin is not None
+            self._held[slot] = begin, size
+        self._upload([slot])
+        return is_possible
 
     def shrink(self, slot: int, size: int) -> None:
-        """Take the last columns of an extent away."""
-        self._put(slot, self.begin_of(slot), size)
-        self._upload()
+        """Take the last columns of a canvas away."""
+        self._held[slot] = self._held[slot][0], size - self.shared_of(slot)
+        self._upload([slot])
+
+    def share(self, source: int, target: int, columns: int) -> None:
+        """Let a slot read the first columns of another one's canvas where they stand, as many of `columns` as the other does
+        not itself read as the first part of a shorter beginning. The slot loses what it has."""
+        self.release(target)
+        if source not in self._shared:
+            (begin, size), key = self._held[source], next(self._keys)
+            self._held |= {key: (begin, columns), source: (begin + columns, size - columns)}
+            self._shared[source] = key, columns
+        key, known = self._shared[source]
+        self._shared[target] = key, min(columns, known)
+        self._upload([source])
 
     def release(self, slot: int) -> None:
-        if self._held.pop(slot, None) is not None:
-            self._table[:, slot] = torch.tensor([0, 1])
-            self._upload()
+        """Take a slot's extent away, and its part in a beginning."""
+        key, _ = self._shared.pop(slot, (None, 0))
+        if key is not None and all(other != key for other, _ in self._shared.values()):
+            del self._held[key]
+        if self._held.pop(slot, None) or key is not None:
+            self._upload([slot])
 
-    def _put(self, slot: int, begin: int, size: int) -> None:
-        self._held[slot] = begin, size
-        self._table[:, slot] = torch.tensor([begin, size])
-
-    def _upload(self) -> None:
-        """Not number by number: each would wait for all that the device has to do."""
-        self._on_device.copy_(uploaded(self._table, self._on_device.device))
+    def _upload(self, slots: Iterable[int]) -> None:
+        """Tell the device where the canvases of slots are. The whole table at once: numbers that are written one by one would
+        each wait for all that the device has to do."""
+        for slot in slots:
+            key, shared = self._shared.get(slot, (None, 0))
+            row = [0, 1, 0, 0]
+            if slot in self._held:
+                row[:2] = self._held[slot][0] - shared, self.size_of(slot)
+                row[2:] = (0 if key is None else self._held[key][0]), shared
+            self._table[:, slot] = torch.tensor(row)
+        self.table.copy_(uploaded(self._table, self.table.device))
 
     def _gap(self, size: int) -> int | None:
         """The first column of the smallest gap that is large enough, so that large ones stay whole."""
@@ -94,11 +134,11 @@ class Extents:
 
     def _close_gaps(self) -> None:
         moves, end = {}, 1
-        for begin, slot in sorted((begin, slot) for slot, (begin, _) in self._held.items()):
+        for (begin, size), key in sorted((place, key) for key, place in self._held.items()):
             if begin > end:
-                moves[slot] = (begin, end, self.size_of(slot))
-            end += self.size_of(slot)
+                moves[key] = (begin, end, size)
+            end += size
         if moves:
             self._move(list(moves.values()))
-        for slot, (_, target, size) in moves.items():
-            self._put(slot, target, size)
+        self._held |= {key: (target, size) for key, (_, target, size) in moves.items()}
+        self._upload(range(self._table.shape[1]))

@@ -1,5 +1,6 @@
 """Which row has which slot, and what of the state it can take over from another one."""
 
+import math
 from typing import Any
 
 from .backend import Backend
@@ -10,7 +11,8 @@ from .requests import Request, Row
 
 class Seats:
     """Gives rows a slot, in an arena an extent as well, and, where blocks see earlier ones alone, the beginning of another
-    row's text: such rows copy its keys and values, and wait for them if they are being computed.
+    row's text: such rows wait for it if it is being computed, read its keys and values where they stand if that is in an arena,
+    and copy the others.
 
     Args:
         state: of `backend`, for so many `slots`.
@@ -38,7 +40,7 @@ class Seats:
         """Columns that rows can still get, see [`columns_of`]; None where all slots are of one size."""
         if self._extents is None:
             return None
-        return self._extents.free + sum(self._extents.size_of(slot) for slot in self.free)
+        return self._extents.free + self._extents.held_by(self.free)
 
     def columns_of(self, request: Request) -> int:
         """Columns that a request takes: its canvas and the scratch column."""
@@ -54,20 +56,28 @@ class Seats:
         known, mask = request.prompt, request.options.mask_token_id
         known = known[: known.index(mask)] if mask in known else known
         holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(known, size)
-        own = next((slot for slot in holders if self.rows[slot] is None and self._can_hold(slot, columns)), None)
+        own = next(
+            (slot for slot in holders if self.rows[slot] is None and self._can_hold(slot, columns, shared)), None
+        )
         slot = next((slot for slot in self.free if slot not in holders), self.free[0]) if own is None else own
         row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
         row.final_length = final_length
         try:
-            self._make_room(slot, columns, own is not None, holders)
+            source = own if own is not None else self._source([each for each in holders if each != slot])
+            self._make_room(slot, columns, source, shared, holders)
             self.rows[slot] = row
             self.free.remove(slot)
             if own is None and not final_length and row.first_feeds == "not yet final":
                 backend.forget(self.state, slot, -1, 0, size)
             if self._beginnings is not None:
-                holders = [each for each in holders if each == own or each != slot and each in self._beginnings]
+                is_there = source is not None and source in self._beginnings
                 self._beginnings.put(slot, known, size)
-                self._take_over(row, own, holders, shared)
+                if source is not None and is_there:
+                    self._take_over(row, source, shared)
+                elif (
+                    source is not None and self._extents is not None
+                ):  # it lost its extent, but not what the row reads too
+                    row.final_length = self._extents.shared_of(slot)
         except BaseException:  # no memory to move or copy what stands in the state
             self._give_back(slot)
             raise
@@ -80,19 +90,32 @@ class Seats:
             self.leave(row, None, is_intact=False)
             return
         self.rows[slot] = None
+        if self._extents is not None:
+            self._extents.release(slot)
         if self._beginnings is not None:
             self._beginnings.drop(slot)
 
-    def _can_hold(self, slot: int, columns: int) -> bool:
-        return self._extents is None or self._extents.size_of(slot) >= columns
+    def _can_hold(self, slot: int, columns: int, shared: int) -> bool:
+        """Whether the extent of a free slot is large enough for a row that keeps the `shared` first columns and writes to the
+        others, which no other slot may read."""
+        extents = self._extents
+        return extents is None or (extents.size_of(slot) >= columns and extents.shared_of(slot) <= shared)
 
-    def _make_room(self, slot: int, columns: int, is_kept: bool, holders: list[int]) -> None:
+    def _source(self, holders: list[int]) -> int | None:
+        """Of the slots that hold a row's beginning, one where it is final, or will be first."""
+        lengths = {slot: math.inf if (row := self.rows[slot]) is None else row.final_length for slot in holders}
+        return max(holders, key=lambda slot: lengths[slot], default=None)
+
+    def _make_room(self, slot: int, columns: int, source: int | None, shared: int, holders: list[int]) -> None:
         """Give a slot an extent, for which free slots lose theirs, those that hold the row's beginning last."""
         if self._extents is None:
             return
-        if is_kept:
+        if source == slot:
             self._extents.shrink(slot, columns)
             return
+        self._extents.release(slot)
+        if source is not None:
+            self._extents.share(source, slot, shared)
         others = [each for each in self.free if each != slot]
         for other in [None, *sorted(others, key=lambda each: each in holders)]:
             if other is not None:
@@ -105,14 +128,13 @@ class Seats:
             f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first."
         )
 
-    def _take_over(self, row: Row, own: int | None, holders: list[int], shared: int) -> None:
-        free = [slot for slot in holders if slot == own or self.rows[slot] is None]
-        sources = [other for other in map(self.rows.__getitem__, holders) if other not in (None, row)]
-        if free:
-            slot = own if own is not None else free[0]
-            self._copy([(row, slot, self._final_lengths[slot], shared)])
-        elif sources:
-            self._sources[row] = max(sources, key=lambda each: each.final_length), shared
+    def _take_over(self, row: Row, source: int, shared: int) -> None:
+        """`shared`: columns that the source holds or will hold."""
+        other = self.rows[source]
+        if other is None or other is row:
+            self._copy([(row, source, self._final_lengths[source], shared)])
+        else:
+            self._sources[row] = other, shared
             self.take_beginnings()
 
     def _copy(self, takers: list[tuple[Row, int, int, int]]) -> None:
@@ -140,13 +162,23 @@ class Seats:
         """Free the slot of a row, see [`Decoder.remove`]."""
         slot = row.slot
         self._sources.pop(row, None)
-        waiting = [other for other, (source, _) in self._sources.items() if source is row]
-        shared = {other: self._sources.pop(other)[1] for other in waiting}
-        if is_intact:
-            self._copy([(other, slot, row.final_length, column) for other, column in shared.items()])
+        self._bequeath(row, is_intact)
         if self._beginnings is not None:
             text = row.request.prompt if tokens is None else tokens
             self._beginnings.put(slot, text[: row.final_length] if is_intact else [], row.block_length)
             self._final_lengths[slot] = row.final_length
         self.rows[slot] = None
         self.free.append(slot)
+
+    def _bequeath(self, row: Row, is_intact: bool) -> None:
+        """Of the rows that wait for a row that leaves, the one that shares most goes on from where it is final, and the others
+        wait for that one: they may share the columns that are not final yet."""
+        shared = {other: columns for other, (source, columns) in self._sources.items() if source is row}
+        if not shared:
+            return
+        heir = max(shared, key=lambda other: shared[other])
+        self._sources |= {other: (heir, columns) for other, columns in shared.items()}
+        del self._sources[heir]
+        if is_intact:
+            self._copy([(heir, row.slot, row.final_length, shared[heir])])
+        self.take_beginnings()

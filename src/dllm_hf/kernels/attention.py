@@ -14,17 +14,23 @@ LOG2E = 1.4426950408889634
 FEW = 24
 
 
-def canvas_attention_torch(query, keys, values, lengths, base, width, scale, runs=None, longest=0) -> torch.Tensor:
+def place_in_arena(columns, base, shared) -> torch.Tensor:
+    """The columns of an arena where `columns` of canvases stand, see [`canvas_attention`]; the arguments broadcast."""
+    return columns + (base if shared is None else torch.where(columns < shared[1], shared[0], base))
+
+
+def canvas_attention_torch(query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None):
     """The twin of [`canvas_attention`]."""
     if runs is not None:  # each run is a row of a rectangle
         tokens, inside = query.shape[1], torch.arange(longest, device=query.device)
         index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
         padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
         padded[:tokens], seen[:tokens] = query[0], lengths[0]
-        rows = canvas_attention_torch(padded[index], keys, values, seen[index], base, width, scale)
+        rows = canvas_attention_torch(padded[index], keys, values, seen[index], base, width, scale, shared=shared)
         return padded.zero_().index_put_((index,), rows)[None, :tokens]
     columns = torch.arange(width, device=keys.device)
-    arena = (base[:, None] + columns).clamp(max=keys.shape[1] - 1)  # an extent at the end may be shorter
+    arena = place_in_arena(columns, base[:, None], None if shared is None else shared[..., None])
+    arena = arena.clamp(max=keys.shape[1] - 1)  # an extent at the end may be shorter
     unseen = columns >= lengths[:, None, :, None]
     # Keys behind the visible ones may hold anything, NaN too, which a weight of 0 would not remove.
     behind = (columns >= lengths.amax(-1)[:, None])[:, None, :, None]
@@ -49,19 +55,22 @@ def canvas_attention(
     scale: float,
     runs: torch.Tensor | None = None,
     longest: int = 0,
+    shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Args:
         query: `(batch, window, heads, head_dim)`, the last dimension contiguous, as of `keys` and `values`.
-        keys, values: `(kv_heads, columns, head_dim)`, an arena in which each row has an extent; heads i * groups to
+        keys, values: `(kv_heads, columns, head_dim)`, an arena in which each row has a canvas; heads i * groups to
             (i + 1) * groups - 1 read key head i.
-        lengths: `(batch, window)` int32: a query sees so many columns of its row's extent. With none the result is 0.
-        base: `(batch,)` int64, where the extent of each row begins.
-        width: of the longest extent; no length is larger.
+        lengths: `(batch, window)` int32: a query sees so many columns of its row's canvas. With none the result is 0.
+        base: `(batch,)` int64: column i of a row's canvas is column base + i of the arena.
+        width: of the longest canvas; no length is larger.
         scale: of the scores.
         runs: `(runs, 3)` int64, if the batch of one is a list of tokens of several rows, see [`window.Window`]: the second
             number is the index of a run's first token, the third how many tokens it has. `base` is `(runs,)` then. Each
             token must be in one run.
         longest: no run has more tokens.
+        shared: `(2, batch)` int64, contiguous, where rows share the beginning of their canvases: column i of a row is column
+            shared[0] + i of the arena for i < shared[1]. Of the shape of `base` otherwise, as with `runs`.
 
     Returns:
         `(batch, window, heads, head_dim)`, contiguous.
@@ -84,11 +93,11 @@ def canvas_attention(
         sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     _attend[(tiles, readers * kv_heads, splits)](
-        query, keys, values, lengths, base, base if runs is None else runs, out, parts, sums, scale * LOG2E,
+        query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared, out, parts, sums, scale * LOG2E,
         window, kv_heads, number, splits,
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
-        IS_LIST=runs is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        IS_LIST=runs is not None, IS_SHARED=shared is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
     if splits > 1:
@@ -119,14 +128,14 @@ if triton is not None:
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
     @triton.jit(do_not_specialize=["window", "number", "splits"])
     def _attend(
-        query, keys, values, lengths, base, runs, out, parts, sums, scale,
+        query, keys, values, lengths, base, runs, shared, out, parts, sums, scale,
         window, kv_heads, number, splits,
         query_batch, query_token, query_head,
         key_head, key_column,
         value_head, value_column,
         GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
-        PRECISION: tl.constexpr,
+        IS_SHARED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
         reader, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
@@ -148,8 +157,11 @@ if triton is not None:
         start_of_row += token * query_token + head * query_head
         tile = tl.load(query + start_of_row[:, None] + dims, mask=exists[:, None] & real, other=0.0)
         begin = tl.load(base + reader)
-        keys += begin * key_column + kv_head.to(tl.int64) * key_head
-        values += begin * value_column + kv_head.to(tl.int64) * value_head
+        if IS_SHARED:
+            shared_begin = tl.load(shared + reader)
+            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader)
+        keys += kv_head.to(tl.int64) * key_head
+        values += kv_head.to(tl.int64) * value_head
 
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
         longest = tl.max(length, 0)
@@ -161,7 +173,10 @@ if triton is not None:
         for start in range(split * chunk, end, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             inside = (column < end)[:, None] & real
-            key = tl.load(keys + column[:, None] * key_column + dims, mask=inside, other=0.0)
+            place = begin + column
+            if IS_SHARED:
+                place = tl.where(column < number_shared, shared_begin, begin) + column
+            key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
             # Inductor passes Python floats as fp64; cast back.
             score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
             score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
@@ -171,7 +186,7 @@ if triton is not None:
             prob = tl.exp2(score - lowest[:, None])
             fade = tl.exp2(highest - lowest)
             total = total * fade + tl.sum(prob, 1)
-            value = tl.load(values + column[:, None] * value_column + dims, mask=inside, other=0.0)
+            value = tl.load(values + place[:, None] * value_column + dims, mask=inside, other=0.0)
             result = result * fade[:, None]
             result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
             highest = higher
