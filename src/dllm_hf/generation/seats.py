@@ -70,13 +70,12 @@ class Seats:
             if own is None and not final_length and row.first_feeds == "not yet final":
                 backend.forget(self.state, slot, -1, 0, size)
             if self._beginnings is not None:
-                is_there = source is not None and source in self._beginnings
+                kept = source if source is not None and source in self._beginnings else None
                 self._beginnings.put(slot, known, size)
-                if source is not None and is_there:
-                    self._take_over(row, source, shared)
-                elif (
-                    source is not None and self._extents is not None
-                ):  # it lost its extent, but not what the row reads too
+                if kept is not None:
+                    self._take_over(row, kept, shared)
+                elif self._extents is not None and not final_length:
+                    # Of a source that has lost its extent, what the row reads too is left.
                     row.final_length = self._extents.shared_of(slot)
         except BaseException:  # no memory to move or copy what stands in the state
             self._give_back(slot)
