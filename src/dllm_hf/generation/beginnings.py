@@ -1,6 +1,6 @@
 """Which slots hold the beginning of which text: rows with the same one compute it once."""
 
-import torch
+import numpy
 
 
 class Beginnings:
@@ -13,12 +13,12 @@ class Beginnings:
     """
 
     def __init__(self, slots: int, columns: int):
-        self._tokens = torch.zeros(slots, columns, dtype=torch.long)
-        self._lengths, self._block_lengths = torch.zeros(2, slots, dtype=torch.long)
+        self._tokens = numpy.zeros((slots, columns), dtype=numpy.int32)
+        self._lengths, self._block_lengths = numpy.zeros((2, slots), dtype=int)
 
     def put(self, slot: int, tokens: list[int], block_length: int) -> None:
         """A slot holds, or is about to, the whole blocks of `tokens`, instead of what it held."""
-        self._tokens[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        self._tokens[slot, : len(tokens)] = tokens
         self._lengths[slot], self._block_lengths[slot] = len(tokens), block_length
 
     def __contains__(self, slot: int) -> bool:
@@ -31,13 +31,15 @@ class Beginnings:
     def find(self, tokens: list[int], block_length: int) -> tuple[list[int], int]:
         """The slots with the longest common beginning, and its length in columns; no slots where there is none."""
         whole = len(tokens) // block_length * block_length
-        text = torch.tensor(tokens[:whole], dtype=torch.long)
+        text = numpy.array(tokens[:whole], dtype=numpy.int32)
         # Most texts differ in their first block.
         alike = (self._lengths >= block_length) & (self._block_lengths == block_length)
         alike &= (self._tokens[:, :block_length] == text[:block_length]).all(1) if whole else False
-        slots = alike.nonzero()[:, 0]
+        (slots,) = alike.nonzero()
         if not len(slots):
             return [], 0
-        same = (self._tokens[slots, :whole] == text).long().cumprod(1).sum(1)
-        common = torch.minimum(same, self._lengths[slots]) // block_length * block_length
+        # The last column differs from everything, so that each row has a first difference.
+        differs = numpy.ones((len(slots), whole + 1), dtype=bool)
+        numpy.not_equal(self._tokens[slots, :whole], text, out=differs[:, :whole])
+        common = numpy.minimum(differs.argmax(1), self._lengths[slots]) // block_length * block_length
         return slots[common == common.max()].tolist(), int(common.max())

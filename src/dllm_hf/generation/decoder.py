@@ -87,7 +87,7 @@ class Decoder:
         free = len(self.seats.free)
         if free < len(requests):
             raise ValueError(f"{len(requests)} rows do not fit into {free} free slots: remove rows first.")
-        longest = max((len(request.canvas(self.backend.block_grid)) for request in requests), default=0)
+        longest = max((request.length(self.backend.block_grid) for request in requests), default=0)
         if longest > self.canvas.capacity:
             raise ValueError(
                 f"A canvas of {longest} columns does not fit into {self.canvas.capacity}: shorten the prompt, or ask for "

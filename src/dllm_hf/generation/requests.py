@@ -40,13 +40,17 @@ class Request:
     options: DiffusionGenerationConfig
     generator: torch.Generator | None = None
 
+    def length(self, block_grid: str) -> int:
+        """Columns of the canvas. With the grid at 0, a last block that holds masks is filled up with masks."""
+        size, length = self.options.block_length or 1, len(self.prompt) + self.max_new_tokens
+        last = self.prompt[-(length % size or size) :]
+        if block_grid == "zero" and (self.max_new_tokens or self.options.mask_token_id in last):
+            length += -length % size
+        return length
+
     def canvas(self, block_grid: str) -> list[int]:
-        """Prompt and positions to fill. With the grid at 0, a last block that holds masks is filled up with masks."""
-        mask, size = self.options.mask_token_id, self.options.block_length or 1
-        text = [*self.prompt, *[mask] * self.max_new_tokens]
-        if block_grid == "zero" and mask in text[-(len(text) % size or size) :]:
-            text += [mask] * (-len(text) % size)
-        return text
+        """Prompt and positions to fill."""
+        return [*self.prompt, *[self.options.mask_token_id] * (self.length(block_grid) - len(self.prompt))]
 
 
 class Row:
@@ -95,9 +99,10 @@ class Row:
 
     def _cells(self, text: list[int]) -> list[tuple[int, int]]:
         """The grid's cells that hold masks among the columns that are shown, as (start, end)."""
-        if self.mask not in text[: self.shown]:
+        try:
+            first, length = text.index(self.mask, 0, self.shown), self.block_length
+        except ValueError:
             return []
-        first, length = text.index(self.mask), self.block_length
         if length is None:
             return [(first, len(text))]
         anchor = 0 if self.block_grid == "zero" else len(self.request.prompt) % length

@@ -44,7 +44,7 @@ class Seats:
 
     def columns_of(self, request: Request) -> int:
         """Columns that a request takes: its canvas and the scratch column."""
-        return len(request.canvas(self.backend.block_grid)) + 1
+        return request.length(self.backend.block_grid) + 1
 
     def seat(self, request: Request, final_length: int = 0) -> Row:
         """Give a request a slot. `final_length`: the column up to which the state of the slot is final.
@@ -116,13 +116,13 @@ class Seats:
         if source is not None:
             self._extents.share(source, slot, shared)
         others = [each for each in self.free if each != slot]
-        for other in [None, *sorted(others, key=lambda each: each in holders)]:
-            if other is not None:
-                self._extents.release(other)
-                if self._beginnings is not None:
-                    self._beginnings.drop(other)
-            if self._extents.acquire(slot, columns):
-                return
+        others.sort(key=set(holders).__contains__)
+        while not self._extents.acquire(slot, columns) and others:
+            self._extents.release(other := others.pop(0))
+            if self._beginnings is not None:
+                self._beginnings.drop(other)
+        if self._extents.size_of(slot):
+            return
         raise ValueError(
             f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first."
         )
