@@ -1,5 +1,6 @@
 """Requests whose prompts begin alike compute the beginning once, and get the same tokens."""
 
+import numpy
 import pytest
 import torch
 
@@ -120,14 +121,14 @@ def test_a_mask_in_a_prompt_ends_what_can_be_shared():
 
 def test_beginnings_find_the_longest_run_of_whole_blocks():
     beginnings = Beginnings(slots=2, columns=8)
-    beginnings.put(0, [1, 2, 3, 4, 5, 6], 2)
-    beginnings.put(1, [1, 2, 3, 4, 9, 9], 2)
-    assert beginnings.find([1, 2, 3, 4, 5, 6, 7], 2) == ([0], 6)
-    assert beginnings.find([1, 2, 3, 4, 5], 2) == ([0, 1], 4)
-    assert beginnings.find([1, 2, 3, 4, 5, 6], 3) == ([], 0)
-    assert beginnings.find([2, 1], 2) == ([], 0)
-    beginnings.put(0, [7, 7], 2)
-    assert beginnings.find([1, 2, 3, 4, 5, 6], 2) == ([1], 4)
+    beginnings.put(0, numpy.array([1, 2, 3, 4, 5, 6]), 2)
+    beginnings.put(1, numpy.array([1, 2, 3, 4, 9, 9]), 2)
+    assert beginnings.find(numpy.array([1, 2, 3, 4, 5, 6, 7]), 2) == ([0], 6)
+    assert beginnings.find(numpy.array([1, 2, 3, 4, 5]), 2) == ([0, 1], 4)
+    assert beginnings.find(numpy.array([1, 2, 3, 4, 5, 6]), 3) == ([], 0)
+    assert beginnings.find(numpy.array([2, 1]), 2) == ([], 0)
+    beginnings.put(0, numpy.array([7, 7]), 2)
+    assert beginnings.find(numpy.array([1, 2, 3, 4, 5, 6]), 2) == ([1], 4)
     beginnings.drop(1)
     beginnings.drop(0)
-    assert 0 not in beginnings and beginnings.find([7, 7], 2) == ([], 0)
+    assert 0 not in beginnings and beginnings.find(numpy.array([7, 7]), 2) == ([], 0)

@@ -13,11 +13,11 @@ class Beginnings:
     """
 
     def __init__(self, slots: int, columns: int):
-        self._tokens = numpy.zeros((slots, columns), dtype=numpy.int32)
+        self._tokens = numpy.zeros((slots, columns), dtype=int)
         self._lengths, self._block_lengths = numpy.zeros((2, slots), dtype=int)
 
-    def put(self, slot: int, tokens: list[int], block_length: int) -> None:
-        """A slot holds, or is about to, the whole blocks of `tokens`, instead of what it held."""
+    def put(self, slot: int, tokens: numpy.ndarray, block_length: int) -> None:
+        """A slot holds, or is about to, the whole blocks of `tokens`, `(columns,)`, instead of what it held."""
         self._tokens[slot, : len(tokens)] = tokens
         self._lengths[slot], self._block_lengths[slot] = len(tokens), block_length
 
@@ -28,10 +28,10 @@ class Beginnings:
         """A slot holds nothing that can be relied on."""
         self._lengths[slot] = 0
 
-    def find(self, tokens: list[int], block_length: int) -> tuple[list[int], int]:
+    def find(self, tokens: numpy.ndarray, block_length: int) -> tuple[list[int], int]:
         """The slots with the longest common beginning, and its length in columns; no slots where there is none."""
         whole = len(tokens) // block_length * block_length
-        text = numpy.array(tokens[:whole], dtype=numpy.int32)
+        text = tokens[:whole]
         # Most texts differ in their first block.
         alike = (self._lengths >= block_length) & (self._block_lengths == block_length)
         alike &= (self._tokens[:, :block_length] == text[:block_length]).all(1) if whole else False

@@ -50,8 +50,9 @@ class Canvas:
         slots = self._indices(rows)
         width = max((row.length for row in rows), default=0)
         texts = torch.zeros(len(rows), width, dtype=torch.long)
-        for text, row in zip(texts.numpy(), rows):  # several times faster than a tensor of lists
-            text[: row.length] = row.text
+        for text, row in zip(texts.numpy(), rows):
+            number = len(row.request.prompt)
+            text[:number], text[number : row.length] = row.request.ids, row.mask
         prompts = torch.tensor([len(row.request.prompt) for row in rows])
         masks = torch.tensor([row.mask for row in rows])
         is_prompt = (texts != masks[:, None]) & (torch.arange(width) < prompts[:, None])

@@ -8,7 +8,6 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from transformers import (
     Cache,
@@ -249,12 +248,9 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
     def diffusion_request(self, prompt: list[int], generator: torch.Generator | None = None, **options) -> Request:
         """What a [`Decoder`] decodes in one row: a prompt, and options resolved as [`diffusion_generate`] resolves them."""
         config = self._prepare_diffusion_config(None, options)
-        tokens = torch.from_numpy(
-            numpy.array(prompt, dtype=numpy.int64)
-        )  # a tensor of a list takes several times as long
-        check_inputs(tokens[None], None, self.config.vocab_size)
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         request = Request(list(prompt), new_tokens, config, generator)
+        check_inputs(torch.from_numpy(request.ids)[None], None, self.config.vocab_size)
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
 
+import numpy
 import torch
 
 from .configuration import DiffusionGenerationConfig
@@ -39,6 +41,11 @@ class Request:
     max_new_tokens: int
     options: DiffusionGenerationConfig
     generator: torch.Generator | None = None
+
+    @cached_property
+    def ids(self) -> numpy.ndarray:
+        """The prompt, `(prompt,)`. Made once: lists become arrays at some 30 ns a token."""
+        return numpy.array(self.prompt, dtype=numpy.int64)
 
     def length(self, block_grid: str) -> int:
         """Columns of the canvas. With the grid at 0, a last block that holds masks is filled up with masks."""

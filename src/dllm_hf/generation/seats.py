@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import numpy
+
 from .backend import Backend
 from .beginnings import Beginnings
 from .cache import Copy
@@ -53,8 +55,8 @@ class Seats:
             ValueError: there is no room in the arena.
         """
         backend, size, columns = self.backend, request.options.block_length, self.columns_of(request)
-        known, mask = request.prompt, request.options.mask_token_id
-        known = known[: known.index(mask)] if mask in known else known
+        (masks,) = (request.ids == request.options.mask_token_id).nonzero()
+        known = request.ids[: masks[0]] if len(masks) else request.ids
         holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(known, size)
         own = next(
             (slot for slot in holders if self.rows[slot] is None and self._can_hold(slot, columns, shared)), None
@@ -163,8 +165,8 @@ class Seats:
         self._sources.pop(row, None)
         self._bequeath(row, is_intact)
         if self._beginnings is not None:
-            text = row.request.prompt if tokens is None else tokens
-            self._beginnings.put(slot, text[: row.final_length] if is_intact else [], row.block_length)
+            text = row.request.ids if tokens is None else numpy.array(tokens)
+            self._beginnings.put(slot, text[: row.final_length if is_intact else 0], row.block_length)
             self._final_lengths[slot] = row.final_length
         self.rows[slot] = None
         self.free.append(slot)
