@@ -250,6 +250,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         config = self._prepare_diffusion_config(None, options)
         check_inputs(torch.tensor([prompt], dtype=torch.long).view(1, -1), None, self.config.vocab_size)
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
+        check_fits(self.config, len(prompt) + new_tokens, new_tokens)
         request = Request(list(prompt), new_tokens, config, generator)
         check_fits(self.config, len(request.canvas(self.block_grid)), new_tokens)
         return request
