@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..generation.cache import column_bytes_of
 from ..generation.configuration import DiffusionGenerationConfig
+from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
@@ -354,7 +355,8 @@ class LLM:
                 sequences = self._driver.engine.prepare(encode(prompt, self.tokenizer), one, name)
             except ValueError as error:
                 where = f"request {name}: " if request_ids else f"prompt {number}: " if len(prompts) > 1 else ""
-                raise ValueError(f"{where}{error}") from error
+                kind = TooLongError if isinstance(error, TooLongError) else ValueError
+                raise kind(f"{where}{error}") from error
             for sequence in sequences:
                 sequence.shows_texts, sequence.shows_drafts = streams, drafts
             requests.append(sequences)
