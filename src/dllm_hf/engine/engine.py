@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..generation.configuration import as_token_list
+from ..generation.configuration import DiffusionGenerationConfig, as_token_list, canonical_options
 from ..generation.decoder import Decoder
 from ..generation.evaluation_mode import evaluating
 from ..generation.graphs import are_possible
@@ -162,6 +162,14 @@ class Engine:
             texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
             sequences.append(Sequence(request_id, index, own, timeout, stop, texts, columns=columns))
         return sequences
+
+    def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
+        """The options of a request, the model's own filled in, whatever room its prompt leaves for them."""
+        options = canonical_options({**self.options, **params.generation_options()})
+        wanted = options.pop("max_new_tokens", self.model.generation_config.max_new_tokens)
+        effective = self.model.diffusion_request([], **options, max_new_tokens=1).options
+        effective.max_new_tokens = wanted
+        return effective
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Put the completions of a request at the end of the queue."""

@@ -308,8 +308,7 @@ class LLM:
         Raises:
             ValueError: the parameters are wrong.
         """
-        [sequence, *_] = self._driver.engine.prepare([0], sampling_params, "")
-        return sequence.request.options
+        return self._driver.engine.effective_options(sampling_params)
 
     def load(self) -> Load:
         """How much of the engine is in use. For the thread that reads events."""

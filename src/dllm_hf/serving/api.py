@@ -53,12 +53,16 @@ class Api:
             raise parameters.refusal(error, name) from error
 
     def _sampling(self, parameters: Parameters, prompt: list[int]) -> SamplingParams:
-        sampling, options = parameters.sampling, parameters.effective
+        sampling = parameters.sampling
+        return replace(sampling, options={**sampling.options, "max_new_tokens": self.length(parameters, prompt)})
+
+    def length(self, parameters: Parameters, prompt: list[int]) -> int:
+        """The new tokens of a completion."""
         if parameters.max_tokens is not None:
-            return sampling
+            return parameters.max_tokens
+        options = parameters.effective
         wanted = DEFAULT_MAX_NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
-        length = self.prompts.default_length(prompt, wanted, options.block_length)
-        return replace(sampling, options={**sampling.options, "max_new_tokens": length})
+        return self.prompts.default_length(prompt, wanted, options.block_length)
 
     async def whole(self, request: Request, job: Job, answer: Callable[[list[Event]], dict[str, Any]]) -> Response:
         """The answer to a request that is not streamed, made of the last event of each completion."""

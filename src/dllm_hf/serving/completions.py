@@ -59,7 +59,7 @@ async def _complete(
     echoes: list[str],
 ) -> Response:
     """Answer a request. `name`: of the parameter that holds the prompts; `echoes`: what stands before each completion."""
-    answer, n = Answer(kind, api.settings.name, parameters.echo()), parameters.n
+    answer, n = Answer(kind, api.settings.name, parameters.echo(api.length(parameters, prompts[0]))), parameters.n
     job = await api.submit(parameters, prompts, name, drafts=bool(body.stream and body.stream_drafts))
     if body.stream:
         chunks = Chunks(api, answer, body, prompts, echoes, n)

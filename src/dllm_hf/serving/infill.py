@@ -29,7 +29,7 @@ def routes(api: Api) -> APIRouter:
             raise ApiError(
                 400, f"`prompt` holds no mask, token {api.prompts.mask}: there is nothing to fill.", "prompt"
             )
-        answer = Answer("infill", api.settings.name, parameters.echo())
+        answer = Answer("infill", api.settings.name, parameters.echo(api.length(parameters, prompt)))
         job = await api.submit(parameters, [prompt], "prompt", drafts=bool(body.stream and body.stream_drafts))
         if not body.stream:
             return await api.whole(

@@ -159,8 +159,8 @@ class Parameters:
             if isinstance(value, list) and len(value) > vocab:
                 raise ApiError(400, f"`{name}` lists {len(value)}, more than the vocabulary holds.", name)
 
-    def echo(self) -> dict[str, Any]:
-        """The options that take effect, for the answer."""
+    def echo(self, length: int) -> dict[str, Any]:
+        """The options that take effect, for the answer. `length`: the new tokens of the first completion."""
         options = self.effective
         names = [
             "block_length",
@@ -179,5 +179,5 @@ class Parameters:
         }.get(options.remasking_strategy, [])
         values = {name: getattr(options, name) for name in [*names, "cache_policy"]}
         values |= {"temperature": options.sampling_temperature, "seed": self.sampling.seed}
-        values |= {"max_tokens": options.max_new_tokens}
+        values["max_tokens"] = length
         return {name: value for name, value in values.items() if value is not None}
