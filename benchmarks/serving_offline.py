@@ -179,10 +179,11 @@ class Meter:
         return row
 
 
-def engine_for(model, work, args, block, policy) -> LLM:
+def engine_for(model, work, args, block, policy, tokenizer=None) -> LLM:
     longest = max(len(prompt) + new for prompt, new in work) + (block or 32)
     return LLM(
         model,
+        tokenizer=tokenizer,
         block_length=block,
         cache_policy=policy,
         max_num_seqs=args.slots,

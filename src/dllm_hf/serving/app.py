@@ -145,7 +145,7 @@ def _tokens(api: Api) -> APIRouter:
 
 def _page() -> APIRouter:
     router = APIRouter(include_in_schema=False)
-    for path, file in (("/", "index.html"), ("/page.css", "page.css"), ("/page.js", "page.js")):
+    for path, file in (("/", "index.html"), *((f"/{name}", name) for name in ("page.css", "page.js", "icon.svg"))):
         router.add_api_route(path, _sender(PAGE / file), methods=["GET"])
     return router
 

@@ -62,8 +62,7 @@ async def _complete(
     answer, n = Answer(kind, api.settings.name, parameters.echo(api.length(parameters, prompts[0]))), parameters.n
     job = await api.submit(parameters, prompts, name, drafts=bool(body.stream and body.stream_drafts))
     if body.stream:
-        chunks = Chunks(api, answer, body, prompts, echoes, n)
-        return api.stream(job, chunks)
+        return api.stream(job, Chunks(api, answer, body, parameters, prompts, echoes))
 
     def whole(last: list[Event]) -> dict[str, Any]:
         choices = []
@@ -80,9 +79,16 @@ class Chunks:
     """Makes the chunks of one stream. The texts of a completion's chunks are, one behind the other, its text."""
 
     def __init__(
-        self, api: Api, answer: Answer, body: Decoding, prompts: list[list[int]], echoes: list[str], n: int
-    ) -> None:
-        self.api, self.answer, self.prompts, self.echoes, self.n = api, answer, prompts, echoes, n
+        self,
+        api: Api,
+        answer: Answer,
+        body: Decoding,
+        parameters: Parameters,
+        prompts: list[list[int]],
+        echoes: list[str],
+    ):
+        self.api, self.answer, self.parameters, self.n = api, answer, parameters, parameters.n
+        self.prompts, self.echoes = prompts, echoes
         options = body.stream_options
         self.tells_usage = bool(options and options.include_usage)
         self.counts = bool(options and options.continuous_usage_stats)
@@ -102,6 +108,9 @@ class Chunks:
                     yield self._chunk(number, None)
                 elif echo := self.echoes[number // self.n]:
                     yield self._chunk(number, echo)
+                if self.drafts:
+                    length = self.api.length(self.parameters, self.prompts[number // self.n])
+                    yield self._chunk(number, "", draft={"tokens": [None] * length})
             self.tokens[number] += len(event.token_ids)
             if event.draft_token_ids is not None:
                 tokens = event.draft_token_ids[len(self.prompts[number // self.n]) :]

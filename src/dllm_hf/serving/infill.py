@@ -42,11 +42,16 @@ def routes(api: Api) -> APIRouter:
 
         async def chunks(events: AsyncIterator[tuple[int, Event] | None]) -> AsyncIterator[bytes]:
             last: dict[int, Event] = {}
+            begun: set[int] = set()
             async for each in events:
                 if each is None:
                     yield KEEP_ALIVE
                     continue
                 number, event = each
+                if body.stream_drafts and number not in begun:
+                    begun.add(number)
+                    draft = {"tokens": api.prompts.pieces(prompt) + [None] * api.length(parameters, prompt)}
+                    yield sse(answer.chunk(number, "", draft=draft))
                 if event.draft_token_ids is not None:
                     draft = {"tokens": api.prompts.pieces(event.draft_token_ids)}
                     yield sse(answer.chunk(number, "", draft=draft))
