@@ -179,17 +179,17 @@ class Meter:
         return row
 
 
-def engine_for(model, work, args, block, policy, tokenizer=None) -> LLM:
+def engine_for(model, work, args, block, policy, **more) -> LLM:
     longest = max(len(prompt) + new for prompt, new in work) + (block or 32)
     return LLM(
         model,
-        tokenizer=tokenizer,
         block_length=block,
         cache_policy=policy,
         max_num_seqs=args.slots,
         max_model_len=longest,
         max_num_batched_tokens=args.budget,
         gpu_memory_utilization=0.85,
+        **more,
     )
 
 

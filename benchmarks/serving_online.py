@@ -52,9 +52,9 @@ def tokenizer_for(name: str, vocab: int):
 
 def tiny():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 512, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     sizes |= {"num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 512, "block_size": 4}
-    ends = {"mask_token_id": 511, "eos_token_id": 510, "pad_token_id": 510, "bos_token_id": None}
+    ends = {"mask_token_id": 1023, "eos_token_id": 1022, "pad_token_id": 1022, "bos_token_id": None}
     return SDARForCausalLM(SDARConfig(**sizes, **ends, initializer_range=0.3)).eval().float(), 4, "block"
 
 
@@ -197,12 +197,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, block, policy = tiny() if args.model == "tiny" else build(args.model, getattr(torch, args.dtype))
-    work = workload(args, model.config.vocab_size)
+    mask = model.config.mask_token_id  # would be filled
+    work = [
+        ([each * (each != mask) for each in prompt], new) for prompt, new in workload(args, model.config.vocab_size)
+    ]
     size = block or model.default_block_length or 32
     ends = as_token_list(model.generation_config.eos_token_id)
     options = {"temperature": 0.0, "denoising_steps": -(-size // args.tokens_per_step)}
     options |= {"eos_token_id": [], "suppress_tokens": ends}
-    llm = engine_for(model, work, args, block, policy, tokenizer_for(args.model, model.config.vocab_size))
+    more = {"tokenizer": tokenizer_for(args.model, model.config.vocab_size)}
+    if DEVICE == "cpu":  # room for all slots, as on a GPU: nobody waits for columns
+        more["num_cache_tokens"] = args.slots * (max(len(prompt) + new for prompt, new in work) + 34)
+    llm = engine_for(model, work, args, block, policy, **more)
     rows = measure(llm, work, options, args) if set(args.modes) & {"closed", "poisson"} else []
     rows += [storm(llm, work, options, args)] if "storm" in args.modes else []
     for row in rows:

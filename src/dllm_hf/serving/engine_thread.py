@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 import uuid
@@ -17,6 +18,7 @@ from .metrics import Metrics
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 15.0  # after which a connection without data may be taken for dead
+SWITCH_SECONDS = 0.0005
 MAX_DRAFTS = 64  # that wait for a client; one that reads slowly misses some
 
 
@@ -40,7 +42,11 @@ class EngineThread:
     def start(self) -> None:
         """Call it in the event loop."""
         self._loop = asyncio.get_running_loop()
+        # After each look at the device the engine's thread waits that long for the interpreter while the loop is busy:
+        # 5 ms by default, as long as a step takes.
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
+        self._keep_alive()
 
     async def submit(self, requests: list[tuple[list[int], SamplingParams]], drafts: bool = False) -> "Job":
         """Put prompts with their parameters, which agree in `n`, into the queue, all or none.
@@ -116,6 +122,13 @@ class EngineThread:
                 if job is not None and event.request_id not in job.left:
                     del self._jobs[event.request_id]
 
+    def _keep_alive(self) -> None:
+        """One timer for all: one for each event would cost more than the event."""
+        now = time.monotonic()
+        for job in set(self._jobs.values()):
+            job.keep_alive(now)
+        self._loop.call_later(1.0, self._keep_alive)
+
     def _fail(self, failure: str) -> None:
         self.failure = failure
         for job in set(self._jobs.values()):
@@ -135,8 +148,8 @@ class Job:
         self.ids = [uuid.uuid4().hex for _ in range(prompts)]
         self._numbers = {request_id: number for number, request_id in enumerate(self.ids)}
         self.left = dict.fromkeys(self.ids, n)
-        self._inbox: asyncio.Queue[Event | ApiError] = asyncio.Queue()
-        self._begun = time.monotonic()
+        self._inbox: asyncio.Queue[Event | ApiError | None] = asyncio.Queue()
+        self._begun = self._told = time.monotonic()
         self._has_token = False
 
     def put(self, event: Event) -> None:
@@ -146,10 +159,16 @@ class Job:
             self._has_token = True
             self.engine.metrics.first_token(time.monotonic() - self._begun)
         self._inbox.put_nowait(event)
+        self._told = time.monotonic()
         if event.output is not None:
             self.left[event.request_id] -= 1
             if not self.left[event.request_id]:
                 del self.left[event.request_id]
+
+    def keep_alive(self, now: float) -> None:
+        if now - self._told > IDLE_SECONDS:
+            self._told = now
+            self._inbox.put_nowait(None)
 
     def fail(self, error: ApiError) -> None:
         self._inbox.put_nowait(error)
@@ -161,9 +180,8 @@ class Job:
             ApiError: the engine has failed, the server is being stopped, or a step has failed.
         """
         while self.left or not self._inbox.empty():
-            try:
-                event = await asyncio.wait_for(self._inbox.get(), IDLE_SECONDS)
-            except asyncio.TimeoutError:
+            event = await self._inbox.get()
+            if event is None:
                 yield None
                 continue
             if isinstance(event, ApiError):
