@@ -1,9 +1,11 @@
-# `make demo` and `make test` need only Python, make and a package index. Each makes .venv if there
+# `make demo`, `make test` and `make serve` need only Python, make and a package index. Each makes .venv if there
 # is none, installs the versions in constraints.txt, and runs.
 #
 #   make test PYTEST_ARGS="-k cache -x"     more arguments for pytest
 #   make demo DEMO_PROMPT="KING HENRY:" DEMO_ARGS="--temperature 0.5 --seed 1"
 #                                           another prompt, other options of `dllm-hf generate`
+#   make serve SERVE_MODEL=hub_configs/sdar-tiny-shakespeare SERVE_ARGS="--port 9000"
+#                                           another model, other options of `dllm-hf serve`
 #   make test PYTHON=python3.12             another Python (for a new .venv)
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 #                                           the CPU build of PyTorch: a far smaller download on Linux
@@ -14,6 +16,8 @@ OMP_THREADS ?= 1
 PYTEST_ARGS ?=
 DEMO_PROMPT ?= ROMEO:
 DEMO_ARGS   ?= --max-new-tokens 192
+SERVE_MODEL ?= hub_configs/llada-tiny-shakespeare
+SERVE_ARGS  ?= --port 8000
 
 VENV := .venv
 PY   := $(VENV)/bin/python
@@ -24,13 +28,14 @@ PIP  := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.
 # whose Python has gone.
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+SERVE_STAMP := $(VENV)/.installed-serve
 DEPS      := pyproject.toml constraints.txt
 stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "$(CURDIR)" ] || echo FORCE)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo check test test-slow test-upstream lint types docs package clean venv FORCE
+.PHONY: help demo serve check test test-slow test-upstream lint types docs package clean venv FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +44,9 @@ help: ## Show this list
 demo: $(RUN_STAMP) ## Install, then watch small models continue a prompt and solve a Sudoku
 	OMP_NUM_THREADS=$(OMP_THREADS) $(VENV)/bin/dllm-hf generate hub_configs/llada-tiny-shakespeare "$(DEMO_PROMPT)" $(DEMO_ARGS)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) examples/sudoku.py solve hub_configs/llada-tiny-sudoku --delay 0.2
+
+serve: $(SERVE_STAMP) ## Install, then serve a small model: a page at http://127.0.0.1:8000, until Ctrl-C
+	OMP_NUM_THREADS=$(OMP_THREADS) $(VENV)/bin/dllm-hf serve $(SERVE_MODEL) $(SERVE_ARGS)
 
 # Types and tests side by side, each on a core of its own. `tests/one_of_each.txt` lists the tests.
 check: lint ## Check style and types, and run one test of each kind: 90 seconds on two cores
@@ -49,8 +57,8 @@ check: lint ## Check style and types, and run one test of each kind: 90 seconds 
 test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" --durations=12 $(PYTEST_ARGS)
 
-test-slow: $(DEV_STAMP) ## Search at random (DLLM_HF_FUZZ=10000 for more than 200 cases of each), try exports and the wheel alone
-	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) -m slow tests/fuzz tests/packaging tests/runtimes $(PYTEST_ARGS)
+test-slow: $(DEV_STAMP) ## Search at random (DLLM_HF_FUZZ=10000 for more than 200 cases of each), try exports, the server and the wheel alone
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) -m slow tests/fuzz tests/packaging tests/runtimes tests/serving $(PYTEST_ARGS)
 
 test-upstream: $(DEV_STAMP) ## Install, then run transformers' own model tests (docs/upstream_tests.md)
 	OMP_NUM_THREADS=$(OMP_THREADS) PYTHON=$(PY) .ci/test-upstream $(PYTEST_ARGS)
@@ -72,16 +80,24 @@ clean: ## Remove .venv, caches and build output
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./.git -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
-# The dev install is a superset of the plain one, so it writes both stamps.
+# The dev install is a superset of the others, so it writes all stamps.
 $(DEV_STAMP): $(DEPS) $(call stale,$(DEV_STAMP)) | venv
-	@rm -f $(RUN_STAMP) $(DEV_STAMP)
+	@rm -f $(RUN_STAMP) $(SERVE_STAMP) $(DEV_STAMP)
 	@echo "Installing dllm-hf and its test tools into $(VENV) (the first time downloads PyTorch: minutes)"
 	@$(PIP) -e '.[dev]'
 	@echo "$(CURDIR)" > $(RUN_STAMP)
+	@echo "$(CURDIR)" > $(SERVE_STAMP)
 	@echo "$(CURDIR)" > $(DEV_STAMP)
 
+$(SERVE_STAMP): $(DEPS) $(call stale,$(SERVE_STAMP)) | venv
+	@rm -f $(RUN_STAMP) $(SERVE_STAMP) $(DEV_STAMP)
+	@echo "Installing dllm-hf and its server into $(VENV) (the first time downloads PyTorch: minutes)"
+	@$(PIP) -e '.[serve]'
+	@echo "$(CURDIR)" > $(RUN_STAMP)
+	@echo "$(CURDIR)" > $(SERVE_STAMP)
+
 $(RUN_STAMP): $(DEPS) $(call stale,$(RUN_STAMP)) | venv
-	@rm -f $(RUN_STAMP) $(DEV_STAMP)
+	@rm -f $(RUN_STAMP) $(SERVE_STAMP) $(DEV_STAMP)
 	@echo "Installing dllm-hf into $(VENV) (the first time downloads PyTorch: minutes)"
 	@$(PIP) -e .
 	@echo "$(CURDIR)" > $(RUN_STAMP)

@@ -179,7 +179,7 @@ class Meter:
         return row
 
 
-def engine_for(model, work, args, block, policy) -> LLM:
+def engine_for(model, work, args, block, policy, **more) -> LLM:
     longest = max(len(prompt) + new for prompt, new in work) + (block or 32)
     return LLM(
         model,
@@ -189,6 +189,7 @@ def engine_for(model, work, args, block, policy) -> LLM:
         max_model_len=longest,
         max_num_batched_tokens=args.budget,
         gpu_memory_utilization=0.85,
+        **more,
     )
 
 

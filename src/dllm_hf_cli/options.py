@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "continue or infill a prompt",
     "chat": "converse",
     "batch": "decode a file of prompts into a file of results",
+    "serve": "answer requests over HTTP, as OpenAI's API does, and show a page",
     "export": "write a repository that runs without dllm_hf",
 }
 
@@ -141,6 +142,9 @@ def command_parser(command: str) -> Parser:
         parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help=prompt_help)
     elif command == "batch":
         _add_batch_options(parser)
+    elif command == "serve":
+        _add_serve_options(parser)
+        return parser
     else:
         parser.usage = f"{parser.prog} MODEL [options]"
         parser.description = "Converse with a model. /help lists its commands; Ctrl-C stops an answer, Ctrl-D quits."
@@ -153,14 +157,22 @@ def command_parser(command: str) -> Parser:
 
 
 def _add_decoding_options(parser: Parser) -> None:
+    _add_model_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--no-stream", action="store_true", help="show no drafts, only the final text")
+    output.add_argument("--seed", type=integer, metavar="INT", help="makes random draws repeatable")
+    _add_generation_options(parser)
+
+
+def _add_model_options(parser: Parser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--device", help="cuda, cuda:1, cpu, mps, ... (default: cuda if there is one, else cpu)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     model.add_argument("--dtype", default="auto", choices=dtypes, help="default: the checkpoint's")
     model.add_argument("--trust-remote-code", action="store_true", help="run code that the repository brings")
-    output = parser.add_argument_group("output")
-    output.add_argument("--no-stream", action="store_true", help="show no drafts, only the final text")
-    output.add_argument("--seed", type=integer, metavar="INT", help="makes random draws repeatable")
+
+
+def _add_generation_options(parser: Parser) -> None:
     generation = parser.add_argument_group(
         "generation", "Default: what the model's generation_config.json says, else the model's own default."
     )
@@ -186,8 +198,14 @@ def _add_batch_options(parser: Parser) -> None:
     )
     parser.add_argument("prompts", metavar="PROMPTS", help="a file of JSON lines")
     parser.add_argument("results", metavar="RESULTS", help="the file of JSON lines to write, or to go on with")
+    _add_engine_options(parser, max_num_seqs=16)
+
+
+def _add_engine_options(parser: Parser, max_num_seqs: int) -> argparse._ArgumentGroup:
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--max-num-seqs", type=integer, default=16, metavar="INT", help="completions at a time")
+    engine.add_argument(
+        "--max-num-seqs", type=integer, default=max_num_seqs, metavar="INT", help="completions at a time"
+    )
     engine.add_argument("--max-model-len", type=integer, metavar="INT", help="columns of each: prompt and new tokens")
     engine.add_argument(
         "--max-num-batched-tokens",
@@ -196,6 +214,59 @@ def _add_batch_options(parser: Parser) -> None:
         metavar="INT",
         help="columns of prompts and of whole canvases in a step",
     )
+    return engine
+
+
+def _add_serve_options(parser: Parser) -> None:
+    parser.usage = f"{parser.prog} MODEL [options]"
+    parser.description = (
+        "Answer requests over HTTP: OpenAI's chat and completions, infilling, and a page at /. SIGTERM and Ctrl-C let "
+        "requests in flight finish. The options of decoding are those of requests that do not say otherwise."
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 listens at every address (default: this machine alone)"
+    )
+    server.add_argument("--port", type=integer, default=8000, metavar="INT", help="0 takes a free one")
+    server.add_argument(
+        "--api-key", metavar="KEY", help="what clients must send; better in DLLM_HF_API_KEY, which ps does not show"
+    )
+    server.add_argument("--served-model-name", metavar="NAME", help="default: MODEL")
+    server.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's")
+    server.add_argument(
+        "--allowed-origins", nargs="+", metavar="ORIGIN", help="sites whose pages may call the server (CORS)"
+    )
+    server.add_argument("--max-body-bytes", type=integer, default=4 * 2**20, metavar="INT", help="of a request")
+    server.add_argument("--max-choices", type=integer, default=128, metavar="INT", help="completions of one request")
+    server.add_argument(
+        "--request-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="until a request ends with what is final",
+    )
+    server.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="that requests in flight have at SIGTERM",
+    )
+    server.add_argument("--log-prompts", action="store_true", help="show prompts in the log")
+    engine = _add_engine_options(parser, max_num_seqs=64)
+    engine.add_argument("--max-queue", type=integer, default=1024, metavar="INT", help="completions that may wait")
+    engine.add_argument(
+        "--num-cache-tokens", type=integer, metavar="INT", help="columns of the cache, which completions share"
+    )
+    engine.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, metavar="FLOAT", help="part of the GPU that may be taken"
+    )
+    engine.add_argument(
+        "--tensor-parallel-size", type=integer, default=1, metavar="INT", help="GPUs of a model; only 1"
+    )
+    _add_model_options(parser)
+    _add_generation_options(parser)
+    parser.set_defaults(seed=None, no_stream=True)
 
 
 def _add_export_options(parser: Parser) -> None:

@@ -11,16 +11,17 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..generation.configuration import as_token_list
+from ..generation.configuration import DiffusionGenerationConfig, as_token_list, canonical_options
 from ..generation.decoder import Decoder
 from ..generation.evaluation_mode import evaluating
 from ..generation.graphs import are_possible
+from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.pool import fused_of
 from ..generation.requests import Row
 from ..generation.stopping import StopStrings
 from .detokenizer import Detokenizer
-from .outputs import Event
+from .outputs import Event, Load
 from .reading import Piece, Reading
 from .sampling_params import SamplingParams
 from .sequence import Sequence
@@ -101,6 +102,18 @@ class Engine:
         return self._decoder.num_forward_passes
 
     @property
+    def capacity(self) -> int:
+        """Columns that the canvas of a completion may have."""
+        return self._decoder.canvas.capacity
+
+    def load(self) -> Load:
+        """How much of the engine is in use. Between two steps."""
+        seats = self._decoder.seats
+        room, columns = seats.room, self._cache_columns - 1
+        used = len(self.running) / len(seats.rows) if room is None else 1 - room / columns
+        return Load(len(self.running), len(self.waiting), used, self.num_forward_passes)
+
+    @property
     def is_idle(self) -> bool:
         """Whether a step would do nothing and tell nothing."""
         return not (self.waiting or self.running or self._ended or self._told)
@@ -139,7 +152,7 @@ class Engine:
         limits = {"max_model_len": self._decoder.canvas.capacity + 1, "num_cache_tokens": self._cache_columns - 1}
         for name, limit in limits.items():
             if columns > limit:
-                raise ValueError(
+                raise TooLongError(
                     f"A prompt of {len(prompt)} tokens and `max_tokens={request.max_new_tokens}` take {columns - 1} "
                     f"columns, but there are {limit - 1}: shorten either, or raise `{name}`."
                 )
@@ -149,6 +162,14 @@ class Engine:
             texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
             sequences.append(Sequence(request_id, index, own, timeout, stop, texts, columns=columns))
         return sequences
+
+    def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
+        """The options of a request, the model's own filled in, whatever room its prompt leaves for them."""
+        options = canonical_options({**self.options, **params.generation_options()})
+        wanted = options.pop("max_new_tokens", self.model.generation_config.max_new_tokens)
+        effective = self.model.diffusion_request([], **options, max_new_tokens=1).options
+        effective.max_new_tokens = wanted
+        return effective
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Put the completions of a request at the end of the queue."""

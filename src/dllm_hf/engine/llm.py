@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from ..generation.cache import column_bytes_of
+from ..generation.configuration import DiffusionGenerationConfig
+from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
 from .engine import Engine, QueueFullError
 from .interrupts import interrupts_deferred
-from .outputs import Event, RequestOutput
+from .outputs import Event, Load, RequestOutput
 from .sampling_params import SamplingParams
 from .sequence import Sequence
 
@@ -295,6 +297,23 @@ class LLM:
             self._driver.turn(self._submitted)
             yield from self._submitted.take()
 
+    @property
+    def max_model_len(self) -> int:
+        """Columns that a prompt and its new tokens may take together."""
+        return self._driver.engine.capacity
+
+    def effective_options(self, sampling_params: SamplingParams) -> DiffusionGenerationConfig:
+        """What a request with these parameters is decoded with: the model's own defaults filled in.
+
+        Raises:
+            ValueError: the parameters are wrong.
+        """
+        return self._driver.engine.effective_options(sampling_params)
+
+    def load(self) -> Load:
+        """How much of the engine is in use. For the thread that reads events."""
+        return self._driver.engine.load()
+
     def close(self) -> None:
         """Abort everything. Whoever reads events gets the last ones."""
         self._driver.close()
@@ -335,7 +354,8 @@ class LLM:
                 sequences = self._driver.engine.prepare(encode(prompt, self.tokenizer), one, name)
             except ValueError as error:
                 where = f"request {name}: " if request_ids else f"prompt {number}: " if len(prompts) > 1 else ""
-                raise ValueError(f"{where}{error}") from error
+                kind = TooLongError if isinstance(error, TooLongError) else ValueError
+                raise kind(f"{where}{error}") from error
             for sequence in sequences:
                 sequence.shows_texts, sequence.shows_drafts = streams, drafts
             requests.append(sequences)

@@ -8,10 +8,27 @@ class Usage:
     """What one completion took.
 
     num_forward_passes: those that its row took part in, the pieces of its prompt included.
+    num_denoising_steps: those among them that gave the row a token.
     """
 
     prompt_tokens: int
     completion_tokens: int
+    num_forward_passes: int
+    num_denoising_steps: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much of an engine is in use.
+
+    running, waiting: completions with and without a slot.
+    cache: the part of the columns that running completions hold; of the slots, where the model has no columns.
+    num_forward_passes: of the engine since it was made.
+    """
+
+    running: int
+    waiting: int
+    cache: float
     num_forward_passes: int
 
 
@@ -61,6 +78,7 @@ class Event:
     token_ids, text: what has become final since the last event, in order from left to right; of an infilling request what
         stands after the prompt only. The texts of all events together are the completion's text.
     draft: the text of the whole canvas behind the prompt as it is now, masks included, where drafts were asked for.
+    draft_token_ids: the whole canvas, the prompt included, where drafts were asked for.
     output: the whole completion, once it has finished; `finish_reason` and `usage` are set then as well.
     """
 
@@ -69,6 +87,7 @@ class Event:
     token_ids: list[int]
     text: str
     draft: str | None = None
+    draft_token_ids: list[int] | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
     output: CompletionOutput | None = None

@@ -60,7 +60,8 @@ class Sequence:
     def draft(self, text: list[int]) -> Event:
         """What stands behind the prompt, final or not. `text`: what the output shows of the row now."""
         new = text[len(self.request.prompt) :]
-        return Event(self.request_id, self.index, [], "", draft=self.detokenizer.decode(new, skip_special_tokens=False))
+        draft = self.detokenizer.decode(new, skip_special_tokens=False)
+        return Event(self.request_id, self.index, [], "", draft=draft, draft_token_ids=text)
 
     def settle(self, start: int, block: list[int], is_last: bool) -> Event | None:
         """Tell what has become final with a block that begins at column `start`; None where there is nothing to tell. An end
@@ -112,7 +113,7 @@ class Sequence:
             filled_prompt=filled_text,
             error=None if self.error is None else f"{type(self.error).__name__}: {self.error}",
         )
-        usage = Usage(len(prompt), len(self.tokens), output.num_forward_passes)
+        usage = Usage(len(prompt), len(self.tokens), passes, useful)
         self.is_finished = True
         return Event(
             self.request_id, self.index, [], text, finish_reason=output.finish_reason, usage=usage, output=output

@@ -82,6 +82,10 @@ def count_new_tokens(config: DiffusionGenerationConfig, prompt_length: int, long
     return number
 
 
+class TooLongError(ValueError):
+    """A prompt and its new tokens are more than there is room for."""
+
+
 def check_fits(model_config: PreTrainedConfig, width: int, new_tokens: int, rounding: str = "") -> None:
     """Refuse a canvas that is longer than the model's positions. `rounding`: why it is longer than was asked for."""
     positions = getattr(model_config, "max_position_embeddings", None)
@@ -90,7 +94,7 @@ def check_fits(model_config: PreTrainedConfig, width: int, new_tokens: int, roun
         remedy = (
             f"reduce `max_new_tokens={new_tokens}` or shorten" if fits else "there is no room for new tokens, shorten"
         )
-        raise ValueError(
+        raise TooLongError(
             f"The canvas of {int(width)} positions{rounding} is longer than the {positions} positions of the model: "
             f"{remedy} the prompt."
         )

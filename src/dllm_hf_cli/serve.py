@@ -1,0 +1,52 @@
+"""`dllm-hf serve`: one model behind a port."""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from dllm_hf import LLM
+from dllm_hf.serving import Settings, bind
+from dllm_hf.serving import serve as run
+
+from .session import Session
+
+KEY_VARIABLE = "DLLM_HF_API_KEY"
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Exit code 0 after SIGTERM and Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    settings = Settings(
+        name=arguments.served_model_name or arguments.model.rstrip("/"),
+        api_key=arguments.api_key or os.environ.get(KEY_VARIABLE),
+        allowed_origins=arguments.allowed_origins or [],
+        max_body_bytes=arguments.max_body_bytes,
+        max_choices=arguments.max_choices,
+        request_timeout=arguments.request_timeout,
+        shutdown_timeout=arguments.shutdown_timeout,
+        log_prompts=arguments.log_prompts,
+    )
+    with bind(arguments.host, arguments.port) as listener:
+        run(_engine(arguments), settings, listener)
+    return 0
+
+
+def _engine(arguments: argparse.Namespace) -> LLM:
+    session = Session(arguments)
+    if arguments.chat_template is not None:
+        session.tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
+    session.load()
+    session.model.generation_config = session.resolved
+    return LLM(
+        session.model,
+        tokenizer=session.tokenizer,
+        enforce_eager=session.resolved.disable_compile,
+        max_num_seqs=arguments.max_num_seqs,
+        max_model_len=arguments.max_model_len,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        max_queue=arguments.max_queue,
+        num_cache_tokens=arguments.num_cache_tokens,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+    )

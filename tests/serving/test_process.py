@@ -1,0 +1,121 @@
+"""`dllm-hf serve` as a process: what it says, and how it ends."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from dllm_hf_cli import main
+
+from ..builders import character_tokenizer, new_model
+from .served import Server
+
+pytestmark = pytest.mark.slow  # the first process imports PyTorch, from which the others are forked
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["dllm_hf_cli.serve"])
+LONG = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    new_model("llada").save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+def run(arguments: list[str], log: str) -> None:
+    """The command, with standard error in a file."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ["DLLM_HF_API_KEY"] = "sesame"
+    sys.exit(main(["serve", *arguments]))
+
+
+class Process:
+    def __init__(self, folder, *options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.log = folder.parent / f"{port}.log"
+        arguments = [str(folder), "--port", str(port), "--served-model-name", "tiny", *options]
+        self.process = CONTEXT.Process(target=run, args=(arguments, str(self.log)))
+        self.process.start()
+        self.server = Server.__new__(Server)
+        self.server.url = f"http://127.0.0.1:{port}"
+        while True:
+            try:
+                assert self.server.get("/health").status == 200
+                break
+            except ConnectionRefusedError:
+                assert self.process.is_alive(), self.log.read_text()
+                time.sleep(0.1)
+
+    def complete(self, **parameters):
+        return self.server.post("/v1/completions", {**LONG, **parameters}, Authorization="Bearer sesame")
+
+    def begin(self, number: int, **parameters) -> tuple[list, list[threading.Thread]]:
+        """Requests in flight, and a list that gets their answers."""
+        replies: list = []
+        threads = [threading.Thread(target=lambda: replies.append(self.complete(**parameters))) for _ in range(number)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        return replies, threads
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self, seconds: float) -> tuple[int, str]:
+        self.process.join(timeout=seconds)
+        return self.process.exitcode, self.log.read_text()
+
+
+def test_requests_in_flight_finish_after_sigterm(folder):
+    running = Process(folder, "--max-tokens", "7", "--max-num-seqs", "2")
+    assert len(running.complete(max_tokens=None).json["choices"][0]["text"]) == 7  # the server's own default
+    replies, threads = running.begin(8)
+    running.signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with pytest.raises(OSError):
+        running.complete()  # nobody is let in any more
+    for thread in threads:
+        thread.join(timeout=30)
+    code, log = running.end(10)
+    assert code == 0 and "Traceback" not in log and "sesame" not in log
+    assert [reply.status for reply in replies] == [200] * 8
+    assert all(reply.json["usage"]["completion_tokens"] == 120 for reply in replies)
+
+
+@pytest.mark.parametrize("ends_with", ["the bound", "a second signal"])
+def test_what_is_in_flight_too_long_is_aborted_with_an_error(folder, ends_with):
+    seconds = "0.5" if ends_with == "the bound" else "60"
+    running = Process(folder, "--max-num-seqs", "1", "--shutdown-timeout", seconds)
+    replies, threads = running.begin(6, n=20)
+    begun = time.monotonic()
+    running.signal(signal.SIGINT)
+    if ends_with == "a second signal":
+        time.sleep(0.3)
+        running.signal(signal.SIGTERM)
+    code, log = running.end(10)
+    assert code == 0 and "Traceback" not in log and time.monotonic() - begun < 6
+    for thread in threads:
+        thread.join(timeout=5)
+    assert [reply.status for reply in replies] == [503] * 6
+    assert all(reply.error["code"] == "shutting_down" for reply in replies)
+
+
+def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(folder):
+    log = folder.parent / "taken.log"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        process = CONTEXT.Process(target=run, args=(["no-such-model", "--port", port], str(log)))
+        process.start()
+        process.join(timeout=60)
+    assert process.exitcode == 2
+    assert log.read_text().strip().splitlines()[-1].startswith(f"dllm-hf: error: --host 127.0.0.1 --port {port}")
