@@ -136,7 +136,8 @@ class Engine:
         ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
         first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        request = self.model.diffusion_request(prompt, **options)
+        generators = [torch.Generator(self.model.device).manual_seed(first + index) for index in range(params.n)]
+        request = self.model.diffusion_request(prompt, generators[0], **options)
         strings = as_token_list(request.options.stop_strings)
         if strings and self.tokenizer is None:
             raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
@@ -157,8 +158,8 @@ class Engine:
                     f"columns, but there are {limit - 1}: shorten either, or raise `{name}`."
                 )
         sequences = []
-        for index in range(params.n):
-            own = replace(request, generator=torch.Generator(self.model.device).manual_seed(first + index))
+        for index, generator in enumerate(generators):
+            own = replace(request, generator=generator) if index else request
             texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
             sequences.append(Sequence(request_id, index, own, timeout, stop, texts, columns=columns))
         return sequences

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
+from .. import __version__
 from ..engine import LLM, SamplingParams
 from ..generation import STRATEGIES
 from ..generation.inputs import DEFAULT_MAX_NEW_TOKENS
@@ -46,7 +46,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="dllm-hf",
-        version=version("dllm-hf"),
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,  # its page is loaded from elsewhere
         redoc_url=None,
@@ -79,7 +79,7 @@ def _about(api: Api) -> APIRouter:
 
     @router.get("/version")
     async def version_() -> dict[str, str]:
-        return {"version": version("dllm-hf")}
+        return {"version": __version__}
 
     @router.get("/metrics")
     async def metrics() -> Response:
