@@ -21,7 +21,7 @@ pytest.importorskip("onnxscript", reason='the export needs it: pip install "dllm
 from dllm_hf.generation.decoder import Decoder  # noqa: E402
 from dllm_hf.runtimes import onnx_export  # noqa: E402
 from dllm_hf.runtimes.onnx_export import export_onnx  # noqa: E402
-from dllm_hf.runtimes.onnx_runtime import DESCRIPTION_NAME, OnnxBackend, OnnxModel  # noqa: E402
+from dllm_hf.runtimes.onnx_runtime import FORMAT, OnnxBackend, OnnxModel  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exports
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -223,7 +223,7 @@ def test_a_truncated_file_is_refused(folder, name):
         OnnxModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "config.json", DESCRIPTION_NAME])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "config.json", FORMAT.description])
 def test_a_missing_file_is_refused(folder, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"has no {name}: export the model again"):
@@ -233,8 +233,8 @@ def test_a_missing_file_is_refused(folder, name):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        (DESCRIPTION_NAME, {"format": 99}, "the format 99, and this version reads 1"),
-        (DESCRIPTION_NAME, {"family": "llama"}, "`model_type='llama'` is none of the families"),
+        (FORMAT.description, {"format": 99}, "the format 99, and this version reads 2"),
+        (FORMAT.description, {"family": "llama"}, "`model_type='llama'` is none of the families"),
         ("config.json", {"model_type": "Dream"}, "`model_type='Dream'`, but model.onnx of 'sdar'"),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_file_of_another_version_or_family_is_refused(folder, name, change, me
 
 
 def test_a_description_that_is_no_json_is_refused(folder):
-    (folder / DESCRIPTION_NAME).write_text('{"format": 1')
+    (folder / FORMAT.description).write_text('{"format": 1')
     with pytest.raises(ValueError, match="cannot be read: export the model again"):
         OnnxModel.from_pretrained(folder)
 
