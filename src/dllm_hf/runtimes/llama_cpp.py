@@ -170,7 +170,13 @@ class Sequences:
         arrays = [each.numpy().astype(np.int32) for each in (tokens, columns, slots)]
         ones, flags = np.ones(number, dtype=np.int32), wanted.numpy().astype(np.int8)
         pointers = arrays[2].ctypes.data + 4 * np.arange(number, dtype=np.uintp)
-        fields = {"token": arrays[0], "pos": arrays[1], "n_seq_id": ones, "seq_id": pointers, "logits": flags}
+        fields: dict[str, np.ndarray] = {
+            "token": arrays[0],
+            "pos": arrays[1],
+            "n_seq_id": ones,
+            "seq_id": pointers,
+            "logits": flags,
+        }
         types = dict(llama.llama_batch._fields_)
         batch = llama.llama_batch(
             n_tokens=number, **{name: array.ctypes.data_as(types[name]) for name, array in fields.items()}
@@ -193,13 +199,13 @@ class LlamaCppBackend(ModelBackend):
         super().__init__(model, has_cache, **options)
         self.takes_lists = True
 
-    def open(self, slots: int, width: int) -> Sequences:
+    def open(self, slots: int, width: int) -> Any:
         return Sequences(self.model, slots * self.guidance_copies, width)
 
-    def slots_of(self, state: Sequences) -> int:
+    def slots_of(self, state: Any) -> int:
         return state.slots // self.guidance_copies
 
-    def _forward(self, tokens: torch.Tensor, window: Window, state: Sequences) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, window: Window, state: Any) -> torch.Tensor:
         wanted = torch.zeros(len(tokens), dtype=torch.bool)
         wanted[window.keep.flatten()] = True
         index = wanted.cumsum(0) - 1
