@@ -6,6 +6,7 @@ Nothing here needs the code of a model, so that decoding with an exported one do
 
 import hashlib
 import json
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,13 @@ CONTRACT = ["logits_shift", "block_grid", "sees_earlier_blocks", "confidence_sou
 CONTRACT += ["default_remasking_strategy"]
 CONFIG = ["vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
 CONFIG += ["mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "eot_token_id"]
+
+
+# The description of an exported folder -> module and class that read it.
+RUNTIMES = {
+    "dllm_hf_onnx.json": (".onnx_runtime", "OnnxModel"),
+    "dllm_hf_gguf.json": (".llama_cpp", "LlamaCppModel"),
+}
 
 
 class Format(NamedTuple):
@@ -94,11 +102,17 @@ class ExportedModel(DiffusionGenerationMixin):
         folder: from which its generation configuration is read.
         description: see [`read_description`].
         fingerprint: a hash of its weights.
+
+    Attributes:
+        family: its `model_type`.
+        takes_devices: whether `from_pretrained` takes `devices`, a number of GPUs.
     """
+
+    takes_devices = False
 
     def __init__(self, folder: Path, description: dict[str, Any], fingerprint: str):
         super().__init__()
-        self.config = PreTrainedConfig(**description["config"])
+        self.config, self.family = PreTrainedConfig(**description["config"]), description["family"]
         self.generation_config = DiffusionGenerationConfig.from_pretrained(folder)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         for name in CONTRACT:
@@ -111,3 +125,22 @@ class ExportedModel(DiffusionGenerationMixin):
     @property
     def default_block_length(self) -> int | None:
         return self._default_block_length
+
+
+def load_exported(folder: str | os.PathLike, devices: int = 0) -> Any:
+    """An exported model, by the runtime that its folder is for.
+
+    Args:
+        devices: the number of GPUs; 0 is the CPU.
+
+    Raises:
+        ValueError: the folder holds no exported model, or its runtime no such devices.
+    """
+    found = next((RUNTIMES[name] for name in RUNTIMES if Path(folder, name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} is no exported model: it has none of {', '.join(RUNTIMES)}. See docs/backends.md.")
+    module, name = found
+    runtime = getattr(import_module(module, __package__), name)
+    if devices and not runtime.takes_devices:
+        raise ValueError(f"{name} computes on the CPU alone, so that {devices} GPUs are of no use: leave them out.")
+    return runtime.from_pretrained(folder, **({"devices": devices} if devices else {}))

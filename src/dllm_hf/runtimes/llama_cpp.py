@@ -40,8 +40,10 @@ class LlamaCppModel(ExportedModel):
     in the middle of a text alone (`dual`). It keeps no conversation (`past_key_values`).
 
     Attributes:
-        pointer: llama.cpp's model. threads: for its matrix products.
+        pointer: llama.cpp's model. threads: for its matrix products. devices: the number of GPUs.
     """
+
+    takes_devices = True
 
     def __init__(self, pointer: Any, folder: Path, description: dict[str, Any], threads: int, devices: int):
         super().__init__(folder, description, description["sha256"][MODEL_NAME])
