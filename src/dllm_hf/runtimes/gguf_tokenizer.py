@@ -58,7 +58,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(vocab_size)])
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    first = (tokenizer("a")["input_ids"] or [None])[0]
+    first = next(iter(tokenizer("")["input_ids"]), None)
     writer.add_add_bos_token(first is not None and first == tokenizer.bos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)

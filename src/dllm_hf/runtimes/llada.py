@@ -190,8 +190,9 @@ class LLaDAForCauslLM:
     generate_with_cpp_model = generate  # there is no other model
 
     def _print_step(self, step: int | None, sequences: torch.Tensor, logits: Any) -> torch.Tensor:
-        for text in [] if step is None else self.tokenizer.batch_decode(sequences):
-            print(f"step {step + 1}: {text}")
+        if step is not None:  # before the first one
+            for text in self.tokenizer.batch_decode(sequences):
+                print(f"step {step + 1}: {text}")
         return sequences
 
     def batch_infer_one_round(self, tasks: list[InferTask]) -> list[list[int]]:

@@ -1,10 +1,9 @@
 """llama.cpp: decoding with a model that `gguf_export.py` has exported. docs/backends.md."""
 
 import ctypes
-import logging
 import os
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,23 @@ MASK_KEY = "tokenizer.ggml.mask_token_id"
 ARCHITECTURES = {"llada": ("llada", "llama"), "Dream": ("dream", "qwen2"), "sdar": ("qwen3", "qwen3")}
 # Tokens of one call of llama.cpp, for which it allocates memory, unless a row has more.
 MAX_TOKENS = 512
+ERROR = 4  # of `ggml_log_level`
+
+_errors: deque[str] = deque(maxlen=4)  # llama.cpp's last ones
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _keep_error(level: int, text: bytes, data: Any) -> None:
+    if level == ERROR:
+        _errors.append(text.decode(errors="replace").strip())
 
 
 def bindings() -> Any:
-    """`llama_cpp`, which prints llama.cpp's errors alone, unless its logger has a level."""
-    llama, logger = package("llama_cpp", "llama-cpp"), logging.getLogger("llama-cpp-python")
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.ERROR)
+    """`llama_cpp`, with llama.cpp's errors kept and its other messages dropped: the package prints warnings as errors, and
+    errors not at all."""
+    llama = package("llama_cpp", "llama-cpp")
+    llama.llama_log_set(_keep_error, None)
+    _errors.clear()
     return llama
 
 
@@ -67,14 +76,11 @@ class LlamaCppModel(ExportedModel):
         """
         llama, folder = bindings(), Path(folder)
         description = read_description(folder, FORMAT)
-        if (found := _number_of_gpus(llama)) < devices:
-            raise ValueError(
-                f"`devices={devices}`, but llama.cpp finds {found} GPUs: give at most so many, 0 for the CPU."
-            )
+        if not 0 <= devices <= (found := _number_of_gpus(llama)):
+            raise ValueError(f"`devices={devices}` is not possible: llama.cpp finds {found} GPUs, and 0 is the CPU.")
         options = llama.llama_model_default_params()
         options.n_gpu_layers = -1 if devices else 0
-        shares = (ctypes.c_float * llama.llama_max_devices())(*[1.0] * devices)
-        options.tensor_split = shares
+        options.tensor_split = (ctypes.c_float * llama.llama_max_devices())(*[1.0] * devices)
         architecture = ARCHITECTURES[description["family"]][1]
         override = llama.llama_model_kv_override(llama.LLAMA_KV_OVERRIDE_TYPE_STR, b"general.architecture")
         override.value.val_str = architecture.encode()
@@ -83,7 +89,7 @@ class LlamaCppModel(ExportedModel):
         again = f"export the model again with `{FORMAT.exporter}`"
         if not pointer:
             raise ValueError(
-                f"llama.cpp cannot read {folder / MODEL_NAME} as a {architecture} (see its messages): {again}."
+                f"llama.cpp cannot read {folder / MODEL_NAME} as a {architecture}: {again}. {' '.join(_errors)}"
             )
         model = cls(pointer, folder, description, threads or torch.get_num_threads(), devices)
         if llama.llama_model_meta_val_str(pointer, MASK_KEY.encode(), None, 0) < 0:
@@ -184,7 +190,9 @@ class Sequences:
             n_tokens=number, **{name: array.ctypes.data_as(types[name]) for name, array in fields.items()}
         )
         if status := llama.llama_decode(self.context, batch):
-            raise RuntimeError(f"llama.cpp could not compute {number} tokens: `llama_decode` gave {status}.")
+            raise RuntimeError(
+                f"llama.cpp could not compute {number} tokens: `llama_decode` gave {status}. {' '.join(_errors)}"
+            )
         shape = (int(wanted.sum()), self.model.config.vocab_size)
         if not shape[0]:
             return torch.empty(shape)
