@@ -235,7 +235,7 @@ def test_a_missing_file_is_refused(folder, name):
     [
         (FORMAT.description, {"format": 99}, "the format 99, and this version reads 2"),
         (FORMAT.description, {"family": "llama"}, "`model_type='llama'` is none of the families"),
-        ("config.json", {"model_type": "Dream"}, "`model_type='Dream'`, but model.onnx of 'sdar'"),
+        ("config.json", {"model_type": "Dream"}, "`model_type='Dream'`, but the program in it of 'sdar'"),
     ],
 )
 def test_a_file_of_another_version_or_family_is_refused(folder, name, change, message):

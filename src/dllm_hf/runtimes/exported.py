@@ -38,7 +38,7 @@ class Format(NamedTuple):
     """A kind of exported folder.
 
     description: the name of the JSON file that says what was exported. version: of the folder's contents.
-    files: names of the program's files, the program first; the description holds their hashes.
+    files: names of the program's files, of which the description holds hashes.
     exporter: the function that writes it, for messages.
     """
 
@@ -68,9 +68,13 @@ def read_description(folder: Path, form: Format) -> dict[str, Any]:
     """The description of an exported folder. Raises a `ValueError` that names the file that is missing, cut short, or of
     another version or family."""
     again = f"export the model again with `{form.exporter}`"
-    for name in (form.description, CONFIG_NAME, GENERATION_CONFIG_NAME, *form.files):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: {again}.")
+
+    def check_files(*names: str) -> None:
+        for name in names:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} has no {name}: {again}.")
+
+    check_files(form.description, CONFIG_NAME, GENERATION_CONFIG_NAME)
     contents = {}
     for name in (form.description, CONFIG_NAME):
         try:
@@ -80,6 +84,7 @@ def read_description(folder: Path, form: Format) -> dict[str, Any]:
     description, config = contents[form.description], contents[CONFIG_NAME]
     if (version := description.get("format")) != form.version:
         raise ValueError(f"{folder} has the format {version}, and this version reads {form.version}: {again}.")
+    check_files(*description["sha256"])
     for name, wanted in description["sha256"].items():
         if hash_of(folder / name) != wanted:
             raise ValueError(f"{folder / name} is cut short, or not the file that was exported: {again}.")
@@ -89,7 +94,7 @@ def read_description(folder: Path, form: Format) -> dict[str, Any]:
         )
     if config.get("model_type") != description["family"]:
         raise ValueError(
-            f"{folder / CONFIG_NAME} is of `model_type={config.get('model_type')!r}`, but {form.files[0]} of "
+            f"{folder / CONFIG_NAME} is of `model_type={config.get('model_type')!r}`, but the program in it of "
             f"{description['family']!r}: {again}."
         )
     return description
