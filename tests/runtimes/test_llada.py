@@ -1,8 +1,10 @@
 """LLaDA with the model in a C++ runtime: text, tasks and logits are those of the model that was exported."""
 
+import importlib
 import shutil
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from ..builders import character_tokenizer, generators, left_pad
 
 pytestmark = pytest.mark.slow  # exports
 GOLDEN = Path(__file__).parents[1] / "golden"
-NEEDS = {"onnxruntime": ("onnxruntime", "onnxscript"), "llama-cpp": ("llama_cpp", "gguf")}
+NEEDS = {"onnxruntime": ("onnxruntime", "onnxscript"), "llama-cpp": ("llama_cpp", "gguf"), "edge": ("executorch",)}
 UNSEEN = {"suppress_tokens": [*range(59, 320)]}  # tokens of the checkpoint that the tokenizer lacks
 MASK = 300  # of the checkpoint
 
@@ -38,14 +40,14 @@ def exported(model, tmp_path_factory):
     def pair(runtime: str) -> tuple[Path, LLaDAForCauslLM]:
         for each in NEEDS[runtime]:
             pytest.importorskip(each, reason=f'needs {each}: pip install "dllm-hf[{runtime}]"')
+        folder = root / runtime
         if runtime == "onnxruntime":
-            from dllm_hf.runtimes.onnx_export import export_onnx
-
-            folder = export_onnx(model, root / runtime)
+            importlib.import_module("dllm_hf.runtimes.onnx_export").export_onnx(model, folder)
+        elif runtime == "llama-cpp":
+            importlib.import_module("dllm_hf.runtimes.gguf_export").export_gguf(model, folder, "f32")
         else:
-            from dllm_hf.runtimes.gguf_export import export_gguf
-
-            folder = export_gguf(model, root / runtime, "f32")
+            inputs = (torch.zeros(4, 40, dtype=torch.long),)
+            importlib.import_module("dllm_hf.edge").export_model(model, inputs, folder)
         return folder, LLaDAForCauslLM(folder)
 
     return pair
@@ -123,12 +125,13 @@ def alone(model, task: dict) -> list[int]:
 
 
 def test_each_task_gets_what_it_would_get_alone(model, llada):
-    """Ragged prompts, and options of their own; two begin later."""
+    """Ragged prompts, and options of their own; two begin later, where a runtime has more than one cache."""
+    at_once = 4 if hasattr(llada.model, "methods") else 2
     tasks = [InferTask(**each) for each in TASKS]
     got: list[list[int]] = [[] for _ in tasks]
     rounds = 0
     while not all(task.is_done for task in tasks):
-        passed = tasks if rounds > 1 else tasks[:2]
+        passed = tasks if rounds > 1 else tasks[:at_once]
         for tokens, new in zip(got, llada.batch_infer_one_round(passed)):
             tokens += new
         rounds += 1
@@ -171,11 +174,13 @@ def test_a_runtime_that_fails_raises(llada, monkeypatch):
         raise RuntimeError("the runtime has failed")
 
     if hasattr(llada.model, "session"):
-        monkeypatch.setattr(llada.model, "session", type("Session", (), {"run": fail})())
+        monkeypatch.setattr(llada.model, "session", SimpleNamespace(run=fail))
+    elif hasattr(llada.model, "methods"):
+        monkeypatch.setattr(llada.model, "methods", dict.fromkeys(llada.model.methods, SimpleNamespace(execute=fail)))
     else:
         monkeypatch.setattr("llama_cpp.llama_decode", fail)
     inputs = torch.tensor([[5, 6]])
-    calls = [lambda: llada.generate("To be", gen_length=4), lambda: llada.forward_logits_batch(inputs)]
+    calls = [lambda: llada.generate("To be", gen_length=4, block_length=4), lambda: llada.forward_logits_batch(inputs)]
     calls += [lambda: llada.batch_infer_one_round([InferTask([5, 6], 4)])]
     for call in calls:
         with pytest.raises(RuntimeError, match="the runtime has failed"):
@@ -186,7 +191,7 @@ def test_devices_that_a_runtime_lacks_are_refused_by_name(exported, runtime):
     folder, _ = exported(runtime)
     with pytest.raises(ValueError, match="ndev=2.*a CPU is one device"):
         LLaDAForCauslLM(folder, DeviceType.DEVICE_TYPE_CPU, ndev=2)
-    message = "OnnxModel computes on the CPU alone" if runtime == "onnxruntime" else "llama.cpp finds \\d+ GPUs"
+    message = "llama.cpp finds \\d+ GPUs" if runtime == "llama-cpp" else "(OnnxModel|DiffusionEdge) computes on the CPU"
     with pytest.raises(ValueError, match=message):
         LLaDAForCauslLM(folder, DeviceType.DEVICE_TYPE_NVIDIA, ndev=99)
 

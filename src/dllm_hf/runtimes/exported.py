@@ -31,6 +31,7 @@ CONFIG += ["mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "eot
 RUNTIMES = {
     "dllm_hf_onnx.json": (".onnx_runtime", "OnnxModel"),
     "dllm_hf_gguf.json": (".llama_cpp", "LlamaCppModel"),
+    "dllm_hf_edge.json": (".executorch_runtime", "DiffusionEdge"),
 }
 
 

@@ -107,11 +107,11 @@ class LLaDABatchedTask:
 
 
 class LLaDAForCauslLM:
-    """LLaDA in a runtime for exported models: ONNX Runtime or llama.cpp, by what the folder holds. There are no logits but the
-    runtime's: what fails raises.
+    """LLaDA in a runtime for exported models: ExecuTorch, llama.cpp or ONNX Runtime, by what the folder holds. There are no
+    logits but the runtime's: what fails raises.
 
     Args:
-        model_dir_path: a folder of `export_onnx` or `export_gguf`.
+        model_dir_path: a folder of `export_model`, `export_gguf` or `export_onnx`.
         device: the CPU, or GPUs where the runtime can.
         ndev: the number of devices, which share the layers.
 
@@ -228,16 +228,18 @@ class LLaDAForCauslLM:
         """
         input_ids, lengths = check_inputs(input_ids, attention_mask, self.model.config.vocab_size)
         (rows, width), columns = input_ids.shape, max(lengths)
-        backend = self.model.make_backend(False)
-        make = make_list if backend.takes_lists else make_window
-        frames = [Frame(0, length, 0, length, length, length, 0, 0) for length in lengths]
-        window = make(frames, list(range(rows)), rows, columns, shift=0)
         texts = torch.stack([row.roll(length - width) for row, length in zip(input_ids, lengths)])
-        tokens = texts[window.owners.expand_as(window.columns), window.columns]
-        found = backend(tokens, window, backend.open(rows, columns + 1))
-        logits = torch.full((rows, width, found.shape[-1]), torch.nan)
-        for row, length in enumerate(lengths):
-            logits[row, width - length :] = found[row, :length]
+        backend = self.model.make_backend(False)
+        state, make = backend.open(rows, columns + 1), make_list if backend.takes_lists else make_window
+        logits = torch.full((rows, width, backend.vocab_size), torch.nan)
+        most = getattr(self.model, "max_block_length", columns)  # positions whose logits a pass gives
+        for first in range(0, columns, most):
+            spans = [(min(first, length), min(first + most, length)) for length in lengths]
+            frames = [Frame(0, length, *span, length, length, 0, 0) for length, span in zip(lengths, spans)]
+            window = make(frames, list(range(rows)), rows, columns, shift=0)
+            found = backend(texts[window.owners.expand_as(window.columns), window.columns], window, state)
+            for row, (start, end) in enumerate(spans):
+                logits[row, width - lengths[row] :][start:end] = found[row, : end - start]
         return logits
 
 
