@@ -17,7 +17,7 @@ from ..builders import character_tokenizer, generators, left_pad
 
 pytestmark = pytest.mark.slow  # exports
 GOLDEN = Path(__file__).parents[1] / "golden"
-NEEDS = {"onnxruntime": ("onnxruntime", "onnxscript"), "llama-cpp": ("llama_cpp", "gguf"), "edge": ("executorch",)}
+NEEDS = {"onnxruntime": ("onnxruntime", "onnxscript"), "llama-cpp": ("llama_cpp", "gguf")}
 UNSEEN = {"suppress_tokens": [*range(59, 320)]}  # tokens of the checkpoint that the tokenizer lacks
 MASK = 300  # of the checkpoint
 
@@ -43,11 +43,8 @@ def exported(model, tmp_path_factory):
         folder = root / runtime
         if runtime == "onnxruntime":
             importlib.import_module("dllm_hf.runtimes.onnx_export").export_onnx(model, folder)
-        elif runtime == "llama-cpp":
-            importlib.import_module("dllm_hf.runtimes.gguf_export").export_gguf(model, folder, "f32")
         else:
-            inputs = (torch.zeros(4, 40, dtype=torch.long),)
-            importlib.import_module("dllm_hf.edge").export_model(model, inputs, folder)
+            importlib.import_module("dllm_hf.runtimes.gguf_export").export_gguf(model, folder, "f32")
         return folder, LLaDAForCauslLM(folder)
 
     return pair
@@ -125,13 +122,12 @@ def alone(model, task: dict) -> list[int]:
 
 
 def test_each_task_gets_what_it_would_get_alone(model, llada):
-    """Ragged prompts, and options of their own; two begin later, where a runtime has more than one cache."""
-    at_once = 4 if hasattr(llada.model, "methods") else 2
+    """Ragged prompts, and options of their own; two begin later."""
     tasks = [InferTask(**each) for each in TASKS]
     got: list[list[int]] = [[] for _ in tasks]
     rounds = 0
     while not all(task.is_done for task in tasks):
-        passed = tasks if rounds > 1 else tasks[:at_once]
+        passed = tasks if rounds > 1 else tasks[:2]
         for tokens, new in zip(got, llada.batch_infer_one_round(passed)):
             tokens += new
         rounds += 1
@@ -175,8 +171,6 @@ def test_a_runtime_that_fails_raises(llada, monkeypatch):
 
     if hasattr(llada.model, "session"):
         monkeypatch.setattr(llada.model, "session", SimpleNamespace(run=fail))
-    elif hasattr(llada.model, "methods"):
-        monkeypatch.setattr(llada.model, "methods", dict.fromkeys(llada.model.methods, SimpleNamespace(execute=fail)))
     else:
         monkeypatch.setattr("llama_cpp.llama_decode", fail)
     inputs = torch.tensor([[5, 6]])
@@ -191,7 +185,7 @@ def test_devices_that_a_runtime_lacks_are_refused_by_name(exported, runtime):
     folder, _ = exported(runtime)
     with pytest.raises(ValueError, match="ndev=2.*a CPU is one device"):
         LLaDAForCauslLM(folder, DeviceType.DEVICE_TYPE_CPU, ndev=2)
-    message = "llama.cpp finds \\d+ GPUs" if runtime == "llama-cpp" else "(OnnxModel|DiffusionEdge) computes on the CPU"
+    message = "llama.cpp finds \\d+ GPUs" if runtime == "llama-cpp" else "OnnxModel computes on the CPU alone"
     with pytest.raises(ValueError, match=message):
         LLaDAForCauslLM(folder, DeviceType.DEVICE_TYPE_NVIDIA, ndev=99)
 
