@@ -40,7 +40,11 @@ REPLACED = {
     ),
 }
 # Of packages that are not on every machine that tests: TRL needs Python 3.11. Such snippets are tests of their own.
-NEEDED = {"trl": "^from trl import", "onnxruntime": r"^from dllm_hf\.runtimes"}
+NEEDED = {
+    "trl": "^from trl import",
+    "onnxruntime": r"^from dllm_hf\.runtimes\.onnx",
+    "llama_cpp": r"^from dllm_hf\.runtimes\.gguf",
+}
 
 
 class MaskedBert(BertForMaskedLM, GenerationMixin):

@@ -140,9 +140,8 @@ class Sequences:
         options.offload_kqv = options.op_offload = model.devices > 0
         self.context = llama.llama_init_from_model(model.pointer, options)
         if not self.context:
-            raise ValueError(
-                f"llama.cpp has no memory for {slots} rows of {width} columns: give fewer, or shorter ones."
-            )
+            errors = " ".join(_errors)
+            raise ValueError(f"llama.cpp cannot hold {slots} rows of {width} columns: give less at a time. {errors}")
         weakref.finalize(self, llama.llama_free, self.context)
         self.memory = llama.llama_get_memory(self.context)
 
@@ -175,20 +174,13 @@ class Sequences:
             `(wanted, vocab)`, which the next call overwrites.
         """
         llama, number = self.llama, len(tokens)
-        arrays = [each.numpy().astype(np.int32) for each in (tokens, columns, slots)]
+        token, position, sequence = (each.numpy().astype(np.int32) for each in (tokens, columns, slots))
         ones, flags = np.ones(number, dtype=np.int32), wanted.numpy().astype(np.int8)
-        pointers = arrays[2].ctypes.data + 4 * np.arange(number, dtype=np.uintp)
-        fields: dict[str, np.ndarray] = {
-            "token": arrays[0],
-            "pos": arrays[1],
-            "n_seq_id": ones,
-            "seq_id": pointers,
-            "logits": flags,
-        }
-        types = dict(llama.llama_batch._fields_)
-        batch = llama.llama_batch(
-            n_tokens=number, **{name: array.ctypes.data_as(types[name]) for name, array in fields.items()}
-        )
+        pointers = sequence.ctypes.data + 4 * np.arange(number, dtype=np.uintp)  # to the sequences of each token, one
+        arrays: tuple[np.ndarray, ...] = (token, position, ones, pointers, flags)
+        types, names = dict(llama.llama_batch._fields_), ("token", "pos", "n_seq_id", "seq_id", "logits")
+        fields = {name: array.ctypes.data_as(types[name]) for name, array in zip(names, arrays)}
+        batch = llama.llama_batch(n_tokens=number, **fields)
         if status := llama.llama_decode(self.context, batch):
             raise RuntimeError(
                 f"llama.cpp could not compute {number} tokens: `llama_decode` gave {status}. {' '.join(_errors)}"
@@ -200,8 +192,8 @@ class Sequences:
 
 
 class LlamaCppBackend(ModelBackend):
-    """The backend of a model in llama.cpp. The arguments are those of [`ModelBackend`]. Passes of all policies go through
-    [`Sequences`]; those that need no cache compute a row from its first column on."""
+    """The backend of a model in llama.cpp. The arguments are those of [`ModelBackend`], but every slot is as long as the longest
+    row may be (`arena_columns`). A pass that needs no cache has one too, and computes rows from their first column on."""
 
     model: LlamaCppModel
 
