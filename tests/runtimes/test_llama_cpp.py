@@ -3,17 +3,19 @@
 import ctypes
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from dllm_hf import LLM, STRATEGIES, SamplingParams
 
-from ..builders import character_tokenizer, generators, left_pad
+from ..builders import character_tokenizer, generators, left_pad, new_model
 from ..generation.test_decoder import BOUNDS, alone, decode
 
 REASON = 'needs llama.cpp, which has no wheel: pip install "dllm-hf[llama-cpp]"'
@@ -24,6 +26,7 @@ from dllm_hf.generation.cache import Copy  # noqa: E402
 from dllm_hf.generation.decoder import Decoder  # noqa: E402
 from dllm_hf.runtimes.exported import hash_of  # noqa: E402
 from dllm_hf.runtimes.gguf_export import export_gguf  # noqa: E402
+from dllm_hf.runtimes.gguf_tokenizer import SPLITS  # noqa: E402
 from dllm_hf.runtimes.llama_cpp import FORMAT, MASK_KEY, LlamaCppBackend, LlamaCppModel  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exports
@@ -217,6 +220,20 @@ def test_llama_cpp_quantises_to_the_same_8_bits(exported, tmp_path):
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
+@contextmanager
+def loaded(folder: Path):
+    """The file as llama.cpp's own programs load it."""
+    pointer = llama.llama_model_load_from_file(bytes(folder / "model.gguf"), llama.llama_model_default_params())
+    yield pointer
+    llama.llama_model_free(pointer)
+
+
+def tokens_of(pointer, text: str) -> list[int]:
+    tokens, data = (ctypes.c_int32 * 256)(), text.encode()
+    number = llama.llama_tokenize(llama.llama_model_get_vocab(pointer), data, len(data), tokens, 256, True, True)
+    return tokens[:number]
+
+
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_llama_cpp_alone_reads_text_and_decodes_by_diffusion(tmp_path, family):
     """The file without ours beside it: its architecture, mask and tokenizer."""
@@ -225,15 +242,34 @@ def test_llama_cpp_alone_reads_text_and_decodes_by_diffusion(tmp_path, family):
         pytest.skip("needs the trained weights of the repository")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     folder = export_gguf(model, tmp_path / "out", "f16")
-    pointer = llama.llama_model_load_from_file(bytes(folder / "model.gguf"), llama.llama_model_default_params())
-    assert llama.llama_model_is_diffusion(pointer)
-    vocabulary, tokenizer = llama.llama_model_get_vocab(pointer), AutoTokenizer.from_pretrained(source)
-    assert llama.llama_vocab_mask(vocabulary) == model.config.mask_token_id
-    text = "ROMEO:\nWhat, is it so? Ay; I'll  go!" + tokenizer.mask_token * 2
-    tokens = (ctypes.c_int32 * 64)()
-    number = llama.llama_tokenize(vocabulary, text.encode(), len(text.encode()), tokens, 64, True, True)
-    assert tokens[:number] == tokenizer(text)["input_ids"]
-    llama.llama_model_free(pointer)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with loaded(folder) as pointer:
+        assert llama.llama_model_is_diffusion(pointer)
+        assert llama.llama_vocab_mask(llama.llama_model_get_vocab(pointer)) == model.config.mask_token_id
+        text = "ROMEO:\nWhat, is it so? Ay; I'll  go!" + tokenizer.mask_token * 2
+        assert tokens_of(pointer, text) == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("pattern", [*SPLITS, None])
+def test_llama_cpp_splits_texts_as_the_tokenizer_does(tmp_path, pattern):
+    """Byte-level BPE of each kind that is written, trained on this file."""
+    tokenizer = Tokenizer(models.BPE())
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    special = ["<end>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=level.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", mask_token="<mask>").save_pretrained(
+        tmp_path
+    )
+    model = new_model("dream", vocab_size=640)
+    model.config._name_or_path = str(tmp_path)
+    with loaded(export_gguf(model, tmp_path / "out", "f16")) as pointer:
+        text = "It's 1234  tests,\n\n  they'LL pass: <mask><mask>; naïve «δοκιμή» 测试!\t\n x_y()...  "
+        assert tokens_of(pointer, text) == tokenizer.encode(text).ids
 
 
 # --- what is refused
