@@ -184,7 +184,8 @@ class LLaDAForCauslLM:
             generation_tokens_hook_func=self._print_step if verbose else None,
             **options,
         )
-        completions = self.tokenizer.batch_decode(sequences[:, -gen_length:], skip_special_tokens=True)
+        new = sequences[:, inputs["input_ids"].shape[1] :]
+        completions = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return completions[0] if isinstance(prompts, str) else completions
 
     generate_with_cpp_model = generate  # there is no other model
