@@ -16,7 +16,7 @@ from ..builders import MASK, character_tokenizer, new_model
 
 gguf = pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
 
-from dllm_hf.runtimes import gguf_export  # noqa: E402
+from dllm_hf.runtimes import exporting, gguf_export  # noqa: E402
 from dllm_hf.runtimes.gguf_export import export_gguf  # noqa: E402
 from dllm_hf.runtimes.gguf_tokenizer import SPLITS  # noqa: E402
 
@@ -165,6 +165,27 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_tokenizer_of_a_repository_of_the_hub_is_in_the_file(tmp_path, monkeypatch):
+    model = with_tokenizer(tmp_path / "source", byte_level_tokenizer(None))
+    model.config._name_or_path = "org/name"
+    monkeypatch.setattr(exporting, "fetch", {"org/name": tmp_path / "source"}.get)
+    export_gguf(model, tmp_path / "out", "f32")
+    assert value(gguf.GGUFReader(tmp_path / "out" / "model.gguf"), "tokenizer.ggml.pre") == "gpt-2"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_checkpoint_without_a_tokenizer_is_warned_of(tmp_path, monkeypatch, caplog):
+    character_tokenizer().save_pretrained(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")  # whose tokenizer is not the model's
+    model = new_model("llada")
+    export_gguf(model, tmp_path / "out", "f32")
+    assert not caplog.text and not (tmp_path / "out" / "tokenizer.json").exists()
+    model.config._name_or_path = str(tmp_path / "gone")
+    export_gguf(model, tmp_path / "other", "f32")
+    assert "gone has no tokenizer that can be read: the export has none either" in caplog.text
+    assert value(gguf.GGUFReader(tmp_path / "other" / "model.gguf"), "tokenizer.ggml.model") == "no_vocab"
+
+
 def test_a_normalizer_is_warned_of(tmp_path, caplog):
     tokenizer = byte_level_tokenizer(None, normalizers.Lowercase())
     export_gguf(with_tokenizer(tmp_path / "source", tokenizer), tmp_path / "out", "f32")
@@ -207,6 +228,12 @@ def test_models_that_llama_cpp_would_compute_otherwise_are_refused(tmp_path, cha
     with pytest.raises(ValueError, match=message):
         export_gguf(new_model("llada", **changes), tmp_path / "out", "f32")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sliding_window_is_refused(tmp_path):
+    model = new_model("dream", use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    with pytest.raises(ValueError, match="use_sliding_window=True"):
+        export_gguf(model, tmp_path / "out", "f32")
 
 
 def test_an_unknown_type_and_a_folder_that_is_there_are_refused(tmp_path):

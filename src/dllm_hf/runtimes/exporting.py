@@ -9,8 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..hub.checkpoint import TOKENIZER_FILES
+from transformers.utils import logging
+
+from ..hub.checkpoint import TOKENIZER_FILES, fetch
 from .exported import CONFIG, CONTRACT, FAMILIES, Format, hash_of
+
+logger = logging.get_logger(__name__)
 
 
 def check_exportable(model: Any, target: Path, runtime: str, refused: dict[str, str]) -> None:
@@ -45,13 +49,30 @@ def new_folder(target: Path) -> Iterator[tuple[Path, Path]]:
         folder.rename(target)
 
 
+def tokenizer_folder(model: Any) -> Path | None:
+    """Where the tokenizer of the checkpoint is that a model was loaded from, a folder or a repository of the Hub; None, with a
+    warning, where there is none, and for a model that was loaded from nowhere."""
+    name = model.config.name_or_path
+    if not name:
+        return None
+    try:
+        folder = fetch(name)
+        if any((folder / file).is_file() for file in TOKENIZER_FILES):
+            return folder
+    except OSError:  # the folder has gone, or the repository cannot be reached
+        pass
+    logger.warning(f"{name} has no tokenizer that can be read: the export has none either.")
+    return None
+
+
 def describe(model: Any, folder: Path, form: Format, **more: Any) -> None:
     """Write what stands beside the program: configurations, the tokenizer of the checkpoint, and the description."""
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    for file in TOKENIZER_FILES:
-        if (source := Path(model.config.name_or_path, file)).is_file():
-            shutil.copyfile(source, folder / file)
+    if source := tokenizer_folder(model):
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, folder / file)
     description = {"format": form.version, "family": model.config.model_type, **more}
     description |= {each: getattr(model, each) for each in [*CONTRACT, "default_block_length"]}
     description["config"] = {name: getattr(model.config, name, None) for name in CONFIG}

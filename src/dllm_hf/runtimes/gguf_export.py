@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from ..generation.configuration import as_token_list
-from ..hub.checkpoint import TOKENIZER_FILES
 from .exported import package
-from .exporting import check_exportable, describe, new_folder
+from .exporting import check_exportable, describe, new_folder, tokenizer_folder
 from .gguf_tokenizer import add_tokenizer
 from .llama_cpp import ARCHITECTURES, FORMAT, MASK_KEY, MODEL_NAME, bindings
 
@@ -40,7 +39,7 @@ BIASES = ("attn_q", "attn_k", "attn_v")  # others are not read by every architec
 
 def export_gguf(model: Any, out: str | os.PathLike, type: str = "q8_0") -> Path:
     """Write a model as a folder that [`LlamaCppModel`] reads: `model.gguf`, configurations, tokenizer. The file holds the
-    tokenizer too, where the model comes from a folder with one, so that llama.cpp's own programs run LLaDA and Dream with it.
+    tokenizer too, where the model was loaded from a checkpoint with one, so that llama.cpp's own programs run LLaDA and Dream with it.
 
     Args:
         model: LLaDA, Dream or SDAR, in any floating-point type.
@@ -77,6 +76,8 @@ def _check(model: Any, type: str) -> None:
         raise ValueError(
             f"`rope_type={model.model.rotary_emb.rope_type!r}` cannot be exported to GGUF, only 'default'."
         )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError("`use_sliding_window=True` cannot be exported to GGUF: llama.cpp's layers see the whole text.")
     if config.hidden_act != "silu":
         raise ValueError(f"`hidden_act={config.hidden_act!r}` cannot be exported to GGUF, only 'silu'.")
     if _mask_token(model) is None:
@@ -165,8 +166,7 @@ def _add_metadata(writer: Any, model: Any) -> None:
         writer.add_vocab_size(config.vocab_size)
         writer.add_causal_attention(False)
     writer.add_diffusion_shift_logits(bool(model.logits_shift))
-    source = Path(config.name_or_path or os.devnull)
-    if any((source / file).is_file() for file in TOKENIZER_FILES):
+    if source := tokenizer_folder(model):
         add_tokenizer(writer, source, config.vocab_size)
     else:
         writer.add_tokenizer_model("no_vocab")
