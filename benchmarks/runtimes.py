@@ -150,9 +150,8 @@ def measure(args: argparse.Namespace, models: dict, clocks: dict, megabytes: dic
         error = (logits[name] - reference).square().mean().sqrt() / reference.std()
         inside = f", {1e3 * statistics.median(bare[name]):.1f} in the bare call" if bare[name] else ""
         print(f"{name:18} {1e3 * took:6.1f} ms, {took / eager:.2f} of eager{inside};", end=" ")
-        print(
-            f"{megabytes[name]:.0f} MB, {megabytes[name] / megabytes['eager fp32']:.3f}; rms of the error / std of the logits {error:.1e}"
-        )
+        size = megabytes[name] / megabytes["eager fp32"]
+        print(f"{megabytes[name]:.0f} MB, {size:.3f}; rms of the error / std of the logits {error:.1e}")
 
 
 if __name__ == "__main__":
