@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from dllm_hf_cli import main
 
 from ..builders import MASK, character_tokenizer, new_model
+from .comparing import CHECKPOINTS, GOLDEN
 
 gguf = pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
 
@@ -21,8 +22,6 @@ from dllm_hf.runtimes.gguf_export import export_gguf  # noqa: E402
 from dllm_hf.runtimes.gguf_tokenizer import SPLITS  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exports
-GOLDEN = Path(__file__).parents[1] / "golden"
-CHECKPOINTS = {"llada": "llada-mha", "dream": "dream-gqa", "sdar": "sdar-b4"}
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ from dllm_hf.runtimes.exported import load_exported
 from dllm_hf.runtimes.llada import DeviceType, InferTask, LLaDAForCausalLM, LLaDAForCauslLM
 
 from ..builders import character_tokenizer, generators, left_pad
+from .comparing import GOLDEN, MASK
 
 pytestmark = pytest.mark.slow  # exports
-GOLDEN = Path(__file__).parents[1] / "golden"
 NEEDS = {"onnxruntime": ("onnxruntime", "onnxscript"), "llama-cpp": ("llama_cpp", "gguf")}
 UNSEEN = {"suppress_tokens": [*range(59, 320)]}  # tokens of the checkpoint that the tokenizer lacks
-MASK = 300  # of the checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import ctypes
 import json
 import shutil
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from dllm_hf import LLM, STRATEGIES, SamplingParams
 
 from ..builders import character_tokenizer, generators, left_pad, new_model
-from ..generation.test_decoder import BOUNDS, alone, decode
+from ..generation.test_decoder import alone, decode
+from . import comparing
+from .comparing import CHECKPOINTS, GOLDEN, ROWS, check_strategies, check_windows
 
 REASON = 'needs llama.cpp, which has no wheel: pip install "dllm-hf[llama-cpp]"'
 llama = pytest.importorskip("llama_cpp", reason=REASON)
@@ -30,12 +31,8 @@ from dllm_hf.runtimes.gguf_tokenizer import SPLITS  # noqa: E402
 from dllm_hf.runtimes.llama_cpp import FORMAT, MASK_KEY, LlamaCppBackend, LlamaCppModel  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exports
-TESTS = Path(__file__).parents[1]
-CHECKPOINTS = {"llada": "llada-mha", "dream": "dream-gqa", "sdar": "sdar-b4"}
-CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none", "prefix")]
-CELLS += [("sdar", "block"), ("sdar", "none")]
-MASK = 300  # of the checkpoints
-ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3, MASK, 12], [20, 21, 22, 23, 24]]
+ROOT = Path(__file__).parents[2]
+CELLS = [cell for cell in comparing.CELLS if cell[1] != "dual"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def exported(tmp_path_factory):
 
     @cache
     def pair(family: str, type: str) -> tuple:
-        model = AutoModelForCausalLM.from_pretrained(TESTS / "golden" / CHECKPOINTS[family], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(GOLDEN / CHECKPOINTS[family], dtype=torch.float32)
         return model, export_gguf(model, root / f"{family}-{type}", type)
 
     return lambda family, type="f32": pair(family, type)
@@ -69,69 +66,14 @@ def folder(exported, tmp_path):
     return shutil.copytree(exported("dream")[1], tmp_path / "copy")
 
 
-class Compared(LlamaCppBackend):
-    """Checks the logits of each pass against those of the model's own forward pass over the same windows, row by row."""
-
-    def __init__(self, eager, exported, has_cache: bool):
-        super().__init__(exported, has_cache)
-        self.reference, self.windows = eager.make_backend(has_cache), set()
-
-    def open(self, slots, width):
-        self.expected_state = self.reference.open(slots, width)
-        return super().open(slots, width)
-
-    def __call__(self, tokens, window, state):
-        logits = super().__call__(tokens, window, state)
-        for row, slot in enumerate(window.slots.tolist()):
-            of_row = (window.owners == slot).nonzero().flatten()
-            lengths, keep = window.lengths[of_row][None], window.keep[row] - of_row[0]
-            alone = replace(
-                window,
-                slots=torch.tensor([slot]),
-                owners=torch.tensor([[slot]]),
-                columns=window.columns[of_row][None],
-                lengths=lengths,
-                keep=keep[None],
-                visible=int(lengths.max()),
-                seen="all" if (lengths == lengths.max()).all() else "token",
-                is_every_slot=False,
-            )
-            expected = self.reference(tokens[of_row][None], alone, self.expected_state)
-            torch.testing.assert_close(logits[row], expected[0], atol=1e-4, rtol=0)
-            self.windows.add((len(of_row), len(keep), alone.seen))
-        return logits
-
-
 @pytest.mark.parametrize("family, policy", CELLS)
-@torch.no_grad()
 def test_logits_of_every_window_of_a_decode_are_those_of_the_model(both, family, policy):
-    """Of ragged rows, one of which joins later; with pieces of a prompt ahead of the block (policy `block`)."""
-    model, exported = both(family)
-    backend = Compared(model, exported, policy != "none")
-    decoder = Decoder.open(backend, 3, 32)
-    options = {"cache_policy": policy, "block_length": 4, "max_new_tokens": 10, "prefill_chunk_size": 4}
-    decoder.add(*(model.diffusion_request(row, **options) for row in ROWS[:2]))
-    for _ in range(3):
-        decoder.step()
-    decoder.add(model.diffusion_request(ROWS[2], **options))
-    while decoder.busy:
-        decoder.step()
-    assert len(backend.windows) > 1
-    assert policy != "block" or any(not keep for _, keep, _ in backend.windows)
+    check_windows(*both(family), policy)
 
 
 @pytest.mark.parametrize("family, policy", CELLS)
 def test_tokens_of_every_strategy_are_those_of_the_model(both, family, policy):
-    model, exported = both(family)
-    for strategy in STRATEGIES:
-        options = {"remasking_strategy": strategy, **BOUNDS.get(strategy, {}), "cache_policy": policy}
-        options |= {"max_new_tokens": 8, "block_length": 4}
-        for sampling in ({}, {"temperature": 0.8, "top_p": 0.9}):
-            got, expected = (
-                each.diffusion_generate(**left_pad(ROWS), **options, **sampling, generator=generators([1, 2, 3]))
-                for each in (exported, model)
-            )
-            assert got.tolist() == expected.tolist(), (strategy, sampling)
+    check_strategies(*both(family), policy)
 
 
 @pytest.mark.parametrize("family, policy", CELLS)
@@ -237,7 +179,7 @@ def tokens_of(pointer, text: str) -> list[int]:
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_llama_cpp_alone_reads_text_and_decodes_by_diffusion(tmp_path, family):
     """The file without ours beside it: its architecture, mask and tokenizer."""
-    source = TESTS.parent / "hub_configs" / f"{family}-tiny-shakespeare"
+    source = ROOT / "hub_configs" / f"{family}-tiny-shakespeare"
     if not (source / "model.safetensors").is_file():
         pytest.skip("needs the trained weights of the repository")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
