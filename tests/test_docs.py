@@ -40,7 +40,11 @@ REPLACED = {
     ),
 }
 # Of packages that are not on every machine that tests: TRL needs Python 3.11. Such snippets are tests of their own.
-NEEDED = {"trl": "^from trl import", "onnxruntime": r"^from dllm_hf\.runtimes"}
+NEEDED = {
+    "trl": "^from trl import",
+    "onnxruntime": r"^from dllm_hf\.runtimes\.onnx",
+    "llama_cpp": r"^from dllm_hf\.runtimes\.gguf",
+}
 
 
 class MaskedBert(BertForMaskedLM, GenerationMixin):
@@ -168,10 +172,10 @@ def check(command: list[str]) -> None:
             assert re.search(rf"^{word.partition('=')[0]}(:| *\?=)", makefile, re.MULTILINE), f"make has no {word}"
         return
     if name == "pip":
-        extras = re.findall(r"\.\[(\w+)\]", " ".join(rest))
+        extras = re.findall(r"\.\[([\w-]+)\]", " ".join(rest))
         assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras), rest
         return
-    subcommand = [word for word in rest[:1] if word.isalpha() and word.islower()]
+    subcommand = [word for word in rest[:1] if re.fullmatch("[a-z][a-z-]*", word)]
     said = help_of(name, *subcommand)
     for option in [word for word in rest if word.startswith("--")]:
         option = option.partition("=")[0].strip("[]")

@@ -14,6 +14,7 @@ COMMANDS = {
     "batch": "decode a file of prompts into a file of results",
     "serve": "answer requests over HTTP, as OpenAI's API does, and show a page",
     "export": "write a repository that runs without dllm_hf",
+    "export-gguf": "write a model for llama.cpp",
 }
 
 # Option of `DiffusionGenerationConfig` -> type, help, and the originals' names for it. The table is not made from
@@ -130,6 +131,9 @@ def command_parser(command: str) -> Parser:
     parser = Parser(prog=f"dllm-hf {command}")
     if command == "export":
         _add_export_options(parser)
+        return parser
+    if command == "export-gguf":
+        _add_export_gguf_options(parser)
         return parser
     parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
     if command == "generate":
@@ -284,3 +288,15 @@ def _add_export_options(parser: Parser) -> None:
     parser.add_argument("--config-only", action="store_true", help="without weights and tokenizer")
     parser.add_argument("--push", metavar="REPO", help="publish it on the Hub as well, under this name")
     parser.add_argument("--private", action="store_true", help="--push: a repository that others cannot see")
+
+
+def _add_export_gguf_options(parser: Parser) -> None:
+    parser.description = (
+        "Write a model as a folder for llama.cpp: model.gguf, which holds the tokenizer too, and configurations. "
+        'Needs `pip install "dllm-hf[llama-cpp]"`.'
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
+    parser.add_argument(
+        "--type", default="q8_0", choices=("f32", "f16", "q8_0", "q4_k_m"), help="of the weights (default: q8_0)"
+    )

@@ -189,7 +189,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             )
         sequences, returns_dict = session.sequences(), config.return_dict_in_generate or config.output_history
         cache = workspace.state if past is None else past
-        if cache is None or config.cache_policy != "block" or config.cfg_scale:
+        if not isinstance(cache, CanvasCache) or config.cache_policy != "block" or config.cfg_scale:
             cache = None  # of no use to a later call
         else:
             cache.identity = identity_of(self)

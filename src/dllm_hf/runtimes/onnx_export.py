@@ -1,9 +1,6 @@
 """Models exported to ONNX, as folders that `onnx_runtime.py` reads. docs/backends.md."""
 
-import json
 import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..families import family
 from ..generation.evaluation_mode import evaluating
-from ..hub.checkpoint import TOKENIZER_FILES
-from .onnx_runtime import CONTRACT, DESCRIPTION_NAME, FORMAT, MODEL_NAME, WEIGHTS_NAME, hash_of, package
+from .exported import package
+from .exporting import check_exportable, describe, new_folder
+from .onnx_runtime import EXTRA, FORMAT, MODEL_NAME
 
 REFUSED = {
     "gla_dream": "its cache holds recurrent states, and the graph reads and writes keys and values",
@@ -83,36 +80,19 @@ def export_onnx(model: Any, out: str | os.PathLike, quantization: str | None = N
     """
     target = Path(out)
     _check(model, target, quantization)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-") as temporary:
-        folder = Path(temporary) / "export"
-        folder.mkdir()
-        _write_graph(model, folder if quantization is None else Path(temporary))
+    with new_folder(target) as (folder, temporary):
+        _write_graph(model, folder if quantization is None else temporary)
         if quantization == "int8":
-            _quantize(Path(temporary) / MODEL_NAME, folder / MODEL_NAME)
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        for file in TOKENIZER_FILES:
-            if (source := Path(model.config.name_or_path, file)).is_file():
-                shutil.copyfile(source, folder / file)
-        hashes = {file: hash_of(folder / file) for file in (MODEL_NAME, WEIGHTS_NAME)}
-        description = {
-            "format": FORMAT,
-            "family": model.config.model_type,
-            "quantization": quantization,
-            "sha256": hashes,
-        }
-        description |= {each: getattr(model, each) for each in [*CONTRACT, "default_block_length"]}
-        (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        folder.rename(target)
+            _quantize(temporary / MODEL_NAME, folder / MODEL_NAME)
+        describe(model, folder, FORMAT, quantization=quantization)
     return target
 
 
 def _quantize(source: Path, target: Path) -> None:
     """Products in 8 bits, of which each multiplies by one scale for all of its inputs, except `down_proj`: its inputs have
     outliers, and get a scale for each run of 128."""
-    onnx, quantization = package("onnx"), package("onnxruntime.quantization")
-    nbits = package("onnxruntime.quantization.matmul_nbits_quantizer")
+    onnx, quantization = package("onnx", EXTRA), package("onnxruntime.quantization", EXTRA)
+    nbits = package("onnxruntime.quantization.matmul_nbits_quantizer", EXTRA)
     excluded = [
         node.name
         for node in onnx.load(source, load_external_data=False).graph.node
@@ -136,23 +116,13 @@ def _quantize(source: Path, target: Path) -> None:
 
 
 def _check(model: Any, target: Path, quantization: str | None) -> None:
-    name = model.config.model_type
-    family(name)
-    if name in REFUSED:
-        raise ValueError(
-            f"{type(model).__name__} cannot be exported to ONNX: {REFUSED[name]}. Decode with the model itself."
-        )
-    rope = model.model.rotary_emb.rope_type
-    if "dynamic" in rope or rope == "longrope":
-        raise ValueError(f"`rope_type={rope!r}` cannot be exported: its angles depend on the longest text of a pass.")
+    check_exportable(model, target, "ONNX", REFUSED)
     if model.dtype != torch.float32:
         raise ValueError(f"The model is {model.dtype}: load it with `dtype=torch.float32` to export it.")
     if quantization not in (None, "int8"):
         raise ValueError(f"`quantization={quantization!r}` is not possible: choose None or 'int8'.")
-    if os.path.lexists(target):
-        raise ValueError(f"{target} is there already: give a folder that does not exist.")
     for each in ("onnx", "onnxscript", "onnxruntime"):
-        package(each)
+        package(each, EXTRA)
 
 
 def _write_graph(model: Any, folder: Path) -> None:
