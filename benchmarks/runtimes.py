@@ -1,7 +1,7 @@
 """A denoising step in ONNX Runtime and in ExecuTorch beside the model's own forward pass, on a CPU.
 
-usage: runtimes.py [--size 38M|124M] [--only onnxruntime executorch] [--threads 1] [--repeats 30] [--columns 256] [--block 32]
-A Dream of about 38M or 124M parameters (random). Each backend of the loop computes the same step, a block in the middle of a cache
+usage: runtimes.py [--size 38M|125M] [--only onnxruntime executorch] [--threads 1] [--repeats 30] [--columns 256] [--block 32]
+A Dream of about 38M or 125M parameters (random). Each backend of the loop computes the same step, a block in the middle of a cache
 that is filled (policy `dual`); the backends alternate. Prints the median CPU time of the step, that of the runtime's bare
 call inside it, the ratio to eager, the size on disk, and how far the logits are from eager's.
 """
@@ -28,7 +28,7 @@ SIZES = {
     "38M": {"vocab_size": 12288, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
     | {"num_attention_heads": 8, "num_key_value_heads": 4},
     # A fifth of it is the embedding, and a fifth the head.
-    "124M": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    "125M": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
     | {"num_attention_heads": 12, "num_key_value_heads": 4},
 }
 
