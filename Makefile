@@ -30,7 +30,7 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo check test test-slow test-upstream lint types docs package clean venv FORCE
+.PHONY: help demo edge check test test-slow test-upstream lint types docs package clean venv FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,12 @@ help: ## Show this list
 demo: $(RUN_STAMP) ## Install, then watch small models continue a prompt and solve a Sudoku
 	OMP_NUM_THREADS=$(OMP_THREADS) $(VENV)/bin/dllm-hf generate hub_configs/llada-tiny-shakespeare "$(DEMO_PROMPT)" $(DEMO_ARGS)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) examples/sudoku.py solve hub_configs/llada-tiny-sudoku --delay 0.2
+
+# Two processes: the second needs no code of a model.
+edge: $(DEV_STAMP) ## Export a small model to ExecuTorch in int8, and solve a Sudoku with the file
+	rm -rf build/edge
+	OMP_NUM_THREADS=$(OMP_THREADS) $(VENV)/bin/dllm-hf export-edge hub_configs/llada-tiny-sudoku build/edge --quantization int8 --columns 81 --block-length 81
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) examples/edge_sudoku.py build/edge
 
 # Types and tests side by side, each on a core of its own. `tests/one_of_each.txt` lists the tests.
 check: lint ## Check style and types, and run one test of each kind: 90 seconds on two cores

@@ -65,7 +65,8 @@ def _run(argv: list[str]) -> int:
         if command == "generate":
             options.prompt = read_prompt(options.prompt)
         with _exiting_at_ctrl_c():
-            run = getattr(import_module(f".{command}", __name__), command)
+            name = command.replace("-", "_")
+            run = getattr(import_module(f".{name}", __name__), name)
         return run(options)
     return 0
 

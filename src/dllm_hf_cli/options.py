@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "converse",
     "batch": "decode a file of prompts into a file of results",
     "export": "write a repository that runs without dllm_hf",
+    "export-edge": "write a file for ExecuTorch",
 }
 
 # Option of `DiffusionGenerationConfig` -> type, help, and the originals' names for it. The table is not made from
@@ -131,6 +132,9 @@ def command_parser(command: str) -> Parser:
         _add_export_options(parser)
         return parser
     parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
+    if command == "export-edge":
+        _add_export_edge_options(parser)
+        return parser
     if command == "generate":
         parser.usage = f"{parser.prog} MODEL [PROMPT | -] [options]"
         parser.description = (
@@ -213,3 +217,16 @@ def _add_export_options(parser: Parser) -> None:
     parser.add_argument("--config-only", action="store_true", help="without weights and tokenizer")
     parser.add_argument("--push", metavar="REPO", help="publish it on the Hub as well, under this name")
     parser.add_argument("--private", action="store_true", help="--push: a repository that others cannot see")
+
+
+def _add_export_edge_options(parser: Parser) -> None:
+    parser.description = (
+        "Write a LLaDA, Dream or SDAR as one .pte file for ExecuTorch, with configurations and tokenizer beside it: "
+        "`dllm_hf.edge.DiffusionEdge` decodes with it, and so do programs without Python."
+    )
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist, or the name of the file, ending in .pte")
+    precisions = ("none", "fp16", "int8", "int4")
+    parser.add_argument("--quantization", choices=precisions, default="none", help="of the weights; none: float32")
+    parser.add_argument("--rows", type=integer, default=1, metavar="INT", help="the batch, all of which a pass computes")
+    parser.add_argument("--columns", type=integer, metavar="INT", help="prompt and new tokens (default: at most 512)")
+    parser.add_argument("--block-length", type=integer, metavar="INT", help="the longest block (default: the model's, or 32)")

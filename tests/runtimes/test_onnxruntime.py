@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from dllm_hf import LLM, STRATEGIES, SamplingParams
 
-from ..builders import character_tokenizer, generators, left_pad, new_model
-from ..generation.test_decoder import BOUNDS, alone, decode
+from ..builders import character_tokenizer, generators, new_model
+from ..generation.test_decoder import alone, decode
+from .comparing import CELLS, CHECKPOINTS, GOLDEN, ROWS, check_strategies, check_windows
 
 pytest.importorskip("onnxruntime", reason='needs ONNX Runtime: pip install "dllm-hf[onnxruntime]"')
 pytest.importorskip("onnxscript", reason='the export needs it: pip install "dllm-hf[onnxruntime]"')
@@ -24,12 +24,6 @@ from dllm_hf.runtimes.onnx_export import export_onnx  # noqa: E402
 from dllm_hf.runtimes.onnx_runtime import FORMAT, OnnxBackend, OnnxModel  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exports
-GOLDEN = Path(__file__).parents[1] / "golden"
-CHECKPOINTS = {"llada": "llada-mha", "dream": "dream-gqa", "sdar": "sdar-b4"}
-CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none", "prefix", "dual")]
-CELLS += [("sdar", "block"), ("sdar", "none")]
-MASK = 300  # of the checkpoints
-ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3, MASK, 12], [20, 21, 22, 23, 24]]
 
 
 @pytest.fixture(scope="module")
@@ -63,55 +57,14 @@ def folder(exported, tmp_path):
     return shutil.copytree(exported("sdar")[1], tmp_path / "copy")
 
 
-class Compared(OnnxBackend):
-    """Checks the logits of each pass against those of the model's own forward pass over the same window."""
-
-    def __init__(self, eager, exported, has_cache: bool):
-        super().__init__(exported, has_cache)
-        self.reference, self.windows = eager.make_backend(has_cache), set()
-
-    def open(self, slots, width):
-        self.expected_state = self.reference.open(slots, width)
-        return super().open(slots, width)
-
-    def __call__(self, tokens, window, state):
-        logits = super().__call__(tokens, window, state)
-        expected = self.reference(tokens, window, self.expected_state)
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-        self.windows.add((tuple(window.columns.shape), tuple(window.keep.shape), window.seen))
-        return expected
-
-
 @pytest.mark.parametrize("family, policy", CELLS)
-@torch.no_grad()
 def test_logits_of_every_window_of_a_decode_are_those_of_the_model(both, family, policy):
-    """Of ragged rows, one of which joins later; with pieces of a prompt ahead of the block (policy `block`)."""
-    model, exported = both(family)
-    backend = Compared(model, exported, policy != "none")
-    decoder = Decoder.open(backend, 3, 32)
-    options = {"cache_policy": policy, "block_length": 4, "max_new_tokens": 10, "prefill_chunk_size": 4}
-    decoder.add(*(model.diffusion_request(row, **options) for row in ROWS[:2]))
-    for _ in range(3):
-        decoder.step()
-    decoder.add(model.diffusion_request(ROWS[2], **options))
-    while decoder.busy:
-        decoder.step()
-    assert len(backend.windows) > 2
-    assert policy != "block" or any(not keep[1] for _, keep, _ in backend.windows)
+    check_windows(*both(family), policy)
 
 
 @pytest.mark.parametrize("family, policy", CELLS)
 def test_tokens_of_every_strategy_are_those_of_the_model(both, family, policy):
-    model, exported = both(family)
-    for strategy in STRATEGIES:
-        options = {"remasking_strategy": strategy, **BOUNDS.get(strategy, {}), "cache_policy": policy}
-        options |= {"max_new_tokens": 8, "block_length": 4}
-        for sampling in ({}, {"temperature": 0.8, "top_p": 0.9}):
-            got, expected = (
-                each.diffusion_generate(**left_pad(ROWS), **options, **sampling, generator=generators([1, 2, 3]))
-                for each in (exported, model)
-            )
-            assert got.tolist() == expected.tolist(), (strategy, sampling)
+    check_strategies(*both(family), policy)
 
 
 @pytest.mark.parametrize("family, policy", CELLS)

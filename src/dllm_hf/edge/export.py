@@ -212,7 +212,11 @@ def _quantized(model: Any, quantization: str | None) -> Any:
         )
         for bits, size, chosen in (
             (torch.int4, granularity.PerGroup(GROUP), is_group),
-            (torch.int8, granularity.PerAxis(0), lambda module, name: type(module) is nn.Linear),
+            (
+                torch.int8,
+                granularity.PerAxis(0),
+                lambda module, name: isinstance(module, nn.Linear) and not is_group(module, name),
+            ),
         ):
             how = api.Int8DynamicActivationIntxWeightConfig(weight_dtype=bits, weight_granularity=size)
             api.quantize_(model, how, chosen)

@@ -1,0 +1,280 @@
+"""ExecuTorch: an exported file gives the logits and the tokens of the model that it comes from."""
+
+import json
+import shutil
+import sys
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..builders import character_tokenizer, new_model
+from .comparing import CELLS, CHECKPOINTS, GOLDEN, check_strategies, check_windows
+
+pytest.importorskip("executorch.exir", reason='needs ExecuTorch: pip install "dllm-hf[edge]"')
+
+from dllm_hf import LLM, DiffusionGenerationConfig, SamplingParams  # noqa: E402
+from dllm_hf.edge import DiffusionEdge, export_model  # noqa: E402
+from dllm_hf.edge import export as edge_export  # noqa: E402
+from dllm_hf.runtimes.executorch_runtime import FORMAT  # noqa: E402
+
+pytestmark = pytest.mark.slow  # exports
+EXAMPLE = (torch.zeros(3, 40, dtype=torch.long),)
+# Lowering a layer takes seconds: one of each checkpoint, and two of Dream's.
+LAYERS = {"llada": 1, "dream": 2, "sdar": 1}
+
+
+def golden(family: str, layers: int):
+    """The first layers of a checkpoint of tests/golden."""
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / CHECKPOINTS[family], dtype=torch.float32)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The model of each family and the folder that it is exported to, once."""
+    root = tmp_path_factory.mktemp("executorch")
+
+    @cache
+    def pair(family: str, quantization: str | None = None) -> tuple:
+        model = golden(family, LAYERS[family] if quantization is None else 1)
+        path = export_model(model, EXAMPLE, root / f"{family}-{quantization}", quantization, block_length=4)
+        return model, path.parent
+
+    return pair
+
+
+@pytest.fixture(scope="module")
+def both(exported):
+    """The model and what ExecuTorch makes of it."""
+
+    @cache
+    def pair(family: str) -> tuple:
+        model, folder = exported(family)
+        return model, DiffusionEdge.from_pretrained(folder, num_threads=1)
+
+    return pair
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of an exported folder, to break."""
+    return shutil.copytree(exported("sdar")[1], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("family, policy", CELLS)
+def test_logits_of_every_window_of_a_decode_are_those_of_the_model(both, family, policy):
+    check_windows(*both(family), policy)
+
+
+@pytest.mark.parametrize("family, policy", CELLS)
+def test_tokens_of_every_strategy_are_those_of_the_model(both, family, policy):
+    check_strategies(*both(family), policy)
+
+
+@torch.no_grad()
+def test_step_reads_the_keys_and_values_that_prefill_has_written(exported):
+    """Which it does not where each method has a cache of its own."""
+    model, folder = exported("dream")
+    prompt = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(1))
+    expected = model(prompt).logits[:, 7:11]
+    columns, keep = torch.arange(12).repeat(3, 1), torch.arange(4).repeat(3, 1)
+    block = [each[:, 7:12].contiguous() for each in (prompt, columns, torch.full_like(columns, 12))]
+    logits = []
+    for has_prefill in (False, True):
+        methods = DiffusionEdge.from_pretrained(folder, num_threads=1).methods
+        if has_prefill:
+            methods["prefill"].execute([prompt, columns, torch.full_like(columns, 12), keep])
+        logits.append(methods["step"].execute([*block, keep])[0])
+    torch.testing.assert_close(logits[1], expected, atol=1e-4, rtol=0)
+    assert (logits[0] - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantization, bound", [("fp16", 1e-2), ("int8", 0.1), ("int4", 0.5)])
+def test_fewer_bits_are_smaller_and_close(exported, quantization, bound):
+    """`bound`: of the error, in standard deviations of the logits; of fp16 the largest, of the others the root mean square."""
+    model, folder = exported("llada", quantization)
+    tokens = torch.randint(0, 300, (3, 4), generator=torch.Generator().manual_seed(1))
+    columns = torch.arange(4).repeat(3, 1)
+    methods = DiffusionEdge.from_pretrained(folder, num_threads=1).methods
+    (logits,) = methods["step"].execute([tokens, columns, torch.full_like(columns, 4), columns])
+    error = (logits - model(tokens).logits).abs() / logits.std()
+    assert 0 < (error.max() if quantization == "fp16" else error.square().mean().sqrt()) < bound
+    size = (folder / "model.pte").stat().st_size / sum(4 * each.numel() for each in model.parameters())
+    # Of a tiny model the description of the program is a good part of the file.
+    assert size < {"fp16": 0.75, "int8": 0.6, "int4": 0.55}[quantization]
+
+
+def test_guidance_conversations_and_streaming_are_those_of_the_model(both):
+    model, exported = both("sdar")
+    for family in CHECKPOINTS:
+        one, other = both(family)
+        options = {"max_new_tokens": 8, "cfg_scale": 1.5, "block_length": 4, "remasking_strategy": "sequential"}
+        got, expected = (
+            each.diffusion_generate(torch.tensor([[5, 6, 7]]), **options).tolist() for each in (one, other)
+        )
+        assert got == expected
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True}
+    first = exported.diffusion_generate(torch.tensor([[5, 6, 7, 8, 9]]), **options)
+    text = torch.cat([first.sequences, torch.tensor([[11, 12]])], dim=1)
+    shown = []
+
+    class Streamer:
+        put, end = staticmethod(lambda tokens: shown.extend(tokens.flatten().tolist())), staticmethod(lambda: None)
+
+    got = exported.diffusion_generate(text, past_key_values=first.past_key_values, streamer=Streamer(), **options)
+    assert got.sequences.tolist() == model.diffusion_generate(text, **options).sequences.tolist()
+    assert shown == got.sequences[0].tolist()
+    assert (
+        got.num_forward_passes
+        == model.diffusion_generate(
+            text, past_key_values=model.diffusion_generate(text[:, :5], **options).past_key_values, **options
+        ).num_forward_passes
+    )
+
+
+def test_a_file_stands_where_its_path_says_with_its_configuration_beside_it(tmp_path, monkeypatch):
+    character_tokenizer().save_pretrained(tmp_path / "source")
+    model = new_model("dream")
+    model.config._name_or_path = str(tmp_path / "source")
+    monkeypatch.setattr(edge_export, "_lowered", lambda *args: b"program")
+    path = export_model(model, EXAMPLE, tmp_path / "out" / "dream.pte")
+    assert path == tmp_path / "out" / "dream.pte" and path.read_bytes() == b"program"
+    for name in ("tokenizer.json", "config.json", "generation_config.json", FORMAT.description):
+        assert (tmp_path / "out" / name).is_file()
+    with pytest.raises(ValueError, match="holds .*config.json.* already: give `output_path` a folder of its own"):
+        export_model(model, EXAMPLE, tmp_path / "out" / "other.pte")
+
+
+def test_a_file_says_what_it_takes_to_programs_without_python(exported):
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(exported("dream")[1] / "model.pte")
+    numbers = {name: program.load_method(name).execute([])[0] for name in program.method_names - {"prefill", "step"}}
+    limits = {"max_rows": 3, "max_columns": 40, "max_block_length": 4, "step_window": 5}
+    assert numbers == {**limits, "vocab_size": 320, "logits_shift": 1, "sees_earlier_blocks": 0, "mask_token_id": 300}
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("family, reason", [("gla_dream", "recurrent states"), ("sdar_moe", "experts")])
+def test_families_without_such_a_program_are_refused_by_name(tmp_path, family, reason):
+    model = new_model(family)
+    with pytest.raises(ValueError, match=f"{type(model).__name__}.*{reason}"):
+        export_model(model, EXAMPLE, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    model = new_model("dream")
+    with pytest.raises(ValueError, match="dtype=torch.float32"):
+        export_model(new_model("dream").half(), EXAMPLE, tmp_path / "out")
+    with pytest.raises(ValueError, match="quantization='int2'"):
+        export_model(model, EXAMPLE, tmp_path / "out", "int2")
+    with pytest.raises(ValueError, match="there already"):
+        export_model(model, EXAMPLE, tmp_path)
+    with pytest.raises(ValueError, match="has 2 columns"):
+        export_model(model, (torch.zeros(1, 2, dtype=torch.long),), tmp_path / "out")
+    with pytest.raises(ValueError, match="`example_inputs` must be"):
+        export_model(model, torch.zeros(1, 8, dtype=torch.long), tmp_path / "out")
+    with pytest.raises(ValueError, match="block_length=-1"):
+        export_model(model, EXAMPLE, tmp_path / "out", block_length=-1)
+
+
+@pytest.mark.parametrize(
+    "options, prompts, message",
+    [
+        ({"max_new_tokens": 4}, 4, "4 rows do not fit into the 3 of the file"),
+        ({"max_new_tokens": 4, "cfg_scale": 1.0}, 2, "4 rows do not fit .*guidance"),
+        ({"max_new_tokens": 50}, 1, "canvas of 52 columns does not fit into the 40"),
+        ({"max_new_tokens": 8, "block_length": 8}, 1, "block of 8 positions is longer than the 4.*`block_length=4`"),
+        ({"max_new_tokens": 8}, 1, "block of 8 positions"),  # Dream's default: all masks are one block
+        ({"max_new_tokens": 4, "cache_policy": "block"}, 1, "cache_policy='block'.*choose one of none, prefix, dual"),
+    ],
+)
+def test_what_the_file_does_not_take_is_refused_before_the_first_pass(both, monkeypatch, options, prompts, message):
+    exported = both("dream")[1]
+    monkeypatch.setattr(exported, "methods", {})
+    with pytest.raises(ValueError, match=message):
+        exported.diffusion_generate(torch.tensor([[5, 6]] * prompts), **options)
+
+
+def test_a_conversation_whose_cache_another_call_has_overwritten_is_refused(both):
+    exported = both("sdar")[1]
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True}
+    first = exported.diffusion_generate(torch.tensor([[5, 6, 7, 8]]), **options)
+    exported.diffusion_generate(torch.tensor([[9, 9]]), **options)
+    text = torch.cat([first.sequences, torch.tensor([[11]])], dim=1)
+    with pytest.raises(ValueError, match="Another call has decoded with this file"):
+        exported.diffusion_generate(text, past_key_values=first.past_key_values, **options)
+
+
+def test_the_engine_is_refused(both):
+    with pytest.raises(ValueError, match="arena"):
+        LLM(both("sdar")[1], tokenizer=character_tokenizer()).generate([[5, 6]], SamplingParams(max_tokens=4))
+
+
+def test_a_truncated_file_is_refused(folder):
+    (folder / "model.pte").write_bytes((folder / "model.pte").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.pte is cut short.*export the model again"):
+        DiffusionEdge.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.pte", "config.json", FORMAT.description])
+def test_a_missing_file_is_refused(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"has no {name}: export the model again"):
+        DiffusionEdge.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        (FORMAT.description, {"format": 99}, "the format 99, and this version reads 1"),
+        (FORMAT.description, {"family": "llama"}, "`model_type='llama'` is none of the families"),
+        ("config.json", {"model_type": "Dream"}, "`model_type='Dream'`, but the program in it of 'sdar'"),
+    ],
+)
+def test_a_file_of_another_version_or_family_is_refused(folder, name, change, message):
+    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        DiffusionEdge.from_pretrained(folder)
+
+
+def test_a_missing_delegate_or_package_is_named_with_the_remedy(exported, monkeypatch, tmp_path):
+    from executorch.runtime import Runtime
+
+    folder = exported("sdar")[1]
+    monkeypatch.setattr(type(Runtime.get().backend_registry), "is_available", lambda self, name: False)
+    with pytest.raises(ValueError, match="delegate XnnpackBackend"):
+        DiffusionEdge.from_pretrained(folder)
+    monkeypatch.setitem(sys.modules, "executorch.runtime", None)
+    with pytest.raises(ValueError, match=r'pip install "dllm-hf\[edge\]"'):
+        DiffusionEdge.from_pretrained(folder)
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    with pytest.raises(ValueError, match=r'pip install "dllm-hf\[edge\]"'):
+        export_model(new_model("dream"), EXAMPLE, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("name", ["out", "dream.pte"])
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error, name):
+    def fail(model, folder, *args, **kwargs):
+        (folder / "config.json").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(edge_export, "_lowered", lambda *args: b"program")
+    monkeypatch.setattr(edge_export, "describe", fail)
+    with pytest.raises(error):
+        export_model(new_model("dream"), EXAMPLE, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_generation_configuration_goes_with_the_file(both):
+    assert isinstance(both("sdar")[1].generation_config, DiffusionGenerationConfig)
