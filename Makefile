@@ -35,7 +35,7 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve check test test-slow test-upstream lint types docs package clean venv FORCE
+.PHONY: help demo serve edge check test test-slow test-upstream lint types docs package clean venv FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,12 @@ demo: $(RUN_STAMP) ## Install, then watch small models continue a prompt and sol
 
 serve: $(SERVE_STAMP) ## Install, then serve a small model: a page at http://127.0.0.1:8000, until Ctrl-C
 	OMP_NUM_THREADS=$(OMP_THREADS) $(VENV)/bin/dllm-hf serve $(SERVE_MODEL) $(SERVE_ARGS)
+
+# Two processes: the second needs no code of a model.
+edge: $(DEV_STAMP) ## Export a small model to ExecuTorch in int8, and solve a Sudoku with the file
+	rm -rf build/edge
+	OMP_NUM_THREADS=$(OMP_THREADS) $(VENV)/bin/dllm-hf export-edge hub_configs/llada-tiny-sudoku build/edge --quantization int8 --columns 81 --block-length 81
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) examples/edge_sudoku.py build/edge
 
 # Types and tests side by side, each on a core of its own. `tests/one_of_each.txt` lists the tests.
 check: lint ## Check style and types, and run one test of each kind: 90 seconds on two cores

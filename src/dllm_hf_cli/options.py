@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": "answer requests over HTTP, as OpenAI's API does, and show a page",
     "export": "write a repository that runs without dllm_hf",
     "export-gguf": "write a model for llama.cpp",
+    "export-edge": "write a file for ExecuTorch",
 }
 
 # Option of `DiffusionGenerationConfig` -> type, help, and the originals' names for it. The table is not made from
@@ -132,10 +133,13 @@ def command_parser(command: str) -> Parser:
     if command == "export":
         _add_export_options(parser)
         return parser
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
     if command == "export-gguf":
         _add_export_gguf_options(parser)
         return parser
-    parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
+    if command == "export-edge":
+        _add_export_edge_options(parser)
+        return parser
     if command == "generate":
         parser.usage = f"{parser.prog} MODEL [PROMPT | -] [options]"
         parser.description = (
@@ -295,8 +299,26 @@ def _add_export_gguf_options(parser: Parser) -> None:
         "Write a model as a folder for llama.cpp: model.gguf, which holds the tokenizer too, and configurations. "
         'Needs `pip install "dllm-hf[llama-cpp]"`.'
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hugging Face Hub")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
     parser.add_argument(
         "--type", default="q8_0", choices=("f32", "f16", "q8_0", "q4_k_m"), help="of the weights (default: q8_0)"
+    )
+
+
+def _add_export_edge_options(parser: Parser) -> None:
+    parser.description = (
+        "Write a LLaDA, Dream or SDAR as one .pte file for ExecuTorch, with configurations and tokenizer beside it: "
+        "`dllm_hf.edge.DiffusionEdge` decodes with it, and so do programs without Python."
+    )
+    parser.add_argument(
+        "out", metavar="OUT", help="a folder that does not exist, or the name of the file, ending in .pte"
+    )
+    precisions = ("none", "fp16", "int8", "int4")
+    parser.add_argument("--quantization", choices=precisions, default="none", help="of the weights; none: float32")
+    parser.add_argument(
+        "--rows", type=integer, default=1, metavar="INT", help="the batch, all of which a pass computes"
+    )
+    parser.add_argument("--columns", type=integer, metavar="INT", help="prompt and new tokens (default: at most 512)")
+    parser.add_argument(
+        "--block-length", type=integer, metavar="INT", help="the longest block (default: the model's, or 32)"
     )

@@ -279,7 +279,9 @@ def test_they_need_no_package_but_torch_transformers_and_what_that_needs(files, 
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         needed = set(get_imports(tmp_path / name)) - sys.stdlib_module_names
-        assert needed <= {"torch", "transformers", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}, name
+        assert needed <= {"torch", "transformers", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"}, (
+            name
+        )
 
 
 def test_comments_docstrings_and_code_are_those_of_the_source(files):

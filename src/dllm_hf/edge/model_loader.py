@@ -12,6 +12,7 @@ from ..runtimes.exported import FAMILIES
 from .model import DreamEdge
 
 QUANTIZED = torch.qint8
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
 
 
 def load_hf_model(
@@ -69,10 +70,9 @@ def has_units(dtype: torch.dtype) -> bool:
     """Whether the processor multiplies matrices of this dtype itself; otherwise it converts each number, and takes longer
     than in float32."""
     names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "asimdhp")}
-    file = Path("/proc/cpuinfo")
-    if dtype == torch.float32 or not file.is_file():
+    if dtype == torch.float32 or not CPUINFO.is_file():
         return dtype == torch.float32
-    return any(name in file.read_text().split() for name in names[dtype])
+    return any(name in CPUINFO.read_text().split() for name in names[dtype])
 
 
 def physical_cores() -> int:
