@@ -40,7 +40,7 @@ REPLACED = {
     ),
 }
 # Of packages that are not on every machine that tests: TRL needs Python 3.11. Such snippets are tests of their own.
-NEEDED = {"trl": "^from trl import", "onnxruntime": r"^from dllm_hf\.runtimes"}
+NEEDED = {"trl": "^from trl import", "onnxruntime": r"^from dllm_hf\.runtimes", "executorch": r"^from dllm_hf\.edge"}
 
 
 class MaskedBert(BertForMaskedLM, GenerationMixin):

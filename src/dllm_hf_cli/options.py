@@ -224,9 +224,15 @@ def _add_export_edge_options(parser: Parser) -> None:
         "Write a LLaDA, Dream or SDAR as one .pte file for ExecuTorch, with configurations and tokenizer beside it: "
         "`dllm_hf.edge.DiffusionEdge` decodes with it, and so do programs without Python."
     )
-    parser.add_argument("out", metavar="OUT", help="a folder that does not exist, or the name of the file, ending in .pte")
+    parser.add_argument(
+        "out", metavar="OUT", help="a folder that does not exist, or the name of the file, ending in .pte"
+    )
     precisions = ("none", "fp16", "int8", "int4")
     parser.add_argument("--quantization", choices=precisions, default="none", help="of the weights; none: float32")
-    parser.add_argument("--rows", type=integer, default=1, metavar="INT", help="the batch, all of which a pass computes")
+    parser.add_argument(
+        "--rows", type=integer, default=1, metavar="INT", help="the batch, all of which a pass computes"
+    )
     parser.add_argument("--columns", type=integer, metavar="INT", help="prompt and new tokens (default: at most 512)")
-    parser.add_argument("--block-length", type=integer, metavar="INT", help="the longest block (default: the model's, or 32)")
+    parser.add_argument(
+        "--block-length", type=integer, metavar="INT", help="the longest block (default: the model's, or 32)"
+    )
