@@ -171,7 +171,7 @@ def check(command: list[str]) -> None:
         extras = re.findall(r"\.\[(\w+)\]", " ".join(rest))
         assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras), rest
         return
-    subcommand = [word for word in rest[:1] if word.isalpha() and word.islower()]
+    subcommand = [word for word in rest[:1] if re.fullmatch("[a-z]+(-[a-z]+)?", word)]
     said = help_of(name, *subcommand)
     for option in [word for word in rest if word.startswith("--")]:
         option = option.partition("=")[0].strip("[]")
