@@ -43,6 +43,7 @@ REPLACED = {
 NEEDED = {
     "trl": "^from trl import",
     "onnxruntime": r"^from dllm_hf\.runtimes\.onnx",
+    "executorch": r"^from dllm_hf\.edge",
     "llama_cpp": r"^from dllm_hf\.runtimes\.gguf",
 }
 

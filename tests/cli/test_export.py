@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 import dllm_hf_cli.export
+
+ROOT = Path(__file__).parents[2]
 
 exporting = importlib.import_module("dllm_hf.hub.export")  # as an attribute of `dllm_hf.hub` it is the function
 
@@ -143,3 +146,23 @@ def test_help_is_given_on_request_and_names_every_option(run):
     assert (code, stderr) == (0, "") and stdout.startswith("usage: dllm-hf export")
     assert all(name in stdout for name in ("SOURCE", "OUT", "--config-only", "--push", "--private"))
     assert "export" in run("--help")[1]
+
+
+def test_export_edge_writes_what_it_says(run, tmp_path, monkeypatch):
+    calls = []
+
+    def write(model, example_inputs, output_path, quantization, block_length):
+        calls.append((tuple(example_inputs[0].shape), quantization, block_length))
+        (tmp_path / "model.pte").write_bytes(b"0" * 1_500_000)
+        return tmp_path / "model.pte"
+
+    pytest.importorskip("executorch", reason='needs ExecuTorch: pip install "dllm-hf[edge]"')
+    monkeypatch.setattr("dllm_hf.edge.export_model", write)
+    monkeypatch.delitem(sys.modules, "dllm_hf_cli.export_edge", raising=False)
+    source = ROOT / "tests/golden/llada-mha"
+    code, stdout, _ = run("export-edge", source, tmp_path / "out", "--quantization", "int8", "--columns", "40")
+    assert (code, stdout) == (0, f"Written: {tmp_path / 'model.pte'}, 1.5 MB\n")
+    assert calls == [((1, 40), "int8", None)]
+    code, _, stderr = run("export-edge", source, tmp_path)
+    assert code == 2 and "there already" in stderr
+    assert run("export-edge", source, tmp_path / "out", "--rows", "0")[2].endswith("--rows 0: give at least 1.\n")

@@ -125,6 +125,8 @@ class Norm(nn.Module):
     """The library's RMS norm, whose mean is a product: XNNPACK has no mean over the last axis alone, and each operation that
     it lacks ends a part of the program that it runs."""
 
+    mean: torch.Tensor
+
     def __init__(self, norm: Any):
         super().__init__()
         self.weight, self.epsilon = norm.weight, norm.variance_epsilon
@@ -163,6 +165,8 @@ class Program(nn.Module):
     Args:
         columns: of the buffers: the most that a text may have, and the scratch column.
     """
+
+    keys_0: torch.Tensor
 
     def __init__(self, model: Any, rows: int, columns: int):
         super().__init__()
@@ -211,7 +215,7 @@ def _quantized(model: Any, quantization: str | None) -> Any:
             and module.in_features % GROUP == 0
         )
         for bits, size, chosen in (
-            (torch.int4, granularity.PerGroup(GROUP), is_group),
+            (torch.int4, granularity.PerGroup(GROUP), is_group),  # type: ignore[attr-defined]  # a dtype of torch all the same
             (
                 torch.int8,
                 granularity.PerAxis(0),

@@ -24,10 +24,10 @@ class StaticCache:
 
     def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]):
         self.keys, self.values, self.filled = keys, values, 0
-        self.columns: torch.Tensor | None = None
+        self.columns: Any = None
 
     @classmethod
-    def for_model(cls, model: nn.Module, rows: int, columns: int) -> "StaticCache":
+    def for_model(cls, model: Any, rows: int, columns: int) -> "StaticCache":
         """An empty cache for a model of this package."""
         attention = model.model.layers[0].self_attn
         shape = (rows, attention.k_proj.out_features // attention.head_dim, columns, attention.head_dim)

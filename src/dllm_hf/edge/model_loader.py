@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def load_hf_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     optimize_cpu: bool = False,
-) -> tuple[DreamEdge, str, object]:
+) -> tuple[DreamEdge, str, Any]:
     """Load a checkpoint of LLaDA, Dream or SDAR, ours or an original.
 
     Args:
@@ -48,7 +49,8 @@ def load_hf_model(
         if dtype is None and config.dtype == torch.bfloat16 and has_units(torch.bfloat16):
             dtype = torch.bfloat16
     loaded = torch.float32 if dtype in (None, QUANTIZED) else dtype
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=loaded).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=loaded)
+    model = model.to(device).eval()
     if dtype == QUANTIZED:
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=QUANTIZED, inplace=True)
     return DreamEdge(model), config.model_type, config

@@ -128,7 +128,7 @@ class EdgeBackend(ModelBackend):
         model.owner = weakref.ref(cache)
         return cache
 
-    def _forward(self, tokens: torch.Tensor, window: Window, state: EdgeCache) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, window: Window, state: CanvasCache | None) -> torch.Tensor:
         model, (rows, block) = self.model, window.keep.shape
         model.check_block(block)
         if model.owner is None or model.owner() is not state:
