@@ -6,6 +6,7 @@ import sys
 import sysconfig
 import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,9 @@ def test_the_wheel_alone_decodes_a_tiny_model(distributions, tmp_path):
     there = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")})
     (Path(there) / "dependencies.pth").write_text(f"{here}\n")
 
+    with zipfile.ZipFile(wheel) as opened:  # the page of the server, which is no Python
+        page = {f"dllm_hf/serving/page/{name}" for name in ("index.html", "page.css", "page.js", "icon.svg")}
+        assert page <= set(opened.namelist())
     said = run(python, "-c", DECODE, cwd=tmp_path)
     assert Path(said.strip().splitlines()[-1]).is_relative_to(there)
     shown = run(tmp_path / "venv/bin/dllm-hf", "--help", cwd=tmp_path)

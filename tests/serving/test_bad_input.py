@@ -55,6 +55,7 @@ COMPLETIONS = [
     ({**A, "stop": "a" * 501}, 400, "stop"),
     ({**A, "stop_token_ids": ["a"]}, 400, "stop_token_ids[0]"),
     ({**A, "stop_token_ids": [VOCAB]}, 400, "stop_token_ids"),
+    ({**A, "stop_token_ids": [MASK]}, 400, "stop_token_ids"),
     ({**A, "timeout": 0}, 400, "timeout"),
     ({**A, "timeout": float("nan")}, 400, "timeout"),
     ({**A, "stream": "yes"}, 400, "stream"),

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from ..builders import new_model
-from .served import LLM, character_tokenizer, serving, tiny_llm
+from .served import LLM, NAME, character_tokenizer, serving, tiny_llm
 
 LONG = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True}
 
@@ -22,8 +22,12 @@ def own():
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("after", [0, 0.05])
 def test_a_client_that_goes_frees_its_rows(server, stream, after):
-    connection = server.connect()
-    body = b'{"prompt": ["abc", "de"], "n": 2, "max_tokens": 120, "ignore_eos": true, "stream": %s}'
+    def finished(reason: str) -> float:
+        labels = {"model_name": NAME, "finished_reason": reason}
+        return server.api.metrics.registry.get_sample_value("dllm_hf_completions_total", labels) or 0.0
+
+    aborted, whole, connection = finished("abort"), finished("length"), server.connect()
+    body = b'{"prompt": ["abc", "de"], "n": 10, "max_tokens": 120, "ignore_eos": true, "stream": %s}'
     connection.request(
         "POST", "/v1/completions", body % (b"true" if stream else b"false"), {"Content-Type": "application/json"}
     )
@@ -31,6 +35,8 @@ def test_a_client_that_goes_frees_its_rows(server, stream, after):
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     assert server.becomes_idle(5)
+    assert finished("length") < whole + 20  # most had only begun
+    assert not after or finished("abort") > aborted
 
 
 def test_a_step_that_fails_is_told_to_those_who_took_part_and_nobody_else(monkeypatch):

@@ -17,6 +17,7 @@ RETRY_AFTER = "1"  # seconds, where the queue is full
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 429: "queue_full"}
 # Options of the engine under another name than that of the request.
 _NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop", "max_time": "timeout"}
+_NAMES["eos_token_id"] = "stop_token_ids"
 
 
 class ErrorDetail(BaseModel):
@@ -69,7 +70,7 @@ def refusal_of(error: Exception, given: set[str], prompt: str = "prompt") -> Api
         spellings = [name, _NAMES.get(name, name), *(each for each, meant in ALIASES.items() if meant == name)]
         if found := [each for each in spellings if each in given]:
             return ApiError(400, message, found[0])
-    return ApiError(400, message, prompt)
+    return ApiError(400, message, prompt if "prompt" in message else None)
 
 
 def add_handlers(app: FastAPI) -> None:
