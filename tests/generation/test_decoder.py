@@ -48,7 +48,7 @@ def open_decoder(model, policy: str, has_graphs: bool, slots: int = SLOTS) -> De
     return Decoder.open(backend, slots, CAPACITY, uses_graphs=has_graphs)
 
 
-def seeded(seed: int, device: torch.device | str = DEVICE) -> torch.Generator:
+def seeded(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -75,7 +75,7 @@ def decode(model, decoder: Decoder, policy: str, calls, pauses: list[int]) -> li
         while waiting and len(running) < SLOTS and not (pauses and running and pauses.pop(0)):
             index, call = waiting.pop(0)
             prompt, seed, options = call
-            request = model.diffusion_request(prompt, seeded(seed), cache_policy=policy, **options)
+            request = model.diffusion_request(prompt, seeded(seed, model.device), cache_policy=policy, **options)
             running[index] = decoder.add(request)[0]
         decoder.step()
         for index, row in list(running.items()):
@@ -127,7 +127,8 @@ def test_after_any_joins_and_leaves_every_slot_is_free_again(data):
     for action in data.draw(st.lists(st.sampled_from(["join", "join", "step", "leave"]), max_size=20)):
         if action == "join" and len(rows) < SLOTS:
             prompt, seed, options = data.draw(calls())
-            rows += decoder.add(model.diffusion_request(prompt, seeded(seed), cache_policy="block", **options))
+            request = model.diffusion_request(prompt, seeded(seed, model.device), cache_policy="block", **options)
+            rows += decoder.add(request)
         elif action == "leave" and rows:
             decoder.remove(rows.pop(data.draw(st.integers(0, len(rows) - 1))))
         elif action == "step":
