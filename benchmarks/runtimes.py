@@ -5,6 +5,8 @@ usage: runtimes.py [--size 38M|124M] [--only onnxruntime executorch llama-cpp-py
 A Dream of about 38M or 124M parameters (random). Each backend of the loop computes the same step, the last block of a cache that
 is filled (of the policies `dual` and `prefix`); the backends alternate. Prints the median CPU time of the step, that of the
 runtime's bare call inside it, the ratio to eager, the size on disk and its ratio, and how far the logits are from eager's.
+Floors of the machine, in float32: `arithmetic`, the step's matrix products at the speed of a product of 1,024 by 1,024;
+`reading`, its weights read once.
 """
 
 import argparse
@@ -120,6 +122,24 @@ def main() -> None:
             for name, *found in RUNTIMES[runtime](model, Path(folder), args):
                 models[name], clocks[name], megabytes[name] = found
         measure(args, models, clocks, megabytes)
+    for name, milliseconds in floors(model, args.block).items():
+        print(f"{name:18} {milliseconds:6.1f} ms")
+
+
+def floors(model: DreamModel, tokens: int) -> dict[str, float]:
+    weights = sum(each.numel() for each in model.parameters()) - model.model.embed_tokens.weight.numel()
+    square, flat = torch.randn(1024, 1024), torch.randn(weights)
+
+    def milliseconds(run) -> float:
+        times = []
+        for _ in range(11):
+            begin = time.process_time()
+            run()
+            times.append(1e3 * (time.process_time() - begin))
+        return statistics.median(times)
+
+    operations = weights * tokens / 1024**3
+    return {"arithmetic": operations * milliseconds(lambda: square @ square), "reading": milliseconds(flat.sum)}
 
 
 def measure(args: argparse.Namespace, models: dict, clocks: dict, megabytes: dict[str, float]) -> None:
