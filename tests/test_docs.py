@@ -138,7 +138,14 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, run_snippet):
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 @pytest.mark.parametrize(
-    "page, number, package", [(page, one, each) for page in PAGES for each in NEEDED for one in numbers(page, each)]
+    "page, number, package",
+    [
+        # An export to ExecuTorch takes a minute and a half: `pytest -m slow tests/test_docs.py` makes it.
+        pytest.param(page, one, each, marks=[pytest.mark.slow] if each == "executorch" else [])
+        for page in PAGES
+        for each in NEEDED
+        for one in numbers(page, each)
+    ],
 )
 def test_a_snippet_that_needs_a_package_runs_where_it_is_installed(page, number, package, run_snippet):
     pytest.importorskip(package, reason=f"snippet {number} of {page} needs {package}")

@@ -38,7 +38,7 @@ def test_every_strategy_gives_each_row_of_a_batch_what_it_gets_alone(pair, strat
 
 
 @pytest.mark.parametrize("families", [("llada",), ("dream",), BLOCK_FAMILIES], ids="-".join)
-@settings(max_examples=518)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_batch_gives_each_row_what_it_gets_alone(families, data):
     """Also where it samples, is guided, or reads its prompts in pieces."""

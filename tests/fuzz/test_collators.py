@@ -19,7 +19,7 @@ from ..builders import BUILDERS, END, MASK, PAD, character_tokenizer, new_model
 pytestmark = pytest.mark.slow
 
 PINNED = [55, 117, 140]  # cases that failed: padding behind a text that does not begin at position 0
-SEEDS = sorted({*PINNED, *range(int(os.environ.get("DLLM_HF_FUZZ", 100)))})
+SEEDS = sorted({*PINNED, *range(int(os.environ.get("DLLM_HF_FUZZ", 50)))})
 TOKENIZER = character_tokenizer()
 MODELS = {
     name: new_model(name, **{"n_layers" if name == "llada" else "num_hidden_layers": 1}).requires_grad_(False)
