@@ -1,16 +1,18 @@
-"""What the tests of all runtimes share: checkpoints, rows, and comparisons with the model itself."""
+"""What the tests of all runtimes share: checkpoints, rows, comparisons with the model itself, and what spoils a folder."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from dllm_hf import STRATEGIES
 from dllm_hf.generation.decoder import Decoder
 from dllm_hf.generation.window import Window
 
 from ..builders import generators, left_pad
-from ..generation.test_decoder import BOUNDS
+from ..generation.test_decoder import BOUNDS, alone, decode
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINTS = {"llada": "llada-mha", "dream": "dream-gqa", "sdar": "sdar-b4"}
@@ -18,6 +20,16 @@ CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none"
 CELLS += [("sdar", "block"), ("sdar", "none")]
 MASK = 300  # of the checkpoints
 ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [3, MASK, 12], [20, 21, 22, 23, 24]]
+
+
+def golden(family: str, layers: int | None = None):
+    """A checkpoint of tests/golden in float32, or its first layers."""
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / CHECKPOINTS[family], dtype=torch.float32)
+    if layers is not None:
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[:layers]
+    return model
 
 
 class Compared:
@@ -93,3 +105,37 @@ def check_strategies(model, exported, policy: str) -> None:
                 for each in (exported, model)
             )
             assert got.tolist() == expected.tolist(), (strategy, sampling)
+
+
+def check_later_rows(model, exported, policy: str) -> None:
+    """Rows that join a decoder one after another get what they get alone."""
+    calls = [
+        (row, seed, {"remasking_strategy": strategy, "max_new_tokens": 5 + seed, "temperature": 0.7 * (seed % 2)})
+        for seed, (row, strategy) in enumerate(zip(ROWS + ROWS, STRATEGIES))
+    ]
+    calls = [(row, seed, {**options, "block_length": 4, "eos_token_id": [8, 9]}) for row, seed, options in calls]
+    decoder = Decoder.open(exported.make_backend(policy != "none"), 3, 48)
+    got = decode(exported, decoder, policy, calls, [False, True, True, False, True])
+    assert [text for text, _ in got] == [alone(model, policy, call)[0] for call in calls]
+
+
+def check_guidance_and_defaults(model, exported) -> None:
+    for options in ({}, {"cfg_scale": 1.5, "block_length": 4}):
+        options |= {"max_new_tokens": 8, "generator": generators([1])}
+        got = exported.diffusion_generate(torch.tensor([[5, 6, 7]]), **options)
+        options["generator"] = generators([1])
+        assert got.tolist() == model.diffusion_generate(torch.tensor([[5, 6, 7]]), **options).tolist()
+
+
+def other_folders(description: str, version: int) -> list[tuple[str, dict, str]]:
+    """Of a folder of SDAR: a file, a change to it, and the message with which the folder is refused then."""
+    return [
+        (description, {"format": 99}, f"the format 99, and this version reads {version}"),
+        (description, {"family": "llama"}, "`model_type='llama'` is none of the families"),
+        ("config.json", {"model_type": "Dream"}, "`model_type='Dream'`, but the program in it of 'sdar'"),
+    ]
+
+
+def change(path: Path, **changes) -> None:
+    """Change a file of JSON."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

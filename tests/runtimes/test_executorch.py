@@ -1,6 +1,5 @@
 """ExecuTorch: an exported file gives the logits and the tokens of the model that it comes from."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..builders import character_tokenizer, new_model
-from .comparing import CELLS, CHECKPOINTS, GOLDEN, check_strategies, check_windows
+from .comparing import CELLS, CHECKPOINTS, change, check_strategies, check_windows, golden, other_folders
 
 pytest.importorskip("executorch.exir", reason='needs ExecuTorch: pip install "dllm-hf[edge]"')
 
@@ -26,15 +24,6 @@ pytestmark = pytest.mark.slow  # exports
 EXAMPLE = (torch.zeros(3, 40, dtype=torch.long),)
 # Lowering a layer takes some 15 seconds: one of each checkpoint, and int8 alone, unless all three are asked for.
 LAYERS = int(os.environ.get("DLLM_HF_LAYERS", 1))
-
-
-def golden(family: str, layers: int):
-    """The first layers of a checkpoint of tests/golden."""
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / CHECKPOINTS[family], dtype=torch.float32)
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:layers]
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -243,16 +232,9 @@ def test_a_missing_file_is_refused(folder, name):
         DiffusionEdge.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "name, change, message",
-    [
-        (FORMAT.description, {"format": 99}, "the format 99, and this version reads 1"),
-        (FORMAT.description, {"family": "llama"}, "`model_type='llama'` is none of the families"),
-        ("config.json", {"model_type": "Dream"}, "`model_type='Dream'`, but the program in it of 'sdar'"),
-    ],
-)
-def test_a_file_of_another_version_or_family_is_refused(folder, name, change, message):
-    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+@pytest.mark.parametrize("name, changes, message", other_folders(FORMAT.description, 1))
+def test_a_file_of_another_version_or_family_is_refused(folder, name, changes, message):
+    change(folder / name, **changes)
     with pytest.raises(ValueError, match=message):
         DiffusionEdge.from_pretrained(folder)
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dllm_hf_cli import main
 
 from ..builders import MASK, character_tokenizer, new_model
-from .comparing import CHECKPOINTS, GOLDEN
+from .comparing import CHECKPOINTS, GOLDEN, golden
 
 gguf = pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
 
@@ -31,7 +31,7 @@ def exported(tmp_path_factory):
 
     @cache
     def pair(family: str, type: str) -> tuple:
-        model = AutoModelForCausalLM.from_pretrained(GOLDEN / CHECKPOINTS[family], dtype=torch.float32)
+        model = golden(family)
         return model, gguf.GGUFReader(export_gguf(model, root / f"{family}-{type}", type) / "model.gguf")
 
     return pair

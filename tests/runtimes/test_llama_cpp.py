@@ -1,7 +1,6 @@
 """llama.cpp: an exported model gives the logits and the tokens of the model that it comes from."""
 
 import ctypes
-import json
 import shutil
 from contextlib import contextmanager
 from functools import cache
@@ -12,19 +11,26 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from dllm_hf import LLM, STRATEGIES, SamplingParams
+from dllm_hf import LLM, SamplingParams
 
-from ..builders import character_tokenizer, generators, left_pad, new_model
-from ..generation.test_decoder import alone, decode
+from ..builders import character_tokenizer, left_pad, new_model
 from . import comparing
-from .comparing import CHECKPOINTS, GOLDEN, ROWS, check_strategies, check_windows
+from .comparing import (
+    CHECKPOINTS,
+    ROWS,
+    change,
+    check_guidance_and_defaults,
+    check_later_rows,
+    check_strategies,
+    check_windows,
+    golden,
+)
 
 REASON = 'needs llama.cpp, which has no wheel: pip install "dllm-hf[llama-cpp]"'
 llama = pytest.importorskip("llama_cpp", reason=REASON)
 gguf = pytest.importorskip("gguf", reason='the export needs it: pip install "dllm-hf[gguf]"')
 
 from dllm_hf.generation.cache import Copy  # noqa: E402
-from dllm_hf.generation.decoder import Decoder  # noqa: E402
 from dllm_hf.runtimes.exported import hash_of  # noqa: E402
 from dllm_hf.runtimes.gguf_export import export_gguf  # noqa: E402
 from dllm_hf.runtimes.gguf_tokenizer import SPLITS  # noqa: E402
@@ -42,7 +48,7 @@ def exported(tmp_path_factory):
 
     @cache
     def pair(family: str, type: str) -> tuple:
-        model = AutoModelForCausalLM.from_pretrained(GOLDEN / CHECKPOINTS[family], dtype=torch.float32)
+        model = golden(family)
         return model, export_gguf(model, root / f"{family}-{type}", type)
 
     return lambda family, type="f32": pair(family, type)
@@ -78,15 +84,7 @@ def test_tokens_of_every_strategy_are_those_of_the_model(both, family, policy):
 
 @pytest.mark.parametrize("family, policy", CELLS)
 def test_rows_that_join_a_decoder_later_get_what_they_get_alone(both, family, policy):
-    model, exported = both(family)
-    calls = [
-        (row, seed, {"remasking_strategy": strategy, "max_new_tokens": 5 + seed, "temperature": 0.7 * (seed % 2)})
-        for seed, (row, strategy) in enumerate(zip(ROWS + ROWS, STRATEGIES))
-    ]
-    calls = [(row, seed, {**options, "block_length": 4, "eos_token_id": [8, 9]}) for row, seed, options in calls]
-    decoder = Decoder.open(LlamaCppBackend(exported, policy != "none"), 3, 48)
-    got = decode(exported, decoder, policy, calls, [False, True, True, False, True])
-    assert [text for text, _ in got] == [alone(model, policy, call)[0] for call in calls]
+    check_later_rows(*both(family), policy)
 
 
 def test_rows_that_do_not_fit_into_one_call_get_what_they_get_alone(both, monkeypatch):
@@ -100,12 +98,7 @@ def test_rows_that_do_not_fit_into_one_call_get_what_they_get_alone(both, monkey
 
 def test_guidance_and_the_defaults_are_those_of_the_model(both):
     for family in CHECKPOINTS:
-        model, exported = both(family)
-        for options in ({}, {"cfg_scale": 1.5, "block_length": 4}):
-            options |= {"max_new_tokens": 8, "generator": generators([1])}
-            got = exported.diffusion_generate(torch.tensor([[5, 6, 7]]), **options)
-            options["generator"] = generators([1])
-            assert got.tolist() == model.diffusion_generate(torch.tensor([[5, 6, 7]]), **options).tolist()
+        check_guidance_and_defaults(*both(family))
 
 
 def test_the_engine_shares_beginnings_of_prompts(both):
@@ -244,9 +237,7 @@ def test_more_devices_than_there_are_are_refused(exported):
 
 def describe(folder: Path, **changes) -> None:
     """Change the description, with the hash of the file as it is now."""
-    path = folder / FORMAT.description
-    changes["sha256"] = {"model.gguf": hash_of(folder / "model.gguf")}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    change(folder / FORMAT.description, sha256={"model.gguf": hash_of(folder / "model.gguf")}, **changes)
 
 
 def test_a_truncated_file_is_refused(folder):

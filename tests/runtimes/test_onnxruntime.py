@@ -1,27 +1,34 @@
 """ONNX Runtime: an exported model gives the logits and the tokens of the model that it comes from."""
 
-import json
 import shutil
 import sys
 from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from dllm_hf import LLM, STRATEGIES, SamplingParams
+from dllm_hf import LLM, SamplingParams
 
-from ..builders import character_tokenizer, generators, new_model
-from ..generation.test_decoder import alone, decode
-from .comparing import CELLS, CHECKPOINTS, GOLDEN, ROWS, check_strategies, check_windows
+from ..builders import character_tokenizer, new_model
+from .comparing import (
+    CELLS,
+    CHECKPOINTS,
+    ROWS,
+    change,
+    check_guidance_and_defaults,
+    check_later_rows,
+    check_strategies,
+    check_windows,
+    golden,
+    other_folders,
+)
 
 pytest.importorskip("onnxruntime", reason='needs ONNX Runtime: pip install "dllm-hf[onnxruntime]"')
 pytest.importorskip("onnxscript", reason='the export needs it: pip install "dllm-hf[onnxruntime]"')
 
-from dllm_hf.generation.decoder import Decoder  # noqa: E402
 from dllm_hf.runtimes import onnx_export  # noqa: E402
 from dllm_hf.runtimes.onnx_export import export_onnx  # noqa: E402
-from dllm_hf.runtimes.onnx_runtime import FORMAT, OnnxBackend, OnnxModel  # noqa: E402
+from dllm_hf.runtimes.onnx_runtime import FORMAT, OnnxModel  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exports
 
@@ -33,7 +40,7 @@ def exported(tmp_path_factory):
 
     @cache
     def pair(family: str, quantization: str | None = None) -> tuple:
-        model = AutoModelForCausalLM.from_pretrained(GOLDEN / CHECKPOINTS[family], dtype=torch.float32)
+        model = golden(family)
         return model, export_onnx(model, root / f"{family}-{quantization}", quantization)
 
     return pair
@@ -69,25 +76,12 @@ def test_tokens_of_every_strategy_are_those_of_the_model(both, family, policy):
 
 @pytest.mark.parametrize("family, policy", CELLS)
 def test_rows_that_join_a_decoder_later_get_what_they_get_alone(both, family, policy):
-    model, exported = both(family)
-    calls = [
-        (row, seed, {"remasking_strategy": strategy, "max_new_tokens": 5 + seed, "temperature": 0.7 * (seed % 2)})
-        for seed, (row, strategy) in enumerate(zip(ROWS + ROWS, STRATEGIES))
-    ]
-    calls = [(row, seed, {**options, "block_length": 4, "eos_token_id": [8, 9]}) for row, seed, options in calls]
-    decoder = Decoder.open(OnnxBackend(exported, policy != "none"), 3, 48)
-    got = decode(exported, decoder, policy, calls, [False, True, True, False, True])
-    assert [text for text, _ in got] == [alone(model, policy, call)[0] for call in calls]
+    check_later_rows(*both(family), policy)
 
 
 def test_guidance_and_the_defaults_are_those_of_the_model(both):
     for family in CHECKPOINTS:
-        model, exported = both(family)
-        for options in ({}, {"cfg_scale": 1.5, "block_length": 4}):
-            options |= {"max_new_tokens": 8, "generator": generators([1])}
-            got = exported.diffusion_generate(torch.tensor([[5, 6, 7]]), **options)
-            options["generator"] = generators([1])
-            assert got.tolist() == model.diffusion_generate(torch.tensor([[5, 6, 7]]), **options).tolist()
+        check_guidance_and_defaults(*both(family))
 
 
 def test_a_conversation_goes_on_from_its_cache(both):
@@ -183,16 +177,9 @@ def test_a_missing_file_is_refused(folder, name):
         OnnxModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "name, change, message",
-    [
-        (FORMAT.description, {"format": 99}, "the format 99, and this version reads 2"),
-        (FORMAT.description, {"family": "llama"}, "`model_type='llama'` is none of the families"),
-        ("config.json", {"model_type": "Dream"}, "`model_type='Dream'`, but the program in it of 'sdar'"),
-    ],
-)
-def test_a_file_of_another_version_or_family_is_refused(folder, name, change, message):
-    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+@pytest.mark.parametrize("name, changes, message", other_folders(FORMAT.description, 2))
+def test_a_file_of_another_version_or_family_is_refused(folder, name, changes, message):
+    change(folder / name, **changes)
     with pytest.raises(ValueError, match=message):
         OnnxModel.from_pretrained(folder)
 
