@@ -1,20 +1,19 @@
 """`dllm-hf export-edge`."""
 
 import argparse
-import os
 
 import torch
 from transformers.utils import logging
 
 from dllm_hf.edge import export_model, load_hf_model
 from dllm_hf.hub import checkpoint
+from dllm_hf.runtimes.exporting import check_new
 
 from .output import show, tell
 
 
 def export_edge(arguments: argparse.Namespace) -> int:
-    if os.path.lexists(arguments.out) and not arguments.out.endswith(".pte"):
-        raise ValueError(f"{arguments.out} is there already: give a folder that does not exist.")
+    check_new(arguments.out)
     for name in ("rows", "columns", "block_length"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1.")

@@ -6,12 +6,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from dllm_hf.hub import checkpoint
+from dllm_hf.runtimes.exporting import check_new
 from dllm_hf.runtimes.gguf_export import export_gguf as export_model
 
 from .output import show
 
 
 def export_gguf(arguments: argparse.Namespace) -> int:
+    check_new(arguments.out)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = checkpoint.fetch(arguments.model)

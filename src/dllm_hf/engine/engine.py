@@ -150,7 +150,7 @@ class Engine:
                     "`diffusion_generate`, or remove it from `model.generation_config`."
                 )
         columns = self._decoder.seats.columns_of(request)
-        limits = {"max_model_len": self._decoder.canvas.capacity + 1, "num_cache_tokens": self._cache_columns - 1}
+        limits = {"max_model_len": self.capacity + 1, "num_cache_tokens": self._cache_columns - 1}
         for name, limit in limits.items():
             if columns > limit:
                 raise TooLongError(

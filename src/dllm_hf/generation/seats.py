@@ -123,11 +123,10 @@ class Seats:
             self._extents.release(other := others.pop(0))
             if self._beginnings is not None:
                 self._beginnings.drop(other)
-        if self._extents.size_of(slot):
-            return
-        raise ValueError(
-            f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first."
-        )
+        if not self._extents.size_of(slot):
+            raise ValueError(
+                f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first."
+            )
 
     def _take_over(self, row: Row, source: int, shared: int) -> None:
         """`shared`: columns that the source holds or will hold."""

@@ -93,11 +93,13 @@ def canvas_attention(
         sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     _attend[(tiles, readers * kv_heads, splits)](
-        query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared, out, parts, sums, scale * LOG2E,
+        query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
+        out, parts, sums, scale * LOG2E,
         window, kv_heads, number, splits,
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
-        IS_LIST=runs is not None, IS_SHARED=shared is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        IS_LIST=runs is not None, IS_SHARED=shared is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
     if splits > 1:

@@ -33,6 +33,11 @@ def check_exportable(model: Any, target: Path, runtime: str, refused: dict[str, 
     rope = model.model.rotary_emb.rope_type
     if "dynamic" in rope or rope == "longrope":
         raise ValueError(f"`rope_type={rope!r}` cannot be exported: its angles depend on the longest text of a pass.")
+    check_new(target)
+
+
+def check_new(target: str | os.PathLike) -> None:
+    """Raises a `ValueError` if there is something at `target`. The commands call it before they load a model."""
     if os.path.lexists(target):
         raise ValueError(f"{target} is there already: give a folder that does not exist.")
 

@@ -16,10 +16,11 @@ from .. import __version__
 from ..engine import LLM, SamplingParams
 from ..generation import STRATEGIES
 from ..generation.inputs import DEFAULT_MAX_NEW_TOKENS
-from . import completions, infill
 from .api import Api, RequestLog
+from .completions import routes as completion_routes
 from .errors import ApiError, ErrorBody, add_handlers
 from .gate import Gate
+from .infill import routes as infill_routes
 from .metrics import WithAliases
 from .schema import DetokenizeRequest, TokenizeRequest
 from .settings import Settings
@@ -54,7 +55,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
     )
     app.state.api = api
     add_handlers(app)
-    for router in (completions.routes(api), infill.routes(api), _about(api), _tokens(api), _page()):
+    for router in (completion_routes(api), infill_routes(api), _about(api), _tokens(api), _page()):
         app.include_router(router)
     app.add_middleware(Gate, settings=settings)
     if settings.allowed_origins:
