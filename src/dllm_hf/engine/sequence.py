@@ -69,8 +69,8 @@ class Sequence:
         row, prompt = self.row, len(self.request.prompt)
         assert row is not None
         self.text[start : start + len(block)] = block[: row.shown - start]
-        while self.final < row.shown and self.text[self.final] != row.mask:
-            self.final += 1
+        is_open = row.mask in self.text[self.final : row.shown]
+        self.final = self.text.index(row.mask, self.final) if is_open else row.shown
         ends = as_token_list(self.request.options.eos_token_id)
         if any(token in ends for token in self.text[max(start, prompt) : start + len(block)]):
             self.is_over = True
