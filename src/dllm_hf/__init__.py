@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from .dream import DreamConfig, DreamModel, DreamTokenizer
 from .engine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from .families import FAMILIES
+from .fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, Fast_dLLM_QwenModel
 from .generation import (
     STRATEGIES,
     CanvasCache,
@@ -20,6 +21,7 @@ from .generation import (
 from .gla_dream import GLADreamBaseModel, GLADreamCache, GLADreamConfig, GLADreamModel, GLADreamTokenizer
 from .hub import add_saving_with_code
 from .llada import LLaDAConfig, LLaDAModelLM
+from .nemotron_diffusion import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
 for _config, _model, _causal_lm, _tokenizer in FAMILIES:
@@ -42,6 +44,9 @@ __all__ = [
     "DreamConfig",
     "DreamModel",
     "DreamTokenizer",
+    "Fast_dLLM_QwenConfig",
+    "Fast_dLLM_QwenForCausalLM",
+    "Fast_dLLM_QwenModel",
     "GLADreamBaseModel",
     "GLADreamCache",
     "GLADreamConfig",
@@ -49,6 +54,8 @@ __all__ = [
     "GLADreamTokenizer",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "NemotronLabsDiffusionConfig",
+    "NemotronLabsDiffusionModel",
     "RequestOutput",
     "SDARConfig",
     "SDARForCausalLM",

@@ -29,8 +29,8 @@ class Canvas:
         choices: `(slots, 4)`: score, rule (see [`remasking`]), `top_k` (0: all), prompt length.
         lists: by name and width, `(slots, width)` token ids of the options in `LISTS`. A shorter list is padded with its
             last token, an empty one with -1.
-        report: `(slots, 2)`, after the last step: whether a mask is left in the shown part of the row's block, and whether
-            the block holds an end of sequence.
+        report: `(slots, 3)`, after the last step: whether a mask is left in the shown part of the columns that the row decodes,
+            whether they hold an end of sequence, and whether the first of them is masked.
         counts: `(slots, 2)`, forward passes that gave the row a token, and tokens that it received.
         saw_nan: whether logits were NaN at a position that could be transferred.
     """
@@ -42,7 +42,7 @@ class Canvas:
         self.is_prompt = zeros(slots, capacity + 1, dtype=torch.bool)
         self.numbers, self.choices = zeros(slots, len(NUMBERS), dtype=torch.float32), zeros(slots, 4)
         self.lists: dict[tuple[str, int], torch.Tensor] = {}
-        self.report, self.counts = zeros(2, slots, 2)
+        self.report, self.counts = zeros(slots, 3), zeros(slots, 2)
         self.saw_nan = zeros((), dtype=torch.bool)
 
     def load(self, rows: list[Row]) -> None:

@@ -42,6 +42,11 @@ class DenoisingModel(nn.Module):
         sees_earlier_blocks: whether a token sees its own and earlier blocks alone; otherwise it sees the whole canvas.
         makes_masks: whether attention takes a mask that the loop makes; otherwise the model derives it from the blocks.
         has_fixed_block_length: whether the model decodes in blocks of `default_block_length` alone.
+        seeds_blocks: whether a block's first token, the seed, is decided by a pass over the clean text before the block alone,
+            whose last logits are the seed's whatever `logits_shift` is. With it, the policy is `block` or `none`.
+        causal_context: whether the columns before the block see none behind themselves. With it, the policy is as above.
+        default_small_block_size: positions of a block that are decoded together, from left to right, where they divide the
+            block and the call says nothing; None for models that have no sub-blocks.
         capacity_step: the fast path allocates a multiple of this number of columns, see [`pool.capacity_for`]. The steps of
             a conversation that outgrows its columns are captured anew.
     """
@@ -58,6 +63,9 @@ class DenoisingModel(nn.Module):
     sees_earlier_blocks: bool = False
     makes_masks: bool = True
     has_fixed_block_length: bool = False
+    seeds_blocks: bool = False
+    causal_context: bool = False
+    default_small_block_size: int | None = None
     capacity_step: int = 256
 
     @property
@@ -71,3 +79,13 @@ class DenoisingModel(nn.Module):
     def step_forward(self) -> StepForward | None:
         """A new one for the model as it is now; None where there is none."""
         return None
+
+
+def models_with_sub_blocks() -> list[str]:
+    """The names of the classes that have been imported and have sub-blocks."""
+    found, classes = [], [DenoisingModel]
+    for each in classes:
+        classes += each.__subclasses__()
+        if each.default_small_block_size is not None:
+            found.append(each.__name__)
+    return found

@@ -26,7 +26,7 @@ from .backend import ModelBackend
 from .cache import CanvasCache, identity_of
 from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
-from .contract import DenoisingModel
+from .contract import DenoisingModel, models_with_sub_blocks
 from .decoder import Decoder
 from .evaluation_mode import evaluating
 from .graphs import are_possible
@@ -304,13 +304,34 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                 f"`block_length={config.block_length}` is not the model's `block_size={self.default_block_length}`, in "
                 "which its state moves on: leave `block_length` out."
             )
+        self._prepare_sub_blocks(config)
         config.cache_policy = config.cache_policy or self.cache_policies[0]
         if config.cache_policy not in self.cache_policies:
             raise ValueError(
                 f"`cache_policy={config.cache_policy!r}` is not possible with {type(self).__name__}: "
                 f"choose one of {', '.join(self.cache_policies)}."
             )
+        if config.use_block_cache and config.cache_policy != "block":
+            raise ValueError("`use_block_cache=True` needs the keys of the block: choose `cache_policy='block'`.")
         return config
+
+    def _prepare_sub_blocks(self, config: DiffusionGenerationConfig) -> None:
+        """Fill in the model's `small_block_size`, and check what is given."""
+        size, default, length = config.small_block_size, self.default_small_block_size, config.block_length
+        if default is None:
+            if size is not None or config.use_block_cache:
+                name = "use_block_cache" if size is None else "small_block_size"
+                known = ", ".join(models_with_sub_blocks()) or "none that has been imported"
+                raise ValueError(
+                    f"`{name}={getattr(config, name)}` is for models that decode a block in sub-blocks ({known}), and "
+                    f"{type(self).__name__} has none: leave it out."
+                )
+        elif size is None:
+            config.small_block_size = length if length % default else default
+        elif length % size:
+            raise ValueError(
+                f"`small_block_size={size}` does not divide `block_length={length}`: choose one that does, or leave it out."
+            )
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any

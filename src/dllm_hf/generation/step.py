@@ -115,13 +115,14 @@ def denoise(
     canvas.tokens.index_put_((slots, window.block), now)
     transferred = transfer.sum(-1, keepdim=True)
     canvas.counts.index_add_(0, window.slots, torch.cat([(transferred > 0).long(), transferred], dim=-1))
-    left = ((now == features.mask_token_id) & window.shown).any(-1)
+    is_mask = now == features.mask_token_id
+    left = (is_mask & window.shown).any(-1)
     ended = torch.zeros_like(left)
     if features.widths[0]:
         ends = canvas.lists["eos_token_id", features.widths[0]][window.slots]
         new = (window.block >= canvas.choices[window.slots, 3:]) & (window.block < canvas.capacity)
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
-    canvas.report.index_copy_(0, window.slots, torch.stack([left, ended], dim=-1).long())
+    canvas.report.index_copy_(0, window.slots, torch.stack([left, ended, is_mask[:, 0]], dim=-1).long())
 
 
 def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool):
