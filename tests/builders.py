@@ -20,10 +20,14 @@ from dllm_hf import (
     DiffusionGenerationMixin,
     DreamConfig,
     DreamModel,
+    Fast_dLLM_QwenConfig,
+    Fast_dLLM_QwenForCausalLM,
     GLADreamConfig,
     GLADreamModel,
     LLaDAConfig,
     LLaDAModelLM,
+    NemotronLabsDiffusionConfig,
+    NemotronLabsDiffusionModel,
     SDARConfig,
     SDARForCausalLM,
     SDARMoeConfig,
@@ -73,12 +77,26 @@ def gla_dream_config(**changes) -> GLADreamConfig:
     return GLADreamConfig(**{**sizes, **SPECIAL, **changes})
 
 
+def nemotron_diffusion_config(**changes) -> NemotronLabsDiffusionConfig:
+    # Queries are scaled from position 16 on.
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 16}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}
+    return NemotronLabsDiffusionConfig(**{**sdar_sizes(), "rope_parameters": rope, **changes})
+
+
+def fast_dllm_v2_config(**changes) -> Fast_dLLM_QwenConfig:
+    sizes = {**sdar_sizes(), "bd_size": 4}
+    return Fast_dLLM_QwenConfig(**{name: sizes[name] for name in sizes if name not in ("head_dim", "block_size")}, **changes)
+
+
 BUILDERS = {
     "llada": lambda **changes: LLaDAModelLM(llada_config(**changes)),
     "dream": lambda **changes: DreamModel(dream_config(**changes)),
     "sdar": lambda **changes: SDARForCausalLM(sdar_config(**changes)),
     "sdar_moe": lambda **changes: SDARMoeForCausalLM(sdar_moe_config(**changes)),
     "gla_dream": lambda **changes: GLADreamModel(gla_dream_config(**changes)),
+    "nemotron_diffusion": lambda **changes: NemotronLabsDiffusionModel(nemotron_diffusion_config(**changes)),
+    "fast_dllm_v2": lambda **changes: Fast_dLLM_QwenForCausalLM(fast_dllm_v2_config(**changes)),
 }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer, get_llama_4_attn_scale
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
@@ -26,7 +27,7 @@ from .joint_products import JointProducts
 
 # Tokens in one call of a feed-forward network: limits the intermediate activation, 3 to 5 times the hidden size.
 MLP_CHUNK = 8192
-LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer, Ministral3DecoderLayer)
 
 
 def can_be_captured(model: nn.Module) -> bool:
@@ -130,9 +131,10 @@ class FusedStack:
         [`FusedStack.attend`]."""
         total = self.embed(tokens)
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
+        angles = (cos, sin, self.query_scales(columns, cache))
         normed, total = self._add_norm(total, None, self.layers[0].input_layernorm)
         for index, layer in enumerate(self.layers):
-            attended = self.attend(index, normed, cos, sin, sees, cache)
+            attended = self.attend(index, normed, angles, sees, cache)
             if keep is not None and index + 1 == len(self.layers):
                 # Last layer: only the kept positions need more than keys and values.
                 attended, total = (x.take_along_dim(keep[..., None], dim=1) for x in (attended, total))
@@ -143,10 +145,20 @@ class FusedStack:
             normed, total = self._add_norm(self._feed_forward(index, normed), total, norm)
         return normed
 
-    def attend(self, index: int, normed, cos, sin, sees, cache: Any) -> torch.Tensor:
+    def query_scales(self, columns: torch.Tensor, cache: Any) -> torch.Tensor | None:
+        """`(rows, window, 1, 1)`, what the rotated queries of Ministral 3 are multiplied with; None where that is 1 in every
+        column of the cache."""
+        rope = self.config.rope_parameters or {}
+        beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+        if not beta or cache.longest_extent <= length + 1:  # + 1: the scratch column
+            return None
+        return get_llama_4_attn_scale(columns, beta, length).transpose(1, 2).to(self.dtype)
+
+    def attend(self, index: int, normed, angles, sees, cache: Any) -> torch.Tensor:
         """Attention of a layer without `o_proj`: `(rows, window, hidden)` -> `(rows, window, heads * head_dim)`.
 
         Args:
+            angles: cosines and sines of the positions, `(rows, window, head_dim)`, and [`FusedStack.query_scales`].
             sees: where the canvas of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
                 each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs,
                 the longest of them, and the columns that they share, see [`canvas_attention`].
@@ -156,8 +168,9 @@ class FusedStack:
         norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-        (base, lengths, columns, *runs), (keys, values) = sees, slot.arenas()
-        query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
+        (base, lengths, columns, *runs), (keys, values), (*rotation, scales) = sees, slot.arenas(), angles
+        query = self.rotate(query, key, value, *rotation, columns, keys, values, *norms)
+        query = query if scales is None else query * scales
         width, scale = cache.longest_extent, attention.scaling
         return self.attend_to(query, keys, values, lengths, base, width, scale, *runs).flatten(2)
 
