@@ -206,21 +206,23 @@ class Decoder:
     def _must_check(self, row: Row) -> bool:
         """Whether the host must read from the device if a row's block is filled, or if it holds an end of sequence."""
         if self.caller_ends_rows:
-            return row.strategy.is_adaptive and row.needs_check(False)
+            return row.is_adaptive and row.needs_check(False)
         is_last = row.step + 1 >= len(row.quotas)
         return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
 
     def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool]]:
-        """By slot: whether a mask is left in the shown part of the row's block, and whether the block holds an end."""
+        """By slot: whether the row's block goes on, and whether it holds an end."""
+        report = self.canvas.report.tolist()
         if not self.is_hooked:
-            report = self.canvas.report.tolist()
             return {row.slot: (bool(report[row.slot][0]), bool(report[row.slot][1])) for row in rows}
         found = {}
         for row in rows:
             (start, end), ends = row.span, list_of(row, LISTS[0])
             tokens = self.canvas.tokens[row.slot, :end].tolist()
             new = tokens[max(start, len(row.request.prompt)) :]
-            found[row.slot] = (row.mask in tokens[start : row.shown], any(token in ends for token in new))
+            is_left = row.mask in tokens[start : None if row.edits else row.shown]
+            goes_on = is_left or (row.edits and bool(report[row.slot][0]))
+            found[row.slot] = (goes_on, any(token in ends for token in new))
         return found
 
     def _groups(self, frames: dict[Row, Frame]) -> list[dict[Row, Frame]]:

@@ -28,6 +28,7 @@ from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .contract import DenoisingModel
 from .decoder import Decoder
+from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
@@ -298,6 +299,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                     raise ValueError(f"`{switch}=True` needs an `eos_token_id`, and neither call nor config has one.")
                 setattr(config, option, [*as_token_list(getattr(config, option)), *tokens])
         config.remasking_strategy = config.remasking_strategy or self.default_remasking_strategy
+        check_editing(self, config)
         config.block_length = config.block_length or self.default_block_length
         if self.has_fixed_block_length and config.block_length != self.default_block_length:
             raise ValueError(

@@ -66,23 +66,34 @@ class Row:
 
     Args:
         slot: the row's index in the buffers.
-        block_grid, sees_earlier_blocks, logits_shift: as in [`backend.Backend`].
+        block_grid, sees_earlier_blocks, logits_shift, quota_source: as in [`backend.Backend`].
 
     Attributes:
         text: the canvas before the first step.
         shown, length: the number of columns that the output shows, and of all.
+        edits: whether tokens of a block may be replaced until it is done.
         causal_grid: the block length where blocks see earlier ones alone, 0 where a token sees the whole row.
         final_length: the column up to which the cache holds final keys and values (policy `block`).
         passes: forward passes that the row took part in.
         is_done: whether no block is left to decode. has_ended: whether the row was ended before its last block.
     """
 
-    def __init__(self, request: Request, slot: int, block_grid: str, sees_earlier_blocks: bool, logits_shift: int):
+    def __init__(
+        self,
+        request: Request,
+        slot: int,
+        block_grid: str,
+        sees_earlier_blocks: bool,
+        logits_shift: int,
+        quota_source: str = "masks",
+    ):
         options = request.options
         self.request, self.slot, self.block_grid, self.logits_shift = request, slot, block_grid, logits_shift
         self.block_length, self.mask = options.block_length, options.mask_token_id
         self.strategy: Strategy = STRATEGIES[options.remasking_strategy]
         self.first_feeds, self.others_feed = POLICIES[options.cache_policy]
+        self.quota_source = quota_source
+        self.edits = options.editing_threshold is not None and options.editing_threshold < 1  # no probability exceeds 1
         size = self.block_length or 1
         self.causal_grid = (self.block_length or 0) if sees_earlier_blocks else 0
         # A piece of a prompt must not end inside a block, whose tokens see each other.
@@ -101,6 +112,9 @@ class Row:
         if self.request.options.steps is not None:  # spread over the blocks, the remainder on the first
             each, rest = divmod(self.request.options.steps, max(len(cells), 1))
             steps = [max(each + (index < rest), 1) for index in range(len(cells))]
+        if self.quota_source == "block":
+            to_fill = text[: self.shown].count(self.mask)
+            steps = [None if number is None else min(number, to_fill) for number in steps]
         self.blocks = list(zip(cells, masks, steps, strict=True))
         self.block_index, self.is_open, self.is_done = 0, False, not cells
 
@@ -139,7 +153,10 @@ class Row:
         if masked is not None:  # a block whose shown part has no mask is not decoded
             masks = int(masked.sum()) if masked[: self.shown - start].any() else 0
         if self.strategy.selection != "bernoulli":
-            self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps)
+            whole = (self.block_length or masks) if self.quota_source == "block" else masks
+            self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole)
+            if self.edits and masks:  # as many steps as there may be at most
+                self.quotas += [1] * self.request.options.max_post_steps
             return None
         # Without a number of steps: as many as there are masks, so that one token a step is expected.
         plan = bernoulli_plan(uniform(end - start), steps or masks or 1, self.request.options.eps)
@@ -150,6 +167,11 @@ class Row:
         planned = list(compress(plan.tolist(), is_mask))
         self.quotas = [planned.count(step) for step in range(max(planned, default=-1) + 1)]
         return plan
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether it depends on the logits how many steps a block takes."""
+        return self.strategy.is_adaptive or self.edits
 
     @property
     def wants_pass(self) -> bool:
@@ -186,7 +208,7 @@ class Row:
         self.taken += 1
 
     def note_step(self, is_filled: bool | None) -> bool:
-        """Go on to the next step, or block. `is_filled`: whether the block is known to have no mask left.
+        """Go on to the next step, or block. `is_filled`: whether the block is known to be done.
 
         Returns:
             Whether the block is finished.
@@ -203,7 +225,7 @@ class Row:
         transfers."""
         # A block of which the output shows a part is done as soon as that part is filled.
         is_cut = self.span[1] > self.shown
-        if not (self.strategy.is_adaptive or is_hooked or is_cut):
+        if not (self.is_adaptive or is_hooked or is_cut):
             return False
         if not self.taken:  # the block has had no pass yet that could have filled it
             return is_hooked
