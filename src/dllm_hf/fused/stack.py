@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -26,7 +27,7 @@ from .joint_products import JointProducts
 
 # Tokens in one call of a feed-forward network: limits the intermediate activation, 3 to 5 times the hidden size.
 MLP_CHUNK = 8192
-LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer, Glm4MoeDecoderLayer)
 
 
 def can_be_captured(model: nn.Module) -> bool:
@@ -91,9 +92,8 @@ class FusedStack:
         config = model.config
         if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(stack):
             return None
-        rope = config.rope_parameters or {}
-        if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
-            return None  # they read the positions on the host, or rotate a part of a head
+        if (config.rope_parameters or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+            return None  # they read the positions on the host
         for layer in stack.layers:
             attention = layer.self_attn
             projections = (getattr(attention, f"{name}_proj") for name in "qkvo")
