@@ -22,7 +22,7 @@ class Backend(Protocol):
         device: of tokens and windows.
         takes_lists: whether its windows are lists of tokens, see [`Window`], or rectangles.
         vocab_size: of the logits.
-        logits_shift, block_grid, sees_earlier_blocks, confidence_source, quota_source: see [`contract.DenoisingModel`].
+        logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`contract.DenoisingModel`].
     """
 
     device: torch.device
@@ -32,7 +32,6 @@ class Backend(Protocol):
     block_grid: str
     sees_earlier_blocks: bool
     confidence_source: str
-    quota_source: str
 
     def open(self, slots: int, width: int) -> Any:
         """An empty state, a cache or None, for `slots` rows of `width` columns. Raises a `ValueError` if it cannot be."""
@@ -80,7 +79,6 @@ class ModelBackend:
         self.device, self.vocab_size = model.device, model.config.vocab_size
         self.logits_shift, self.block_grid = model.logits_shift, model.block_grid
         self.sees_earlier_blocks, self.confidence_source = model.sees_earlier_blocks, model.confidence_source
-        self.quota_source = model.quota_source
         self.takes_lists = fused is not None and fused.takes_lists
         self.guidance_copies = 2 if cfg_scale else 1
 

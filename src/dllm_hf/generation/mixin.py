@@ -143,7 +143,10 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         lengths = [length for length in lengths for _ in range(config.num_return_sequences)]
         prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
-        requests = [Request(prompt, new_tokens, config, one) for prompt, one in zip(prompts, generators, strict=True)]
+        requests = [
+            Request(prompt, new_tokens, config, one, self.quota_source)
+            for prompt, one in zip(prompts, generators, strict=True)
+        ]
         texts = [request.canvas(self.block_grid) for request in requests]
         # A grid at 0 decodes whole blocks, which may take a few positions more.
         check_fits(
@@ -251,7 +254,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         config = self._prepare_diffusion_config(None, options)
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         check_fits(self.config, len(prompt) + new_tokens, new_tokens)
-        request = Request(list(prompt), new_tokens, config, generator)
+        request = Request(list(prompt), new_tokens, config, generator, self.quota_source)
         check_inputs(torch.from_numpy(request.ids)[None], None, self.config.vocab_size)
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request

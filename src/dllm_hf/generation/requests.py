@@ -35,12 +35,14 @@ class Request:
     options: with special tokens, `remasking_strategy` and `cache_policy` set; a `block_length` of None puts all masks into
         one block.
     generator: draws for this row; None is PyTorch's own. Rows that share one share their draws.
+    quota_source: see [`contract.DenoisingModel`].
     """
 
     prompt: list[int]
     max_new_tokens: int
     options: DiffusionGenerationConfig
     generator: torch.Generator | None = None
+    quota_source: str = "masks"
 
     @cached_property
     def ids(self) -> numpy.ndarray:
@@ -66,7 +68,7 @@ class Row:
 
     Args:
         slot: the row's index in the buffers.
-        block_grid, sees_earlier_blocks, logits_shift, quota_source: as in [`backend.Backend`].
+        block_grid, sees_earlier_blocks, logits_shift: as in [`backend.Backend`].
 
     Attributes:
         text: the canvas before the first step.
@@ -78,21 +80,12 @@ class Row:
         is_done: whether no block is left to decode. has_ended: whether the row was ended before its last block.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        slot: int,
-        block_grid: str,
-        sees_earlier_blocks: bool,
-        logits_shift: int,
-        quota_source: str = "masks",
-    ):
+    def __init__(self, request: Request, slot: int, block_grid: str, sees_earlier_blocks: bool, logits_shift: int):
         options = request.options
         self.request, self.slot, self.block_grid, self.logits_shift = request, slot, block_grid, logits_shift
         self.block_length, self.mask = options.block_length, options.mask_token_id
         self.strategy: Strategy = STRATEGIES[options.remasking_strategy]
         self.first_feeds, self.others_feed = POLICIES[options.cache_policy]
-        self.quota_source = quota_source
         self.edits = options.editing_threshold is not None and options.editing_threshold < 1  # no probability exceeds 1
         size = self.block_length or 1
         self.causal_grid = (self.block_length or 0) if sees_earlier_blocks else 0
@@ -112,7 +105,7 @@ class Row:
         if self.request.options.steps is not None:  # spread over the blocks, the remainder on the first
             each, rest = divmod(self.request.options.steps, max(len(cells), 1))
             steps = [max(each + (index < rest), 1) for index in range(len(cells))]
-        if self.quota_source == "block":
+        if self.request.quota_source == "block":
             to_fill = text[: self.shown].count(self.mask)
             steps = [None if number is None else min(number, to_fill) for number in steps]
         self.blocks = list(zip(cells, masks, steps, strict=True))
@@ -153,7 +146,7 @@ class Row:
         if masked is not None:  # a block whose shown part has no mask is not decoded
             masks = int(masked.sum()) if masked[: self.shown - start].any() else 0
         if self.strategy.selection != "bernoulli":
-            whole = (self.block_length or masks) if self.quota_source == "block" else masks
+            whole = (self.block_length or masks) if self.request.quota_source == "block" else masks
             self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole)
             if self.edits and masks:  # as many steps as there may be at most
                 self.quotas += [1] * self.request.options.max_post_steps

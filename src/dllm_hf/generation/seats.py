@@ -62,8 +62,7 @@ class Seats:
             (slot for slot in holders if self.rows[slot] is None and self._can_hold(slot, columns, shared)), None
         )
         slot = next((slot for slot in self.free if slot not in holders), self.free[0]) if own is None else own
-        contract = (backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift, backend.quota_source)
-        row = Row(request, slot, *contract)
+        row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
         row.final_length = final_length
         try:
             source = own if own is not None else self._source([each for each in holders if each != slot])
