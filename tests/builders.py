@@ -24,8 +24,12 @@ from dllm_hf import (
     Fast_dLLM_QwenForCausalLM,
     GLADreamConfig,
     GLADreamModel,
+    LLaDA2MoeConfig,
+    LLaDA2MoeModelLM,
     LLaDAConfig,
     LLaDAModelLM,
+    LLaDAMoEConfig,
+    LLaDAMoEModelLM,
     NemotronLabsDiffusionConfig,
     NemotronLabsDiffusionModel,
     SDARConfig,
@@ -70,6 +74,18 @@ def sdar_moe_config(**changes) -> SDARMoeConfig:
     return SDARMoeConfig(**{**sdar_sizes(), **experts, **changes})
 
 
+def llada2_config(**changes) -> LLaDA2MoeConfig:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2}
+    return LLaDA2MoeConfig(**{**sdar_sizes(), **experts, **changes})
+
+
+def llada_moe_config(**changes) -> LLaDAMoEConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "dense_intermediate_size": 48, "expert_intermediate_size": 24}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": POSITIONS}
+    return LLaDAMoEConfig(**{**sizes, "initializer_range": 0.3, **SPECIAL, **changes})
+
+
 def gla_dream_config(**changes) -> GLADreamConfig:
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": POSITIONS}
@@ -86,7 +102,9 @@ def nemotron_diffusion_config(**changes) -> NemotronLabsDiffusionConfig:
 
 def fast_dllm_v2_config(**changes) -> Fast_dLLM_QwenConfig:
     sizes = {**sdar_sizes(), "bd_size": 4}
-    return Fast_dLLM_QwenConfig(**{name: sizes[name] for name in sizes if name not in ("head_dim", "block_size")}, **changes)
+    return Fast_dLLM_QwenConfig(
+        **{name: sizes[name] for name in sizes if name not in ("head_dim", "block_size")}, **changes
+    )
 
 
 BUILDERS = {
@@ -94,6 +112,8 @@ BUILDERS = {
     "dream": lambda **changes: DreamModel(dream_config(**changes)),
     "sdar": lambda **changes: SDARForCausalLM(sdar_config(**changes)),
     "sdar_moe": lambda **changes: SDARMoeForCausalLM(sdar_moe_config(**changes)),
+    "llada2": lambda **changes: LLaDA2MoeModelLM(llada2_config(**changes)),
+    "llada_moe": lambda **changes: LLaDAMoEModelLM(llada_moe_config(**changes)),
     "gla_dream": lambda **changes: GLADreamModel(gla_dream_config(**changes)),
     "nemotron_diffusion": lambda **changes: NemotronLabsDiffusionModel(nemotron_diffusion_config(**changes)),
     "fast_dllm_v2": lambda **changes: Fast_dLLM_QwenForCausalLM(fast_dllm_v2_config(**changes)),

@@ -1,17 +1,22 @@
 """The families of models, one line each."""
 
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from .dream import DreamConfig, DreamModel, DreamTokenizer
 from .fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, Fast_dLLM_QwenModel
 from .gla_dream import GLADreamConfig, GLADreamModel, GLADreamTokenizer
 from .llada import LLaDAConfig, LLaDAModelLM
+from .llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
+from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .nemotron_diffusion import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
-# Configuration, class for `AutoModel` (as in the published repositories), class for `AutoModelForCausalLM`, tokenizer.
+# Configuration, class for `AutoModel` (as in the published repositories), class for `AutoModelForCausalLM`, tokenizer. Of
+# lines with one model type the first has the configuration from whose `from_dict` the others come.
 FAMILIES = (
     (LLaDAConfig, LLaDAModelLM, LLaDAModelLM, PreTrainedTokenizerFast),
+    (LLaDAMoEConfig, LLaDAMoEModelLM, LLaDAMoEModelLM, PreTrainedTokenizerFast),
+    (LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM, PreTrainedTokenizerFast),
     (DreamConfig, DreamModel, DreamModel, DreamTokenizer),
     (SDARConfig, SDARModel, SDARForCausalLM, Qwen2Tokenizer),
     (SDARMoeConfig, SDARMoeModel, SDARMoeForCausalLM, Qwen2Tokenizer),
@@ -26,10 +31,16 @@ FAMILIES = (
 )
 
 
-def family(model_type: str) -> tuple[type, type, type, type]:
-    """The line of a `model_type`. Raises a `ValueError` for an unknown one."""
-    for line in FAMILIES:
-        if line[0].model_type == model_type:
-            return line
-    known = ", ".join(line[0].model_type for line in FAMILIES)
+def lines_of(model_type: str) -> list[tuple[type, type, type, type]]:
+    """The lines of a `model_type`: as a rule one. Raises a `ValueError` for an unknown one."""
+    if lines := [line for line in FAMILIES if line[0].model_type == model_type]:
+        return lines
+    known = ", ".join(dict.fromkeys(line[0].model_type for line in FAMILIES))
     raise ValueError(f"`model_type={model_type!r}` is none of the families of dllm_hf ({known}).")
+
+
+def family(config: PreTrainedConfig) -> tuple[type, type, type, type]:
+    """The line of a configuration. Raises a `ValueError` for one of another family."""
+    lines = lines_of(config.model_type)
+    # By name: the class of a repository with its own code is another object.
+    return next((line for line in lines if line[0].__name__ == type(config).__name__), lines[0])

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from ..builders import BUILDERS, END, MASK, VOCAB, generate, generators, tiny_model
 
 # Families with the policy `block`, and ways in which one may differ from another.
-BLOCK_FAMILIES = ("sdar", "sdar_moe", "gla_dream")
+BLOCK_FAMILIES = ("sdar", "sdar_moe", "llada2", "gla_dream")
 BLOCK_MODELS = {
     "sdar": ("sdar", {}),
     "sdar_moe": ("sdar_moe", {}),
+    "llada2": ("llada2", {}),
     "gla_dream": ("gla_dream", {}),
     "gla_dream, boundary, shifted, convolved": (
         "gla_dream",

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer, get_llama_4_attn_scale
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -27,7 +28,8 @@ from .joint_products import JointProducts
 
 # Tokens in one call of a feed-forward network: limits the intermediate activation, 3 to 5 times the hidden size.
 MLP_CHUNK = 8192
-LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer, Ministral3DecoderLayer)
+LAYERS: tuple[type, ...] = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+LAYERS += (Glm4MoeDecoderLayer, Ministral3DecoderLayer)
 
 
 def can_be_captured(model: nn.Module) -> bool:
@@ -92,9 +94,8 @@ class FusedStack:
         config = model.config
         if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(stack):
             return None
-        rope = config.rope_parameters or {}
-        if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
-            return None  # they read the positions on the host, or rotate a part of a head
+        if (config.rope_parameters or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+            return None  # they read the positions on the host
         for layer in stack.layers:
             attention = layer.self_attn
             projections = (getattr(attention, f"{name}_proj") for name in "qkvo")
@@ -148,7 +149,7 @@ class FusedStack:
     def query_scales(self, columns: torch.Tensor, cache: Any) -> torch.Tensor | None:
         """`(rows, window, 1, 1)`, what the rotated queries of Ministral 3 are multiplied with; None where that is 1 in every
         column of the cache."""
-        rope = self.config.rope_parameters or {}
+        rope: Any = self.config.rope_parameters or {}
         beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
         if not beta or cache.longest_extent <= length + 1:  # + 1: the scratch column
             return None
@@ -168,8 +169,8 @@ class FusedStack:
         norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-        (base, lengths, columns, *runs), (keys, values), (*rotation, scales) = sees, slot.arenas(), angles
-        query = self.rotate(query, key, value, *rotation, columns, keys, values, *norms)
+        (base, lengths, columns, *runs), (keys, values), (cos, sin, scales) = sees, slot.arenas(), angles
+        query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
         query = query if scales is None else query * scales
         width, scale = cache.longest_extent, attention.scaling
         return self.attend_to(query, keys, values, lengths, base, width, scale, *runs).flatten(2)

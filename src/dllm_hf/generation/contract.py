@@ -40,6 +40,10 @@ class DenoisingModel(nn.Module):
         confidence_source: `"raw"` reads confidence from the logits as the model gave them, `"processed"` after
             temperature, top-k and top-p.
         sees_earlier_blocks: whether a token sees its own and earlier blocks alone; otherwise it sees the whole canvas.
+        quota_source: what `denoising_steps` divides into the quotas of a block's steps: `"masks"`, those of the block, or
+            `"block"`, its length, so that a block that begins with prompt has larger steps. Then there are no more steps than
+            tokens to fill.
+        supports_editing: whether a token may be replaced until its block is done (`editing_threshold`).
         makes_masks: whether attention takes a mask that the loop makes; otherwise the model derives it from the blocks.
         has_fixed_block_length: whether the model decodes in blocks of `default_block_length` alone.
         seeds_blocks: whether a block's first token, the seed, is decided by a pass over the clean text before the block alone,
@@ -61,6 +65,8 @@ class DenoisingModel(nn.Module):
     default_remasking_strategy: str = "low_confidence_static"
     confidence_source: str = "processed"
     sees_earlier_blocks: bool = False
+    quota_source: str = "masks"
+    supports_editing: bool = False
     makes_masks: bool = True
     has_fixed_block_length: bool = False
     seeds_blocks: bool = False
@@ -81,11 +87,12 @@ class DenoisingModel(nn.Module):
         return None
 
 
-def models_with_sub_blocks() -> list[str]:
-    """The names of the classes that have been imported and have sub-blocks."""
-    found, classes = [], [DenoisingModel]
-    for each in classes:
+def models_with(attribute: str) -> str:
+    """The names of the model classes, as far as they are imported, for which an attribute of the contract is true."""
+    classes, found = [DenoisingModel], set[str]()
+    while classes:
+        each = classes.pop()
         classes += each.__subclasses__()
-        if each.default_small_block_size is not None:
-            found.append(each.__name__)
-    return found
+        if getattr(each, attribute):
+            found.add(each.__name__)
+    return ", ".join(sorted(found)) or "none of those that are loaded"

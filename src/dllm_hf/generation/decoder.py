@@ -209,22 +209,23 @@ class Decoder:
         if row.needs_first:
             return True
         if self.caller_ends_rows:
-            return row.strategy.is_adaptive and row.needs_check(False)
+            return row.is_adaptive and row.needs_check(False)
         is_last = row.step + 1 >= len(row.quotas)
         return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
 
     def _report(self, rows: list[Row]) -> dict[int, tuple[bool, ...]]:
         """By slot what [`Canvas`] calls a report."""
+        report = self.canvas.report.tolist()
         if not self.is_hooked:
-            report = self.canvas.report.tolist()
             return {row.slot: tuple(map(bool, report[row.slot])) for row in rows}
-        found = {}
+        found: dict[int, tuple[bool, ...]] = {}
         for row in rows:
             (start, end), ends = row.span, list_of(row, LISTS[0])
             tokens = self.canvas.tokens[row.slot, :end].tolist()
             new = tokens[max(start, len(row.request.prompt)) :]
-            has_end = any(token in ends for token in new)
-            found[row.slot] = (row.mask in tokens[start : row.shown], has_end, tokens[start] == row.mask)
+            is_left = row.mask in tokens[start : None if row.edits else row.shown]
+            goes_on = is_left or (row.edits and bool(report[row.slot][0]))
+            found[row.slot] = (goes_on, any(token in ends for token in new), tokens[start] == row.mask)
         return found
 
     def _groups(self, frames: dict[Row, Frame]) -> list[dict[Row, Frame]]:

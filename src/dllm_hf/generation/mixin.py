@@ -26,8 +26,9 @@ from .backend import ModelBackend
 from .cache import CanvasCache, identity_of
 from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
-from .contract import DenoisingModel, models_with_sub_blocks
+from .contract import DenoisingModel, models_with
 from .decoder import Decoder
+from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
@@ -142,7 +143,10 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         lengths = [length for length in lengths for _ in range(config.num_return_sequences)]
         prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
-        requests = [Request(prompt, new_tokens, config, one) for prompt, one in zip(prompts, generators, strict=True)]
+        requests = [
+            Request(prompt, new_tokens, config, one, self.quota_source)
+            for prompt, one in zip(prompts, generators, strict=True)
+        ]
         texts = [request.canvas(self.block_grid) for request in requests]
         # A grid at 0 decodes whole blocks, which may take a few positions more.
         check_fits(
@@ -250,7 +254,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         config = self._prepare_diffusion_config(None, options)
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         check_fits(self.config, len(prompt) + new_tokens, new_tokens)
-        request = Request(list(prompt), new_tokens, config, generator)
+        request = Request(list(prompt), new_tokens, config, generator, self.quota_source)
         check_inputs(torch.from_numpy(request.ids)[None], None, self.config.vocab_size)
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
@@ -298,6 +302,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                     raise ValueError(f"`{switch}=True` needs an `eos_token_id`, and neither call nor config has one.")
                 setattr(config, option, [*as_token_list(getattr(config, option)), *tokens])
         config.remasking_strategy = config.remasking_strategy or self.default_remasking_strategy
+        check_editing(self, config)
         config.block_length = config.block_length or self.default_block_length
         if self.has_fixed_block_length and config.block_length != self.default_block_length:
             raise ValueError(
@@ -321,10 +326,9 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         if default is None:
             if size is not None or config.use_block_cache:
                 name = "use_block_cache" if size is None else "small_block_size"
-                known = ", ".join(models_with_sub_blocks()) or "none that has been imported"
                 raise ValueError(
-                    f"`{name}={getattr(config, name)}` is for models that decode a block in sub-blocks ({known}), and "
-                    f"{type(self).__name__} has none: leave it out."
+                    f"`{name}={getattr(config, name)}` is for models that decode a block in sub-blocks "
+                    f"({models_with('default_small_block_size')}), and {type(self).__name__} has none: leave it out."
                 )
         elif size is None:
             config.small_block_size = length if length % default else default

@@ -36,12 +36,14 @@ class Request:
     options: with special tokens, `remasking_strategy` and `cache_policy` set; a `block_length` of None puts all masks into
         one block.
     generator: draws for this row; None is PyTorch's own. Rows that share one share their draws.
+    quota_source: see [`contract.DenoisingModel`].
     """
 
     prompt: list[int]
     max_new_tokens: int
     options: DiffusionGenerationConfig
     generator: torch.Generator | None = None
+    quota_source: str = "masks"
 
     @cached_property
     def ids(self) -> numpy.ndarray:
@@ -92,6 +94,7 @@ class Row:
         text: the canvas before the first step.
         blocks: what is decoded, one after the other, each a [`Part`].
         shown, length: the number of columns that the output shows, and of all.
+        edits: whether tokens of a block may be replaced until it is done.
         causal_grid: the block length where blocks see earlier ones alone, 0 where a token sees the whole row.
         final_length: the column up to which the cache holds final keys and values (policy `block`).
         whole_cell: the block of which a pass has fed all columns last.
@@ -116,6 +119,7 @@ class Row:
         self.block_length, self.mask = options.block_length, options.mask_token_id
         self.strategy: Strategy = STRATEGIES[options.remasking_strategy]
         self.first_feeds, self.others_feed = POLICIES[options.cache_policy]
+        self.edits = options.editing_threshold is not None and options.editing_threshold < 1  # no probability exceeds 1
         size = self.block_length or 1
         self.causal_grid = (self.block_length or 0) if sees_earlier_blocks else 0
         # A piece of a prompt must not end inside a block, whose tokens see each other.
@@ -132,6 +136,9 @@ class Row:
         steps: list[int | None] = [self.request.options.denoising_steps] * len(cells)
         if self.request.options.steps is not None:
             steps = spread(self.request.options.steps, len(cells))
+        if self.request.quota_source == "block":
+            to_fill = text[: self.shown].count(self.mask)
+            steps = [None if number is None else min(number, to_fill) for number in steps]
         self.blocks = [part for cell, number in zip(cells, steps) for part in self._parts(text, cell, number)]
         self.block_index, self.is_open, self.is_done = 0, False, not self.blocks
         self.whole_cell: tuple[int, int] | None = None
@@ -200,7 +207,10 @@ class Row:
         if masked is not None:  # a block whose shown part has no mask is not decoded
             masks = int(masked.sum()) if masked[: self.shown - start].any() else 0
         if self.strategy.selection != "bernoulli":
-            self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps)
+            whole = (self.block_length or masks) if self.request.quota_source == "block" else masks
+            self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole)
+            if self.edits and masks:  # as many steps as there may be at most
+                self.quotas += [1] * self.request.options.max_post_steps
             return None
         # Without a number of steps: as many as there are masks, so that one token a step is expected.
         plan = bernoulli_plan(uniform(end - start), steps or masks or 1, self.request.options.eps)
@@ -211,6 +221,11 @@ class Row:
         planned = list(compress(plan.tolist(), is_mask))
         self.quotas = [planned.count(step) for step in range(max(planned, default=-1) + 1)]
         return plan
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether it depends on the logits how many steps a block takes."""
+        return self.strategy.is_adaptive or self.edits
 
     @property
     def wants_pass(self) -> bool:
@@ -265,8 +280,8 @@ class Row:
         """Go on to the next step, or block.
 
         Args:
-            is_filled: whether the block is known to have no mask left.
-            first_is_masked: whether the first of the columns that are decoded is known to be masked no longer, or may be.
+            is_filled: whether the block is known to be done.
+            first_is_masked: whether the first of the columns that are decoded is known to be masked.
 
         Returns:
             Whether the block is finished.
@@ -284,7 +299,7 @@ class Row:
         transfers."""
         # A block of which the output shows a part is done as soon as that part is filled.
         is_cut = self.span[1] > self.shown
-        if not (self.strategy.is_adaptive or is_hooked or is_cut):
+        if not (self.is_adaptive or is_hooked or is_cut):
             return False
         if not self.taken:  # the block has had no pass yet that could have filled it
             return is_hooked

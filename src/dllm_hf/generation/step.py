@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .canvas import LISTS, Canvas, list_of
+from .editing import edit, editing_numbers
 from .remasking import SCORES, select
 from .requests import Row
 from .sampling import Noise, filtered, propose
@@ -18,7 +19,8 @@ class Features:
     """What any row of a step asks for. With the shapes, all that the step's code depends on.
 
     scores, rules: see [`remasking`].
-    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`.
+    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"edits"` for an
+        `editing_threshold`.
     widths: of the lists of `LISTS`; 0 where no row has one.
     mask_token_id: the mask of every row.
     """
@@ -36,6 +38,7 @@ class Features:
             "samples": options.sampling_temperature > 0,
             "filters": options.top_k or (options.top_p or 1) < 1 or options.min_p,
             "draws": options.alg_temp,
+            "edits": row.edits,
         }
         return cls(
             frozenset([strategy.confidence]),
@@ -105,28 +108,41 @@ def denoise(
     if not window.block.shape[1]:
         return
     now = canvas.tokens[slots, window.block]
-    masked = (now == features.mask_token_id) & (window.block < canvas.capacity)
+    inside = window.block < canvas.capacity
+    masked, shown, edits = (now == features.mask_token_id) & inside, window.shown, "edits" in features.needs
+    if edits:
+        # What stands behind the cut may change a token before it that is edited.
+        shown = (shown | (editing_numbers(canvas, window)[0] < 1)) & inside
     if "bernoulli" in features.rules:
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
     # A row is done once no shown position is masked, whatever is left behind the cut.
-    masked = masked & (masked & window.shown).any(-1, keepdim=True)
-    proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits)
+    masked = masked & (masked & shown).any(-1, keepdim=True)
+    proposals, scores, transfer = decide(
+        canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits
+    )
+    transferred, goes_on = transfer.sum(-1, keepdim=True), None
+    passes = transferred > 0
+    if edits:
+        replaced, goes_on = edit(canvas, window, now, masked, proposals, scores, quota[:, :1] > 0)
+        passes |= (editing_numbers(canvas, window)[0] < 1) & (quota[:, :1] > 0)
+        transfer = transfer | replaced
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)
-    transferred = transfer.sum(-1, keepdim=True)
-    canvas.counts.index_add_(0, window.slots, torch.cat([(transferred > 0).long(), transferred], dim=-1))
+    canvas.counts.index_add_(0, window.slots, torch.cat([passes.long(), transferred], dim=-1))
     is_mask = now == features.mask_token_id
-    left = (is_mask & window.shown).any(-1)
+    left = (is_mask & shown).any(-1)
+    left = left if goes_on is None else left | goes_on
     ended = torch.zeros_like(left)
     if features.widths[0]:
         ends = canvas.lists["eos_token_id", features.widths[0]][window.slots]
-        new = (window.block >= canvas.choices[window.slots, 3:]) & (window.block < canvas.capacity)
+        new = (window.block >= canvas.choices[window.slots, 3:]) & inside
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
     canvas.report.index_copy_(0, window.slots, torch.stack([left, ended, is_mask[:, 0]], dim=-1).long())
 
 
 def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool):
-    """The proposals of a step, `(rows, block)` tokens, and which of them are transferred, `(rows, block)` bool.
+    """The proposals of a step, the scores by which each row ranks them, and which are transferred to masks, `(rows, block)`
+    each.
 
     Args:
         logits: `(rows, block, vocab)`; those of suppressed tokens are changed.
@@ -134,7 +150,7 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         quota: `(rows, 1)`.
     """
     numbers, choices = canvas.numbers[window.slots], canvas.choices[window.slots]
-    temperature, top_p, min_p, threshold, entropy_bound, factor, alg_temp = (
+    temperature, top_p, min_p, threshold, entropy_bound, factor, alg_temp, *_ = (
         column[:, None] for column in numbers.unbind(-1)
     )
     score_index, rule, top_k, _ = (column[:, None] for column in choices.unbind(-1))
@@ -174,10 +190,11 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
     # Logits that overflowed give NaN scores: such positions are transferred last.
     is_nan = score.isnan() | logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
     canvas.saw_nan |= (is_nan & masked).any()
+    score = score.nan_to_num(nan=lowest)
     transfer = select(
         features.rules,
         rule,
-        score.nan_to_num(nan=lowest),
+        score,
         score_index == SCORES.index("probability"),
         masked,
         quota,
@@ -187,4 +204,4 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         alg_temp,
         noise.get("positions"),
     )
-    return proposals, transfer
+    return proposals, score, transfer

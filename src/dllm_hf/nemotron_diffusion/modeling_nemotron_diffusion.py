@@ -4,7 +4,7 @@ import torch
 from transformers import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.models.ministral3.modeling_ministral3 import Ministral3Model, Ministral3PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -33,7 +33,7 @@ class NemotronLabsDiffusionEncoder(BlockCausalModel, NemotronLabsDiffusionPreTra
         super().__init__(config)
         attend_both_ways(self)
 
-    def forward(
+    def forward(  # type: ignore[override]  # a clean text has no blocks
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -42,7 +42,7 @@ class NemotronLabsDiffusionEncoder(BlockCausalModel, NemotronLabsDiffusionPreTra
         inputs_embeds: torch.Tensor | None = None,
         use_causal_mask: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
         """
         Args:
             attention_mask: `(batch, keys)`, 0 on padding, or `(batch, 1, length, keys)`, used as it is.
