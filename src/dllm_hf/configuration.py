@@ -99,8 +99,8 @@ class BlockDiffusionConfigMixin(DiffusionConfigMixin):
     """Base of the configurations whose blocks see earlier ones. Goes before the library's in a class's bases."""
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
-        if getattr(self, "use_sliding_window", self.sliding_window is not None):
-            raise ValueError("A `sliding_window` is not supported, a block sees every earlier block: leave it out.")
+        if self.use_sliding_window:
+            raise ValueError("`use_sliding_window=True` is not supported: a block sees every earlier block.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -25,6 +25,8 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "max_new_tokens": (int, "positions to fill after the prompt; 0 only fills masks in the prompt", ("gen_length", "max_tokens")),
     "max_length": (int, "length of prompt and new tokens together", ()),
     "block_length": (int, "positions decoded together", ()),
+    "small_block_size": (int, "Fast-dLLM v2: positions of a block decoded together, from left to right", ()),
+    "use_block_cache": (bool, "Fast-dLLM v2: feed the sub-block alone once its first position is decided (approximate)", ()),
     "steps": (int, "denoising steps of the whole completion", ("max_steps",)),
     "denoising_steps": (int, "denoising steps of each block", ()),
     "temperature": (float, "0 proposes the most likely token", ("temperature_",)),

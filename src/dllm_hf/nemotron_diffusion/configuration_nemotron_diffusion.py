@@ -30,7 +30,8 @@ class NemotronLabsDiffusionConfig(BlockDiffusionConfigMixin, Ministral3Config):
     ar_loss_weight: float | int = 1.0
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
-        super()._complete(kwargs)
+        if self.sliding_window is not None:
+            raise ValueError("`sliding_window` is not supported, a block sees every earlier block: leave it out.")
         if self.dlm_paradigm != "bidirectional":
             raise ValueError(
                 f"`dlm_paradigm={self.dlm_paradigm!r}` is not supported, only 'bidirectional', that of the published models."
