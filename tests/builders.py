@@ -44,6 +44,7 @@ PAD = END  # as in LLaDA and Dream
 POSITIONS = 128
 FAMILIES = ("llada", "dream")
 POLICIES = ("none", "prefix", "dual")
+SAMPLED = ("nemotron_diffusion", "fast_dllm_v2")  # see conftest.py
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?\n-:"
 SPECIAL = {"mask_token_id": MASK, "eos_token_id": END, "pad_token_id": PAD, "bos_token_id": None}
 

@@ -1,6 +1,8 @@
 """Fixtures that several test modules share. What they build comes from `builders.py`."""
 
 import os
+import zlib
+from collections import defaultdict
 
 # Read when Triton is first imported, which may be by any of the packages below. A GPU compiles the kernels instead.
 if not os.path.exists("/dev/nvidiactl"):
@@ -10,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from .builders import FAMILIES, POLICIES, character_tokenizer, tiny_model
+from .builders import FAMILIES, POLICIES, SAMPLED, character_tokenizer, tiny_model
 
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist has the other cores
 
@@ -32,13 +34,34 @@ LONGEST += ["training/test_sft", "generation/test_graphs", "examples/test_train"
 LONGEST += ["toolbox/test_export", "toolbox/test_tensor_parallel", "toolbox/test_compile", "hub/test_bad_sources"]
 
 
-def pytest_collection_modifyitems(items):
+def families_in(value) -> set:
+    return {value} if isinstance(value, str) else set(value) if isinstance(value, tuple) else set()
+
+
+def pytest_collection_modifyitems(config, items):
+    keep_one_of_each(config, items)
     order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def keep_one_of_each(config, items) -> None:
+    """Of what a promise is tried on besides a family, the families in `SAMPLED` get one combination, which depends on the
+    name of the test."""
+    groups = defaultdict(list)
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for family in set().union(*map(families_in, parameters)) & set(SAMPLED):
+            groups[item.path, item.originalname, family].append(item)
+    dropped = set()
+    for (_, name, family), group in groups.items():
+        dropped.update(group)
+        dropped.discard(group[zlib.crc32(f"{name} {family}".encode()) % len(group)])
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(autouse=True)
