@@ -99,6 +99,9 @@ BUILDERS = {
     "gla_dream": lambda **changes: GLADreamModel(gla_dream_config(**changes)),
 }
 
+# Families of which `conftest.py` tries each promise on one, since every test of all families would take too long.
+SAMPLED = ("llada2", "llada_moe")
+
 
 def new_model(family: str, **changes) -> PreTrainedModel:
     """A random model whose best token is well ahead of the second, but not so far that confidences reach 1.

@@ -1,6 +1,7 @@
 """Fixtures that several test modules share. What they build comes from `builders.py`."""
 
 import os
+import zlib
 
 # Read when Triton is first imported, which may be by any of the packages below. A GPU compiles the kernels instead.
 if not os.path.exists("/dev/nvidiactl"):
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from .builders import FAMILIES, POLICIES, character_tokenizer, tiny_model
+from .builders import FAMILIES, POLICIES, SAMPLED, character_tokenizer, tiny_model
 
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist has the other cores
 
@@ -32,13 +33,35 @@ LONGEST += ["training/test_sft", "generation/test_graphs", "examples/test_train"
 LONGEST += ["toolbox/test_export", "toolbox/test_tensor_parallel", "toolbox/test_compile", "hub/test_bad_sources"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not os.environ.get("DLLM_HF_EVERY_FAMILY"):
+        items[:], left_out = sampled(items)
+        config.hook.pytest_deselected(items=left_out)
     order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def sampled(items: list) -> tuple[list, list]:
+    """The tests to run and those to leave out: each promise is tried on one of the families in `SAMPLED`, once, and those of
+    `contracts/` on each of them."""
+    of, found = {}, {}
+    for item in items:
+        values = [str(value) for value in item.callspec.params.values()] if hasattr(item, "callspec") else []
+        families = (name for name in SAMPLED for value in values if value == name or f"'{name}'" in value)
+        if (family := next(families, None)) is not None:
+            promise = of[item] = item.nodeid.partition("[")[0]
+            found.setdefault(promise, {}).setdefault(family, item)
+    chosen = set()
+    for promise, tests in found.items():
+        names = sorted(tests)
+        names = names if "/contracts/" in promise else [names[zlib.crc32(promise.encode()) % len(names)]]
+        chosen.update(tests[name] for name in names)
+    kept = [item for item in items if item not in of or item in chosen]
+    return kept, [item for item in items if item in of and item not in chosen]
 
 
 @pytest.fixture(autouse=True)
