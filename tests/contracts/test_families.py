@@ -11,7 +11,7 @@ from ..builders import BUILDERS, MASK, generate, left_pad, new_model, new_tokens
 from .calls import BLOCK_FAMILIES, PAIRS, POLICIES, STATIC
 
 ARCHITECTURE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
-COLUMNS = {"llada": 0, "dream": 1, "sdar": 2, "sdar_moe": 2, "gla_dream": 3}
+COLUMNS = {"llada": 0, "llada_moe": 0, "dream": 1, "sdar": 2, "sdar_moe": 2, "llada2": 3, "gla_dream": 4}
 TOKENS = torch.tensor([[5, MASK, 17, 33, 2, 8, MASK, 9]])
 
 
@@ -27,10 +27,10 @@ def said_of(attribute: str, family: str) -> str:
 
 def test_the_attributes_are_those_of_the_documentation(family):
     model = tiny_model(family)
-    for name in ("sees_earlier_blocks", "makes_masks", "has_fixed_block_length"):
+    for name in ("sees_earlier_blocks", "supports_editing", "makes_masks", "has_fixed_block_length"):
         assert {"yes": True, "no": False}[said_of(name, family)] is getattr(model, name), name
     assert said_of("cache_policies", family).split(", ") == list(model.cache_policies) == list(POLICIES[family])
-    for name in ("block_grid", "default_remasking_strategy", "confidence_source"):
+    for name in ("block_grid", "default_remasking_strategy", "confidence_source", "quota_source"):
         assert said_of(name, family).strip("`") == getattr(model, name), name
     shift = said_of("logits_shift", family)
     assert model.logits_shift == (model.config.logits_shift if "config" in shift else int(shift))
