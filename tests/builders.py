@@ -44,7 +44,6 @@ PAD = END  # as in LLaDA and Dream
 POSITIONS = 128
 FAMILIES = ("llada", "dream")
 POLICIES = ("none", "prefix", "dual")
-SAMPLED = ("nemotron_diffusion", "fast_dllm_v2")  # see conftest.py
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?\n-:"
 SPECIAL = {"mask_token_id": MASK, "eos_token_id": END, "pad_token_id": PAD, "bos_token_id": None}
 
@@ -102,10 +101,8 @@ def nemotron_diffusion_config(**changes) -> NemotronLabsDiffusionConfig:
 
 
 def fast_dllm_v2_config(**changes) -> Fast_dLLM_QwenConfig:
-    sizes = {**sdar_sizes(), "bd_size": 4}
-    return Fast_dLLM_QwenConfig(
-        **{name: sizes[name] for name in sizes if name not in ("head_dim", "block_size")}, **changes
-    )
+    sizes = {name: value for name, value in sdar_sizes().items() if name != "head_dim"}
+    return Fast_dLLM_QwenConfig(**{**sizes, **changes})
 
 
 BUILDERS = {
@@ -119,6 +116,9 @@ BUILDERS = {
     "nemotron_diffusion": lambda **changes: NemotronLabsDiffusionModel(nemotron_diffusion_config(**changes)),
     "fast_dllm_v2": lambda **changes: Fast_dLLM_QwenForCausalLM(fast_dllm_v2_config(**changes)),
 }
+
+# Families of which `conftest.py` tries each promise on one, since every test of all families would take too long.
+SAMPLED = ("llada2", "llada_moe", "nemotron_diffusion", "fast_dllm_v2")
 
 
 def new_model(family: str, **changes) -> PreTrainedModel:

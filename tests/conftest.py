@@ -2,7 +2,6 @@
 
 import os
 import zlib
-from collections import defaultdict
 
 # Read when Triton is first imported, which may be by any of the packages below. A GPU compiles the kernels instead.
 if not os.path.exists("/dev/nvidiactl"):
@@ -34,12 +33,10 @@ LONGEST += ["training/test_sft", "generation/test_graphs", "examples/test_train"
 LONGEST += ["toolbox/test_export", "toolbox/test_tensor_parallel", "toolbox/test_compile", "hub/test_bad_sources"]
 
 
-def families_in(value) -> set:
-    return {value} if isinstance(value, str) else set(value) if isinstance(value, tuple) else set()
-
-
 def pytest_collection_modifyitems(config, items):
-    keep_one_of_each(config, items)
+    if not os.environ.get("DLLM_HF_EVERY_FAMILY"):
+        items[:], left_out = sampled(items)
+        config.hook.pytest_deselected(items=left_out)
     order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if not torch.cuda.is_available():
@@ -48,20 +45,23 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def keep_one_of_each(config, items) -> None:
-    """Of what a promise is tried on besides a family, the families in `SAMPLED` get one combination, which depends on the
-    name of the test."""
-    groups = defaultdict(list)
+def sampled(items: list) -> tuple[list, list]:
+    """The tests to run and those to leave out: each promise is tried on one of the families in `SAMPLED`, once, and those of
+    `contracts/` on each of them."""
+    of, found = {}, {}
     for item in items:
-        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        for family in set().union(*map(families_in, parameters)) & set(SAMPLED):
-            groups[item.path, item.originalname, family].append(item)
-    dropped = set()
-    for (_, name, family), group in groups.items():
-        dropped.update(group)
-        dropped.discard(group[zlib.crc32(f"{name} {family}".encode()) % len(group)])
-    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-    items[:] = [item for item in items if item not in dropped]
+        values = [str(value) for value in item.callspec.params.values()] if hasattr(item, "callspec") else []
+        families = (name for name in SAMPLED for value in values if value == name or f"'{name}'" in value)
+        if (family := next(families, None)) is not None:
+            promise = of[item] = item.nodeid.partition("[")[0]
+            found.setdefault(promise, {}).setdefault(family, item)
+    chosen = set()
+    for promise, tests in found.items():
+        names = sorted(tests)
+        names = names if "/contracts/" in promise else [names[zlib.crc32(promise.encode()) % len(names)]]
+        chosen.update(tests[name] for name in names)
+    kept = [item for item in items if item not in of or item in chosen]
+    return kept, [item for item in items if item in of and item not in chosen]
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """The families of models, one line each."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from .dream import DreamConfig, DreamModel, DreamTokenizer
@@ -37,6 +39,17 @@ def lines_of(model_type: str) -> list[tuple[type, type, type, type]]:
         return lines
     known = ", ".join(dict.fromkeys(line[0].model_type for line in FAMILIES))
     raise ValueError(f"`model_type={model_type!r}` is none of the families of dllm_hf ({known}).")
+
+
+def stranger(model_type: str, auto_map: Any) -> str:
+    """The end of a sentence that refuses a model of another family: what to do, where it is known."""
+    if not auto_map:
+        return "."
+    return (
+        f". Its `auto_map` names code of its own, as that of Stable-DiffCoder does, whose `model_type` is `llama`: without "
+        f"that code transformers builds the causal {model_type} of this name, whose answers are wrong. Load it with "
+        "`trust_remote_code=True` and decode with the `generate` of its own code."
+    )
 
 
 def family(config: PreTrainedConfig) -> tuple[type, type, type, type]:

@@ -8,7 +8,8 @@ from ..builders import BUILDERS, END, MASK, VOCAB, generate, generators, tiny_mo
 
 # Families with the policy `block`, and ways in which one may differ from another.
 BLOCK_FAMILIES = ("sdar", "sdar_moe", "llada2", "gla_dream", "nemotron_diffusion", "fast_dllm_v2")
-SEEDED = ("nemotron_diffusion", "fast_dllm_v2")  # a pass of its own decides a block's first token
+# Families in which a pass of its own decides a block's first token.
+SEEDED = ("nemotron_diffusion", "fast_dllm_v2")
 BLOCK_MODELS = {
     "sdar": ("sdar", {}),
     "sdar_moe": ("sdar_moe", {}),
@@ -21,13 +22,11 @@ BLOCK_MODELS = {
     "nemotron_diffusion": ("nemotron_diffusion", {}),
     "fast_dllm_v2": ("fast_dllm_v2", {}),
 }
+UNSEEDED = [kind for kind in BLOCK_MODELS if kind not in SEEDED]
 POLICIES = {
     family: ("block", "none") if family in BLOCK_FAMILIES else ("none", "prefix", "dual") for family in BUILDERS
 }
-# Of seeded families the policy `none` gives what `block` gives: test_block_policy.py.
-PAIRS = [
-    (family, policy) for family, policies in POLICIES.items() for policy in policies[: 1 if family in SEEDED else None]
-]
+PAIRS = [(family, policy) for family, policies in POLICIES.items() for policy in policies]
 BLOCK_LENGTHS = (1, 2, 3, 4, 8, 16)
 # Of a test that is tried on each family in turn.
 EXAMPLES = 156 // len(BLOCK_FAMILIES)

@@ -13,6 +13,7 @@ from .calls import (
     BLOCK_FAMILIES,
     EXAMPLES,
     STATIC,
+    UNSEEDED,
     assert_cache_is_final,
     columns_fed,
     models,
@@ -87,23 +88,21 @@ def test_several_turns_of_ragged_rows_give_what_fresh_calls_give(family, data):
 # --- what is computed
 
 
+@pytest.mark.parametrize("kind", UNSEEDED)
 def test_a_second_turn_computes_only_what_is_new(model):
     rows = [span(1, 22), span(30, 40)]
     output, answered = first_turn(model, rows)
     following = [text + [50, 51, 52] for text in answered]
     with recorded(model) as calls:
         resumed = generate(model, following, past_key_values=output.past_key_values, **TURN)
-    # From the first turn's last block, which is not final, to the end of the first block with masks, or of the clean text
-    # where that decides the block's first token.
-    if model.causal_context:
-        assert columns_fed(calls)[0] == [span(25, 32), span(14, 21)]
-    else:
-        assert columns_fed(calls)[0] == [span(28, 32 if model.seeds_blocks else 36), span(16, 24)]
+    # From the first turn's last block, which is not final, to the end of the first block with masks.
+    assert columns_fed(calls)[0] == [span(28, 36), span(16, 24)]
     assert all(call["input_ids"].shape[1] <= 8 for call in calls)
     assert resumed.num_forward_passes == len(calls)
     assert_fresh(model, generate(model, rows, **TURN), following, **TURN)
 
 
+@pytest.mark.parametrize("kind", UNSEEDED)
 def test_a_long_second_prompt_is_computed_in_pieces_from_where_the_cache_ends(model):
     rows, options = [span(1, 14), [3]], {**TURN, "prefill_chunk_size": 4}
     output, answered = first_turn(model, rows, **options)
@@ -112,10 +111,11 @@ def test_a_long_second_prompt_is_computed_in_pieces_from_where_the_cache_ends(mo
     output = generate(model, rows, **options)
     with recorded(model) as calls:
         generate(model, following, past_key_values=output.past_key_values, **options)
-    assert min(call["position_ids"][0].min() for call in calls) == (17 if model.causal_context else 20)
-    assert max(call["input_ids"].shape[1] for call in calls) == (4 if model.causal_context else 8)
+    assert min(call["position_ids"][0].min() for call in calls) == 20
+    assert max(call["input_ids"].shape[1] for call in calls) == 8
 
 
+@pytest.mark.parametrize("kind", UNSEEDED)
 def test_an_edit_of_one_row_leaves_the_others_their_cache(model):
     rows = [span(1, 14), span(20, 33)]
     output, (one, other) = first_turn(model, rows)
@@ -152,6 +152,7 @@ def test_rows_of_different_numbers_of_blocks_are_all_there_in_the_next_turn(mode
     assert_fresh(model, output, [text + [50, 51, 52] for text in answered], **options)
 
 
+@pytest.mark.parametrize("kind", UNSEEDED)
 def test_a_row_that_waits_keeps_its_cache(model):
     """Nothing is written over it while the other row's blocks are decoded."""
     rows = [[*span(1, 20), MASK], [MASK, *span(2, 9), MASK, *span(10, 17), MASK]]

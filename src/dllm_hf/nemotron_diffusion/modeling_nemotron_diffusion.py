@@ -74,6 +74,7 @@ class NemotronLabsDiffusionModel(BlockDiffusionLM, NemotronLabsDiffusionPreTrain
     block_grid = "prompt"
     seeds_blocks = True
     causal_context = True
+    default_remasking_strategy = "low_confidence_dynamic"
 
     def _forward_with_loss(
         self, input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, *, token_mask, **inputs
