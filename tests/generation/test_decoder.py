@@ -15,7 +15,7 @@ from ..builders import MASK, VOCAB, generate, new_model, tiny_model
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none", "prefix", "dual")]
 CELLS += [(family, policy) for family in ("sdar", "sdar_moe", "gla_dream") for policy in ("block", "none")]
-CELLS += [("llada2", "block"), ("llada_moe", "dual")]
+CELLS += [("llada2", "block"), ("llada_moe", "dual"), ("nemotron_diffusion", "block"), ("fast_dllm_v2", "block")]
 SLOTS, CAPACITY = 3, 48
 
 tokens = st.integers(0, VOCAB - 1).filter(lambda token: token != MASK)
@@ -45,9 +45,12 @@ def calls(draw):
 
 
 def calls_of(family: str, every):
-    """The calls as the family takes them: in its own blocks; some with tokens that are edited."""
+    """The calls as the family takes them: in its own blocks; some with tokens that are edited, or with sub-blocks."""
     if family == "gla_dream":
         return [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
+    if family == "fast_dllm_v2":
+        halves = lambda options: {"small_block_size": 2, "use_block_cache": True} if options["block_length"] == 4 else {}
+        return [(prompt, seed, {**options, **(halves(options) if seed % 3 else {})}) for prompt, seed, options in every]
     if family != "llada2":
         return every
     edits = lambda seed, options: seed % 2 and STRATEGIES[options["remasking_strategy"]].confidence == "probability"
