@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import replace
@@ -119,6 +120,11 @@ BUILDERS = {
 
 # Families of which `conftest.py` tries each promise on one, since every test of all families would take too long.
 SAMPLED = ("llada2", "llada_moe", "nemotron_diffusion", "fast_dllm_v2")
+
+
+def is_sampled(family: str) -> bool:
+    """Whether only some of the tests are run with the family: not so where the environment asks for all of them."""
+    return family in SAMPLED and not os.environ.get("DLLM_HF_EVERY_FAMILY")
 
 
 def new_model(family: str, **changes) -> PreTrainedModel:

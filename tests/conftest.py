@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from .builders import FAMILIES, POLICIES, SAMPLED, character_tokenizer, tiny_model
+from .builders import FAMILIES, POLICIES, SAMPLED, character_tokenizer, is_sampled, tiny_model
 
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist has the other cores
 
@@ -34,9 +34,8 @@ LONGEST += ["toolbox/test_export", "toolbox/test_tensor_parallel", "toolbox/test
 
 
 def pytest_collection_modifyitems(config, items):
-    if not os.environ.get("DLLM_HF_EVERY_FAMILY"):
-        items[:], left_out = sampled(items)
-        config.hook.pytest_deselected(items=left_out)
+    items[:], left_out = sampled(items)
+    config.hook.pytest_deselected(items=left_out)
     order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if not torch.cuda.is_available():
@@ -45,21 +44,25 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def names(value: str, family: str) -> bool:
+    """Whether a parameter of a test, or one that is part of it, is a family."""
+    return value == family or f"'{family}'" in value
+
+
 def sampled(items: list) -> tuple[list, list]:
     """The tests to run and those to leave out: each promise is tried on one of the families in `SAMPLED`, once, and those of
     `contracts/` on each of them."""
     of, found = {}, {}
     for item in items:
         values = [str(value) for value in item.callspec.params.values()] if hasattr(item, "callspec") else []
-        families = (name for name in SAMPLED for value in values if value == name or f"'{name}'" in value)
+        families = (name for name in filter(is_sampled, SAMPLED) for value in values if names(value, name))
         if (family := next(families, None)) is not None:
             promise = of[item] = item.nodeid.partition("[")[0]
             found.setdefault(promise, {}).setdefault(family, item)
     chosen = set()
     for promise, tests in found.items():
-        names = sorted(tests)
-        names = names if "/contracts/" in promise else [names[zlib.crc32(promise.encode()) % len(names)]]
-        chosen.update(tests[name] for name in names)
+        turn = sorted(tests)[zlib.crc32(promise.encode()) % len(tests)]
+        chosen.update(tests.values() if "/contracts/" in promise else [tests[turn]])
     kept = [item for item in items if item not in of or item in chosen]
     return kept, [item for item in items if item in of and item not in chosen]
 

@@ -44,6 +44,8 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "confidence_threshold": (float, "low_confidence_dynamic transfers tokens of at least this confidence, in (0, 1]", ("threshold", "dynamic_threshold")),
     "entropy_bound": (float, "nats that entropy_bounded accepts in a step", ("eb_threshold",)),
     "factor": (float, "read by the strategy factor", ()),
+    "editing_threshold": (float, "replace tokens of the block by proposals of a higher probability, where the model edits (LLaDA2)", ()),
+    "max_post_steps": (int, "steps of editing after the last mask of a block is gone, at most", ()),
     "alg_temp": (float, "above 0: draw what is transferred from softmax(confidence / ALG_TEMP)", ()),
     "eps": (float, "last timestep of Dream's schedule", ()),
     "cfg_scale": (float, "classifier-free guidance; doubles the batch", ()),

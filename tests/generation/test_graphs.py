@@ -74,6 +74,12 @@ def test_guidance(family, policy):
     both_ways(fresh_model(family), max_new_tokens=8, block_length=4, cache_policy=policy, cfg_scale=0.7)
 
 
+def test_edited_tokens(captured):
+    editing = {"editing_threshold": 0.05, "max_post_steps": 3, "remasking_strategy": "low_confidence_dynamic"}
+    both_ways(fresh_model("llada2"), max_new_tokens=12, block_length=4, confidence_threshold=0.3, **editing)
+    assert captured or DEVICE == "cuda"  # in float32 the library's products of experts look at the device
+
+
 @pytest.mark.parametrize("family, policy", POLICIES)
 def test_suppressed_tokens_and_ends_of_sequence(family, policy):
     model = fresh_model(family)

@@ -1,4 +1,4 @@
-"""Token editing (LLaDA2.1, https://github.com/inclusionAI/LLaDA2.X): tokens of a block may be replaced until it is done."""
+"""Token editing (LLaDA2.1, arXiv:2602.08676, https://github.com/inclusionAI/LLaDA2.X): tokens of a block may be replaced until it is done."""
 
 import torch
 

@@ -68,7 +68,8 @@ class LLaDA2MoeModel(BlockCausalModel, LLaDA2MoePreTrainedModel, Glm4MoeModel):
 
 
 class LLaDA2MoeModelLM(BlockDiffusionLM, LLaDA2MoePreTrainedModel):
-    """LLaDA2.0 and 2.1 with their head (Bie et al., arXiv:2512.15745, https://github.com/inclusionAI/LLaDA2.X)."""
+    """LLaDA2.0 (Bie et al., arXiv:2512.15745) and 2.1 (arXiv:2602.08676), with their head:
+    https://github.com/inclusionAI/LLaDA2.X."""
 
     base_model_class = LLaDA2MoeModel
     quota_source = "block"
