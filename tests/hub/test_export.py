@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from dllm_hf import (
     DreamModel,
+    Fast_dLLM_QwenForCausalLM,
+    Fast_dLLM_QwenModel,
     GLADreamModel,
     LLaDA2MoeModel,
     LLaDA2MoeModelLM,
     LLaDAMoEModelLM,
     LLaDAModelLM,
+    NemotronLabsDiffusionModel,
     SDARForCausalLM,
     SDARModel,
     SDARMoeForCausalLM,
@@ -44,6 +47,8 @@ CLASSES = {
     "llada2": (LLaDA2MoeModel, LLaDA2MoeModelLM),
     "llada_moe": (LLaDAMoEModelLM, LLaDAMoEModelLM),
     "gla_dream": (GLADreamModel, GLADreamModel),
+    "nemotron_diffusion": (NemotronLabsDiffusionModel, NemotronLabsDiffusionModel),
+    "fast_dllm_v2": (Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
 }
 COMMON = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
