@@ -30,7 +30,7 @@ def is_joint(model) -> bool:
     return query.data_ptr() + query.nbytes == key.data_ptr()
 
 
-@pytest.fixture(params=["llada", "dream", "sdar", "sdar_moe", "llada2"])
+@pytest.fixture(params=["llada", "dream", "sdar", "sdar_moe"])
 def model(request):
     return new_model(request.param).to(DEVICE)
 

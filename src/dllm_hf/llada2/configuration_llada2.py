@@ -36,7 +36,7 @@ class LLaDA2MoeConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
 
     model_type = "llada2_moe"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # Without attention: on disk its three projections are one tensor, of which no process could read a part.
+    # Without attention: its three projections are one product, of which no process could take its heads as a slice.
     base_model_tp_plan = {
         name: plan for name, plan in Glm4MoeConfig.base_model_tp_plan.items() if ".self_attn." not in name
     }
