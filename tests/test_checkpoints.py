@@ -16,9 +16,9 @@ from dllm_hf import (
     LLaDA2MoeModel,
     LLaDA2MoeModelLM,
     LLaDAConfig,
+    LLaDAModelLM,
     LLaDAMoEConfig,
     LLaDAMoEModelLM,
-    LLaDAModelLM,
 )
 
 GOLDEN = Path(__file__).parent / "golden"

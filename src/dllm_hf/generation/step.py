@@ -117,7 +117,9 @@ def denoise(
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
     # A row is done once no shown position is masked, whatever is left behind the cut.
     masked = masked & (masked & shown).any(-1, keepdim=True)
-    proposals, scores, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits)
+    proposals, scores, transfer = decide(
+        canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits
+    )
     transferred, goes_on = transfer.sum(-1, keepdim=True), None
     passes = transferred > 0
     if edits:

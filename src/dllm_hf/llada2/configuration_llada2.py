@@ -108,7 +108,9 @@ class LLaDA2MoeConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         if factor is None:
             factor = 0.5 if rotated is None else rotated / self.head_dim
         if not 0 < factor <= 1:
-            raise ValueError(f"`partial_rotary_factor={factor}` must be above 0 and at most 1: correct the configuration.")
+            raise ValueError(
+                f"`partial_rotary_factor={factor}` must be above 0 and at most 1: correct the configuration."
+            )
         if rotated not in (None, int(self.head_dim * factor)):
             raise ValueError(
                 f"`rotary_dim={rotated}` is not `partial_rotary_factor={factor}` of `head_dim={self.head_dim}`: correct one "

@@ -8,8 +8,8 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm4_moe.modeling_glm4_moe import (
     Glm4MoeAttention,
-    Glm4MoeMoE,
     Glm4MoeModel,
+    Glm4MoeMoE,
     Glm4MoePreTrainedModel,
     apply_rotary_pos_emb,
     eager_attention_forward,
