@@ -55,7 +55,7 @@ class LLaDA2MoeConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     num_hidden_layers: int = 20
     num_attention_heads: int = 16
     num_key_value_heads: int = 4
-    head_dim: int | None = 128
+    head_dim: Any = 128  # an integer, or None for hidden size / heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
@@ -134,4 +134,4 @@ class LLaDA2MoeConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         """With the part of a head that is rotated, under the two names that the original code reads."""
         values = super().to_dict()
         values["partial_rotary_factor"] = factor = (self.rope_parameters or {}).get("partial_rotary_factor", 0.5)
-        return {**values, "rotary_dim": int((self.head_dim or 0) * factor)}
+        return {**values, "rotary_dim": int(self.head_dim * factor)}

@@ -39,13 +39,15 @@ register_checkpoint_conversion_mapping(
 
 
 class LLaDA2MoePreTrainedModel(InheritedExperts, Glm4MoePreTrainedModel):
-    config: LLaDA2MoeConfig
-    _keys_to_ignore_on_load_unexpected = None  # those of GLM are layers that LLaDA2 may have
+    config_class = LLaDA2MoeConfig
+    _keys_to_ignore_on_load_unexpected = list[str]()  # those of GLM are layers that LLaDA2 may have
 
 
 class LLaDA2MoeAttention(Glm4MoeAttention):
     """Queries, keys and values are one product. Three would be three tensors made of one on loading, of which quantisers take
     the first, and adapters for the published module would not fit."""
+
+    layer_idx: int
 
     def __init__(self, config: LLaDA2MoeConfig, layer_idx: int):
         super().__init__(config, layer_idx)  # type: ignore[arg-type]
