@@ -19,9 +19,9 @@ from dllm_hf import (
     LLaDA2MoeModel,
     LLaDA2MoeModelLM,
     LLaDAConfig,
+    LLaDAModelLM,
     LLaDAMoEConfig,
     LLaDAMoEModelLM,
-    LLaDAModelLM,
     NemotronLabsDiffusionConfig,
     NemotronLabsDiffusionModel,
 )

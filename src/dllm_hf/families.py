@@ -1,5 +1,6 @@
 """The families of models, one line each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -33,7 +34,7 @@ FAMILIES = (
 )
 
 
-def lines_of(model_type: str) -> list[tuple[type, type, type, type]]:
+def lines_of(model_type: str) -> Sequence[tuple[type, type, type, type]]:
     """The lines of a `model_type`: as a rule one. Raises a `ValueError` for an unknown one."""
     if lines := [line for line in FAMILIES if line[0].model_type == model_type]:
         return lines

@@ -49,7 +49,9 @@ def calls_of(family: str, every):
     if family == "gla_dream":
         return [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
     if family == "fast_dllm_v2":
-        halves = lambda options: {"small_block_size": 2, "use_block_cache": True} if options["block_length"] == 4 else {}
+        halves = lambda options: (
+            {"small_block_size": 2, "use_block_cache": True} if options["block_length"] == 4 else {}
+        )
         return [(prompt, seed, {**options, **(halves(options) if seed % 3 else {})}) for prompt, seed, options in every]
     if family != "llada2":
         return every

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dllm_hf import LLaDAConfig, LLaDAMoEConfig, LLaDAModelLM
+from dllm_hf import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig
 from dllm_hf.llada import LLaDAModel
 
 from ..builders import MASK, VOCAB, llada_config

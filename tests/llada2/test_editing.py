@@ -63,7 +63,7 @@ def edited(model, prompt, number, block, threshold, editing, post_steps, ends) -
     return row[:stop] + [END] * (shown - stop), passes
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     prompts.filter(len),
     st.integers(0, 9),
@@ -139,14 +139,18 @@ def test_a_stream_shows_a_block_when_nothing_of_it_changes_any_more():
 
 def test_a_threshold_of_1_edits_nothing_and_costs_nothing():
     model = tiny_model("llada2")
-    plain, off = (generate(model, ROWS, max_new_tokens=14, **{**PLAIN, **more}) for more in ({}, {"editing_threshold": 1}))
+    plain, off = (
+        generate(model, ROWS, max_new_tokens=14, **{**PLAIN, **more}) for more in ({}, {"editing_threshold": 1})
+    )
     assert off.sequences.tolist() == plain.sequences.tolist()
     assert off.num_forward_passes == plain.num_forward_passes
 
 
 def test_what_cannot_be_edited_is_refused_with_the_models_that_can():
     for family in ("llada", "dream", "sdar", "gla_dream"):
-        refused(tiny_model(family), "`editing_threshold=0.5`", "Models that edit.*LLaDA2MoeModelLM", editing_threshold=0.5)
+        refused(
+            tiny_model(family), "`editing_threshold=0.5`", "Models that edit.*LLaDA2MoeModelLM", editing_threshold=0.5
+        )
     model = tiny_model("llada2")
     refused(model, "`max_post_steps=3`", "give an `editing_threshold`", max_post_steps=3)
     strategy = {"remasking_strategy": "sequential"}

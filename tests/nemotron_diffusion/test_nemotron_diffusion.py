@@ -8,7 +8,7 @@ from transformers import AutoModel
 from dllm_hf import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from dllm_hf.nemotron_diffusion import NemotronLabsDiffusionEncoder
 
-from ..builders import MASK, new_model, nemotron_diffusion_config
+from ..builders import MASK, nemotron_diffusion_config, new_model
 
 CLEAN = torch.tensor([[5, 17, 33, 2, 8, 40, 9, 11, 12], [7, 8, 9, 10, 11, 12, 13, 14, 15]])
 NOISED = torch.tensor([[0, 0, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 0, 1, 0, 0]]).bool()

@@ -49,6 +49,10 @@ def test_each_process_holds_its_part_of_the_weights(family, outcomes):
 
 def test_the_plan_names_what_the_model_has(family, model):
     names = {re.sub(r"\.\d+", ".*", name) for name, _ in [*model.named_modules(), *model.named_parameters()]}
-    # Qwen3-MoE's plan, which is SDAR-MoE's, is also for the layers without experts that a configuration may ask for.
-    dense = {f"model.layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")} if family == "sdar_moe" else set()
+    # Qwen3-MoE's plan, which is SDAR-MoE's and LLaDA-MoE's, is also for the layers without experts that a configuration may ask for.
+    dense = (
+        {f"model.layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")}
+        if family in ("sdar_moe", "llada_moe")
+        else set()
+    )
     assert set(model.tp_plan) - names == dense

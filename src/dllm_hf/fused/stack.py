@@ -84,7 +84,14 @@ class FusedStack:
 
     def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         """The modules that read an attention's input, in groups that can be joint products."""
-        return [[getattr(attention, f"{name}_proj") for name in "qkv"]]
+        return [] if hasattr(attention, "query_key_value") else [[getattr(attention, f"{name}_proj") for name in "qkv"]]
+
+    def projected(self, index: int, normed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of a layer, `(rows, window, heads * head_dim)` each."""
+        attention = self.layers[index].self_attn
+        if not self.inputs[index]:  # a model whose product is one from the beginning
+            return attention.query_key_value(normed).split(attention.sizes, dim=-1)
+        return self.inputs[index][0](normed)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedStack | None":
@@ -98,7 +105,8 @@ class FusedStack:
             return None  # they read the positions on the host
         for layer in stack.layers:
             attention = layer.self_attn
-            projections = (getattr(attention, f"{name}_proj") for name in "qkvo")
+            inputs = ["query_key_value"] if hasattr(attention, "query_key_value") else ["q_proj", "k_proj", "v_proj"]
+            projections = [getattr(attention, name) for name in [*inputs, "o_proj"]]
             if not isinstance(layer, LAYERS) or getattr(attention, "sliding_window", None) is not None:
                 return None
             if not all(isinstance(projection, nn.Linear) for projection in projections):
@@ -113,8 +121,7 @@ class FusedStack:
         """Allocate the cache before a pass is captured or compiled."""
         for layer, slot in zip(self.layers, cache.layers, strict=True):
             if not slot.is_initialized:
-                size = layer.self_attn.head_dim
-                shape = (slots, layer.self_attn.k_proj.out_features // size, 0, size)
+                shape = (slots, self.config.num_key_value_heads, 0, layer.self_attn.head_dim)
                 nothing = torch.empty(shape, dtype=self.dtype, device=layer.input_layernorm.weight.device)
                 slot.lazy_initialization(nothing, nothing)
 
@@ -165,7 +172,7 @@ class FusedStack:
                 the longest of them, and the columns that they share, see [`canvas_attention`].
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
-        query, key, value = self.inputs[index][0](normed)
+        query, key, value = self.projected(index, normed)
         norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)

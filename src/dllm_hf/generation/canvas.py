@@ -8,8 +8,10 @@ from .requests import Row
 from .uploads import uploaded
 
 # The numeric options of a row, in the order of the columns of `Canvas.numbers`.
-NUMBERS = ("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
-NUMBERS += ("editing_threshold", "max_post_steps")
+NUMBERS = (
+    *("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp"),
+    *("editing_threshold", "max_post_steps"),
+)
 LISTS = ("eos_token_id", "suppress_tokens", "confidence_suppress_tokens")
 MAX_TOP_K = 2**31  # no vocabulary is larger, and a tensor takes no integers of more than 64 bits
 

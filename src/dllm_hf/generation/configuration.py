@@ -203,7 +203,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     entropy_bound: float = 0.1
     factor: float = 1.0
     editing_threshold: float | None = None
-    max_post_steps: int | None = None
+    max_post_steps: Any = None  # as `block_length`, where there is an `editing_threshold`
     alg_temp: float | None = None
     eps: float = 1e-3
     cfg_scale: float = 0.0

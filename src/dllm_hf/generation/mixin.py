@@ -115,8 +115,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             kwargs: options of [`DiffusionGenerationConfig`], or the originals' names for them.
 
         Returns:
-            `(batch, prompt + max_new_tokens)` token ids, or a [`DiffusionGenerateOutput`] with
-            `return_dict_in_generate=True`.
+            `(batch, prompt + max_new_tokens)` token ids; a [`DiffusionGenerateOutput`] if `return_dict_in_generate=True`.
 
         Raises:
             ValueError: names the argument that is wrong and what to do, before any forward pass.
@@ -143,10 +142,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         lengths = [length for length in lengths for _ in range(config.num_return_sequences)]
         prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
-        requests = [
-            Request(prompt, new_tokens, config, one, self.quota_source)
-            for prompt, one in zip(prompts, generators, strict=True)
-        ]
+        rows = zip(prompts, generators, strict=True)
+        requests = [Request(prompt, new_tokens, config, one, self.quota_source) for prompt, one in rows]
         texts = [request.canvas(self.block_grid) for request in requests]
         # A grid at 0 decodes whole blocks, which may take a few positions more.
         check_fits(

@@ -68,7 +68,7 @@ def transfer_quotas(
     if steps is None or strategy.selection in ("factor", "entropy_bound"):
         return [1] * masks
     if strategy.schedule == "uniform":
-        whole, quotas = masks if whole is None else whole, []
+        whole, quotas = masks if whole is None else whole, list[int]()
         while masks > 0:
             step = len(quotas)
             quotas.append(min(whole // steps + (step < whole % steps), masks))

@@ -82,6 +82,11 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
                 "This is a LLaDA-MoE configuration. It carries LLaDA's `model_type: llada`, but it is another "
                 "architecture: make it with `LLaDAMoEConfig`, or read it with `LLaDAConfig.from_dict`."
             )
+        if any("ILLaDA" in str(name) for name in self.architectures or []):
+            raise ValueError(
+                "This is an iLLaDA, of other layers and names than LLaDA's, which dllm_hf does not have: load it with its own "
+                "code (`trust_remote_code=True` in a process without `import dllm_hf`)."
+            )
         for name, value in _FIXED.items():
             if kwargs.get(name, value) not in (value, None):
                 raise ValueError(f"LLaDA checkpoints with `{name}={kwargs[name]!r}` are not supported, only {value!r}.")

@@ -36,7 +36,7 @@ class LLaDA2MoeConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
 
     model_type = "llada2_moe"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # Without attention: on disk its three projections are one tensor, of which no process could read a part.
+    # Without attention: its three projections are one product, of which no process could take its heads as a slice.
     base_model_tp_plan = {
         name: plan for name, plan in Glm4MoeConfig.base_model_tp_plan.items() if ".self_attn." not in name
     }
@@ -55,7 +55,7 @@ class LLaDA2MoeConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     num_hidden_layers: int = 20
     num_attention_heads: int = 16
     num_key_value_heads: int = 4
-    head_dim: int | None = 128
+    head_dim: Any = 128  # an integer, or None for hidden size / heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
@@ -108,7 +108,9 @@ class LLaDA2MoeConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         if factor is None:
             factor = 0.5 if rotated is None else rotated / self.head_dim
         if not 0 < factor <= 1:
-            raise ValueError(f"`partial_rotary_factor={factor}` must be above 0 and at most 1: correct the configuration.")
+            raise ValueError(
+                f"`partial_rotary_factor={factor}` must be above 0 and at most 1: correct the configuration."
+            )
         if rotated not in (None, int(self.head_dim * factor)):
             raise ValueError(
                 f"`rotary_dim={rotated}` is not `partial_rotary_factor={factor}` of `head_dim={self.head_dim}`: correct one "
@@ -132,4 +134,4 @@ class LLaDA2MoeConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         """With the part of a head that is rotated, under the two names that the original code reads."""
         values = super().to_dict()
         values["partial_rotary_factor"] = factor = (self.rope_parameters or {}).get("partial_rotary_factor", 0.5)
-        return {**values, "rotary_dim": int((self.head_dim or 0) * factor)}
+        return {**values, "rotary_dim": int(self.head_dim * factor)}

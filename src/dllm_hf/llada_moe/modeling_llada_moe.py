@@ -31,7 +31,7 @@ for _name in ("LLaDAMoEModelLM", "LLaDAMoEModel"):
 
 
 class LLaDAMoEPreTrainedModel(InheritedExperts, Qwen3MoePreTrainedModel):
-    config: LLaDAMoEConfig
+    config_class = LLaDAMoEConfig
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -42,6 +42,8 @@ class LLaDAMoEPreTrainedModel(InheritedExperts, Qwen3MoePreTrainedModel):
 
 class LLaDAMoETopKRouter(Qwen3MoeTopKRouter):
     """With a bias on the probabilities, by which experts are chosen and weighed."""
+
+    expert_bias: torch.Tensor
 
     def __init__(self, config: LLaDAMoEConfig):
         super().__init__(config)
@@ -57,7 +59,7 @@ class LLaDAMoESparseMoeBlock(Qwen3MoeSparseMoeBlock):
     """With a shared expert, which on disk belongs to the layer."""
 
     def __init__(self, config: LLaDAMoEConfig):
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[arg-type]  # it reads fields that ours has under other names
         self.shared_expert = Qwen3MoeMLP(config, intermediate_size=config.shared_expert_intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,7 @@ class LLaDAMoEModel(LLaDAMoEPreTrainedModel, Qwen3MoeModel):
     """The stack of layers without the head."""
 
     def __init__(self, config: LLaDAMoEConfig):
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[arg-type]
         for layer in self.layers:
             if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
                 if config.shared_expert_intermediate_size is not None:
