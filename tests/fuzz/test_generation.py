@@ -14,7 +14,7 @@ from ..builders import MASK, PAD, VOCAB, character_tokenizer, generate, generato
 pytestmark = pytest.mark.slow
 
 CASES = int(os.environ.get("DLLM_HF_FUZZ", 200))
-FAMILIES = ("llada", "dream", "sdar", "sdar_moe", "gla_dream")
+FAMILIES = ("llada", "llada_moe", "dream", "sdar", "sdar_moe", "llada2", "gla_dream")
 ENDS = [3, 9, 21, 33, 50]
 
 
@@ -52,6 +52,8 @@ def random_call(dice: random.Random):
     options["pad_token_id"] = PAD
     if model.config.model_type != "gla_dream":
         maybe(dice, 0.6, options, "block_length", 1, 2, 3, 4, 8, 40)
+    if model.supports_editing and STRATEGIES[options["remasking_strategy"]].confidence == "probability":
+        maybe(dice, 0.7, options, "editing_threshold", 0.0, 0.05, 0.3)
     maybe(dice, 0.3, options, dice.choice(["steps", "denoising_steps"]), 1, 2, 3, 7, 100)
     maybe(dice, 0.4, options, "temperature", 0.5, 1.0, 1.7)
     maybe(dice, 0.2, options, "top_k", 1, 3, 1000)

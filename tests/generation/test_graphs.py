@@ -7,6 +7,7 @@ import torch
 
 from dllm_hf.generation.remasking import STRATEGIES
 
+from ..builders import SAMPLED, is_sampled
 from ..test_golden import CASES, check_case, load_model
 from .recorded_graphs import DEVICE, ROWS, both_ways, fresh_model
 
@@ -16,9 +17,10 @@ POLICIES = [(family, policy) for family in ("llada", "dream") for policy in ("pr
 POLICIES += [("sdar", "block"), ("sdar_moe", "block"), ("gla_dream", "block")]
 POLICIES += [("nemotron_diffusion", "block"), ("fast_dllm_v2", "block")]
 DECODED = [(folder, case) for folder, case in CASES if case["kind"] != "logits"]
-# Of the folders that were added last a few cases: all would take too long.
-FEW = ("nemotron_labs_diffusion-gqa", "fast_dllm_v2-gqa")
-DECODED = [each for index, each in enumerate(DECODED) if each[0].name not in FEW or index % 4 == 0]
+# Of families that are sampled every fourth.
+FOLDERS = tuple(name.replace("nemotron_", "nemotron_labs_") for name in SAMPLED if is_sampled(name))
+OF_SAMPLED = [each for each in DECODED if each[0].name.startswith(FOLDERS)]
+DECODED = [each for each in DECODED if each not in OF_SAMPLED] + OF_SAMPLED[::4]
 
 
 @pytest.mark.parametrize("folder, case", DECODED, ids=[f"{folder.name}-{case['id']}" for folder, case in DECODED])
@@ -48,9 +50,10 @@ def test_every_strategy_with_every_policy(family, policy, strategy, captured):
 
 
 @pytest.mark.gpu
-def test_steps_of_experts_are_captured_in_bfloat16(captured):
-    model = fresh_model("sdar_moe").bfloat16()
-    model.diffusion_generate(torch.tensor([ROWS[0]], device=DEVICE), max_new_tokens=12, block_length=4)
+@pytest.mark.parametrize("family, policy", [("sdar_moe", "block"), ("llada2", "block"), ("llada_moe", "dual")])
+def test_steps_of_experts_are_captured_in_bfloat16(family, policy, captured):
+    model, prompt = fresh_model(family).bfloat16(), torch.tensor([ROWS[0]], device=DEVICE)
+    model.diffusion_generate(prompt, max_new_tokens=12, block_length=4, cache_policy=policy)
     assert captured
 
 
