@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from dllm_hf.engine import LLM, CompletionOutput, SamplingParams
-from dllm_hf.engine.llm import encode
+from dllm_hf.engine.prompts import encode
 from dllm_hf.generation.configuration import canonical_options
 
 from .output import tell
