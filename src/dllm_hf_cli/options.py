@@ -222,6 +222,13 @@ def _add_engine_options(parser: Parser, max_num_seqs: int) -> argparse._Argument
         metavar="INT",
         help="columns of prompts and of whole canvases in a step",
     )
+    engine.add_argument(
+        "--data-parallel-size",
+        type=integer,
+        default=1,
+        metavar="INT",
+        help="replicas of the model, each in a process and on a GPU of its own, with the above for each of them",
+    )
     return engine
 
 
