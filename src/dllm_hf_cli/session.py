@@ -71,6 +71,11 @@ class Session:
         terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.streams = terminal and not arguments.no_stream and sequences == 1
 
+    @property
+    def is_read_elsewhere(self) -> bool:
+        """Whether other processes read the weights."""
+        return self.arguments.data_parallel_size > 1 or self.arguments.tensor_parallel_size > 1
+
     def load(self) -> Any:
         """The model, which is then `model` as well."""
         with checkpoint.failing_with(f"{self.folder} cannot be loaded"):

@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -49,6 +50,8 @@ class Engine:
 
     Attributes:
         intake: checks requests, and makes the completions that [`submit`] takes.
+        clock: seconds; processes that do the same share one.
+        failure: what ended a step last.
         waiting, running: completions without and with a slot; these by their rows.
     """
 
@@ -85,6 +88,8 @@ class Engine:
         )
         limits = {"max_model_len": self.capacity + 1, "num_cache_tokens": cache_columns - 1}
         self.intake = Intake(model, tokenizer, options, limits, model.device)
+        self.clock: Callable[[], float] = time.monotonic
+        self.failure: Exception | None = None
         self._modules = list(model.modules())  # a step does not look for them
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
@@ -129,7 +134,7 @@ class Engine:
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Put the completions of a request at the end of the queue."""
-        now = time.monotonic()
+        now = self.clock()
         for sequence in sequences:
             if math.isfinite(sequence.timeout):
                 heapq.heappush(self._deadlines, (now + sequence.timeout, next(self._order), sequence))
@@ -166,7 +171,7 @@ class Engine:
         An exception in a step ends the completions that took part in it, with the finish reason "error"; what waits goes on.
         After an interruption (Ctrl-C) they have been aborted, and it is raised.
         """
-        now = time.monotonic()
+        now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             *_, sequence = heapq.heappop(self._deadlines)
             if not sequence.is_finished:
@@ -283,6 +288,7 @@ class Engine:
     def _fail(self, reason: str, error: Exception | None = None) -> None:
         """End everything that has a slot, after a step that did not come to its end, but for what steps before it have
         finished."""
+        self.failure = error
         try:
             self._tell()
         except Exception as failure:  # of the device, so that nothing can be read from it

@@ -147,6 +147,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
         if ranks is not None:
+            ranks.check_heads(self)
             ranks.check_same(self.device, prompts, config.to_dict())
             ranks.share_draws(generators, self.device)
         requests = [Request(prompt, new_tokens, config, one) for prompt, one in zip(prompts, generators, strict=True)]

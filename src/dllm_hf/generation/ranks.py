@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed import _symmetric_memory as symmetric_memory
 from transformers import StoppingCriteria
+
+try:
+    from torch.distributed import _symmetric_memory as symmetric_memory
+except ImportError:  # a build of PyTorch without distributed
+    symmetric_memory = None  # type: ignore[assignment]
 
 
 class Ranks:
@@ -53,6 +57,19 @@ class Ranks:
         gathered = x.new_empty(self.size * x.numel())
         distributed.all_gather_into_tensor(gathered, x.flatten(), group=self.group)
         return gathered.view(self.size, *x.shape)
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of the numbers that the processes have."""
+        return int(self.all_gather(torch.tensor([number], device=device)).min())
+
+    def check_heads(self, model: Any) -> None:
+        """Raises a `ValueError` where a plan of the library cuts heads of keys and values into pieces."""
+        kv_heads = getattr(model.config, "num_key_value_heads", self.size)
+        if kv_heads % self.size and any(name.endswith("k_proj") for name in model.tp_plan):
+            raise ValueError(
+                f"The model's {kv_heads} heads of keys and values cannot be divided between {self.size} processes: start fewer, or "
+                "use `LLM(tensor_parallel_size=...)`, which repeats heads."
+            )
 
     def check_same(self, device: torch.device, *values: object) -> None:
         """Raises a `ValueError` in every process where the values, which must have a `repr`, differ between them: the processes
