@@ -112,7 +112,7 @@ def run_worker(
     tqdm.set_lock(threading.RLock())  # its own is one of the system, which a process that is killed leaves behind
     try:
         _join(connection, rank, size, device)
-        model = _load(source, rank, size, arguments)
+        model = load_part(source, rank, size, arguments["dtype"], arguments["trust_remote_code"])
         engine = make(model, **arguments)._driver.engine
     except Exception as error:
         _send_error(connection, error)
@@ -147,16 +147,17 @@ def _join(connection: Connection, rank: int, size: int, device: str) -> None:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
 
 
-def _load(source: str, rank: int, size: int, arguments: dict[str, Any]) -> nn.Module:
-    """This process' part of a model."""
-    own = {"trust_remote_code": arguments["trust_remote_code"]}
-    config = AutoConfig.from_pretrained(source, **own)
+def load_part(source: str, rank: int, size: int, dtype: str | torch.dtype, trust_remote_code: bool) -> Any:
+    """This process' part of a model. Where there are fewer heads of keys and values than processes, several have the same."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     kv_heads = getattr(config, "num_key_value_heads", size)
     repeats_heads = kv_heads < size and any(name.endswith("k_proj") for name in config.base_model_tp_plan)
     if repeats_heads:
         plan = config.base_model_tp_plan
         config.base_model_tp_plan = {name: style for name, style in plan.items() if not name.endswith(("k_proj", "v_proj"))}
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=arguments["dtype"], tp_plan="auto", **own)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, tp_plan="auto"
+    )
     for layer in model.model.layers if repeats_heads else ():
         _keep_one_head(layer.self_attn, rank * kv_heads // size, config.num_attention_heads // size)
     return model.eval()
