@@ -1,6 +1,6 @@
 """What a denoising step costs on one GPU and on several that divide a model, and what of it the all-reduces are.
 
-usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--all-reduce nccl one_shot] [--throughput FOLDER]
+usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl one_shot shared] [--throughput FOLDER]
 
 Random bf16 weights in the shapes of LLaDA-8B (policy `dual`, blocks of 32), SDAR-8B and SDAR-30B-A3B (`block`, blocks of
 4), made on each GPU for its part; one sequence, a prompt of 512 tokens and 256 new ones. `step`: milliseconds of one step
@@ -27,9 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from dllm_hf import LLM, SamplingParams
+from dllm_hf.fused.shared_sums import SharedSums
 from dllm_hf.generation.ranks import Ranks
 
 SETTINGS = {"llada": ("dual", 32), "sdar": ("block", 4), "sdar_moe": ("block", 4)}
+WAYS = ("nccl", "one_shot", "shared")
 PROMPT, NEW, SLOTS, REQUESTS = 512, 256, 128, 512
 
 
@@ -65,7 +67,7 @@ def measure(args: argparse.Namespace) -> None:
     """One process of a group, on its GPU."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank)
-    all_reduce = Ranks.all_reduce
+    all_reduce, shared_bytes = Ranks.all_reduce, SharedSums.max_bytes
     for name in args.models:
         model, (policy, block) = build(name, size), SETTINGS[name]
         ids = prompts(model.config.vocab_size, 1, PROMPT)
@@ -73,13 +75,17 @@ def measure(args: argparse.Namespace) -> None:
         options = {"max_new_tokens": NEW, "eos_token_id": [], "temperature": 0.0, "return_dict_in_generate": True}
         options |= {"suppress_tokens": end if isinstance(end, list) else [] if end is None else [end]}
         options |= {"remasking_strategy": "low_confidence_static", "cache_policy": policy, "block_length": block}
-        for way in args.all_reduce if size > 1 else ["none"]:
-            Ranks.one_shot_bytes = args.one_shot_bytes if way == "one_shot" else 0
+        for way in args.sums if size > 1 else ["none"]:
+            # What stands on the fused path is made anew with the fingerprint of the configuration.
+            model.config.sums = way
+            Ranks.one_shot_bytes = 512 * 1024 if way == "one_shot" else 0
+            SharedSums.max_bytes = shared_bytes if way == "shared" else 0
             step, mean = step_of(model, ids, options, block)
-            Ranks.all_reduce = lambda ranks, x: x
+            Ranks.all_reduce, SharedSums.max_bytes = (lambda ranks, x: x), 0
+            model.config.sums = "without"
             without = step_of(model, ids, options, block)[0] if size > 1 else step
             Ranks.all_reduce = all_reduce
-            found = {"model": name, "gpus": size, "all_reduce": way, "step": step, "mean": mean}
+            found = {"model": name, "gpus": size, "sums": way, "step": step, "mean": mean}
             found |= {"reduces": step - without, "gib": torch.cuda.memory_allocated() / 2**30}
             if rank == 0:
                 print(json.dumps(found), flush=True)
@@ -94,8 +100,7 @@ def measure_in_processes(size: int, args: argparse.Namespace) -> list[dict]:
     """Run [`measure`] in `size` processes, and return what the first prints."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-        command = [sys.executable, __file__, "--rank", "--models", *args.models, "--all-reduce", *args.all_reduce]
-        command += ["--one-shot-bytes", str(args.one_shot_bytes)]
+        command = [sys.executable, __file__, "--rank", "--models", *args.models, "--sums", *args.sums]
         running = []
         for rank in range(size):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -126,8 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--models", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--all-reduce", nargs="+", choices=["nccl", "one_shot"], default=["nccl", "one_shot"])
-    parser.add_argument("--one-shot-bytes", type=int, default=Ranks.one_shot_bytes)
+    parser.add_argument("--sums", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--throughput", type=Path)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -139,7 +143,10 @@ def main(argv: list[str] | None = None) -> None:
         for row in measure_in_processes(size, args):
             base = first.setdefault(row["model"], row["step"])
             numbers = " ".join(f"{name} {row[name]:.3f}" for name in ("step", "mean", "reduces", "gib"))
-            print(f"{row['model']:9} {size} GPUs {row['all_reduce']:9} {numbers} ratio {row['step'] / base:.3f}", flush=True)
+            print(
+                f"{row['model']:9} {size} GPUs {row['sums']:9} {numbers} ratio {row['step'] / base:.3f}",
+                flush=True,
+            )
     for size in args.gpus if args.throughput else ():
         print(f"sdar, {SLOTS} slots, {size} GPUs: {throughput(args.throughput, size):.0f} tokens/s", flush=True)
 

@@ -33,7 +33,9 @@ CALLS = [
 ]
 # Of several requests at once: every strategy, sampled or not, some with filters.
 REQUESTS = [
-    SamplingParams(remasking_strategy=name, temperature=temperature, topk=topk, seed=number, ignore_eos=True, max_tokens=9)
+    SamplingParams(
+        remasking_strategy=name, temperature=temperature, topk=topk, seed=number, ignore_eos=True, max_tokens=9
+    )
     for number, name in enumerate(STRATEGIES)
     for temperature, topk in ((0.0, None), (0.8, 5 if number % 3 == 0 else None))
 ]

@@ -1,20 +1,14 @@
 """`LLM(tensor_parallel_size=2)`: its processes, and what becomes of requests when one of them dies."""
 
-import gc
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 
 from dllm_hf import LLM, SamplingParams
-from dllm_hf.engine import worker, workers
+from dllm_hf.engine import workers
 
-from ..builders import new_model
 from ..generation.recorded_graphs import DEVICE
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11] * 9]

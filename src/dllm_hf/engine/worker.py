@@ -154,7 +154,9 @@ def load_part(source: str, rank: int, size: int, dtype: str | torch.dtype, trust
     repeats_heads = kv_heads < size and any(name.endswith("k_proj") for name in config.base_model_tp_plan)
     if repeats_heads:
         plan = config.base_model_tp_plan
-        config.base_model_tp_plan = {name: style for name, style in plan.items() if not name.endswith(("k_proj", "v_proj"))}
+        config.base_model_tp_plan = {
+            name: style for name, style in plan.items() if not name.endswith(("k_proj", "v_proj"))
+        }
     model = AutoModelForCausalLM.from_pretrained(
         source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, tp_plan="auto"
     )

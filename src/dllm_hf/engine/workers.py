@@ -66,7 +66,8 @@ class Workers:
         tokenizer: PreTrainedTokenizerBase | None,
         device: str,
     ):
-        self.max_queue, self.failure = arguments["max_queue"], None
+        self.max_queue: int = arguments["max_queue"]
+        self.failure: str | None = None
         self._size = size = arguments["tensor_parallel_size"]
         _check_divides(size, model)
         self._load, self._changes, self._submitted = Load(0, 0, 0.0, 0), list[Submission | set[str]](), 0
@@ -121,7 +122,9 @@ class Workers:
         except (EOFError, OSError):
             self._processes[rank].join(timeout=1)
             code = self._processes[rank].exitcode
-            how = f"was killed by signal {-code}" if code is not None and code < 0 else f"has ended with exit code {code}"
+            how = (
+                f"was killed by signal {-code}" if code is not None and code < 0 else f"has ended with exit code {code}"
+            )
             raise WorkersError(f"{self._name(rank)} {how}") from None
 
     def _name(self, rank: int) -> str:
@@ -161,10 +164,10 @@ class Workers:
         if self.failure is None and not self._is_closed:
             try:
                 return self._noted(self._exchange())
-            except WorkersError as error:
+            except WorkersError as failure:
                 if not self._is_closed:
-                    self.failure = str(error)
-                    logger.error("%s; its group is ended, and its requests have failed.", error)
+                    self.failure = str(failure)
+                    logger.error("%s; its group is ended, and its requests have failed.", failure)
                 self._end()
         reason = "abort" if self.failure is None else "error"
         left, self._unfinished, self._load = list(self._unfinished.values()), {}, Load(0, 0, 0.0, 0)
@@ -210,7 +213,9 @@ class Workers:
         self._command, replies = None, [self._replies[rank] for rank in range(self._size)]
         if len({(reply.digest, reply.error) for reply in replies}) > 1:
             errors = [f"{self._name(rank)}: {reply.error}" for rank, reply in enumerate(replies) if reply.error]
-            raise WorkersError(f"the processes have come to different results{': ' if errors else ''}{'; '.join(errors)}")
+            raise WorkersError(
+                f"the processes have come to different results{': ' if errors else ''}{'; '.join(errors)}"
+            )
         return replies
 
     def _noted(self, replies: list[Stepped]) -> list[Event]:

@@ -1,6 +1,8 @@
 """The forward pass of a decoder of transformers on our kernels, for decoding on a GPU."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Collection
+from copy import copy
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from ..kernels.layers import (
     swiglu_torch,
 )
 from .joint_products import JointProducts
+from .shared_sums import SharedSums
 
 # Tokens in one call of a feed-forward network: limits the intermediate activation, 3 to 5 times the hidden size.
 MLP_CHUNK = 8192
@@ -50,11 +53,28 @@ def can_be_captured(model: nn.Module) -> bool:
     )
 
 
+def _without_sum(mlp: nn.Module, divided: Collection[nn.Module]) -> nn.Module | None:
+    """A feed-forward network whose experts are divided between processes, without the sum over these; None for others. It is
+    a copy with the same weights: the library has replaced the forward pass of the module's own experts by one that sums."""
+    experts: Any = getattr(mlp, "experts", None)
+    if experts is None or experts not in divided:
+        return None
+    mlp, experts = copy(mlp), copy(experts)
+    vars(experts).pop("forward", None)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        vars(experts)[name] = OrderedDict()
+    vars(experts)["_parameters"] = {
+        name: nn.Parameter(local(each), requires_grad=False) for name, each in experts._parameters.items()
+    }
+    vars(mlp)["_modules"] = {**mlp._modules, "experts": experts}
+    return mlp
+
+
 def _is_plain(linear: nn.Linear) -> bool:
     return type(linear) is nn.Linear and type(local(linear.weight)) in (nn.Parameter, torch.Tensor)
 
 
-def is_patched(model: nn.Module) -> bool:
+def is_patched(model: Any) -> bool:
     """Whether the `forward` of a module below the head is not that of its class. `JointProducts` checks linear modules."""
     modules = set(model.model.modules()) - divided_modules(model)
     return any("forward" in vars(module) for module in modules if not isinstance(module, nn.Linear))
@@ -83,6 +103,7 @@ class FusedStack:
         self.config, self.dtype = stack.config, stack.dtype
         self.ranks, self.divided = ranks_of(model), divided_modules(model)
         self.part = None if self.ranks is None else VocabularyPart(self.ranks, self.config.vocab_size)
+        self.partial = [_without_sum(layer.mlp, self.divided) for layer in self.layers]
         inputs = [self.inputs_of(layer.self_attn) for layer in self.layers]
         gates = [[layer.mlp.gate_proj, layer.mlp.up_proj] if self._is_gated(layer.mlp) else [] for layer in self.layers]
         groups = [group for of_layer in inputs for group in of_layer] + gates
@@ -100,6 +121,11 @@ class FusedStack:
         self.rotate = rotate_and_store if self.is_fused else rotate_and_store_torch
         self.attend_to = canvas_attention if self.is_fused else canvas_attention_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
+        self.sums: SharedSums | None = None
+        if self.ranks is not None and self.is_fused:
+            self.sums = SharedSums.of(
+                self.ranks, self.dtype, local(self._lm_head.weight).device, self.config.hidden_size
+            )
 
     def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         """The modules that read an attention's input, in groups that can be joint products."""
@@ -166,17 +192,12 @@ class FusedStack:
             parameters = [each[part.begin : part.end] for each in parameters]
         return nn.functional.linear(hidden_states, *parameters)
 
-    def reduced(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """A product that sums over the processes where its input is divided between them."""
-        if self.ranks is None or linear not in self.divided:
-            return linear(x)
-        out = self.ranks.all_reduce(nn.functional.linear(x, local(linear.weight)))
-        return out if linear.bias is None else out + local(linear.bias)
-
     def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
         """The output of the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: see
         [`FusedStack.attend`]."""
         total = self.embed(tokens)
+        if self.sums is not None:
+            self.sums.begin()
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
         normed, total = self._add_norm(total, None, self.layers[0].input_layernorm)
         for index, layer in enumerate(self.layers):
@@ -186,9 +207,9 @@ class FusedStack:
                 attended, total = (x.take_along_dim(keep[..., None], dim=1) for x in (attended, total))
                 if not total.numel():  # none kept: prefill
                     return total
-            normed, total = self._add_norm(self.reduced(layer.self_attn.o_proj, attended), total, layer.post_attention_layernorm)
+            normed, total = self._project(layer.self_attn.o_proj, attended, total, layer.post_attention_layernorm)
             norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
-            normed, total = self._add_norm(self._feed_forward(index, normed), total, norm)
+            normed, total = self._feed_forward(index, normed, total, norm)
         return normed
 
     def attend(self, index: int, normed, cos, sin, sees, cache: Any) -> torch.Tensor:
@@ -210,20 +231,50 @@ class FusedStack:
         return self.attend_to(query, keys, values, lengths, base, width, scale, *runs).flatten(2)
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
-        return self.add_norm(x, residual, norm.weight, norm.variance_epsilon)
+        return self.add_norm(x, residual, norm.weight, *self._norm_options(norm))
 
-    def _feed_forward(self, index: int, normed: torch.Tensor) -> torch.Tensor:
-        mlp, gates = self.layers[index].mlp, self.gates[index]
+    def _norm_options(self, norm: Any) -> tuple[float, bool]:
+        """`eps` and `rounds_once`, see [`add_rms_norm`]."""
+        return norm.variance_epsilon, False
+
+    def _project(self, linear: nn.Linear, x: torch.Tensor, total: torch.Tensor, norm: Any):
+        """Add a product to `total`: the norm of the sum, and the sum. Where the input is divided between processes, so is the
+        sum over it."""
+        if self.ranks is None or linear not in self.divided:
+            return self._add_norm(linear(x), total, norm)
+        weight, sums = local(linear.weight), self.sums
+        if sums is not None and sums.covers(total) and linear.bias is None:
+            return sums.product_and_norm(weight, x, total, norm, *self._norm_options(norm))
+        out = self.ranks.all_reduce(nn.functional.linear(x, weight))
+        return self._add_norm(out if linear.bias is None else out + local(linear.bias), total, norm)
+
+    def _feed_forward(self, index: int, normed: torch.Tensor, total: torch.Tensor, norm: Any):
+        """Add what a feed-forward network makes of `normed` to `total`: the norm of the sum, and the sum."""
+        mlp, gates, sums = self.layers[index].mlp, self.gates[index], self.sums
         if gates is None:
-            out = mlp(normed)
-            return out[0] if isinstance(out, tuple) else out
+            partial = self.partial[index]
+            out = (partial or mlp)(normed)
+            out = out[0] if isinstance(out, tuple) else out
+            if partial is None or self.ranks is None:
+                return self._add_norm(out, total, norm)
+            if sums is not None and sums.covers(total):
+                return sums.sum_and_norm(out, total, norm, *self._norm_options(norm))
+            return self._add_norm(self.ranks.all_reduce(out.contiguous()), total, norm)
         tokens = normed.flatten(0, 1)
         if len(tokens) <= MLP_CHUNK:
-            return self.reduced(mlp.down_proj, self.gate(*gates(normed)))
+            return self._project(mlp.down_proj, self.gate(*gates(normed)), total, norm)
+        pieces = (each[None] for each in tokens.split(MLP_CHUNK))
         out = torch.empty_like(tokens)
-        for piece, result in zip(tokens.split(MLP_CHUNK), out.split(MLP_CHUNK), strict=True):
-            result.copy_(self.reduced(mlp.down_proj, self.gate(*gates(piece[None])))[0])
-        return out.view_as(normed)
+        for piece, result in zip(pieces, out.split(MLP_CHUNK), strict=True):
+            inside = self.gate(*gates(piece))
+            if self.ranks is None:
+                result.copy_(mlp.down_proj(inside)[0])
+            else:
+                result.copy_(nn.functional.linear(inside, local(mlp.down_proj.weight))[0])
+        if self.ranks is not None:
+            out = self.ranks.all_reduce(out)
+            out = out if mlp.down_proj.bias is None else out + local(mlp.down_proj.bias)
+        return self._add_norm(out.view_as(normed), total, norm)
 
     def _is_gated(self, mlp: nn.Module) -> bool:
         return hasattr(mlp, "gate_proj") and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))

@@ -27,7 +27,7 @@ class Ranks:
             a step that is quicker than NCCL.
     """
 
-    one_shot_bytes = 512 * 1024
+    one_shot_bytes = 0
 
     def __init__(self, group: Any):
         self.group, self.rank, self.size = group, distributed.get_rank(group), distributed.get_world_size(group)

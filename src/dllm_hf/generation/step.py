@@ -113,9 +113,7 @@ def denoise(
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
     # A row is done once no shown position is masked, whatever is left behind the cut.
     masked = masked & (masked & window.shown).any(-1, keepdim=True)
-    proposals, transfer = decide(
-        canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits, part
-    )
+    proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits, part)
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)
     transferred = transfer.sum(-1, keepdim=True)

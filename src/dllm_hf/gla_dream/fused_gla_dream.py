@@ -119,8 +119,8 @@ class FusedGLADream(FusedStack):
             cache.last_hidden.index_copy_(0, slots, last)
         return logits
 
-    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
-        return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)
+    def _norm_options(self, norm: Any) -> tuple[float, bool]:
+        return norm.eps, True
 
 
 class EagerStep:

@@ -33,7 +33,8 @@ def best_tokens(
         For each position the best token (the first of equals), its probability, the margin in probability to the second
         best, and the entropy of the distribution in nats. NaN where the logits are.
     """
-    return merge(scan(logits, mask_token_id), mask_token_id, logits.shape[:-1])[:4]
+    best, probability, margin, entropy, _ = merge(scan(logits, mask_token_id), mask_token_id, logits.shape[:-1])
+    return best, probability, margin, entropy
 
 
 def scan_torch(
@@ -91,7 +92,9 @@ def merge_torch(parts: torch.Tensor, mask_token_id: int, shape: torch.Size) -> t
     shifted = torch.where(total != 0, weight * (spread + total * (base - highest)), 0.0).sum(-1)
     logsum = highest.squeeze(-1) + sums.log()
     top, winner = first.max(-1, keepdim=True)
-    runner = torch.where(torch.arange(first.shape[-1], device=parts.device) == winner, second, first.maximum(second)).amax(-1)
+    runner = torch.where(
+        torch.arange(first.shape[-1], device=parts.device) == winner, second, first.maximum(second)
+    ).amax(-1)
     token = tokens.gather(-1, winner).squeeze(-1).clamp(min=int(mask_token_id == 0)).long()
     probability = (top.squeeze(-1) - logsum).exp()
     results = (token, probability, probability - (runner - logsum).exp(), sums.log() - shifted / sums, logsum)
