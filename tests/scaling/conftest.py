@@ -5,15 +5,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray", reason='needs Ray: pip install "dllm-hf[ray]"')
+from ..builders import character_tokenizer, new_model
 
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-
-import ray  # noqa: E402
-
-from ..builders import character_tokenizer, new_model  # noqa: E402
-from ..serving.served import CHAT  # noqa: E402
+CHAT = "{% for turn in messages %}{{ turn.content }}:{% endfor %}"
 
 
 def pytest_collection_modifyitems(items):
@@ -24,11 +18,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cluster():
+    import ray
+
     # Workers inherit the environment: they import this checkout, also where it is not installed.
     root = Path(__file__).parents[2]
     paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()

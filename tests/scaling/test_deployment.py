@@ -6,16 +6,19 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from ray import serve
 
-from dllm_hf import LLM
-from dllm_hf.scaling import deployment
-from dllm_hf.scaling.deployment import DiffusionServer
-from dllm_hf.serving import Settings, create_app
-from dllm_hf.serving.errors import ApiError
+pytest.importorskip("ray", reason='needs Ray: pip install "dllm-hf[ray]"')
 
-from ..serving.served import NAME, Server
-from ..serving.test_openai_client import *  # noqa: F403  these tests run here too, on the `server` below
+from ray import serve  # noqa: E402
+
+from dllm_hf import LLM  # noqa: E402
+from dllm_hf.scaling import deployment  # noqa: E402
+from dllm_hf.scaling.deployment import DiffusionServer  # noqa: E402
+from dllm_hf.serving import Settings, create_app  # noqa: E402
+from dllm_hf.serving.errors import ApiError  # noqa: E402
+
+from ..serving.served import NAME, Server  # noqa: E402
+from ..serving.test_openai_client import *  # noqa: E402, F403  these tests run here too, on the `server` below
 
 del test_a_full_queue_asks_for_patience  # noqa: F821  of a server of its own
 

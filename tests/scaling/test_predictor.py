@@ -8,11 +8,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import ray.data
-from ray.data import ActorPoolStrategy
+import pytest
 
-from dllm_hf import LLM, SamplingParams
-from dllm_hf.scaling import DiffusionPredictor, unfinished
+pytest.importorskip("ray", reason='needs Ray: pip install "dllm-hf[ray]"')
+
+import ray.data  # noqa: E402
+from ray.data import ActorPoolStrategy  # noqa: E402
+
+from dllm_hf import LLM, SamplingParams  # noqa: E402
+from dllm_hf.scaling import DiffusionPredictor, unfinished  # noqa: E402
 
 # The run of docs/scaling.md: DLLM_HF_RAY_ROWS=10000
 ROWS = int(os.environ.get("DLLM_HF_RAY_ROWS", 300))
