@@ -280,8 +280,10 @@ class LLM:
         *,
         request_id: str | None = None,
         drafts: bool = False,
+        streams: bool = True,
     ) -> str:
         """Put a request at the end of the queue, from any thread. [`LLM.events`] tells what becomes of it.
+        Without `streams` its text comes with its last event alone, which spares making it piece by piece.
 
         Returns:
             Its id.
@@ -291,7 +293,7 @@ class LLM:
             QueueFullError: too much is waiting.
         """
         request_ids = None if request_id is None else [request_id]
-        [sequences] = self._prepare([prompt], sampling_params, drafts, request_ids)
+        [sequences] = self._prepare([prompt], sampling_params, drafts, request_ids, streams)
         self._driver.submit(sequences, self._submitted)
         return sequences[0].request_id
 
