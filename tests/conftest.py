@@ -29,7 +29,7 @@ settings.load_profile("repeatable")
 # The files that take longest, first: a worker that begins with one near the end would leave the other idle.
 LONGEST = ["training/test_trainer", "contracts/test_batches", "contracts/test_block_policy", "hub/test_export"]
 LONGEST += ["training/test_sft", "generation/test_graphs", "examples/test_train", "generation/test_decoder"]
-LONGEST += ["toolbox/test_export", "toolbox/test_tensor_parallel", "toolbox/test_compile", "hub/test_bad_sources"]
+LONGEST += ["toolbox/test_export", "parallel/test_tensor_parallel", "toolbox/test_compile", "hub/test_bad_sources"]
 
 
 def pytest_collection_modifyitems(items):
