@@ -1,5 +1,6 @@
 """Fixtures that several test modules share. What they build comes from `builders.py`."""
 
+import gc
 import os
 
 # Read when Triton is first imported, which may be by any of the packages below. A GPU compiles the kernels instead.
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from .builders import FAMILIES, POLICIES, character_tokenizer, tiny_model
 
+gc.disable()  # while tests are collected: it finds no garbage in what they import, and takes longer with each module
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist has the other cores
 
 # The same examples on every run: a failure on a machine that nobody watches must be one that anybody can repeat.
@@ -39,6 +41,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """Training and `torch.export` collect garbage at each call, which would look at a million objects of the modules."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else nanobind, of which Triton is built, takes for leaks what lives at the end
 
 
 @pytest.fixture(autouse=True)
