@@ -29,9 +29,22 @@ settings.load_profile("repeatable")
 
 
 # The files that take longest, first: a worker that begins with one near the end would leave the other idle.
-LONGEST = ["training/test_trainer", "contracts/test_batches", "contracts/test_block_policy", "hub/test_export"]
-LONGEST += ["training/test_sft", "generation/test_graphs", "examples/test_train", "generation/test_decoder"]
-LONGEST += ["toolbox/test_export", "toolbox/test_tensor_parallel", "toolbox/test_compile", "hub/test_bad_sources"]
+LONGEST = ["runtimes/test_executorch", "runtimes/test_executorch_cpp", "contracts/test_batches", "hub/test_export"]
+LONGEST += [
+    "training/test_trainer",
+    "contracts/test_turns",
+    "generation/test_graphs_between_calls",
+    "examples/test_train",
+]
+LONGEST += ["contracts/test_block_policy", "kernels/test_kernels", "toolbox/test_export", "kernels/test_gla_dream"]
+LONGEST += [
+    "generation/test_graphs",
+    "cli/test_process",
+    "engine/test_alone",
+    "generation/test_decoder",
+    "hub/test_push",
+]
+LONGEST += ["toolbox/test_compile", "benchmarks/test_decoding_quality", "toolbox/test_tensor_parallel"]
 
 
 def pytest_collection_modifyitems(items):
