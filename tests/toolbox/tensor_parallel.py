@@ -1,13 +1,8 @@
-"""Run by `torchrun` in two processes: each model of a folder whole and in two parts, the outcome as JSON.
-
-torchrun --nproc-per-node 2 -m tests.toolbox.tensor_parallel FOLDER
-"""
+"""What each of two processes does: each model of a folder whole and in two parts, the outcome as JSON."""
 
 import json
-import sys
 from pathlib import Path
 
-import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -32,13 +27,7 @@ def compare(folder: Path) -> dict:
     }
 
 
-def main(root: Path) -> None:
-    torch.set_num_threads(1)
+def leave_outcomes(root: Path) -> None:
     outcomes = {folder.name: compare(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
     if distributed.get_rank() == 0:
         (root / "outcomes.json").write_text(json.dumps(outcomes))
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

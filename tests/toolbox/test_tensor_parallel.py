@@ -1,16 +1,14 @@
 """`tp_plan="auto"`, in two processes on the CPU."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from torch import distributed
 
 from ..builders import BUILDERS, new_model
+from ..processes import in_two_processes
+from .tensor_parallel import leave_outcomes
 
 # GLADream's gates between its two scans read all heads together: its attention stays whole, its MLPs are divided.
 LARGEST_SHARE = {"gla_dream": 0.9}
@@ -23,13 +21,7 @@ def outcomes(tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("families")
     for family in BUILDERS:
         new_model(family).save_pretrained(root / family)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.toolbox.tensor_parallel", str(root)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(leave_outcomes, root)
     return json.loads((root / "outcomes.json").read_text())
 
 
