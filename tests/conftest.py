@@ -44,7 +44,7 @@ LONGEST += [
     "generation/test_decoder",
     "hub/test_push",
 ]
-LONGEST += ["toolbox/test_compile", "benchmarks/test_decoding_quality", "toolbox/test_tensor_parallel"]
+LONGEST += ["toolbox/test_compile", "benchmarks/test_decoding_quality", "parallel/test_tensor_parallel"]
 
 
 def pytest_collection_modifyitems(items):

@@ -24,7 +24,7 @@ def engine_of(
 
 def submitted(engine: Engine, call, name: str) -> None:
     prompt, seed, options = call
-    engine.submit(engine.prepare(prompt, SamplingParams(seed=seed, options=options), name))
+    engine.submit(engine.intake.prepare(prompt, SamplingParams(seed=seed, options=options), name))
 
 
 def run(engine: Engine, calls, actions) -> dict[str, list[int]]:

@@ -369,7 +369,7 @@ def test_wrong_prompts_are_refused_before_anything_runs(llm, prompts, params, me
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"tensor_parallel_size": 2}, "an engine runs on one GPU"),
+        ({"tensor_parallel_size": 2}, "each process reads the weights"),
         ({"max_num_seqs": 0}, "`max_num_seqs` must be an integer of at least 1"),
         ({"max_model_len": 1000}, "more than the 128 positions"),
         ({"gpu_memory_utilization": 1.5}, "above 0 and at most 1"),

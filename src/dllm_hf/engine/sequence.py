@@ -7,6 +7,7 @@ from ..generation.requests import Request, Row
 from ..generation.stopping import StopStrings, end_of
 from .detokenizer import Detokenizer
 from .outputs import CompletionOutput, Event, Usage
+from .sampling_params import SamplingParams
 
 
 @dataclass(eq=False)
@@ -15,6 +16,7 @@ class Sequence:
 
     request_id, index: which of the completions of which request.
     request: what the loop decodes.
+    params: what was asked for.
     timeout: seconds from its submission to its end at the latest.
     shows_texts, shows_drafts: whether events tell the text as it becomes final, and how the canvas looks after each step.
     columns: that it takes in the arena.
@@ -32,6 +34,7 @@ class Sequence:
     request_id: str
     index: int
     request: Request
+    params: SamplingParams
     timeout: float
     stop: StopStrings | None
     detokenizer: Detokenizer

@@ -277,7 +277,7 @@ class Decoder:
     def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features, may_capture: bool) -> None:
         backend, canvas, state = self.backend, self.canvas, self.workspace.state
         reads_raw_logits = backend.confidence_source == "raw"
-        guided = getattr(backend, "cfg_scale", 0)
+        guided, part = getattr(backend, "cfg_scale", 0), getattr(backend, "part", None)
 
         def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
             guidance = {}
@@ -291,7 +291,7 @@ class Decoder:
             return self.process(logits.masked_fill_(is_idle, 0), [row for row in self.rows if row])
 
         def compute(window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
-            denoise(canvas, window, quota, forward, noise, features, reads_raw_logits)
+            denoise(canvas, window, quota, forward, noise, features, reads_raw_logits, part)
 
         small = window.columns.numel() <= MAX_CAPTURED_TOKENS and not window.is_canvas and window.block.shape[1]
         if may_capture and small and backend.covers(window):

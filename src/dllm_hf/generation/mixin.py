@@ -33,6 +33,7 @@ from .graphs import are_possible
 from .hooks import Hooks, Session
 from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, unpack_inputs
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
+from .ranks import SharedCriterion, ranks_of
 from .requests import Request
 from .sampling import make_processors
 from .stopping import StopStrings
@@ -129,11 +130,14 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         whole_block = config.block_length or 0 if self.block_grid == "zero" else 0
         check_batch(len(lengths) * config.num_return_sequences, max(width, whole_block), generator, streamer)
         max_time = [] if config.max_time is None else [MaxTimeCriteria(config.max_time)]
+        criteria, ranks = [*max_time, *(stopping_criteria or [])], ranks_of(self)
+        if ranks is not None:
+            criteria = [SharedCriterion(each, ranks) for each in criteria]
         hooks = Hooks(
             generation_tokens_hook_func,
             generation_logits_hook_func,
             LogitsProcessorList([*make_processors(config), *(logits_processor or [])]),
-            StoppingCriteriaList([*max_time, *(stopping_criteria or [])]),
+            StoppingCriteriaList(criteria),
             StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None,
             streamer,
             config.output_history,
@@ -142,6 +146,10 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         lengths = [length for length in lengths for _ in range(config.num_return_sequences)]
         prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
+        if ranks is not None:
+            ranks.check_heads(self)
+            ranks.check_same(self.device, prompts, config.to_dict())
+            ranks.share_draws(generators, self.device)
         requests = [Request(prompt, new_tokens, config, one) for prompt, one in zip(prompts, generators, strict=True)]
         texts = [request.canvas(self.block_grid) for request in requests]
         # A grid at 0 decodes whole blocks, which may take a few positions more.

@@ -55,6 +55,10 @@ class Request:
             length += -length % size
         return length
 
+    def columns(self, block_grid: str) -> int:
+        """Columns that it takes in a cache: its canvas and the scratch column."""
+        return self.length(block_grid) + 1
+
     def canvas(self, block_grid: str) -> list[int]:
         """Prompt and positions to fill."""
         return [*self.prompt, *[self.options.mask_token_id] * (self.length(block_grid) - len(self.prompt))]

@@ -39,14 +39,10 @@ class Seats:
 
     @property
     def room(self) -> int | None:
-        """Columns that rows can still get, see [`columns_of`]; None where all slots are of one size."""
+        """Columns that rows can still get, see [`Request.columns`]; None where all slots are of one size."""
         if self._extents is None:
             return None
         return self._extents.free + self._extents.held_by(self.free)
-
-    def columns_of(self, request: Request) -> int:
-        """Columns that a request takes: its canvas and the scratch column."""
-        return request.length(self.backend.block_grid) + 1
 
     def seat(self, request: Request, final_length: int = 0) -> Row:
         """Give a request a slot. `final_length`: the column up to which the state of the slot is final.
@@ -54,7 +50,8 @@ class Seats:
         Raises:
             ValueError: there is no room in the arena.
         """
-        backend, size, columns = self.backend, request.options.block_length, self.columns_of(request)
+        backend, size = self.backend, request.options.block_length
+        columns = request.columns(backend.block_grid)
         (masks,) = (request.ids == request.options.mask_token_id).nonzero()
         known = request.ids[: masks[0]] if len(masks) else request.ids
         holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(known, size)

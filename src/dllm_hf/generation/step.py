@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .canvas import LISTS, Canvas, list_of
+from .divided_head import VocabularyPart
 from .remasking import SCORES, select
 from .requests import Row
 from .sampling import Noise, filtered, propose
@@ -90,6 +91,7 @@ def denoise(
     noise: dict[str, torch.Tensor],
     features: Features,
     reads_raw_logits: bool,
+    part: VocabularyPart | None = None,
 ) -> None:
     """One step: a forward pass, what it proposes, and the transfer of some of it.
 
@@ -99,6 +101,7 @@ def denoise(
             `window.columns`.
         noise: as [`draw`] returns it.
         reads_raw_logits: whether scores are read before temperature and filters.
+        part: where each process has a part of the logits.
     """
     slots = window.slots[:, None]
     logits = forward(canvas.tokens[window.owners, window.columns], window)
@@ -110,7 +113,7 @@ def denoise(
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
     # A row is done once no shown position is masked, whatever is left behind the cut.
     masked = masked & (masked & window.shown).any(-1, keepdim=True)
-    proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits)
+    proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits, part)
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)
     transferred = transfer.sum(-1, keepdim=True)
@@ -124,11 +127,13 @@ def denoise(
     canvas.report.index_copy_(0, window.slots, torch.stack([left, ended], dim=-1).long())
 
 
-def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool):
+def decide(
+    canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool, part=None
+):
     """The proposals of a step, `(rows, block)` tokens, and which of them are transferred, `(rows, block)` bool.
 
     Args:
-        logits: `(rows, block, vocab)`; those of suppressed tokens are changed.
+        logits: `(rows, block, vocab)`, or the `part` of them that this process has; those of suppressed tokens are changed.
         masked: `(rows, block)` bool, the positions that may receive a token.
         quota: `(rows, 1)`.
     """
@@ -140,7 +145,10 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
     _, suppressed, deferred = (
         canvas.lists[name, width][window.slots] if width else None for name, width in zip(LISTS, features.widths)
     )
+    if part is not None and "filters" in features.needs:  # which rank all tokens
+        logits, part = part.gather(logits), None
     if suppressed is not None:
+        suppressed = suppressed if part is None else part.index(suppressed)
         has_any = (suppressed >= 0)[:, None].expand(*logits.shape[:2], -1)
         tokens = suppressed.clamp(min=0)[:, None].expand_as(has_any)
         logits.scatter_(-1, tokens, torch.where(has_any, -torch.inf, logits.gather(-1, tokens)))
@@ -156,11 +164,17 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         processed = torch.where(has_filter, without_mask, processed)
     wanted = features.scores - {"random"}
     is_raw = reads_raw_logits and processed is not logits
-    proposals, scores = propose(
-        processed, features.mask_token_id, frozenset() if is_raw else wanted, noise.get("tokens")
-    )
-    if is_raw:
-        scores = {name: score_of(name, logits, proposals, features.mask_token_id) for name in wanted}
+    scored = logits if is_raw else processed
+    if part is not None:
+        proposals, scores = part.propose(processed, scored, features.mask_token_id, noise.get("tokens"))
+        is_nan = scores[None].isnan()
+    else:
+        proposals, scores = propose(
+            processed, features.mask_token_id, frozenset() if is_raw else wanted, noise.get("tokens")
+        )
+        if is_raw:
+            scores = {name: score_of(name, logits, proposals, features.mask_token_id) for name in wanted}
+        is_nan = logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
     if "random" in features.scores:
         scores["random"] = noise["scores"]
     score = scores[next(iter(features.scores))]
@@ -171,7 +185,7 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         # Not `torch.isin`, which synchronises with the device if the list is long.
         score = score.masked_fill((proposals[..., None] == deferred[:, None]).any(-1), lowest)
     # Logits that overflowed give NaN scores: such positions are transferred last.
-    is_nan = score.isnan() | logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
+    is_nan = is_nan | score.isnan()
     canvas.saw_nan |= (is_nan & masked).any()
     transfer = select(
         features.rules,

@@ -9,8 +9,6 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator
 
-import torch
-
 from ..engine import LLM, Event, SamplingParams
 from .errors import ApiError
 from .metrics import Metrics
@@ -102,8 +100,7 @@ class EngineThread:
                     self._is_woken = True
                     self._loop.call_soon_threadsafe(self._deliver)
                 if event.output is not None and event.output.error is not None:
-                    # After some errors no program of the process can use the device again.
-                    torch.zeros(1, device=self.llm.model.device).item()
+                    self.llm.check()
         except BaseException as error:
             logger.exception("The engine has failed; the server must be started again.")
             self._loop.call_soon_threadsafe(self._fail, f"{type(error).__name__}: {error}")
