@@ -71,6 +71,7 @@ COMPLETIONS = [
     ({**A, "eps": 1e400}, 400, "eps"),
     ({**A, "suppress_tokens": {"a": 1}}, 400, "suppress_tokens"),
     ({**A, "suppress_tokens": [0] * 1000}, 400, "suppress_tokens"),
+    ({**A, "suppress_tokens": [token for token in range(VOCAB) if token != MASK]}, 400, "suppress_tokens"),
     ({**A, "eos_token_id": [None]}, 400, "eos_token_id"),
     ({**A, "bad_words_ids": [[1, 2]]}, 400, "bad_words_ids"),
     ({**A, "cache_policy": "dual"}, 400, "cache_policy"),

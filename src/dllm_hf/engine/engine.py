@@ -7,6 +7,7 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -90,6 +91,7 @@ class Engine:
             shares_beginnings=has_cache,
             caller_ends_rows=True,
         )
+        self._spell = lru_cache(2**16)(lambda token: tokenizer and Detokenizer(tokenizer, [], False).decode([token]))
         self._modules = list(model.modules())  # a step does not look for them
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
@@ -137,7 +139,7 @@ class Engine:
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
         first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
         generators = [torch.Generator(self.model.device).manual_seed(first + index) for index in range(params.n)]
-        request = self.model.diffusion_request(prompt, generators[0], **options)
+        request = self.model.diffusion_request(prompt, generators[0], params.logprobs, **options)
         strings = as_token_list(request.options.stop_strings)
         if strings and self.tokenizer is None:
             raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
@@ -161,7 +163,7 @@ class Engine:
         for index, generator in enumerate(generators):
             own = replace(request, generator=generator) if index else request
             texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
-            sequences.append(Sequence(request_id, index, own, timeout, stop, texts, columns=columns))
+            sequences.append(Sequence(request_id, index, own, timeout, stop, texts, self._spell, columns=columns))
         return sequences
 
     def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
@@ -303,10 +305,10 @@ class Engine:
     def _tell(self) -> None:
         """Make the events of what a step has left."""
         reading, self._reading = self._reading, Reading(self._decoder.canvas, [])
-        for piece, counts, block in reading:
+        for piece, counts, block, logprobs in reading:
             row, sequence = piece.row, self.running[piece.row]
             try:
-                event = sequence.settle(piece.start, block, piece.is_last)
+                event = sequence.settle(piece.start, block, logprobs, piece.is_last)
             except (
                 Exception
             ) as error:  # a tokenizer that does not know a token of the model: of no concern to the others

@@ -13,6 +13,7 @@ _REMEDIES = {
     "output_history": "pass `drafts=True` to `generate_streaming`",
     "num_return_sequences": "the argument is called `n`",
     "stop_strings": "the argument is called `stop`",
+    "logprobs": "it is an argument of its own",
     "max_time": "the argument is called `timeout`",
     "cache_policy": "it is one for all requests: pass it to `LLM`",
     "mask_token_id": "it is one for all requests: pass it to `LLM`",
@@ -40,6 +41,9 @@ class SamplingParams:
         ignore_eos: the model's end of sequence does not end the text.
         seed: makes the draws of a request repeatable, whatever runs beside it; completion i draws with `seed + i`.
         n: completions.
+        logprobs: log-probabilities of the new tokens: 0 gives that of each token, a number up to 20 those of as many most
+            probable ones besides. They are of the step at which a token was transferred, and of the distribution as the model
+            gave it, before suppressed tokens, temperature and filters (vLLM's `raw_logprobs`); the mask counts in it.
         timeout: seconds after which a request ends, with what is final then, wherever it stands.
         skip_special_tokens: whether the text leaves them out.
         options: more options of [`DiffusionGenerationConfig`], by their names.
@@ -62,6 +66,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     n: int = 1
+    logprobs: int | None = None
     timeout: float | None = None
     skip_special_tokens: bool = True
     options: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +101,7 @@ class SamplingParams:
 
     def generation_options(self) -> dict[str, Any]:
         """The options of [`DiffusionGenerationConfig`] that were given, by its names or those of the originals."""
-        own = ("stop", "stop_token_ids", "ignore_eos", "seed", "n", "timeout", "skip_special_tokens", "options")
+        own = ("stop", "stop_token_ids", "ignore_eos", "seed", "n", "logprobs", "timeout", "skip_special_tokens", "options")
         given = {name: value for name, value in vars(self).items() if name not in own}
         given |= {name: given[name] or None for name in ("dynamic_threshold", "eb_threshold")}
         given["stop_strings"] = self.stop_strings or None

@@ -4,7 +4,7 @@ import torch
 
 from .configuration import as_token_list
 from .remasking import RULES, SCORES
-from .requests import Row
+from .requests import MAX_LOGPROBS, Row
 from .uploads import uploaded
 
 # The numeric options of a row, in the order of the columns of `Canvas.numbers`.
@@ -33,6 +33,10 @@ class Canvas:
             the block holds an end of sequence.
         counts: `(slots, 2)`, forward passes that gave the row a token, and tokens that it received.
         saw_nan: whether logits were NaN at a position that could be transferred.
+        logprobs: of tokens that steps have transferred, while a row that asks for it took part: `own`, `(slots, capacity + 1)`
+            float32, NaN where no step of the row has transferred one; where a row wants more, `top` and `top_tokens`,
+            `(slots, capacity + 1, MAX_LOGPROBS)` float32 and int32, falling, of which the vocabulary may not fill all.
+            Empty until a row asks.
     """
 
     def __init__(self, slots: int, capacity: int, device: torch.device):
@@ -44,6 +48,7 @@ class Canvas:
         self.lists: dict[tuple[str, int], torch.Tensor] = {}
         self.report, self.counts = zeros(2, slots, 2)
         self.saw_nan = zeros((), dtype=torch.bool)
+        self.logprobs: dict[str, torch.Tensor] = {}
 
     def load(self, rows: list[Row]) -> None:
         """Write the initial tokens and the options of rows into their slots."""
@@ -64,6 +69,18 @@ class Canvas:
         self.numbers.index_copy_(0, slots, uploaded(numbers, self.device))
         self.choices.index_copy_(0, slots, uploaded(choices, self.device))
         self.counts.index_fill_(0, slots, 0)
+        asked = [row.request.logprobs for row in rows if row.request.logprobs is not None]
+        if asked:
+            self._make_logprobs(max(asked))
+            self.logprobs["own"].index_fill_(0, slots, torch.nan)
+
+    def _make_logprobs(self, most: int) -> None:
+        shape = (self.slots, self.capacity + 1)
+        if "own" not in self.logprobs:
+            self.logprobs["own"] = torch.full(shape, torch.nan, device=self.device)
+        if most and "top" not in self.logprobs:
+            self.logprobs["top"] = torch.full((*shape, MAX_LOGPROBS), -torch.inf, device=self.device)
+            self.logprobs["top_tokens"] = torch.full((*shape, MAX_LOGPROBS), -1, dtype=torch.int32, device=self.device)
 
     def load_list(self, name: str, width: int, rows: list[Row]) -> None:
         """Write the token ids that an option of the rows lists into the list of so many tokens."""

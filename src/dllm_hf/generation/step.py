@@ -7,8 +7,8 @@ import torch
 
 from .canvas import LISTS, Canvas, list_of
 from .remasking import SCORES, select
-from .requests import Row
-from .sampling import Noise, filtered, propose
+from .requests import MAX_LOGPROBS, Row
+from .sampling import Noise, distribution, filtered, propose
 from .sampling import score as score_of
 from .window import Window
 
@@ -18,7 +18,8 @@ class Features:
     """What any row of a step asks for. With the shapes, all that the step's code depends on.
 
     scores, rules: see [`remasking`].
-    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`.
+    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"logprobs"` for
+        log-probabilities of transferred tokens, `"top_logprobs"` for those of the most probable ones as well.
     widths: of the lists of `LISTS`; 0 where no row has one.
     mask_token_id: the mask of every row.
     """
@@ -36,6 +37,8 @@ class Features:
             "samples": options.sampling_temperature > 0,
             "filters": options.top_k or (options.top_p or 1) < 1 or options.min_p,
             "draws": options.alg_temp,
+            "logprobs": row.request.logprobs is not None,
+            "top_logprobs": row.request.logprobs,
         }
         return cls(
             frozenset([strategy.confidence]),
@@ -110,7 +113,12 @@ def denoise(
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
     # A row is done once no shown position is masked, whatever is left behind the cut.
     masked = masked & (masked & window.shown).any(-1, keepdim=True)
+    most = min(MAX_LOGPROBS, logits.shape[-1]) if "top_logprobs" in features.needs else 0
+    # Before `decide` changes the logits of tokens that it may not propose.
+    raw = distribution(logits, most) if "logprobs" in features.needs else None
     proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits)
+    if raw is not None:
+        keep_logprobs(canvas, slots, window.block, transfer, logits.gather(-1, proposals[..., None]).squeeze(-1), *raw)
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)
     transferred = transfer.sum(-1, keepdim=True)
@@ -122,6 +130,22 @@ def denoise(
         new = (window.block >= canvas.choices[window.slots, 3:]) & (window.block < canvas.capacity)
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
     canvas.report.index_copy_(0, window.slots, torch.stack([left, ended], dim=-1).long())
+
+
+def keep_logprobs(canvas: Canvas, slots, block, transfer, chosen, total, top, top_tokens) -> None:
+    """Write the log-probabilities of a step's transferred tokens into the canvas, under the distribution that the model gave:
+    before suppressed tokens, temperature and filters.
+
+    Args:
+        slots: `(rows, 1)`. block: `(rows, block)`, columns. transfer: `(rows, block)` bool.
+        chosen: `(rows, block)`, the logits of the proposals.
+        total, top, top_tokens: see [`sampling.distribution`].
+    """
+    own = canvas.logprobs["own"]
+    own.index_put_((slots, block), torch.where(transfer, chosen.float() - total, own[slots, block]))
+    for name, values in (("top", top), ("top_tokens", top_tokens.int())) if top.shape[-1] else ():
+        table = canvas.logprobs[name][..., : top.shape[-1]]
+        table.index_put_((slots, block), torch.where(transfer[..., None], values, table[slots, block]))
 
 
 def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool):
