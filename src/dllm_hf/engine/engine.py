@@ -8,7 +8,9 @@ from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
+import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -19,9 +21,11 @@ from ..generation.graphs import are_possible
 from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.pool import fused_of
-from ..generation.requests import Row
+from ..generation.requests import Request, Row
 from ..generation.stopping import StopStrings
+from ..generation.uploads import uploaded
 from .detokenizer import Detokenizer
+from .grammar import Grammar, Grammars
 from .outputs import Event, Load
 from .reading import Piece, Reading
 from .sampling_params import SamplingParams
@@ -92,6 +96,7 @@ class Engine:
             caller_ends_rows=True,
         )
         self._spell = lru_cache(2**16)(lambda token: tokenizer and Detokenizer(tokenizer, [], False).decode([token]))
+        self._grammars: Grammars | None = None
         self._modules = list(model.modules())  # a step does not look for them
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
@@ -128,7 +133,7 @@ class Engine:
         Raises:
             ValueError: names the argument that is wrong and what to do.
         """
-        options = {**self.options, **params.generation_options()}
+        options = self._options_of(params)
         vocab = self.model.config.vocab_size
         for name, tokens in (("the prompt", prompt), ("`stop_token_ids`", params.stop_token_ids or ())):
             if wrong := [token for token in tokens if not 0 <= token < vocab]:
@@ -159,16 +164,37 @@ class Engine:
                     f"A prompt of {len(prompt)} tokens and `max_tokens={request.max_new_tokens}` take {columns - 1} "
                     f"columns, but there are {limit - 1}: shorten either, or raise `{name}`."
                 )
-        sequences = []
+        sequences, grammar = [], self._grammar(params, request)
         for index, generator in enumerate(generators):
-            own = replace(request, generator=generator) if index else request
+            own = replace(request, generator=generator, is_constrained=bool(grammar)) if index or grammar else request
             texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
-            sequences.append(Sequence(request_id, index, own, timeout, stop, texts, self._spell, columns=columns))
+            form = grammar.copy() if grammar else None
+            sequences.append(Sequence(request_id, index, own, timeout, stop, texts, self._spell, form, columns=columns))
         return sequences
+
+    def _options_of(self, params: SamplingParams) -> dict[str, Any]:
+        """The options of a request that are not the model's own."""
+        options = canonical_options({**self.options, **params.generation_options()})
+        if params.structured_outputs is not None:  # as many steps as a block may have masks: one token a step
+            length = options.get("block_length") or self._defaults.block_length or self.capacity
+            options |= {"remasking_strategy": "sequential", "denoising_steps": length}
+        return options
+
+    def _grammar(self, params: SamplingParams, request: Request) -> Grammar | None:
+        """What a constrained completion must be."""
+        if params.structured_outputs is None:
+            return None
+        options = request.options
+        if options.mask_token_id in request.prompt:
+            raise ValueError("`structured_outputs` are what follows a prompt, and this prompt holds masks: leave one out.")
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size)
+        left_out = [options.mask_token_id, *as_token_list(options.suppress_tokens)]
+        return self._grammars.make(params.structured_outputs, as_token_list(options.eos_token_id), left_out)
 
     def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
         """The options of a request, the model's own filled in, whatever room its prompt leaves for them."""
-        options = canonical_options({**self.options, **params.generation_options()})
+        options = self._options_of(params)
         wanted = options.pop("max_new_tokens", self.model.generation_config.max_new_tokens)
         effective = self.model.diffusion_request([], **options, max_new_tokens=1).options
         effective.max_new_tokens = wanted
@@ -255,6 +281,7 @@ class Engine:
         for row, sequence in zip(rows, self._admitting):
             sequence.admit(row)
             self.running[row] = sequence
+        self._constrain([sequence for sequence in self._admitting[: len(rows)] if sequence.grammar])
         self._admitting = []
 
     def _refuse(self, error: Exception) -> None:
@@ -286,9 +313,41 @@ class Engine:
         device, decoder = self.model.device, self._decoder
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.no_grad(), evaluating(self._modules), current:
-            self._reading = self._read(set(decoder.settle()))
+            finished = set(decoder.settle())
+            self._follow_grammars()
+            self._reading = self._read(finished)
             if decoder.busy:
                 decoder.launch()
+
+    def _constrain(self, sequences: list[Sequence]) -> None:
+        """Say on the canvas which tokens constrained completions may be given next."""
+        found = [(each.row, each.grammar.allowed) for each in sequences if each.row and each.grammar]
+        if found:
+            rows, words = zip(*found)
+            self._decoder.canvas.allow(list(rows), torch.from_numpy(numpy.stack(words)))
+
+    def _follow_grammars(self) -> None:
+        """Read which token the last step has given to each constrained completion, which the device must have done, and find
+        out what may follow it."""
+        canvas = self._decoder.canvas
+        columns = {each: len(each.request.prompt) + each.grammar.number for each in self.running.values() if each.grammar}
+        open_ = {each: column for each, column in columns.items() if each.reason is None and column < each.row.shown}
+        if not open_:
+            return
+        places = uploaded(torch.tensor([[each.row.slot, column] for each, column in open_.items()]), canvas.device)
+        moved = []
+        for sequence, token in zip(open_, canvas.tokens[places[:, 0], places[:, 1]].tolist()):
+            grammar = sequence.grammar
+            if token == sequence.row.mask:  # its prompt is being computed
+                continue
+            grammar.take(token)
+            if grammar.is_over:
+                sequence.end("stop")
+            elif grammar.problem is not None:
+                sequence.end("error", ValueError(grammar.problem))
+            else:
+                moved.append(sequence)
+        self._constrain(moved)
 
     def _read(self, finished: set[Row]) -> Reading:
         """Begin to read what a step has left. `finished`: the rows that have finished a block."""

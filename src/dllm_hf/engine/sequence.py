@@ -7,6 +7,7 @@ from ..generation.configuration import as_token_list
 from ..generation.requests import Request, Row
 from ..generation.stopping import StopStrings, end_of
 from .detokenizer import Detokenizer
+from .grammar import Grammar
 from .outputs import CompletionOutput, Event, Logprob, Logprobs, Usage
 from .reading import Distribution
 
@@ -19,6 +20,7 @@ class Sequence:
     request: what the loop decodes.
     timeout: seconds from its submission to its end at the latest.
     spell: the text of one token; None without a tokenizer.
+    grammar: what its text must be, where it is constrained.
     shows_texts, shows_drafts: whether events tell the text as it becomes final, and how the canvas looks after each step.
     columns: that it takes in the arena.
     passed_over: how often a later one was admitted before it.
@@ -40,6 +42,7 @@ class Sequence:
     stop: StopStrings | None
     detokenizer: Detokenizer
     spell: Callable[[int], str | None]
+    grammar: Grammar | None = None
     shows_texts: bool = False
     shows_drafts: bool = False
     columns: int = 0

@@ -39,6 +39,7 @@ class Request:
         one block.
     generator: draws for this row; None is PyTorch's own. Rows that share one share their draws.
     logprobs: see [`DiffusionGenerationMixin.diffusion_generate`].
+    is_constrained: whether the caller says before each step which tokens it may propose, see [`canvas.Canvas.allow`].
     """
 
     prompt: list[int]
@@ -46,6 +47,7 @@ class Request:
     options: DiffusionGenerationConfig
     generator: torch.Generator | None = None
     logprobs: int | None = None
+    is_constrained: bool = False
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= MAX_LOGPROBS):

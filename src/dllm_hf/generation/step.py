@@ -19,7 +19,8 @@ class Features:
 
     scores, rules: see [`remasking`].
     needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"logprobs"` for
-        log-probabilities of transferred tokens, `"top_logprobs"` for those of the most probable ones as well.
+        log-probabilities of transferred tokens, `"top_logprobs"` for those of the most probable ones as well, `"constraint"`
+        for tokens that the caller allows.
     widths: of the lists of `LISTS`; 0 where no row has one.
     mask_token_id: the mask of every row.
     """
@@ -39,6 +40,7 @@ class Features:
             "draws": options.alg_temp,
             "logprobs": row.request.logprobs is not None,
             "top_logprobs": row.request.logprobs,
+            "constraint": row.request.is_constrained,
         }
         return cls(
             frozenset([strategy.confidence]),
@@ -152,7 +154,7 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
     """The proposals of a step, `(rows, block)` tokens, and which of them are transferred, `(rows, block)` bool.
 
     Args:
-        logits: `(rows, block, vocab)`; those of suppressed tokens are changed.
+        logits: `(rows, block, vocab)`; those of tokens that may not be proposed are changed.
         masked: `(rows, block)` bool, the positions that may receive a token.
         quota: `(rows, 1)`.
     """
@@ -168,6 +170,10 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         has_any = (suppressed >= 0)[:, None].expand(*logits.shape[:2], -1)
         tokens = suppressed.clamp(min=0)[:, None].expand_as(has_any)
         logits.scatter_(-1, tokens, torch.where(has_any, -torch.inf, logits.gather(-1, tokens)))
+    if "constraint" in features.needs:
+        words = canvas.allowed[window.slots]
+        bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+        logits.masked_fill_((bits == 0).flatten(1)[:, None, : logits.shape[-1]], -torch.inf)
     processed = logits
     if "samples" in features.needs:
         processed = logits / torch.where(temperature > 0, temperature, 1.0)[..., None].to(logits.dtype)
