@@ -45,11 +45,17 @@ def is_person(text: str) -> bool:
 CHOICES = ["yes", "no", "a.b", "né", "- #\n&~\t<x>"]
 FORMS = [
     ({"json": PERSON}, is_person),
-    ({"json": json.dumps({"anyOf": [{"type": "boolean"}, {"const": "🙂"}]})}, lambda text: json.loads(text) in (True, False, "🙂")),
+    (
+        {"json": json.dumps({"anyOf": [{"type": "boolean"}, {"const": "🙂"}]})},
+        lambda text: json.loads(text) in (True, False, "🙂"),
+    ),
     ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
     ({"regex": r"\d{3}-[é🙂]{2}x*"}, re.compile(r"\d{3}-[é🙂]{2}x*").fullmatch),
     ({"choice": CHOICES}, CHOICES.__contains__),
-    ({"grammar": 'start: "a" start "b" | "ab"'}, lambda text: text == "a" * (len(text) // 2) + "b" * (len(text) // 2) != ""),
+    (
+        {"grammar": 'start: "a" start "b" | "ab"'},
+        lambda text: text == "a" * (len(text) // 2) + "b" * (len(text) // 2) != "",
+    ),
 ]
 
 
@@ -83,8 +89,13 @@ def test_what_ends_with_stop_has_the_form_and_nobody_beside_notices(family, poli
     prompts, params, forms = [], [], data.draw(st.lists(st.sampled_from(FORMS), min_size=2, max_size=4))
     for form, _ in forms:
         prompts.append(data.draw(st.sampled_from(["", "a", "some text"])))
-        options = {"temperature": data.draw(st.sampled_from([0.0, 1.0, 3.0])), "max_tokens": data.draw(st.sampled_from([30, 70]))}
-        params.append(SamplingParams(structured_outputs=StructuredOutputsParams(**form), seed=len(params), n=2, **options))
+        options = {
+            "temperature": data.draw(st.sampled_from([0.0, 1.0, 3.0])),
+            "max_tokens": data.draw(st.sampled_from([30, 70])),
+        }
+        params.append(
+            SamplingParams(structured_outputs=StructuredOutputsParams(**form), seed=len(params), n=2, **options)
+        )
     free = SamplingParams(temperature=1.0, seed=5, max_tokens=20)
     [alone] = llm.generate(["free"], free, use_tqdm=False)
     outputs = llm.generate([*prompts, "free"], [*params, free], use_tqdm=False)
@@ -104,7 +115,10 @@ def test_graphs_keep_the_form_too(captured, monkeypatch):
     monkeypatch.setattr(engine, "are_possible", lambda device: True)
     model = new_model("sdar", vocab_size=BYTES + 40, **SPECIAL).to(DEVICE)
     llm = LLM(model, tokenizer=byte_tokenizer(), num_cache_tokens=2000, max_num_seqs=4)
-    params = [SamplingParams(structured_outputs=StructuredOutputsParams(**form), temperature=1.0, seed=3, max_tokens=60) for form, _ in FORMS]
+    params = [
+        SamplingParams(structured_outputs=StructuredOutputsParams(**form), temperature=1.0, seed=3, max_tokens=60)
+        for form, _ in FORMS
+    ]
     for output, (form, holds) in zip(llm.generate([""] * len(FORMS), params, use_tqdm=False), FORMS):
         each = output.outputs[0]
         assert each.finish_reason == "length" or holds(each.text), (form, each.text)
@@ -123,7 +137,9 @@ def test_most_end_with_stop():
 
 def test_log_probabilities_are_those_of_the_model_and_not_of_the_form():
     form = StructuredOutputsParams(choice=["yes"])
-    [output] = llm_of("llada").generate("a", SamplingParams(structured_outputs=form, logprobs=20, max_tokens=9), use_tqdm=False)
+    [output] = llm_of("llada").generate(
+        "a", SamplingParams(structured_outputs=form, logprobs=20, max_tokens=9), use_tqdm=False
+    )
     found = output.outputs[0]
     assert found.text == "yes" and found.finish_reason == "stop"
     assert all(each[token].logprob < 0 for token, each in zip(found.token_ids, found.logprobs))
@@ -133,7 +149,10 @@ def test_a_stop_token_ends_only_what_is_whole_and_does_not_show():
     tokenizer = byte_tokenizer()
     visible = tokenizer("x")["input_ids"]
     params = SamplingParams(
-        structured_outputs=StructuredOutputsParams(regex="[xy]{4,40}"), stop_token_ids=visible, temperature=2.0, max_tokens=60
+        structured_outputs=StructuredOutputsParams(regex="[xy]{4,40}"),
+        stop_token_ids=visible,
+        temperature=2.0,
+        max_tokens=60,
     )
     [output] = llm_of("dream").generate("a", params, use_tqdm=False)
     assert re.fullmatch("y{4,40}", output.outputs[0].text)

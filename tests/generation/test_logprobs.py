@@ -64,7 +64,9 @@ def test_they_are_the_log_softmax_of_what_the_model_gave_at_that_step(family, po
             now = canvas.tokens[slots, window.block]
             moved = (before[slots, window.block] == MASK) & (now != MASK) & (slots > 0)  # slot 0 has not asked
             own = truth.gather(-1, now[..., None]).squeeze(-1)
-            assert canvas.logprobs["own"][slots, window.block][moved].tolist() == pytest.approx(own[moved].tolist(), **CLOSE)
+            assert canvas.logprobs["own"][slots, window.block][moved].tolist() == pytest.approx(
+                own[moved].tolist(), **CLOSE
+            )
             moved &= slots == 2
             top = canvas.logprobs["top"][slots, window.block][moved][:, :3]
             tokens = canvas.logprobs["top_tokens"][slots, window.block][moved][:, :3]
@@ -95,7 +97,10 @@ def test_a_request_gets_those_that_it_gets_alone(family, policy, data):
         alone = generate(model, [prompt], generator=generator, logprobs=number, cache_policy=policy, **options)
         assert output.logprobs == told[str(number)] and len(output.logprobs) == len(output.token_ids)
         filled = zip(output.filled_prompt_token_ids or (), output.filled_prompt_logprobs or ())
-        for column, (token, found) in [*enumerate(filled), *enumerate(zip(output.token_ids, output.logprobs), len(prompt))]:
+        for column, (token, found) in [
+            *enumerate(filled),
+            *enumerate(zip(output.token_ids, output.logprobs), len(prompt)),
+        ]:
             if found is None:
                 assert prompt[column] != MASK and alone.logprobs[0, column].isnan()
                 continue

@@ -141,9 +141,13 @@ def test_a_chat_tells_log_probabilities_whole_and_streamed(client, server):
     assert [bytes(each.bytes).decode() for each in content] == [each.token for each in content]
     assert [each.logprob for each in content] == [of[token].logprob for token, of in zip(tokens, logprobs)]
     for each, of in zip(content, logprobs):
-        assert [top.logprob for top in each.top_logprobs] == sorted([one.logprob for one in of.values() if one.rank])[::-1]
+        assert [top.logprob for top in each.top_logprobs] == sorted([one.logprob for one in of.values() if one.rank])[
+            ::-1
+        ]
     options["top_logprobs"] = None
-    assert all(each.top_logprobs == [] for each in client.chat.completions.create(**options).choices[0].logprobs.content)
+    assert all(
+        each.top_logprobs == [] for each in client.chat.completions.create(**options).choices[0].logprobs.content
+    )
 
 
 @pytest.mark.parametrize("top", [0, 2])
@@ -152,7 +156,7 @@ def test_a_completion_tells_log_probabilities_whole_and_streamed(client, server,
     streamed = [{"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []} for _ in "12"]
     choices = client.completions.create(**options).choices
     for chunk in client.completions.create(stream=True, **options):
-        for name, values in (chunk.choices[0].logprobs or {}):
+        for name, values in chunk.choices[0].logprobs or {}:
             streamed[chunk.choices[0].index][name] += values
     for prompt, choice, chunks in zip(("abc", "de"), choices, streamed):
         tokens, logprobs = of_engine(server, prompt, top)

@@ -33,11 +33,20 @@ def test_a_chat_follows_its_schema(client, is_streamed):
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
     for seed in range(3):
         answer = client.chat.completions.create(
-            model=NAME, messages=MESSAGES, max_tokens=80, temperature=1.0, seed=seed, response_format=form, stream=is_streamed
+            model=NAME,
+            messages=MESSAGES,
+            max_tokens=80,
+            temperature=1.0,
+            seed=seed,
+            response_format=form,
+            stream=is_streamed,
         )
         if is_streamed:
             chunks = list(answer)
-            text, reason = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0].finish_reason
+            text, reason = (
+                "".join(chunk.choices[0].delta.content or "" for chunk in chunks),
+                chunks[-1].choices[0].finish_reason,
+            )
         else:
             text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
         assert reason == "stop" and is_person(text)
@@ -49,7 +58,11 @@ def test_vllms_names_are_served(server):
         ("guided_regex", "[ab]{3}", lambda text: len(text) == 3 and set(text) <= {"a", "b"}),
         ("guided_choice", ["yes", "no"], ["yes", "no"].__contains__),
         ("guided_grammar", 'start: "x" | "yy"', ["x", "yy"].__contains__),
-        ("structured_outputs", {"regex": "c+d", "json": None}, lambda text: set(text[:-1]) == {"c"} and text[-1] == "d"),
+        (
+            "structured_outputs",
+            {"regex": "c+d", "json": None},
+            lambda text: set(text[:-1]) == {"c"} and text[-1] == "d",
+        ),
         ("response_format", {"type": "json_object"}, lambda text: isinstance(json.loads(text), dict)),
     ):
         answer = server.complete("abc", max_tokens=80, block_length=8, **{name: value}).json

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy
@@ -24,7 +24,7 @@ from ..generation.pool import fused_of
 from ..generation.requests import Request, Row
 from ..generation.stopping import StopStrings
 from ..generation.uploads import uploaded
-from .detokenizer import Detokenizer
+from .detokenizer import Detokenizer, spell
 from .grammar import Grammar, Grammars
 from .outputs import Event, Load
 from .reading import Piece, Reading
@@ -95,7 +95,7 @@ class Engine:
             shares_beginnings=has_cache,
             caller_ends_rows=True,
         )
-        self._spell = lru_cache(2**16)(lambda token: tokenizer and Detokenizer(tokenizer, [], False).decode([token]))
+        self._spell = lru_cache(2**16)(partial(spell, tokenizer))
         self._grammars: Grammars | None = None
         self._modules = list(model.modules())  # a step does not look for them
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
@@ -186,7 +186,9 @@ class Engine:
             return None
         options = request.options
         if options.mask_token_id in request.prompt:
-            raise ValueError("`structured_outputs` are what follows a prompt, and this prompt holds masks: leave one out.")
+            raise ValueError(
+                "`structured_outputs` are what follows a prompt, and this prompt holds masks: leave one out."
+            )
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size)
         left_out = [options.mask_token_id, *as_token_list(options.suppress_tokens)]
@@ -281,7 +283,7 @@ class Engine:
         for row, sequence in zip(rows, self._admitting):
             sequence.admit(row)
             self.running[row] = sequence
-        self._constrain([sequence for sequence in self._admitting[: len(rows)] if sequence.grammar])
+        self._constrain([(row, each.grammar) for row, each in zip(rows, self._admitting) if each.grammar is not None])
         self._admitting = []
 
     def _refuse(self, error: Exception) -> None:
@@ -319,26 +321,26 @@ class Engine:
             if decoder.busy:
                 decoder.launch()
 
-    def _constrain(self, sequences: list[Sequence]) -> None:
+    def _constrain(self, found: list[tuple[Row, Grammar]]) -> None:
         """Say on the canvas which tokens constrained completions may be given next."""
-        found = [(each.row, each.grammar.allowed) for each in sequences if each.row and each.grammar]
         if found:
-            rows, words = zip(*found)
-            self._decoder.canvas.allow(list(rows), torch.from_numpy(numpy.stack(words)))
+            words = torch.from_numpy(numpy.stack([grammar.allowed for _, grammar in found]))
+            self._decoder.canvas.allow([row for row, _ in found], words)
 
     def _follow_grammars(self) -> None:
-        """Read which token the last step has given to each constrained completion, which the device must have done, and find
-        out what may follow it."""
-        canvas = self._decoder.canvas
-        columns = {each: len(each.request.prompt) + each.grammar.number for each in self.running.values() if each.grammar}
-        open_ = {each: column for each, column in columns.items() if each.reason is None and column < each.row.shown}
-        if not open_:
+        """Read which token the last step has given to each constrained completion, for which the device must have done it, and
+        find out what may follow."""
+        canvas, found = self._decoder.canvas, []
+        for row, sequence in self.running.items():
+            if (grammar := sequence.grammar) is not None and sequence.reason is None:
+                column = len(row.request.prompt) + grammar.number
+                found += [(row, sequence, grammar, column)] if column < row.shown else []
+        if not found:
             return
-        places = uploaded(torch.tensor([[each.row.slot, column] for each, column in open_.items()]), canvas.device)
+        slots, columns = uploaded(torch.tensor([[row.slot, column] for row, *_, column in found]), canvas.device).T
         moved = []
-        for sequence, token in zip(open_, canvas.tokens[places[:, 0], places[:, 1]].tolist()):
-            grammar = sequence.grammar
-            if token == sequence.row.mask:  # its prompt is being computed
+        for (row, sequence, grammar, _), token in zip(found, canvas.tokens[slots, columns].tolist()):
+            if token == row.mask:  # its prompt is being computed
                 continue
             grammar.take(token)
             if grammar.is_over:
@@ -346,7 +348,7 @@ class Engine:
             elif grammar.problem is not None:
                 sequence.end("error", ValueError(grammar.problem))
             else:
-                moved.append(sequence)
+                moved.append((row, grammar))
         self._constrain(moved)
 
     def _read(self, finished: set[Row]) -> Reading:

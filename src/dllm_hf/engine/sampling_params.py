@@ -49,7 +49,7 @@ class StructuredOutputsParams:
         given = [name for name, value in vars(self).items() if value is not None and value is not False]
         if len(given) != 1:
             raise ValueError(f"`structured_outputs` need one of {', '.join(vars(self))}, and have {given or 'none'}.")
-        kinds = {"json": (str, dict), "json_object": bool, "choice": list, "regex": str, "grammar": str}
+        kinds: dict[str, Any] = {"json": (str, dict), "json_object": bool, "choice": list, "regex": str, "grammar": str}
         [name], value = given, getattr(self, given[0])
         is_text = name != "choice" or (value and all(isinstance(each, str) and each for each in value))
         if not isinstance(value, kinds[name]) or not is_text:
@@ -167,7 +167,17 @@ class SamplingParams:
 
     def generation_options(self) -> dict[str, Any]:
         """The options of [`DiffusionGenerationConfig`] that were given, by its names or those of the originals."""
-        own = ["stop", "stop_token_ids", "ignore_eos", "seed", "n", "logprobs", "timeout", "skip_special_tokens", "options"]
+        own = [
+            "stop",
+            "stop_token_ids",
+            "ignore_eos",
+            "seed",
+            "n",
+            "logprobs",
+            "timeout",
+            "skip_special_tokens",
+            "options",
+        ]
         own += ["structured_outputs"]
         given = {name: value for name, value in vars(self).items() if name not in own}
         given |= {name: given[name] or None for name in ("dynamic_threshold", "eb_threshold")}

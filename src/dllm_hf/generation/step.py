@@ -170,7 +170,7 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         has_any = (suppressed >= 0)[:, None].expand(*logits.shape[:2], -1)
         tokens = suppressed.clamp(min=0)[:, None].expand_as(has_any)
         logits.scatter_(-1, tokens, torch.where(has_any, -torch.inf, logits.gather(-1, tokens)))
-    if "constraint" in features.needs:
+    if canvas.allowed is not None and "constraint" in features.needs:
         words = canvas.allowed[window.slots]
         bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
         logits.masked_fill_((bits == 0).flatten(1)[:, None, : logits.shape[-1]], -torch.inf)

@@ -33,7 +33,10 @@ def _arguments(name: str, value: Any) -> dict[str, Any]:
         asked = {kind: each for kind, each in value.items() if each is not None and each is not False}
         if unknown := [kind for kind in asked if kind not in _KINDS]:
             raise ApiError(
-                400, f"`{name}` has {unknown[0]!r}, but can have one of {', '.join(_KINDS)}.", name, "unsupported_parameter"
+                400,
+                f"`{name}` has {unknown[0]!r}, but can have one of {', '.join(_KINDS)}.",
+                name,
+                "unsupported_parameter",
             )
         return asked
     return {name.removeprefix("guided_"): value}
