@@ -145,6 +145,21 @@ def test_log_probabilities_are_those_of_the_model_and_not_of_the_form():
     assert all(each[token].logprob < 0 for token, each in zip(found.token_ids, found.logprobs))
 
 
+def test_the_empty_text_is_a_form():
+    form = StructuredOutputsParams(regex="")
+    [output] = llm_of("llada").generate("a", SamplingParams(structured_outputs=form, ignore_eos=True, max_tokens=9))
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("", "stop")
+
+
+def test_a_form_that_the_parser_gives_up_on_ends_its_own_completion_alone():
+    hard = SamplingParams(structured_outputs=StructuredOutputsParams(regex="(a|aa)*" * 2000), max_tokens=20)
+    llm, free = llm_of("llada"), SamplingParams(max_tokens=20)
+    alone = llm.generate("a", free, use_tqdm=False)[0].outputs[0].token_ids
+    failed, other = (output.outputs[0] for output in llm.generate(["a", "a"], [hard, free], use_tqdm=False))
+    assert failed.finish_reason == "error" and failed.error.startswith("FormError: the parser of the form gives up")
+    assert other.token_ids == alone
+
+
 def test_a_stop_token_ends_only_what_is_whole_and_does_not_show():
     tokenizer = byte_tokenizer()
     visible = tokenizer("x")["input_ids"]
@@ -180,6 +195,8 @@ def test_a_form_is_one_of_five(arguments, message):
         ({"json": {"not": {}}}, {}, "hold no json that can be kept.*not"),
         ({"json": "{"}, {}, "structured_outputs"),
         ({"grammar": "start: undefined"}, {}, "hold no grammar that can be kept"),
+        ({"choice": ["\ud800"]}, {}, "hold no regex that can be kept: .*surrogates"),
+        ({"regex": "a" * 70_000}, {}, "more than 65536 characters"),
         ({"regex": "a+"}, {"options": {"suppress_tokens": [0, 1, 2, *range(3, 256)]}}, "no token that may be proposed"),
     ],
 )

@@ -71,6 +71,12 @@ def test_vllms_names_are_served(server):
         assert answer["diffusion"]["remasking_strategy"] == "sequential" and answer["diffusion"]["denoising_steps"] == 8
 
 
+def test_a_form_that_is_too_complex_is_the_clients_affair(server):
+    reply = server.complete("a", max_tokens=20, ignore_eos=True, guided_regex="(a|aa)*" * 2000)
+    assert (reply.status, reply.error["code"]) == (400, "form_too_complex")
+    assert server.get("/health").status == 200
+
+
 @pytest.mark.parametrize(
     "path, name, value",
     [

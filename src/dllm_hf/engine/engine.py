@@ -25,7 +25,7 @@ from ..generation.requests import Request, Row
 from ..generation.stopping import StopStrings
 from ..generation.uploads import uploaded
 from .detokenizer import Detokenizer, spell
-from .grammar import Grammar, Grammars
+from .grammar import FormError, Grammar, Grammars
 from .outputs import Event, Load
 from .reading import Piece, Reading
 from .sampling_params import SamplingParams
@@ -283,7 +283,11 @@ class Engine:
         for row, sequence in zip(rows, self._admitting):
             sequence.admit(row)
             self.running[row] = sequence
-        self._constrain([(row, each.grammar) for row, each in zip(rows, self._admitting) if each.grammar is not None])
+        constrained = [(row, each.grammar) for row, each in zip(rows, self._admitting) if each.grammar is not None]
+        for row, grammar in constrained:
+            if grammar.is_over:  # the form is the empty text
+                self.running[row].end("stop")
+        self._constrain(constrained)
         self._admitting = []
 
     def _refuse(self, error: Exception) -> None:
@@ -346,7 +350,7 @@ class Engine:
             if grammar.is_over:
                 sequence.end("stop")
             elif grammar.problem is not None:
-                sequence.end("error", ValueError(grammar.problem))
+                sequence.end("error", FormError(grammar.problem))
             else:
                 moved.append((row, grammar))
         self._constrain(moved)

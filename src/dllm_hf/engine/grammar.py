@@ -16,6 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from .sampling_params import StructuredOutputsParams
 
 
+class FormError(ValueError):
+    """A completion cannot go on in the form that was asked for: the parser has met one of its limits."""
+
+
 class Grammars:
     """Makes grammars for one model.
 
@@ -43,6 +47,7 @@ class Grammars:
             raise ValueError(
                 f"`structured_outputs` need a tokenizer that llguidance reads, and {type(tokenizer).__name__} is none: {error}"
             ) from error
+        self._limits = self._library.LLParserLimits(verbose_errors=False)
         self.vocab_size, self._matcher = vocab_size, lru_cache(64)(self._make)
 
     def make(self, form: StructuredOutputsParams, ends: list[int], left_out: list[int]) -> "Grammar":
@@ -67,16 +72,15 @@ class Grammars:
 
     def _make(self, kind: str, source: str) -> Any:
         matcher = self._library.LLMatcher
-        if kind == "json":
-            source = matcher.grammar_from_json_schema(source)
-        elif kind == "regex":
-            source = matcher.grammar_from_regex(source)
-        else:
-            source = matcher.grammar_from_lark(source)
-        is_wrong, messages = matcher.validate_grammar_with_warnings(source, self._tokens)
+        make = {"json": matcher.grammar_from_json_schema, "regex": matcher.grammar_from_regex}
+        try:
+            grammar = make.get(kind, matcher.grammar_from_lark)(source)
+            is_wrong, messages = matcher.validate_grammar_with_warnings(grammar, self._tokens, limits=self._limits)
+        except ValueError as error:  # no JSON, or half a character
+            is_wrong, messages = True, [str(error)]
         if is_wrong:
             raise ValueError(f"`structured_outputs` hold no {kind} that can be kept: {messages[0]}")
-        return matcher(self._tokens, source, log_level=0)
+        return matcher(self._tokens, grammar, log_level=0, limits=self._limits)
 
 
 class Grammar:
@@ -114,14 +118,16 @@ class Grammar:
             self.allowed = self._find()
 
     def _find(self) -> numpy.ndarray:
-        inner = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.int32) & self._inner
-        if self._matcher.is_error():
-            self.problem = f"no token of the model goes on with a text of this form ({self._matcher.stop_reason()})."
+        allowed = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.int32) & self._inner
+        reason = self._matcher.get_error().partition("\n")[0]
+        if reason and "NoExtension" not in reason:
+            self.problem = f"the parser of the form gives up: {reason}."
         elif self._matcher.is_accepting():
-            inner = inner | self._final
-        elif not inner.any():
+            allowed = allowed | self._final
+            self.is_over = not allowed.any()
+        elif not allowed.any():
             self.problem = "no token that may be proposed goes on with a text of this form."
-        return inner
+        return allowed
 
 
 def _packed(flags: numpy.ndarray) -> numpy.ndarray:

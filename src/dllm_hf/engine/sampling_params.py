@@ -23,6 +23,7 @@ _REMEDIES = {
 }
 
 
+MAX_FORM = 2**16  # characters; a parser takes milliseconds for a thousand
 # Options that would transfer several tokens in a step, or not the leftmost one.
 _OTHER_ORDERS = ("steps", "denoising_steps", "confidence_threshold", "entropy_bound", "factor", "eps", "alg_temp")
 
@@ -54,6 +55,8 @@ class StructuredOutputsParams:
         is_text = name != "choice" or (value and all(isinstance(each, str) and each for each in value))
         if not isinstance(value, kinds[name]) or not is_text:
             raise ValueError(f"`{name}` of `structured_outputs` is of the wrong type: {value!r}.")
+        if len(self.source[1]) > MAX_FORM:
+            raise ValueError(f"`{name}` of `structured_outputs` has more than {MAX_FORM} characters: ask for less.")
 
     @property
     def source(self) -> tuple[str, str]:
