@@ -61,7 +61,7 @@ def test_unit_and_container_start_the_command_with_options_that_it_has():
         assert arguments.port == 8000
         # systemd waits longer than the server takes to stop.
         assert arguments.shutdown_timeout + 10 < int(re.search(r"TimeoutStopSec=(\d+)", unit)[1])
-    assert "[serve]" in container and "constraints.txt" in container
+    assert "[serve,grammar]" in container and "constraints.txt" in container
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
