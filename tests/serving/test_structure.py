@@ -31,7 +31,7 @@ def client(server):
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_chat_follows_its_schema(client, is_streamed):
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
-    for seed in range(3):
+    for seed in range(2):
         answer = client.chat.completions.create(
             model=NAME,
             messages=MESSAGES,
