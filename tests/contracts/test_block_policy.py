@@ -33,7 +33,7 @@ def test_the_cache_changes_no_token_in_any_strategy(family, strategy):
 
 
 @pytest.mark.parametrize("family", BLOCK_FAMILIES)
-@settings(max_examples=52)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_the_cache_changes_no_token(family, data):
     """Ragged batches, masks in the prompt, guidance, pieces of a prompt, ends, samples."""
@@ -43,7 +43,7 @@ def test_the_cache_changes_no_token(family, data):
 
 
 @pytest.mark.parametrize("family", BLOCK_FAMILIES)
-@settings(max_examples=52)
+@settings(max_examples=25)
 @given(data=st.data(), prompt=st.integers(0, 14), number=st.integers(0, 14), steps=st.integers(1, 4))
 def test_prompts_of_any_length_take_exactly_the_denoising_steps(family, data, prompt, number, steps):
     """Of whole blocks: one that is cut is done as soon as what is shown of it is."""

@@ -41,7 +41,7 @@ def first_turn(model, rows=ROWS, **options):
 
 
 @pytest.mark.parametrize("family", BLOCK_FAMILIES)
-@settings(max_examples=13)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_several_turns_of_ragged_rows_give_what_fresh_calls_give(family, data):
     """Answers end early, histories are edited, cut short, or get masks put into them."""

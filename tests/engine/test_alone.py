@@ -46,7 +46,7 @@ def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("family, policy", CELLS)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_beside_it(family, policy, data):
     sizes = {"block_size": 4} if family not in ("llada", "dream") else {}

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,8 @@ from ..generation.graphs import are_possible
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.pool import fused_of
 from ..generation.requests import Row
+from ..generation.uploads import uploaded
+from .grammar import FormError, Grammar
 from .intake import Intake
 from .outputs import Event, Load
 from .reading import Piece, Reading
@@ -213,6 +216,11 @@ class Engine:
         for row, sequence in zip(rows, self._admitting):
             sequence.admit(row)
             self.running[row] = sequence
+        constrained = [(row, each.grammar) for row, each in zip(rows, self._admitting) if each.grammar is not None]
+        for row, grammar in constrained:
+            if grammar.is_over:  # the form is the empty text
+                self.running[row].end("stop")
+        self._constrain(constrained)
         self._admitting = []
 
     def _refuse(self, error: Exception) -> None:
@@ -244,9 +252,41 @@ class Engine:
         device, decoder = self.model.device, self._decoder
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.no_grad(), evaluating(self._modules), current:
-            self._reading = self._read(set(decoder.settle()))
+            finished = set(decoder.settle())
+            self._follow_grammars()
+            self._reading = self._read(finished)
             if decoder.busy:
                 decoder.launch()
+
+    def _constrain(self, found: list[tuple[Row, Grammar]]) -> None:
+        """Say on the canvas which tokens constrained completions may be given next."""
+        if found:
+            words = torch.from_numpy(numpy.stack([grammar.allowed for _, grammar in found]))
+            self._decoder.canvas.allow([row for row, _ in found], words)
+
+    def _follow_grammars(self) -> None:
+        """Read which token the last step has given to each constrained completion, for which the device must have done it, and
+        find out what may follow."""
+        canvas, found = self._decoder.canvas, []
+        for row, sequence in self.running.items():
+            if (grammar := sequence.grammar) is not None and sequence.reason is None:
+                column = len(row.request.prompt) + grammar.number
+                found += [(row, sequence, grammar, column)] if column < row.shown else []
+        if not found:
+            return
+        slots, columns = uploaded(torch.tensor([[row.slot, column] for row, *_, column in found]), canvas.device).T
+        moved = []
+        for (row, sequence, grammar, _), token in zip(found, canvas.tokens[slots, columns].tolist()):
+            if token == row.mask:  # its prompt is being computed
+                continue
+            grammar.take(token)
+            if grammar.is_over:
+                sequence.end("stop")
+            elif grammar.problem is not None:
+                sequence.end("error", FormError(grammar.problem))
+            else:
+                moved.append((row, grammar))
+        self._constrain(moved)
 
     def _read(self, finished: set[Row]) -> Reading:
         """Begin to read what a step has left. `finished`: the rows that have finished a block."""
@@ -263,10 +303,10 @@ class Engine:
     def _tell(self) -> None:
         """Make the events of what a step has left."""
         reading, self._reading = self._reading, Reading(self._decoder.canvas, [])
-        for piece, counts, block in reading:
+        for piece, counts, block, logprobs in reading:
             row, sequence = piece.row, self.running[piece.row]
             try:
-                event = sequence.settle(piece.start, block, piece.is_last)
+                event = sequence.settle(piece.start, block, logprobs, piece.is_last)
             except (
                 Exception
             ) as error:  # a tokenizer that does not know a token of the model: of no concern to the others

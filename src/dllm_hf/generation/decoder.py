@@ -140,6 +140,7 @@ class Decoder:
     def launch(self) -> None:
         """The forward passes of a step, without waiting for what comes of them on the device."""
         self.seats.take_beginnings()
+        self.seats.upload()
         rows = [row for row in self.busy if not self.seats.waits(row)]
         for row in rows:
             if not row.is_open:

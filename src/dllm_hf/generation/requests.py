@@ -12,6 +12,9 @@ from .configuration import DiffusionGenerationConfig
 from .remasking import STRATEGIES, Strategy, bernoulli_plan, transfer_quotas
 from .window import Frame
 
+# As many of the most probable tokens as OpenAI's API gives.
+MAX_LOGPROBS = 20
+
 # What the first pass of a block feeds, and what its other passes feed.
 POLICIES = {
     # Every pass feeds and sees the whole canvas. Exact.
@@ -35,12 +38,20 @@ class Request:
     options: with special tokens, `remasking_strategy` and `cache_policy` set; a `block_length` of None puts all masks into
         one block.
     generator: draws for this row; None is PyTorch's own. Rows that share one share their draws.
+    logprobs: see [`DiffusionGenerationMixin.diffusion_generate`].
+    is_constrained: whether the caller says before each step which tokens it may propose, see [`canvas.Canvas.allow`].
     """
 
     prompt: list[int]
     max_new_tokens: int
     options: DiffusionGenerationConfig
     generator: torch.Generator | None = None
+    logprobs: int | None = None
+    is_constrained: bool = False
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= MAX_LOGPROBS):
+            raise ValueError(f"`logprobs` must be an integer from 0 to {MAX_LOGPROBS}, but is {self.logprobs!r}.")
 
     @cached_property
     def ids(self) -> numpy.ndarray:

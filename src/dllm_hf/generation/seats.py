@@ -151,6 +151,11 @@ class Seats:
         for row, *_ in ready:
             del self._sources[row]
 
+    def upload(self) -> None:
+        """Tell the device where the rows stand, before a step."""
+        if self._extents is not None:
+            self._extents.upload()
+
     def waits(self, row: Row) -> bool:
         """Whether a row waits for a beginning that another row computes."""
         return row in self._sources

@@ -8,10 +8,13 @@ import torch
 from .canvas import LISTS, Canvas, list_of
 from .divided_head import VocabularyPart
 from .remasking import SCORES, select
-from .requests import Row
-from .sampling import Noise, filtered, propose
+from .requests import MAX_LOGPROBS, Row
+from .sampling import Noise, distribution, filtered, propose
 from .sampling import score as score_of
 from .window import Window
+
+# What a step needs for which a process must have the logits of all tokens: filters rank them.
+WHOLE_ROWS = {"filters", "logprobs", "constraint"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,9 @@ class Features:
     """What any row of a step asks for. With the shapes, all that the step's code depends on.
 
     scores, rules: see [`remasking`].
-    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`.
+    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"logprobs"` for
+        log-probabilities of transferred tokens, `"top_logprobs"` for those of the most probable ones as well, `"constraint"`
+        for tokens that the caller allows.
     widths: of the lists of `LISTS`; 0 where no row has one.
     mask_token_id: the mask of every row.
     """
@@ -37,6 +42,9 @@ class Features:
             "samples": options.sampling_temperature > 0,
             "filters": options.top_k or (options.top_p or 1) < 1 or options.min_p,
             "draws": options.alg_temp,
+            "logprobs": row.request.logprobs is not None,
+            "top_logprobs": row.request.logprobs,
+            "constraint": row.request.is_constrained,
         }
         return cls(
             frozenset([strategy.confidence]),
@@ -113,7 +121,14 @@ def denoise(
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
     # A row is done once no shown position is masked, whatever is left behind the cut.
     masked = masked & (masked & window.shown).any(-1, keepdim=True)
+    if part is not None and features.needs & WHOLE_ROWS:
+        logits, part = part.gather(logits), None
+    most = min(MAX_LOGPROBS, logits.shape[-1]) if "top_logprobs" in features.needs else 0
+    # Before `decide` changes the logits of tokens that it may not propose.
+    raw = distribution(logits, most) if "logprobs" in features.needs else None
     proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits, part)
+    if raw is not None:
+        keep_logprobs(canvas, slots, window.block, transfer, logits.gather(-1, proposals[..., None]).squeeze(-1), *raw)
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)
     transferred = transfer.sum(-1, keepdim=True)
@@ -127,13 +142,30 @@ def denoise(
     canvas.report.index_copy_(0, window.slots, torch.stack([left, ended], dim=-1).long())
 
 
+def keep_logprobs(canvas: Canvas, slots, block, transfer, chosen, total, top, top_tokens) -> None:
+    """Write the log-probabilities of a step's transferred tokens into the canvas, under the distribution that the model gave:
+    before suppressed tokens, temperature and filters.
+
+    Args:
+        slots: `(rows, 1)`. block: `(rows, block)`, columns. transfer: `(rows, block)` bool.
+        chosen: `(rows, block)`, the logits of the proposals.
+        total, top, top_tokens: see [`sampling.distribution`].
+    """
+    own = canvas.logprobs["own"]
+    own.index_put_((slots, block), torch.where(transfer, chosen.float() - total, own[slots, block]))
+    for name, values in (("top", top), ("top_tokens", top_tokens.int())) if top.shape[-1] else ():
+        table = canvas.logprobs[name][..., : top.shape[-1]]
+        table.index_put_((slots, block), torch.where(transfer[..., None], values, table[slots, block]))
+
+
 def decide(
     canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool, part=None
 ):
     """The proposals of a step, `(rows, block)` tokens, and which of them are transferred, `(rows, block)` bool.
 
     Args:
-        logits: `(rows, block, vocab)`, or the `part` of them that this process has; those of suppressed tokens are changed.
+        logits: `(rows, block, vocab)`, or the `part` of them that this process has; those of tokens that may not be proposed are
+            changed.
         masked: `(rows, block)` bool, the positions that may receive a token.
         quota: `(rows, 1)`.
     """
@@ -145,13 +177,15 @@ def decide(
     _, suppressed, deferred = (
         canvas.lists[name, width][window.slots] if width else None for name, width in zip(LISTS, features.widths)
     )
-    if part is not None and "filters" in features.needs:  # which rank all tokens
-        logits, part = part.gather(logits), None
     if suppressed is not None:
         suppressed = suppressed if part is None else part.index(suppressed)
         has_any = (suppressed >= 0)[:, None].expand(*logits.shape[:2], -1)
         tokens = suppressed.clamp(min=0)[:, None].expand_as(has_any)
         logits.scatter_(-1, tokens, torch.where(has_any, -torch.inf, logits.gather(-1, tokens)))
+    if canvas.allowed is not None and "constraint" in features.needs:
+        words = canvas.allowed[window.slots]
+        bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+        logits.masked_fill_((bits == 0).flatten(1)[:, None, : logits.shape[-1]], -torch.inf)
     processed = logits
     if "samples" in features.needs:
         processed = logits / torch.where(temperature > 0, temperature, 1.0)[..., None].to(logits.dtype)
