@@ -1,18 +1,22 @@
 """`LLM(tensor_parallel_size=2)`: its processes, and what becomes of requests when one of them dies."""
 
+import gc
 import os
 import signal
+import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import workers
+from dllm_hf.engine.worker import Command, Submission
 
 from ..generation.recorded_graphs import DEVICE
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11] * 9]
-LONG = SamplingParams(max_tokens=100, ignore_eos=True, block_length=4)
+LONG = SamplingParams(max_tokens=100, ignore_eos=True, block_length=4, logprobs=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,6 +83,71 @@ def test_a_process_that_fails_alone_ends_the_group(new_pair, monkeypatch):
         llm._driver.engine._changes.append(FailsInOne())
         outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
     assert all("OutOfMemory: of rank 1" in output.outputs[0].error for output in outputs)
+
+
+def test_closing_ends_processes_and_requests_also_in_another_thread(new_pair):
+    llm = new_pair()
+    events = llm.generate_streaming(PROMPTS, LONG)
+    next(events)
+    closing = threading.Timer(0.3, llm.close)
+    closing.start()
+    outputs = [event.output for event in events if event.output]
+    closing.join()
+    assert [output.finish_reason for output in outputs] == ["abort"] * 3
+    assert not any(process.is_alive() for process in processes_of(llm))
+    with pytest.raises(ValueError, match="closed"):
+        llm.generate(PROMPTS)
+
+
+def test_ctrl_c_ends_no_process(new_pair):
+    with new_pair() as llm:
+        interrupting = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        interrupting.start()
+        outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
+        interrupting.join()
+        assert [each.outputs[0].finish_reason for each in outputs] == ["abort"] * 3
+        assert [each.outputs[0].finish_reason for each in llm.generate(PROMPTS, LONG)] == ["length"] * 3
+    other = new_pair()
+    pids = [process.pid for process in processes_of(other)]
+    del other
+    gc.collect()
+    assert not any(is_there(pid) for pid in pids)
+
+
+def test_processes_end_when_their_parent_has_gone(new_pair):
+    """One in the middle of a step, in which it waits for the other, and the other idle: the pipes end."""
+    with new_pair() as llm:
+        engine = llm._driver.engine
+        changes = [Submission("a", PROMPTS[0], replace(LONG, seed=0), True, False)]
+        engine._connections[0].send(Command(0.0, changes))
+        time.sleep(0.3)
+        for connection in engine._connections:
+            connection.close()
+        for process in processes_of(llm):
+            process.join(10)
+        assert not any(process.is_alive() for process in processes_of(llm))
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs, and is no zombie that nobody has waited for."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"tensor_parallel_size": 3}, "`tensor_parallel_size=3` does not divide the 4 heads"),
+        ({"tensor_parallel_size": 2, "device": "cuda:1"}, "is one for all"),
+        ({"tensor_parallel_size": 0}, "an integer of at least 1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_a_process_starts(arguments, message, sdar):
+    with pytest.raises(ValueError, match=message):
+        LLM(sdar, **{"device": "cpu", **arguments})
 
 
 class OutOfMemory(RuntimeError):

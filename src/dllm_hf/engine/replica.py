@@ -26,6 +26,9 @@ class Remote:
         """Note what an event tells."""
         self.sequence.tokens += event.token_ids
         self.told += len(event.text)
+        if event.logprobs is not None:
+            self.sequence.logprobs = self.sequence.logprobs or [None] * len(self.sequence.request.prompt)
+            self.sequence.logprobs += event.logprobs
 
     def ended(self, reason: str, error: Exception | None) -> Event:
         """The last event, where the other process does not send it."""
