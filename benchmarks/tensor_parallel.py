@@ -3,7 +3,7 @@
 usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl one_shot shared] [--throughput FOLDER]
 
 Random bf16 weights in the shapes of LLaDA-8B (policy `dual`, blocks of 32), SDAR-8B and SDAR-30B-A3B (`block`, blocks of
-4), made on each GPU for its part; one sequence, a prompt of 512 tokens and 256 new ones. `step`: milliseconds of one step
+4), made on each GPU for its part; one sequence, a prompt of 512 tokens and 128 new ones. `step`: milliseconds of one step
 more, as in generate.py. `reduces`: the part of it that the all-reduces are: the step without them subtracted. `mean`:
 milliseconds of a call divided by its forward passes. `ratio`: the step beside that of the first number of GPUs.
 
@@ -14,6 +14,7 @@ denoising step transferring one token; the weights, 16 GB, are saved into FOLDER
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from dllm_hf.generation.ranks import Ranks
 
 SETTINGS = {"llada": ("dual", 32), "sdar": ("block", 4), "sdar_moe": ("block", 4)}
 WAYS = ("nccl", "one_shot", "shared")
-PROMPT, NEW, SLOTS, REQUESTS = 512, 256, 128, 512
+PROMPT, NEW, SLOTS, REQUESTS = 512, 128, 128, 512
 
 
 def build(name: str, size: int):
@@ -99,7 +100,10 @@ def measure(args: argparse.Namespace) -> None:
 def measure_in_processes(size: int, args: argparse.Namespace) -> list[dict]:
     """Run [`measure`] in `size` processes, and return what the first prints."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, __file__, "--rank", "--models", *args.models, "--sums", *args.sums]
         running = []
         for rank in range(size):
