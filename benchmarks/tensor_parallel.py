@@ -12,12 +12,12 @@ denoising step transferring one token; the weights, 16 GB, are saved into FOLDER
 """
 
 import argparse
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def step_of(model, ids: torch.Tensor, options: dict, block: int) -> tuple[float,
 
     def call(quota: int) -> tuple[float, int]:
         steps = block // quota
-        return min((timed(lambda: model.diffusion_generate(ids, denoising_steps=steps, **options)) for _ in range(3)),
+        return min((timed(lambda: model.diffusion_generate(ids, denoising_steps=steps, **options)) for _ in range(2)),
                    key=lambda each: each[0])  # fmt: skip
 
     model.release_graphs()
@@ -76,43 +76,44 @@ def measure(args: argparse.Namespace) -> None:
         options = {"max_new_tokens": NEW, "eos_token_id": [], "temperature": 0.0, "return_dict_in_generate": True}
         options |= {"suppress_tokens": end if isinstance(end, list) else [] if end is None else [end]}
         options |= {"remasking_strategy": "low_confidence_static", "cache_policy": policy, "block_length": block}
+        without = None
         for way in args.sums if size > 1 else ["none"]:
             # What stands on the fused path is made anew with the fingerprint of the configuration.
             model.config.sums = way
             Ranks.one_shot_bytes = 512 * 1024 if way == "one_shot" else 0
             SharedSums.max_bytes = shared_bytes if way == "shared" else 0
             step, mean = step_of(model, ids, options, block)
-            Ranks.all_reduce, SharedSums.max_bytes = (lambda ranks, x: x), 0
-            model.config.sums = "without"
-            without = step_of(model, ids, options, block)[0] if size > 1 else step
-            Ranks.all_reduce = all_reduce
+            if without is None:
+                Ranks.all_reduce, SharedSums.max_bytes = (lambda ranks, x: x), 0
+                model.config.sums = "without"
+                without = step_of(model, ids, options, block)[0] if size > 1 else step
+                Ranks.all_reduce = all_reduce
             found = {"model": name, "gpus": size, "sums": way, "step": step, "mean": mean}
             found |= {"reduces": step - without, "gib": torch.cuda.memory_allocated() / 2**30}
             if rank == 0:
                 print(json.dumps(found), flush=True)
         model.release_graphs()
         del model
+        gc.collect()
         torch.cuda.empty_cache()
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def measure_in_processes(size: int, args: argparse.Namespace) -> list[dict]:
-    """Run [`measure`] in `size` processes, and return what the first prints."""
-    with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, __file__, "--rank", "--models", *args.models, "--sums", *args.sums]
-        running = []
-        for rank in range(size):
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(Path(folder, f"{rank}.out"), "w") as out:
-                running.append(subprocess.Popen(command, env=own, stdout=out))
-        if any([each.wait() for each in running]):
-            sys.exit(f"A process on {size} GPUs has failed.")
-        return [json.loads(line) for line in Path(folder, "0.out").read_text().splitlines() if line.startswith("{")]
+def measure_in_processes(size: int, args: argparse.Namespace):
+    """Run [`measure`] in `size` processes. Yields what the first prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, __file__, "--rank", "--models", *args.models, "--sums", *args.sums]
+    running = []
+    for rank in range(size):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        running.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True))
+    yield from (json.loads(line) for line in running[0].stdout if line.startswith("{"))
+    if any([each.wait() for each in running]):
+        sys.exit(f"A process on {size} GPUs has failed.")
 
 
 def throughput(folder: Path, size: int) -> float:
