@@ -7,11 +7,12 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ..builders import character_tokenizer, left_pad, new_model
+from ..builders import character_tokenizer, left_pad, load_script, new_model
 from .comparing import CELLS, CHECKPOINTS, ROWS, change, check_strategies, check_windows, golden, other_folders
 from .test_llada import TASKS, UNSEEN, alone, completion
 
@@ -145,7 +146,10 @@ def test_the_engine_serves_as_many_rows_as_the_file_has(both):
     prompts, params = [*ROWS[::2], [9, 8, 7], ROWS[0]], SamplingParams(max_tokens=8, temperature=0.0)
     sizes = {"max_num_seqs": exported.max_rows, "max_model_len": exported.max_columns}
     got, expected = (
-        [each.outputs[0].token_ids for each in LLM(one, tokenizer=character_tokenizer(), **sizes).generate(prompts, params)]
+        [
+            each.outputs[0].token_ids
+            for each in LLM(one, tokenizer=character_tokenizer(), **sizes).generate(prompts, params)
+        ]
         for one in (exported, model)
     )
     assert got == expected
@@ -343,7 +347,33 @@ def test_the_generation_configuration_goes_with_the_file(both):
     assert isinstance(both("sdar")[1].generation_config, DiffusionGenerationConfig)
 
 
-# --- the program in C++
+# --- programs without PyTorch
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_the_program_in_numpy_gives_the_tokens_of_the_model(exported, monkeypatch, family):
+    """Its runtime needs Python 3.12: ExecuTorch's own stands in for it."""
+    from executorch.runtime import Runtime
+
+    def load_program(file):
+        program = Runtime.get().load_program(file)
+
+        def load_method(name):
+            method = program.load_method(name)
+            run = lambda feeds: method.execute([torch.from_numpy(feed) for feed in feeds])
+            return lambda feeds: [torch.as_tensor(each).numpy().copy() for each in run(feeds)]
+
+        return SimpleNamespace(load_method=load_method)
+
+    runtime = SimpleNamespace(get=lambda: SimpleNamespace(load_program=load_program))
+    monkeypatch.setitem(sys.modules, "executorch_numpy_runtime", SimpleNamespace(Runtime=runtime))
+    program, (model, folder) = load_script("examples/edge_numpy.py"), exported(family)
+    options = {"cache_policy": "none", "remasking_strategy": "low_confidence_static", "block_length": 4}
+    for prompt in ([5, 6, 7], [9] * 8, [11]):
+        text = model.diffusion_generate(torch.tensor([prompt]), max_new_tokens=10, eos_token_id=[], **options)
+        assert program.decode(folder / "model.pte", prompt, 10) == text[0, len(prompt) :].tolist()
+    with pytest.raises(ValueError, match="4[1-4] columns do not fit into the 40"):
+        program.decode(folder / "model.pte", [5], 40)
 
 
 @pytest.fixture(scope="module")
