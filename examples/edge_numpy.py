@@ -11,13 +11,14 @@ import argparse
 import sys
 
 import numpy as np
-from executorch_numpy_runtime import Runtime
 
 NUMBERS = ("max_rows", "max_columns", "max_block_length", "logits_shift", "sees_earlier_blocks", "mask_token_id")
 
 
 def decode(file: str, prompt: list[int], new: int) -> list[int]:
     """The tokens that follow the prompt."""
+    from executorch_numpy_runtime import Runtime  # here, so that --help needs no runtime
+
     program = Runtime.get().load_program(file)
     rows, columns, length, shift, is_grid, mask = (int(program.load_method(name)([])[0]) for name in NUMBERS)
     prefill, shown = program.load_method("prefill"), len(prompt) + new
@@ -40,9 +41,13 @@ def decode(file: str, prompt: list[int], new: int) -> list[int]:
     return text[len(prompt) : shown].tolist()
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--new", type=int, default=32)
     args = parser.parse_args()
     print(*decode(args.file, [int(word) for word in sys.stdin.read().split()], args.new))
+
+
+if __name__ == "__main__":
+    main()

@@ -214,9 +214,6 @@ def test_lladas_class_raises_where_the_file_fails(llada, monkeypatch):
             call()
 
 
-# --- the folder
-
-
 def test_a_file_stands_where_its_path_says_with_its_configuration_beside_it(tmp_path, monkeypatch):
     character_tokenizer().save_pretrained(tmp_path / "source")
     model = new_model("dream")
