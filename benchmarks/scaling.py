@@ -153,7 +153,7 @@ def front() -> None:
         model.save_pretrained(folder)
         tokenizer_for(folder + "/none", model.config.vocab_size).save_pretrained(folder)
         options = {"denoising_steps": 1, "suppress_tokens": [model.config.eos_token_id]}
-        prompts = [[(each + index) % 1000 for index in range(256)] for each in range(256)]
+        prompts = [[(each + index) % 1000 for index in range(256)] for each in range(128)]
         with (
             LLM(folder, data_parallel_size=2, device="cpu", max_num_seqs=32, block_length=block) as llm,
             served(llm) as (port, _),
@@ -161,7 +161,7 @@ def front() -> None:
             found: dict[str, list] = {"router": [], "http": []}
             for _ in range(3):
                 points: dict[str, list[tuple[int, float]]] = {"router": [], "http": []}
-                for new in (8, 128):
+                for new in (8, 72):
                     params, begun = SamplingParams(max_tokens=new, options=options), time.process_time()
                     for _ in llm.generate_streaming(prompts, params):
                         pass
