@@ -18,7 +18,8 @@ class Sequence:
     request: what the loop decodes.
     params: what was asked for.
     timeout: seconds from its submission to its end at the latest.
-    shows_texts, shows_drafts: whether events tell the text as it becomes final, and how the canvas looks after each step.
+    shows_texts, shows_drafts: whether events tell tokens and text as they become final, or the last one alone does; and how
+        the canvas looks after each step.
     columns: that it takes in the arena.
     passed_over: how often a later one was admitted before it.
     row: where it stands, once it has been admitted.
@@ -85,11 +86,10 @@ class Sequence:
         # No end of sequence stands before the last block of a row that goes on.
         limit = end_of(row, self.text) if is_last or row.has_ended else self.final
         added = self.text[prompt + len(self.tokens) : limit]
-        if not added:
-            return None
         self.tokens += added
-        text = self.detokenizer.put(self.tokens) if self.shows_texts else ""
-        return Event(self.request_id, self.index, added, text)
+        if not (added and self.shows_texts):
+            return None
+        return Event(self.request_id, self.index, added, self.detokenizer.put(self.tokens))
 
     def finish(self, passes: int = 0, useful: int = 0, transferred: int = 0) -> Event:
         """The last event, which tells nothing new of the tokens. `passes`: forward passes until then; `useful`: those that
