@@ -21,6 +21,8 @@ from dllm_hf import (
     DiffusionGenerationMixin,
     DreamConfig,
     DreamModel,
+    Fast_dLLM_QwenConfig,
+    Fast_dLLM_QwenForCausalLM,
     GLADreamConfig,
     GLADreamModel,
     LLaDA2MoeConfig,
@@ -29,6 +31,8 @@ from dllm_hf import (
     LLaDAModelLM,
     LLaDAMoEConfig,
     LLaDAMoEModelLM,
+    NemotronLabsDiffusionConfig,
+    NemotronLabsDiffusionModel,
     SDARConfig,
     SDARForCausalLM,
     SDARMoeConfig,
@@ -90,6 +94,18 @@ def gla_dream_config(**changes) -> GLADreamConfig:
     return GLADreamConfig(**{**sizes, **SPECIAL, **changes})
 
 
+def nemotron_diffusion_config(**changes) -> NemotronLabsDiffusionConfig:
+    # Queries are scaled from position 16 on.
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 16}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}
+    return NemotronLabsDiffusionConfig(**{**sdar_sizes(), "rope_parameters": rope, **changes})
+
+
+def fast_dllm_v2_config(**changes) -> Fast_dLLM_QwenConfig:
+    sizes = {name: value for name, value in sdar_sizes().items() if name != "head_dim"}
+    return Fast_dLLM_QwenConfig(**{**sizes, **changes})
+
+
 BUILDERS = {
     "llada": lambda **changes: LLaDAModelLM(llada_config(**changes)),
     "dream": lambda **changes: DreamModel(dream_config(**changes)),
@@ -98,10 +114,12 @@ BUILDERS = {
     "llada2": lambda **changes: LLaDA2MoeModelLM(llada2_config(**changes)),
     "llada_moe": lambda **changes: LLaDAMoEModelLM(llada_moe_config(**changes)),
     "gla_dream": lambda **changes: GLADreamModel(gla_dream_config(**changes)),
+    "nemotron_diffusion": lambda **changes: NemotronLabsDiffusionModel(nemotron_diffusion_config(**changes)),
+    "fast_dllm_v2": lambda **changes: Fast_dLLM_QwenForCausalLM(fast_dllm_v2_config(**changes)),
 }
 
 # Families of which `conftest.py` tries each promise on one, since every test of all families would take too long.
-SAMPLED = ("llada2", "llada_moe")
+SAMPLED = ("llada2", "llada_moe", "nemotron_diffusion", "fast_dllm_v2")
 
 
 def is_sampled(family: str) -> bool:

@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from dllm_hf import (
     DreamConfig,
     DreamModel,
+    Fast_dLLM_QwenConfig,
+    Fast_dLLM_QwenForCausalLM,
+    Fast_dLLM_QwenModel,
     LLaDA2MoeConfig,
     LLaDA2MoeModel,
     LLaDA2MoeModelLM,
@@ -19,6 +22,8 @@ from dllm_hf import (
     LLaDAModelLM,
     LLaDAMoEConfig,
     LLaDAMoEModelLM,
+    NemotronLabsDiffusionConfig,
+    NemotronLabsDiffusionModel,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,9 +32,15 @@ FAMILIES = {
     "llada_moe-mha": (LLaDAMoEConfig, LLaDAMoEModelLM, LLaDAMoEModelLM),
     "llada2_moe-grouped": (LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM),
     "dream-gqa": (DreamConfig, DreamModel, DreamModel),
+    "nemotron_labs_diffusion-gqa": (
+        NemotronLabsDiffusionConfig,
+        NemotronLabsDiffusionModel,
+        NemotronLabsDiffusionModel,
+    ),
+    "fast_dllm_v2-gqa": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
 }
 # What an original config.json holds beyond the architecture: about how it was made and read, or never read at all.
-PASSING = {"torch_dtype", "transformers_version", "auto_map", "sliding_window"}
+PASSING = {"torch_dtype", "transformers_version", "auto_map", "sliding_window", "attn_implementation"}
 
 
 @pytest.fixture(params=FAMILIES)

@@ -35,7 +35,11 @@ PUBLISHED = {
     "LLaDA2.1-mini": ("inclusionAI", "LLaDA2MoeModelLM", 16),
     "LLaDA2.1-flash": ("inclusionAI", "LLaDA2MoeModelLM", 103),
     "LLaDA-MoE-7B-A1B-Instruct": ("inclusionAI", "LLaDAMoEModelLM", 7.36),
+    "Nemotron-Labs-Diffusion-8B": ("nvidia", "NemotronLabsDiffusionModel", 8.49),
+    "Fast_dLLM_v2_7B": ("Efficient-Large-Model", "Fast_dLLM_QwenForCausalLM", 7.62),
+    "Fast_dLLM_v2_1.5B": ("Efficient-Large-Model", "Fast_dLLM_QwenForCausalLM", 1.54),
 }
+LICENSES = {"GSAI-ML": "mit", "nvidia": "other"}  # of others Apache-2.0
 COUNTED_WITHOUT_HEAD = ("SDAR-1.7B-Chat", "SDAR-4B-Chat")
 # Half the bytes that the weight index of the checkpoint declares.
 EXACT = {"LLaDA-8B-Instruct": 8_015_581_184, "SDAR-30B-A3B-Chat": 30_532_122_624}
@@ -178,7 +182,7 @@ def test_card_has_the_header_that_the_hub_reads(folder):
     assert "diffusion" in header["tags"]
     assert header["license"]
     if folder.name in PUBLISHED:
-        assert header["license"] == ("mit" if PUBLISHED[folder.name][0] == "GSAI-ML" else "apache-2.0")
+        assert header["license"] == LICENSES.get(PUBLISHED[folder.name][0], "apache-2.0")
         assert header["base_model"] == f"{PUBLISHED[folder.name][0]}/{folder.name}"
         assert "text-diffusion" in header["tags"]
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from .dream import DreamConfig, DreamModel, DreamTokenizer
 from .engine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from .families import FAMILIES, lines_of
+from .fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, Fast_dLLM_QwenModel
 from .generation import (
     STRATEGIES,
     CanvasCache,
@@ -22,6 +23,7 @@ from .hub import add_saving_with_code
 from .llada import LLaDAConfig, LLaDAModelLM
 from .llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
+from .nemotron_diffusion import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
 for _config, _model, _causal_lm, _tokenizer in FAMILIES:
@@ -44,6 +46,9 @@ __all__ = [
     "DreamConfig",
     "DreamModel",
     "DreamTokenizer",
+    "Fast_dLLM_QwenConfig",
+    "Fast_dLLM_QwenForCausalLM",
+    "Fast_dLLM_QwenModel",
     "GLADreamBaseModel",
     "GLADreamCache",
     "GLADreamConfig",
@@ -56,6 +61,8 @@ __all__ = [
     "LLaDAMoEConfig",
     "LLaDAMoEModelLM",
     "LLaDAModelLM",
+    "NemotronLabsDiffusionConfig",
+    "NemotronLabsDiffusionModel",
     "RequestOutput",
     "SDARConfig",
     "SDARForCausalLM",

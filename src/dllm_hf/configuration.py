@@ -93,3 +93,18 @@ class DiffusionConfigMixin(PreTrainedConfig):
                         f"`{name}={token}` is outside of the vocabulary of {self.vocab_size} tokens: "
                         "give the special tokens that belong to `vocab_size`."
                     )
+
+
+class BlockDiffusionConfigMixin(DiffusionConfigMixin):
+    """Base of the configurations whose blocks see earlier ones. Goes before the library's in a class's bases."""
+
+    def _complete(self, kwargs: dict[str, Any]) -> None:
+        if self.use_sliding_window:
+            raise ValueError("`use_sliding_window=True` is not supported: a block sees every earlier block.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # Published files name the attention of their training, which the library would use for decoding, too. That of the
+        # caller is in `kwargs`.
+        config_dict = {name: value for name, value in config_dict.items() if name != "attn_implementation"}
+        return super().from_dict(config_dict, **kwargs)

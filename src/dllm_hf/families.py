@@ -6,10 +6,12 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from .dream import DreamConfig, DreamModel, DreamTokenizer
+from .fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, Fast_dLLM_QwenModel
 from .gla_dream import GLADreamConfig, GLADreamModel, GLADreamTokenizer
 from .llada import LLaDAConfig, LLaDAModelLM
 from .llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
+from .nemotron_diffusion import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
 # Configuration, class for `AutoModel` (as in the published repositories), class for `AutoModelForCausalLM`, tokenizer. Of
@@ -22,6 +24,13 @@ FAMILIES = (
     (SDARConfig, SDARModel, SDARForCausalLM, Qwen2Tokenizer),
     (SDARMoeConfig, SDARMoeModel, SDARMoeForCausalLM, Qwen2Tokenizer),
     (GLADreamConfig, GLADreamModel, GLADreamModel, GLADreamTokenizer),
+    (
+        NemotronLabsDiffusionConfig,
+        NemotronLabsDiffusionModel,
+        NemotronLabsDiffusionModel,
+        PreTrainedTokenizerFast,
+    ),
+    (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM, Qwen2Tokenizer),
 )
 
 

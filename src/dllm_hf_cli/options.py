@@ -25,6 +25,8 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "max_new_tokens": (int, "positions to fill after the prompt; 0 only fills masks in the prompt", ("gen_length", "max_tokens")),
     "max_length": (int, "length of prompt and new tokens together", ()),
     "block_length": (int, "positions decoded together", ()),
+    "small_block_size": (int, "Fast-dLLM v2: positions of a block decoded together, from left to right", ()),
+    "use_block_cache": (bool, "Fast-dLLM v2: feed the sub-block alone once its first position is decided (approximate)", ()),
     "steps": (int, "denoising steps of the whole completion", ("max_steps",)),
     "denoising_steps": (int, "denoising steps of each block", ()),
     "temperature": (float, "0 proposes the most likely token", ("temperature_",)),
@@ -224,6 +226,20 @@ def _add_engine_options(parser: Parser, max_num_seqs: int) -> argparse._Argument
         metavar="INT",
         help="columns of prompts and of whole canvases in a step",
     )
+    engine.add_argument(
+        "--tensor-parallel-size",
+        type=integer,
+        default=1,
+        metavar="INT",
+        help="GPUs that the model is divided between, with a process for each",
+    )
+    engine.add_argument(
+        "--data-parallel-size",
+        type=integer,
+        default=1,
+        metavar="INT",
+        help="replicas of the model, each in a process and on a GPU of its own, with the above for each of them",
+    )
     return engine
 
 
@@ -270,9 +286,6 @@ def _add_serve_options(parser: Parser) -> None:
     )
     engine.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, metavar="FLOAT", help="part of the GPU that may be taken"
-    )
-    engine.add_argument(
-        "--tensor-parallel-size", type=integer, default=1, metavar="INT", help="GPUs of a model; only 1"
     )
     _add_model_options(parser)
     _add_generation_options(parser)

@@ -15,7 +15,7 @@ from ..builders import MASK, VOCAB, generate, new_model, tiny_model
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none", "prefix", "dual")]
 CELLS += [(family, policy) for family in ("sdar", "sdar_moe", "gla_dream") for policy in ("block", "none")]
-CELLS += [("llada2", "block"), ("llada_moe", "dual")]
+CELLS += [("llada2", "block"), ("llada_moe", "dual"), ("nemotron_diffusion", "block"), ("fast_dllm_v2", "block")]
 SLOTS, CAPACITY = 3, 48
 
 tokens = st.integers(0, VOCAB - 1).filter(lambda token: token != MASK)
@@ -45,9 +45,14 @@ def calls(draw):
 
 
 def calls_of(family: str, every):
-    """The calls as the family takes them: in its own blocks; some with tokens that are edited."""
+    """The calls as the family takes them: in its own blocks; some with tokens that are edited, or with sub-blocks."""
     if family == "gla_dream":
         return [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
+    if family == "fast_dllm_v2":
+        halves = lambda options: (
+            {"small_block_size": 2, "use_block_cache": True} if options["block_length"] == 4 else {}
+        )
+        return [(prompt, seed, {**options, **(halves(options) if seed % 3 else {})}) for prompt, seed, options in every]
     if family != "llada2":
         return every
     edits = lambda seed, options: seed % 2 and STRATEGIES[options["remasking_strategy"]].confidence == "probability"
@@ -114,7 +119,7 @@ def check(family, policy, data, has_graphs):
 
 
 @pytest.mark.parametrize("family, policy", CELLS)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_rows_that_join_and_leave_get_what_they_get_alone(family, policy, data):
     """With strategies, temperatures, thresholds, block lengths, ends and seeds of their own, each at its own block and
@@ -123,7 +128,7 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(family, policy, data):
 
 
 @pytest.mark.parametrize("family, policy", [cell for cell in CELLS if cell[1] != "none"])
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_rows_that_join_and_leave_get_it_from_graphs_too(family, policy, data, captured):
     check(family, policy, data, has_graphs=True)

@@ -85,6 +85,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = 
     (("max_new_tokens",), int, lambda v: v >= 0, "an integer of at least 0"),
     (("max_post_steps",), int, lambda v: 0 <= v <= MAX_STEPS, f"an integer from 0 to {MAX_STEPS}"),
     (("max_length", "block_length", "prefill_chunk_size"), int, lambda v: v >= 1, "an integer of at least 1"),
+    (("small_block_size",), int, lambda v: v >= 1, "an integer of at least 1"),
     (("num_return_sequences", "check_interval"), int, lambda v: v >= 1, "an integer of at least 1"),
     (("steps", "denoising_steps"), int, lambda v: 1 <= v <= MAX_STEPS, f"an integer from 1 to {MAX_STEPS}"),
     (("top_k",), int, lambda v: v >= 0, "an integer of at least 0 (0 turns it off)"),
@@ -94,7 +95,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = 
     (("confidence_threshold", "top_p"), float, lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
     (("eps",), float, lambda v: 0 < v < 1, "a number between 0 and 1"),
     (("do_sample", "disable_compile", "torch_compile", *LLADA_SWITCHES), bool, lambda v: True, "True or False"),
-    (("output_history", "return_dict_in_generate"), bool, lambda v: True, "True or False"),
+    (("output_history", "return_dict_in_generate", "use_block_cache"), bool, lambda v: True, "True or False"),
     (("mask_token_id", "pad_token_id", "bos_token_id"), int, lambda v: v >= 0, "a token id"),
 )
 
@@ -140,6 +141,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         max_new_tokens (`int`, defaults to 128): positions to fill after the prompt; 0 only fills masks in the prompt.
         max_length (`int`): length of prompt and new tokens together; used where `max_new_tokens` is not given.
         block_length (`int`): positions decoded together.
+        small_block_size (`int`): Fast-dLLM v2 decodes a block in sub-blocks of so many positions, from left to right.
+        use_block_cache (`bool`): once the first position of a sub-block is decided, passes feed the sub-block alone. The keys of
+            the rest of the block are then those of the last pass over all of it: an approximation.
         steps (`int`): denoising steps of the whole completion, spread evenly over its blocks.
         denoising_steps (`int`): denoising steps of each block. Without either, a step transfers one token.
         temperature (`float`, defaults to 0.0): 0 proposes the arg-max.
@@ -184,6 +188,8 @@ class DiffusionGenerationConfig(GenerationConfig):
     # `Any`: optional here, but set in the options of a row (`DiffusionGenerationMixin.diffusion_request`). Only models
     # without a cache policy `block` leave `block_length` at None there.
     block_length: Any = None
+    small_block_size: int | None = None
+    use_block_cache: bool = False
     steps: int | None = None
     denoising_steps: int | None = None
     temperature: float = 0.0
@@ -239,7 +245,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         _refuse_unknown(options)
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
-        config = copy.deepcopy(self)
+        config = copy.copy(self)  # no value is ever changed, only replaced
         for given, stored in _REPLACES.items():
             if given in options and stored not in options:
                 setattr(config, stored, None)

@@ -46,6 +46,11 @@ class DenoisingModel(nn.Module):
         supports_editing: whether a token may be replaced until its block is done (`editing_threshold`).
         makes_masks: whether attention takes a mask that the loop makes; otherwise the model derives it from the blocks.
         has_fixed_block_length: whether the model decodes in blocks of `default_block_length` alone.
+        seeds_blocks: whether a block's first token, the seed, is decided by a pass over the clean text before the block alone,
+            whose last logits are the seed's whatever `logits_shift` is. With it, the policy is `block` or `none`.
+        causal_context: whether the columns before the block see none behind themselves. With it, the policy is as above.
+        default_small_block_size: positions of a block that are decoded together, from left to right, where they divide the
+            block and the call says nothing; None for models that have no sub-blocks.
         capacity_step: the fast path allocates a multiple of this number of columns, see [`pool.capacity_for`]. The steps of
             a conversation that outgrows its columns are captured anew.
     """
@@ -64,6 +69,9 @@ class DenoisingModel(nn.Module):
     supports_editing: bool = False
     makes_masks: bool = True
     has_fixed_block_length: bool = False
+    seeds_blocks: bool = False
+    causal_context: bool = False
+    default_small_block_size: int | None = None
     capacity_step: int = 256
 
     @property

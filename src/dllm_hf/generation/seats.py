@@ -28,6 +28,9 @@ class Seats:
 
     def __init__(self, backend: Backend, state: Any, slots: int, columns: int, shares_beginnings: bool):
         self.backend, self.state = backend, state
+        # The words of the contract that a backend may leave out.
+        self.seeds_blocks = getattr(backend, "seeds_blocks", False)
+        self.causal_context = getattr(backend, "causal_context", False)
         self.rows: list[Row | None] = [None] * slots
         self.free = list(range(slots))
         self._extents = getattr(state, "extents", None)
@@ -39,14 +42,10 @@ class Seats:
 
     @property
     def room(self) -> int | None:
-        """Columns that rows can still get, see [`columns_of`]; None where all slots are of one size."""
+        """Columns that rows can still get, see [`Request.columns`]; None where all slots are of one size."""
         if self._extents is None:
             return None
         return self._extents.free + self._extents.held_by(self.free)
-
-    def columns_of(self, request: Request) -> int:
-        """Columns that a request takes: its canvas and the scratch column."""
-        return request.length(self.backend.block_grid) + 1
 
     def seat(self, request: Request, final_length: int = 0) -> Row:
         """Give a request a slot. `final_length`: the column up to which the state of the slot is final.
@@ -54,15 +53,19 @@ class Seats:
         Raises:
             ValueError: there is no room in the arena.
         """
-        backend, size, columns = self.backend, request.options.block_length, self.columns_of(request)
+        backend, size = self.backend, request.options.block_length
+        columns = request.columns(backend.block_grid)
         (masks,) = (request.ids == request.options.mask_token_id).nonzero()
         known = request.ids[: masks[0]] if len(masks) else request.ids
-        holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(known, size)
+        # The pass that decides a seed feeds at least the last token before it, which no other slot may read.
+        found = known[:-1] if self.seeds_blocks else known
+        holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(found, size)
         own = next(
             (slot for slot in holders if self.rows[slot] is None and self._can_hold(slot, columns, shared)), None
         )
         slot = next((slot for slot in self.free if slot not in holders), self.free[0]) if own is None else own
-        row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
+        attends = (backend.sees_earlier_blocks, backend.logits_shift, self.seeds_blocks, self.causal_context)
+        row = Row(request, slot, backend.block_grid, *attends)
         row.final_length = final_length
         try:
             source = own if own is not None else self._source([each for each in holders if each != slot])
@@ -153,6 +156,11 @@ class Seats:
         self._copy([(row, source.slot, source.final_length, shared) for row, source, shared in ready])
         for row, *_ in ready:
             del self._sources[row]
+
+    def upload(self) -> None:
+        """Tell the device where the rows stand, before a step."""
+        if self._extents is not None:
+            self._extents.upload()
 
     def waits(self, row: Row) -> bool:
         """Whether a row waits for a beginning that another row computes."""

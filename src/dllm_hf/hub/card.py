@@ -24,6 +24,10 @@ DESCRIPTIONS = {
     "SDARMoeConfig": "[SDAR](https://arxiv.org/abs/2510.06303)-MoE: a Qwen3-MoE that decodes block after block, the tokens of a "
     "block by denoising.",
     "GLADreamConfig": "GLADream: block diffusion on gated linear attention, with a state that does not grow with the text.",
+    "NemotronLabsDiffusionConfig": "[Nemotron-Labs-Diffusion](https://huggingface.co/nvidia/Nemotron-Labs-Diffusion-8B): a "
+    "Ministral 3 that reads causally and decodes block after block, the tokens of a block by denoising.",
+    "Fast_dLLM_QwenConfig": "[Fast-dLLM v2](https://arxiv.org/abs/2509.26328): a Qwen2.5 that decodes block after block, the "
+    "tokens of a block by denoising its sub-blocks.",
 }
 
 CARD = """---
