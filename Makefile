@@ -35,7 +35,7 @@ stale      = $(shell $(PY) -c '' 2>/dev/null && [ "$$(cat $(1) 2>/dev/null)" = "
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve edge check test test-slow test-upstream lint types docs package clean venv FORCE
+.PHONY: help demo serve edge check test test-slow test-ray test-upstream lint types docs package clean venv FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -63,8 +63,12 @@ check: lint ## Check style and types, and run one test of each kind: 90 seconds 
 test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without a GPU)
 	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" --durations=12 $(PYTEST_ARGS)
 
-test-slow: $(DEV_STAMP) ## Search at random (DLLM_HF_FUZZ=10000 for more than 200 cases of each), try exports, the server and the wheel alone
-	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow tests/runtimes tests/kernels/test_compilation.py tests/fuzz tests/packaging tests/serving $(PYTEST_ARGS)
+test-slow: $(DEV_STAMP) ## Search at random (DLLM_HF_FUZZ=10000 for more than 200 cases of each), try exports, the server, the wheel and whole grids
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow tests/runtimes tests/kernels/test_compilation.py tests/fuzz tests/packaging tests/serving tests/engine/test_replicas.py tests/parallel tests/generation/test_graphs.py tests/hub/test_bad_sources.py $(PYTEST_ARGS)
+
+test-ray: $(DEV_STAMP) ## Install Ray, then try a dataset of prompts and the server on it (DLLM_HF_RAY_ROWS=10000 for more than 300 rows)
+	$(PIP) -e '.[ray]'
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest tests/scaling $(PYTEST_ARGS)
 
 test-upstream: $(DEV_STAMP) ## Install, then run transformers' own model tests (docs/upstream_tests.md)
 	OMP_NUM_THREADS=$(OMP_THREADS) PYTHON=$(PY) .ci/test-upstream $(PYTEST_ARGS)

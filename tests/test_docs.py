@@ -1,7 +1,7 @@
 """What the documentation says to type can be typed: snippets of Python run, commands know the options they are given."""
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import re
 import shlex
@@ -183,6 +183,11 @@ def check(command: list[str]) -> None:
         extras = re.findall(r"\.\[([\w-]+)\]", " ".join(rest))
         assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras), rest
         return
+    if name.endswith(".py") and re.search(
+        "^(import|from) ray", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        if importlib.util.find_spec("ray") is None:
+            return
     subcommand = [word for word in rest[:1] if re.fullmatch("[a-z][a-z-]*", word)]
     said = help_of(name, *subcommand)
     for option in [word for word in rest if word.startswith("--")]:

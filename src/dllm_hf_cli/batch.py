@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from dllm_hf.engine import LLM, CompletionOutput, SamplingParams
-from dllm_hf.engine.llm import encode
+from dllm_hf.engine.prompts import encode
 from dllm_hf.generation.configuration import canonical_options
 
 from .output import tell
@@ -46,8 +46,8 @@ def _run(arguments: argparse.Namespace, lines: dict[str, dict[str, Any]], result
     failed = 0
     with tqdm(total=len(lines), initial=len(done), unit="request", dynamic_ncols=True) as bar:
         if requests:
-            session.load()
-            failed = _decode(_engine(session), requests, file, bar)
+            with _engine(session) as llm:
+                failed = _decode(llm, requests, file, bar)
     if failed:
         tell(f"dllm-hf: {failed} of {len(lines)} requests failed: the same command tries them again.")
     return 1 if failed else 0
@@ -149,14 +149,19 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
 def _engine(session: Session) -> LLM:
     arguments = session.arguments
     return LLM(
-        session.model,
+        session.folder if session.is_read_elsewhere else session.load(),
         tokenizer=session.tokenizer,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        device=arguments.device,
         mask_token_id=session.options.get("mask_token_id"),
         cache_policy=session.options.get("cache_policy"),
         enforce_eager=bool(session.options.get("disable_compile")),
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        data_parallel_size=arguments.data_parallel_size,
     )
 
 

@@ -226,6 +226,20 @@ def _add_engine_options(parser: Parser, max_num_seqs: int) -> argparse._Argument
         metavar="INT",
         help="columns of prompts and of whole canvases in a step",
     )
+    engine.add_argument(
+        "--tensor-parallel-size",
+        type=integer,
+        default=1,
+        metavar="INT",
+        help="GPUs that the model is divided between, with a process for each",
+    )
+    engine.add_argument(
+        "--data-parallel-size",
+        type=integer,
+        default=1,
+        metavar="INT",
+        help="replicas of the model, each in a process and on a GPU of its own, with the above for each of them",
+    )
     return engine
 
 
@@ -272,9 +286,6 @@ def _add_serve_options(parser: Parser) -> None:
     )
     engine.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, metavar="FLOAT", help="part of the GPU that may be taken"
-    )
-    engine.add_argument(
-        "--tensor-parallel-size", type=integer, default=1, metavar="INT", help="GPUs of a model; only 1"
     )
     _add_model_options(parser)
     _add_generation_options(parser)

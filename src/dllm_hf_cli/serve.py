@@ -36,11 +36,13 @@ def _engine(arguments: argparse.Namespace) -> LLM:
     session = Session(arguments)
     if arguments.chat_template is not None:
         session.tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
-    session.load()
-    session.model.generation_config = session.resolved
     return LLM(
-        session.model,
+        session.folder if session.is_read_elsewhere else session.load(),
         tokenizer=session.tokenizer,
+        generation_config=session.resolved,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        device=arguments.device,
         enforce_eager=session.resolved.disable_compile,
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,
@@ -49,4 +51,5 @@ def _engine(arguments: argparse.Namespace) -> LLM:
         num_cache_tokens=arguments.num_cache_tokens,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         tensor_parallel_size=arguments.tensor_parallel_size,
+        data_parallel_size=arguments.data_parallel_size,
     )

@@ -73,7 +73,13 @@ class Session:
         terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.streams = terminal and not arguments.no_stream and sequences == 1
 
-    def load(self) -> None:
+    @property
+    def is_read_elsewhere(self) -> bool:
+        """Whether other processes read the weights."""
+        return self.arguments.data_parallel_size > 1 or self.arguments.tensor_parallel_size > 1
+
+    def load(self) -> Any:
+        """The model, which is then `model` as well."""
         with checkpoint.failing_with(f"{self.folder} cannot be loaded"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation leaves out
                 self.folder,
@@ -84,6 +90,7 @@ class Session:
             model, info = loaded
             self.model = model.to(self.device)
         checkpoint.refuse_gaps(self.folder, info["missing_keys"], info["mismatched_keys"])
+        return self.model
 
     def complete(self, prompt: list[int], is_turn: bool = False) -> str:
         """Decode, show the text, and report speed on standard error. After Ctrl-C the text that is final is shown.

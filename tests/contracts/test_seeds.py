@@ -100,12 +100,11 @@ def test_requests_with_one_prompt_share_its_keys_and_each_computes_its_seed(mode
     expected = new_tokens(model, prompt, max_new_tokens=9, **OPTIONS)
     engine = Engine(model, None, 3, 40, {"cache_policy": "block"}, 10, 16, 120)
     for name in "abc":
-        engine.submit(engine.prepare(prompt, SamplingParams(max_tokens=9, options=OPTIONS), name))
-    found = {}
+        engine.submit(engine.intake.prepare(prompt, SamplingParams(max_tokens=9, options=OPTIONS), name))
+    found = []
     while not engine.is_idle:
-        for event in engine.step():
-            found.setdefault(event.request_id, []).extend(event.token_ids)
-    assert list(found.values()) == [expected] * 3
+        found += [event.output.token_ids for event in engine.step() if event.output is not None]
+    assert found == [expected] * 3
 
 
 # --- sub-blocks

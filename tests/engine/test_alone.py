@@ -24,7 +24,10 @@ def engine_of(
 
 def submitted(engine: Engine, call, name: str) -> None:
     prompt, seed, options = call
-    engine.submit(engine.prepare(prompt, SamplingParams(seed=seed, options=options), name))
+    sequences = engine.intake.prepare(prompt, SamplingParams(seed=seed, options=options), name)
+    for sequence in sequences:
+        sequence.shows_texts = True
+    engine.submit(sequences)
 
 
 def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
@@ -46,7 +49,7 @@ def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("family, policy", CELLS)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_beside_it(family, policy, data):
     model = tiny_model(family)

@@ -63,7 +63,7 @@ def test_who_waits_for_a_beginning_goes_on_when_the_one_who_computes_it_is_abort
     engine = LLM(model, max_num_seqs=4, max_num_batched_tokens=8)._driver.engine
     prompts = [BEGINNING[: 40 - 4 * number] + [number] for number in range(4)]
     for number, prompt in enumerate(prompts):
-        engine.submit(engine.prepare(prompt, PARAMS, str(number)))
+        engine.submit(engine.intake.prepare(prompt, PARAMS, str(number)))
     for _ in range(steps):
         engine.step()
     engine.abort("0")

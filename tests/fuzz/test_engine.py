@@ -48,7 +48,7 @@ def test_every_request_of_a_storm_ends_once_and_nothing_is_left_behind(family, p
     try:
         while number < REQUESTS // 3 or not engine.is_idle:
             for _ in range(draw.randrange(24) if number < REQUESTS // 3 and len(engine.waiting) < 500 else 0):
-                sequences = engine.prepare(*random_request(draw), str(number))
+                sequences = engine.intake.prepare(*random_request(draw), str(number))
                 submitted += sequences
                 engine.submit(sequences)
                 number += 1

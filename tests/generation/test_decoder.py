@@ -119,7 +119,7 @@ def check(family, policy, data, has_graphs):
 
 
 @pytest.mark.parametrize("family, policy", CELLS)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_rows_that_join_and_leave_get_what_they_get_alone(family, policy, data):
     """With strategies, temperatures, thresholds, block lengths, ends and seeds of their own, each at its own block and
@@ -128,7 +128,7 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(family, policy, data):
 
 
 @pytest.mark.parametrize("family, policy", [cell for cell in CELLS if cell[1] != "none"])
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_rows_that_join_and_leave_get_it_from_graphs_too(family, policy, data, captured):
     check(family, policy, data, has_graphs=True)

@@ -279,8 +279,10 @@ def test_a_vocabulary_of_the_real_size():
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("tokens_at_a_time", [8192, 5])
-@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "sdar_moe", "llada2"])
+@pytest.mark.parametrize(
+    "family, tokens_at_a_time",
+    [("llada", 8192), ("llada", 5), ("dream", 8192), ("sdar", 5), ("sdar_moe", 8192), ("llada2", 5)],
+)
 def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_time, monkeypatch):
     monkeypatch.setattr(fused, "MLP_CHUNK", tokens_at_a_time)
     for name in ("add_rms_norm", "rotate_and_store", "canvas_attention", "swiglu"):

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +109,23 @@ def test_what_is_in_flight_too_long_is_aborted_with_an_error(folder, ends_with):
         thread.join(timeout=5)
     assert [reply.status for reply in replies] == [503] * 6
     assert all(reply.error["code"] == "shutting_down" for reply in replies)
+
+
+def test_replicas_end_with_the_server(folder):
+    running = Process(folder, "--data-parallel-size", "2", "--device", "cpu", "--max-num-seqs", "2")
+    pid = running.process.pid
+    replicas = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert len([each for each in replicas if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()]) == 2
+    replies, threads = running.begin(6, seed=1)
+    running.signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(timeout=30)
+    code, log = running.end(15)
+    assert code == 0 and "Traceback" not in log
+    assert [reply.status for reply in replies] == [200] * 6
+    assert len({reply.json["choices"][0]["text"] for reply in replies}) == 1
+    for each in replicas:
+        assert not Path(f"/proc/{each}").exists()
 
 
 def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(folder):

@@ -70,7 +70,7 @@ class Driver:
                 raise ValueError(
                     f"`request_id={request_id!r}` is that of a request which has not finished: take another."
                 )
-            waiting = len(self.engine.waiting) + self._number_arrived
+            waiting = self.engine.num_waiting + self._number_arrived
             if waiting and waiting + len(sequences) > self.engine.max_queue:
                 raise QueueFullError(
                     f"{waiting} completions are waiting, and `max_queue` is {self.engine.max_queue}: try again later."

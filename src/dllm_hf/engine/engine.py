@@ -5,29 +5,26 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 
+import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..generation.configuration import DiffusionGenerationConfig, as_token_list, canonical_options
 from ..generation.decoder import Decoder
 from ..generation.evaluation_mode import evaluating
 from ..generation.graphs import are_possible
-from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.pool import fused_of
 from ..generation.requests import Row
-from ..generation.stopping import StopStrings
-from .detokenizer import Detokenizer
+from ..generation.uploads import uploaded
+from .grammar import FormError, Grammar
+from .intake import Intake
 from .outputs import Event, Load
 from .reading import Piece, Reading
-from .sampling_params import SamplingParams
 from .sequence import Sequence
 
-# Options that need the logits of a whole batch between forward pass and selection.
-_BATCH_OPTIONS = {"cfg_scale": (None, 0), "repetition_penalty": (None, 1)}
 # Completions behind the free slots among which one is looked for that fits where the first do not.
 LOOKAHEAD = 64
 # Completions that are admitted in one step; the host admits others while the device computes.
@@ -55,6 +52,9 @@ class Engine:
         uses_graphs: whether steps on a GPU run on fused kernels, as CUDA graphs.
 
     Attributes:
+        intake: checks requests, and makes the completions that [`submit`] takes.
+        clock: seconds; processes that do the same share one.
+        failure: what ended a step last.
         waiting, running: completions without and with a slot; these by their rows.
     """
 
@@ -71,14 +71,13 @@ class Engine:
         max_passed_over: int = 100,
         uses_graphs: bool = True,
     ):
-        self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
+        self.model, self.max_queue = model, max_queue
         self.max_passed_over, self._cache_columns = max_passed_over, cache_columns
-        self.options = {"prefill_chunk_size": token_budget, **options}
+        options = {"prefill_chunk_size": token_budget, **options}
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Row, Sequence] = {}
         self._admitting: list[Sequence] = []
-        self._defaults = model.diffusion_request([0], **self.options, max_new_tokens=1).options
-        has_cache = self._defaults.cache_policy != "none"
+        has_cache = model.diffusion_request([0], **options, max_new_tokens=1).options.cache_policy != "none"
         fused = fused_of(model)[0] if uses_graphs and has_cache and are_possible(model.device) else None
         backend = model.make_backend(has_cache, fused=fused, arena_columns=cache_columns)
         self._decoder = Decoder.open(
@@ -90,6 +89,10 @@ class Engine:
             shares_beginnings=has_cache,
             caller_ends_rows=True,
         )
+        limits = {"max_model_len": self.capacity + 1, "num_cache_tokens": cache_columns - 1}
+        self.intake = Intake(model, tokenizer, options, limits, model.device)
+        self.clock: Callable[[], float] = time.monotonic
+        self.failure: Exception | None = None
         self._modules = list(model.modules())  # a step does not look for them
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
@@ -100,6 +103,11 @@ class Engine:
     @property
     def num_forward_passes(self) -> int:
         return self._decoder.num_forward_passes
+
+    @property
+    def num_waiting(self) -> int:
+        """Completions without a slot."""
+        return len(self.waiting)
 
     @property
     def capacity(self) -> int:
@@ -113,6 +121,13 @@ class Engine:
         used = len(self.running) / len(seats.rows) if room is None else 1 - room / columns
         return Load(len(self.running), len(self.waiting), used, self.num_forward_passes)
 
+    def check(self) -> None:
+        """Raises where no program of this process can use the device again, as after some errors."""
+        torch.zeros(1, device=self.model.device).item()
+
+    def close(self) -> None:
+        """Nothing is left to do where everything has ended."""
+
     @property
     def is_idle(self) -> bool:
         """Whether a step would do nothing and tell nothing."""
@@ -120,62 +135,9 @@ class Engine:
 
     # --- requests come and go
 
-    def prepare(self, prompt: list[int], params: SamplingParams, request_id: str) -> list[Sequence]:
-        """Check a request, and make its completions.
-
-        Raises:
-            ValueError: names the argument that is wrong and what to do.
-        """
-        options = {**self.options, **params.generation_options()}
-        vocab = self.model.config.vocab_size
-        for name, tokens in (("the prompt", prompt), ("`stop_token_ids`", params.stop_token_ids or ())):
-            wrong = min(tokens, default=0) if min(tokens, default=0) < 0 else max(tokens, default=0)
-            if not 0 <= wrong < vocab:
-                raise ValueError(
-                    f"{name} holds the token id {wrong}, but the vocabulary has {vocab} tokens: was it made for this model?"
-                )
-        ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
-        options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
-        first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        generators = [torch.Generator(self.model.device).manual_seed(first + index) for index in range(params.n)]
-        request = self.model.diffusion_request(prompt, generators[0], **options)
-        strings = as_token_list(request.options.stop_strings)
-        if strings and self.tokenizer is None:
-            raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
-        stop = StopStrings(self.tokenizer, strings) if strings else None
-        timeout = params.timeout or request.options.max_time or math.inf
-        for name, neutral in _BATCH_OPTIONS.items():
-            if (value := getattr(request.options, name)) not in neutral:
-                raise ValueError(
-                    f"`{name}={value}` of the model's generation config needs the logits of a whole batch: use "
-                    "`diffusion_generate`, or remove it from `model.generation_config`."
-                )
-        columns = self._decoder.seats.columns_of(request)
-        limits = {"max_model_len": self.capacity + 1, "num_cache_tokens": self._cache_columns - 1}
-        for name, limit in limits.items():
-            if columns > limit:
-                raise TooLongError(
-                    f"A prompt of {len(prompt)} tokens and `max_tokens={request.max_new_tokens}` take {columns - 1} "
-                    f"columns, but there are {limit - 1}: shorten either, or raise `{name}`."
-                )
-        sequences = []
-        for index, generator in enumerate(generators):
-            own = replace(request, generator=generator) if index else request
-            texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
-            sequences.append(Sequence(request_id, index, own, timeout, stop, texts, columns=columns))
-        return sequences
-
-    def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
-        """The options of a request, the model's own filled in, whatever room its prompt leaves for them."""
-        options = canonical_options({**self.options, **params.generation_options()})
-        wanted = options.pop("max_new_tokens", self.model.generation_config.max_new_tokens)
-        effective = self.model.diffusion_request([], **options, max_new_tokens=1).options
-        effective.max_new_tokens = wanted
-        return effective
-
     def submit(self, sequences: list[Sequence]) -> None:
         """Put the completions of a request at the end of the queue."""
-        now = time.monotonic()
+        now = self.clock()
         for sequence in sequences:
             if math.isfinite(sequence.timeout):
                 heapq.heappush(self._deadlines, (now + sequence.timeout, next(self._order), sequence))
@@ -212,7 +174,7 @@ class Engine:
         An exception in a step ends the completions that took part in it, with the finish reason "error"; what waits goes on.
         After an interruption (Ctrl-C) they have been aborted, and it is raised.
         """
-        now = time.monotonic()
+        now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             *_, sequence = heapq.heappop(self._deadlines)
             if not sequence.is_finished:
@@ -254,6 +216,11 @@ class Engine:
         for row, sequence in zip(rows, self._admitting):
             sequence.admit(row)
             self.running[row] = sequence
+        constrained = [(row, each.grammar) for row, each in zip(rows, self._admitting) if each.grammar is not None]
+        for row, grammar in constrained:
+            if grammar.is_over:  # the form is the empty text
+                self.running[row].end("stop")
+        self._constrain(constrained)
         self._admitting = []
 
     def _refuse(self, error: Exception) -> None:
@@ -285,9 +252,41 @@ class Engine:
         device, decoder = self.model.device, self._decoder
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.no_grad(), evaluating(self._modules), current:
-            self._reading = self._read(set(decoder.settle()))
+            finished = set(decoder.settle())
+            self._follow_grammars()
+            self._reading = self._read(finished)
             if decoder.busy:
                 decoder.launch()
+
+    def _constrain(self, found: list[tuple[Row, Grammar]]) -> None:
+        """Say on the canvas which tokens constrained completions may be given next."""
+        if found:
+            words = torch.from_numpy(numpy.stack([grammar.allowed for _, grammar in found]))
+            self._decoder.canvas.allow([row for row, _ in found], words)
+
+    def _follow_grammars(self) -> None:
+        """Read which token the last step has given to each constrained completion, for which the device must have done it, and
+        find out what may follow."""
+        canvas, found = self._decoder.canvas, []
+        for row, sequence in self.running.items():
+            if (grammar := sequence.grammar) is not None and sequence.reason is None:
+                column = len(row.request.prompt) + grammar.number
+                found += [(row, sequence, grammar, column)] if column < row.shown else []
+        if not found:
+            return
+        slots, columns = uploaded(torch.tensor([[row.slot, column] for row, *_, column in found]), canvas.device).T
+        moved = []
+        for (row, sequence, grammar, _), token in zip(found, canvas.tokens[slots, columns].tolist()):
+            if token == row.mask:  # its prompt is being computed
+                continue
+            grammar.take(token)
+            if grammar.is_over:
+                sequence.end("stop")
+            elif grammar.problem is not None:
+                sequence.end("error", FormError(grammar.problem))
+            else:
+                moved.append((row, grammar))
+        self._constrain(moved)
 
     def _read(self, finished: set[Row]) -> Reading:
         """Begin to read what a step has left. `finished`: the rows that have finished a block."""
@@ -304,10 +303,10 @@ class Engine:
     def _tell(self) -> None:
         """Make the events of what a step has left."""
         reading, self._reading = self._reading, Reading(self._decoder.canvas, [])
-        for piece, counts, block in reading:
+        for piece, counts, block, logprobs in reading:
             row, sequence = piece.row, self.running[piece.row]
             try:
-                event = sequence.settle(piece.start, block, piece.is_last)
+                event = sequence.settle(piece.start, block, logprobs, piece.is_last)
             except (
                 Exception
             ) as error:  # a tokenizer that does not know a token of the model: of no concern to the others
@@ -329,6 +328,7 @@ class Engine:
     def _fail(self, reason: str, error: Exception | None = None) -> None:
         """End everything that has a slot, after a step that did not come to its end, but for what steps before it have
         finished."""
+        self.failure = error
         try:
             self._tell()
         except Exception as failure:  # of the device, so that nothing can be read from it

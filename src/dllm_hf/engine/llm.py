@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,17 +16,21 @@ from ..generation.cache import column_bytes_of
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.ranks import ranks_of
+from ..hub.checkpoint import empty_model, fetch, read_generation_config
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
 from .engine import Engine, QueueFullError
 from .interrupts import interrupts_deferred
 from .outputs import Event, Load, RequestOutput
+from .prompts import Prompt, encode, prompts_of
+from .replicas import Replicas
 from .sampling_params import SamplingParams
 from .sequence import Sequence
+from .workers import Workers
 
 logger = logging.get_logger(__name__)
 
-Prompt = str | list[int] | list[dict[str, str]]
 DEFAULT_MAX_MODEL_LEN = 4096
 
 
@@ -37,10 +41,11 @@ class LLM:
         model: a folder, a repository of the Hub, or a loaded model.
         tokenizer: a folder, a repository or a tokenizer; by default that of `model`, if it has one. Without, prompts are
             token ids and texts are empty.
+        generation_config: in the place of the model's own.
         mask_token_id, block_length, cache_policy: for every request; by default those of the model. Where the model offers
             `cache_policy="block"`, that is the default.
         dtype, trust_remote_code: as in `from_pretrained`.
-        device: by default a GPU if there is one.
+        device: by default a GPU if there is one. Replicas take the GPUs of `CUDA_VISIBLE_DEVICES` in their order.
         max_num_seqs: completions that are decoded together, as long as there is room in the cache.
         max_model_len: columns of each, prompt and new tokens together; by default the model's positions, up to 4,096.
         max_num_batched_tokens: columns of prompts and of whole canvases that a step computes beside the blocks; one such
@@ -50,11 +55,16 @@ class LLM:
             take, from its first step to its last. By default on a GPU what `gpu_memory_utilization` leaves, elsewhere four
             times `max_model_len`.
         gpu_memory_utilization: part of the GPU's memory that weights and cache may take.
-        tensor_parallel_size: only 1.
+        tensor_parallel_size: GPUs that the model is divided between, a process for each; on CPUs, processes. `model` must be a
+            folder or a repository then, and a script must make the `LLM` below `if __name__ == "__main__":`.
+        data_parallel_size: replicas of the engine, each in a process and on a GPU of its own. The options above are those of
+            each; `max_queue` is that of all. `model` must be a folder or a repository then, and a script must make the `LLM`
+            below `if __name__ == "__main__":`.
         enforce_eager: no CUDA graphs and no fused kernels.
 
     Raises:
         ValueError, OSError: name what is wrong, before weights are read where that is known by then.
+        RuntimeError: a process of a replica or of a divided model has ended before it was ready.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class LLM:
         model: str | os.PathLike | DiffusionGenerationMixin,
         *,
         tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        generation_config: DiffusionGenerationConfig | None = None,
         mask_token_id: int | None = None,
         block_length: int | None = None,
         cache_policy: str | None = None,
@@ -75,29 +86,19 @@ class LLM:
         num_cache_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
         enforce_eager: bool = False,
     ):
-        for name, value in (
-            ("max_num_seqs", max_num_seqs),
-            ("max_model_len", max_model_len),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-            ("max_queue", max_queue),
-            ("num_cache_tokens", num_cache_tokens),
-        ):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"`gpu_memory_utilization` must be above 0 and at most 1, but is {gpu_memory_utilization!r}."
-            )
-        if tensor_parallel_size != 1:
-            raise ValueError(
-                f"`tensor_parallel_size={tensor_parallel_size}`: an engine runs on one GPU. `from_pretrained(..., "
-                "tp_plan='auto')` divides a model for `diffusion_generate`."
-            )
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "model")}
+        _check_arguments(arguments)
         source = model if isinstance(model, (str, os.PathLike)) else None
         loaded: Any = model
-        if source is not None:
+        if data_parallel_size > 1 or tensor_parallel_size > 1:
+            gpus = _gpus_of_replicas(source, arguments)
+            folder = fetch(loaded, code=trust_remote_code)
+            source, loaded, device = folder, empty_model(folder, trust_remote_code), None
+            loaded.generation_config = read_generation_config(folder, loaded)
+        elif source is not None:
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not hasattr(loaded, "diffusion_request"):
@@ -105,29 +106,41 @@ class LLM:
             hint = stranger(getattr(config, "model_type", ""), getattr(config, "auto_map", None))
             raise ValueError(f"`model` is a {type(loaded).__name__}, which does not decode by diffusion{hint}")
         self.model: DiffusionGenerationMixin = loaded if device is None else loaded.to(device)
+        if generation_config is not None:
+            self.model.generation_config = generation_config
         self.tokenizer = self._load_tokenizer(tokenizer, source, trust_remote_code)
         positions = getattr(self.model.config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
         capacity = max_model_len or min(positions, DEFAULT_MAX_MODEL_LEN)
         if capacity > positions:
             raise ValueError(f"`max_model_len={capacity}` is more than the {positions} positions of the model.")
-        if cache_policy is None and self.model.generation_config.cache_policy is None:
-            cache_policy = "block" if "block" in self.model.cache_policies else None
-        options = {"mask_token_id": mask_token_id, "block_length": block_length, "cache_policy": cache_policy}
-        options = {name: value for name, value in options.items() if value is not None}
-        if num_cache_tokens is None:
-            num_cache_tokens = self._cache_columns(max_num_seqs, capacity, gpu_memory_utilization)
-        engine = Engine(
+        if data_parallel_size > 1:
+            engine: Any = Replicas(LLM, str(source), arguments, gpus, self.model, self.tokenizer)
+        elif tensor_parallel_size > 1:
+            kind = "cpu" if gpus is None else "cuda"
+            engine = Workers(LLM, str(source), arguments, self.model, self.tokenizer, kind)
+        else:
+            engine = self._make_engine(capacity, arguments)
+        self._driver, self._submitted, self._numbers = Driver(engine), Mailbox(), itertools.count()
+
+    def _make_engine(self, capacity: int, arguments: dict[str, Any]) -> Engine:
+        """That of this process. `capacity`: columns of a canvas."""
+        options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy")}
+        if options["cache_policy"] is None and self.model.generation_config.cache_policy is None:
+            options["cache_policy"] = "block" if "block" in self.model.cache_policies else None
+        slots, columns = arguments["max_num_seqs"], arguments["num_cache_tokens"]
+        if columns is None:
+            columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"])
+        return Engine(
             self.model,
             self.tokenizer,
-            max_num_seqs,
+            slots,
             capacity,
-            options,
-            max_queue,
-            max_num_batched_tokens,
-            num_cache_tokens,
-            uses_graphs=not enforce_eager,
+            {name: value for name, value in options.items() if value is not None},
+            arguments["max_queue"],
+            arguments["max_num_batched_tokens"],
+            columns,
+            uses_graphs=not arguments["enforce_eager"],
         )
-        self._driver, self._submitted, self._numbers = Driver(engine), Mailbox(), itertools.count()
 
     def _load_tokenizer(self, tokenizer: Any, source: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
         if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -151,6 +164,8 @@ class LLM:
             return min(slots, 4) * (capacity + 1) + 1
         free, total = torch.cuda.mem_get_info(device)
         columns = int(free - (1 - part) * total) // column_bytes_of(self.model)
+        if (ranks := ranks_of(self.model)) is not None:
+            columns = ranks.least(columns, device)
         if columns < capacity + 2:
             raise ValueError(
                 f"`gpu_memory_utilization={part}` leaves room for {max(columns, 0)} columns of the cache, and "
@@ -191,8 +206,8 @@ class LLM:
                     with interrupts_deferred():
                         self._turn(waiting, mailbox)
                         for event in mailbox.take():
-                            tokens += len(event.token_ids)
                             if event.output is not None:
+                                tokens += len(event.output.token_ids)
                                 outputs[event.request_id].outputs.append(event.output)
                                 bar.update(event.request_id not in mailbox.left)
                         speed = tokens / max(bar.format_dict["elapsed"], 1e-9)
@@ -268,8 +283,10 @@ class LLM:
         *,
         request_id: str | None = None,
         drafts: bool = False,
+        streams: bool = True,
     ) -> str:
         """Put a request at the end of the queue, from any thread. [`LLM.events`] tells what becomes of it.
+        Without `streams` its tokens and its text are in the `output` of its last event alone.
 
         Returns:
             Its id.
@@ -279,7 +296,7 @@ class LLM:
             QueueFullError: too much is waiting.
         """
         request_ids = None if request_id is None else [request_id]
-        [sequences] = self._prepare([prompt], sampling_params, drafts, request_ids)
+        [sequences] = self._prepare([prompt], sampling_params, drafts, request_ids, streams)
         self._driver.submit(sequences, self._submitted)
         return sequences[0].request_id
 
@@ -311,15 +328,20 @@ class LLM:
         Raises:
             ValueError: the parameters are wrong.
         """
-        return self._driver.engine.effective_options(sampling_params)
+        return self._driver.engine.intake.effective_options(sampling_params)
 
     def load(self) -> Load:
         """How much of the engine is in use. For the thread that reads events."""
         return self._driver.engine.load()
 
+    def check(self) -> None:
+        """Raises where nothing can be decoded any more: the device is lost, or every replica has died."""
+        self._driver.engine.check()
+
     def close(self) -> None:
-        """Abort everything. Whoever reads events gets the last ones."""
+        """Abort everything, and end the processes of replicas. Whoever reads events gets the last ones."""
         self._driver.close()
+        self._driver.engine.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -338,7 +360,7 @@ class LLM:
         streams: bool = True,
     ) -> list[list[Sequence]]:
         """Check prompts and parameters, and make the completions of each."""
-        prompts = _prompts_of(prompts)
+        prompts = prompts_of(prompts)
         if self._driver.is_closed:
             raise ClosedError("The `LLM` is closed: make a new one.")
         names = self._names(len(prompts), request_ids)
@@ -354,7 +376,7 @@ class LLM:
                 raise ValueError(f"`sampling_params` must hold `SamplingParams`, but holds {one!r}.")
             name = names[number]
             try:
-                sequences = self._driver.engine.prepare(encode(prompt, self.tokenizer), one, name)
+                sequences = self._driver.engine.intake.prepare(encode(prompt, self.tokenizer), one, name)
             except ValueError as error:
                 where = f"request {name}: " if request_ids else f"prompt {number}: " if len(prompts) > 1 else ""
                 kind = TooLongError if isinstance(error, TooLongError) else ValueError
@@ -389,51 +411,32 @@ class LLM:
         return RequestOutput(sequence.request_id, prompt, text)
 
 
-def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids of a prompt, see [`LLM.generate`].
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse sizes with which no engine can be made."""
+    sizes = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "max_queue", "num_cache_tokens")
+    for name in (*sizes, "data_parallel_size", "tensor_parallel_size"):
+        if (value := arguments[name]) is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+    if not 0 < (part := arguments["gpu_memory_utilization"]) <= 1:
+        raise ValueError(f"`gpu_memory_utilization` must be above 0 and at most 1, but is {part!r}.")
 
-    Raises:
-        ValueError: it is none, or needs a tokenizer or a chat template that is not there.
-    """
-    if isinstance(prompt, (list, tuple)) and set(map(type, prompt)) <= {int}:
-        return list(prompt)
-    is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
-    if not (is_chat or isinstance(prompt, str)):
+
+def _gpus_of_replicas(source: Any, arguments: dict[str, Any]) -> list[str] | None:
+    """For each replica the GPUs that it sees, as `CUDA_VISIBLE_DEVICES` names them; None where they run on CPUs."""
+    count, size = arguments["data_parallel_size"], arguments["tensor_parallel_size"]
+    asked = f"`data_parallel_size={count}` with `tensor_parallel_size={size}`"
+    if source is None:
         raise ValueError(
-            f"a prompt is a string, a list of token ids, or a list of messages, but not {prompt!r}{_remedy(prompt)}."
+            f"{asked}: each process reads the weights itself, so that `model` must be a folder or a repository: save the "
+            "model with `save_pretrained`."
         )
-    if tokenizer is None:
-        raise ValueError("there is no tokenizer: pass token ids, or `tokenizer=` to `LLM`.")
-    if isinstance(prompt, str):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt is no text that can be encoded: {error}") from error
-        return list(tokenizer(prompt)["input_ids"]) if prompt else []
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template: pass a string or token ids.")
-    try:
-        encoding: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    except Exception as error:  # what a template raises is its own affair
-        raise ValueError(f"the chat template does not take these messages: {error}") from error
-    return list(encoding["input_ids"])
-
-
-def _prompts_of(prompts: Any) -> list[Any]:
-    """One prompt or several as a list."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, (Mapping, bytes, bytearray)) or not isinstance(prompts, Iterable):
-        raise ValueError(
-            f"`prompts` must be a string, a list of token ids, a list of messages, or a list of such, but is {prompts!r}"
-            f"{_remedy(prompts)}."
-        )
-    prompts = list(prompts)
-    is_one = prompts and all(type(each) is int for each in prompts) or any(isinstance(each, dict) for each in prompts)
-    return [prompts] if is_one else prompts
-
-
-def _remedy(prompt: Any) -> str:
-    if isinstance(prompt, Mapping):
-        return ": pass its `input_ids`" if "input_ids" in prompt else ": pass a list of messages"
-    return ": `.tolist()` makes a list" if hasattr(prompt, "tolist") else ""
+    device = torch.device(arguments["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.index is not None:
+        raise ValueError(f"{asked}: `device={device}` is one for all: leave it out, or set CUDA_VISIBLE_DEVICES.")
+    if device.type != "cuda":
+        return None
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    if count * size > len(seen):
+        raise ValueError(f"{asked} needs {count * size} GPUs, but there are {len(seen)}.")
+    return [",".join(seen[index * size : (index + 1) * size]) for index in range(count)]

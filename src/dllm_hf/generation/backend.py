@@ -83,6 +83,7 @@ class ModelBackend:
         self.seeds_blocks, self.causal_context = model.seeds_blocks, model.causal_context
         self.takes_lists = fused is not None and fused.takes_lists
         self.guidance_copies = 2 if cfg_scale else 1
+        self.part = getattr(fused, "part", None)  # of the vocabulary, whose logits this process computes
 
     def open(self, slots: int, width: int) -> CanvasCache | None:
         if not self.has_cache:
@@ -123,6 +124,8 @@ class ModelBackend:
             logits = run(tokens, window, state)
         else:
             logits = self._forward(tokens, window, state)
+            if self.part is not None:  # the model gives all of them
+                logits = logits[..., self.part.begin : self.part.end]
         return logits if unconditional is None else guide(logits, self.cfg_scale)
 
     def _forward(self, tokens: torch.Tensor, window: Window, state: CanvasCache | None) -> torch.Tensor:

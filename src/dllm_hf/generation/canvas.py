@@ -4,7 +4,7 @@ import torch
 
 from .configuration import as_token_list
 from .remasking import RULES, SCORES
-from .requests import Row
+from .requests import MAX_LOGPROBS, Row
 from .uploads import uploaded
 
 # The numeric options of a row, in the order of the columns of `Canvas.numbers`.
@@ -39,6 +39,12 @@ class Canvas:
         counts: `(slots, 2)`, forward passes that gave the row a token (of a row with editing all), and tokens that it
             received at masks.
         saw_nan: whether logits were NaN at a position that could be transferred.
+        logprobs: of tokens that steps have transferred, while a row that asks for it took part: `own`, `(slots, capacity + 1)`
+            float32, NaN where no step of the row has transferred one; where a row wants more, `top` and `top_tokens`,
+            `(slots, capacity + 1, MAX_LOGPROBS)` float32 and int32, falling, of which the vocabulary may not fill all.
+            Empty until a row asks.
+        allowed: `(slots, words)` int32, a bit for each token of the vocabulary that a row may be given, 32 to a word, the
+            first token's the lowest; None until [`Canvas.allow`] is called.
     """
 
     def __init__(self, slots: int, capacity: int, device: torch.device):
@@ -51,6 +57,8 @@ class Canvas:
         self.report, self.counts = zeros(slots, 3), zeros(slots, 2)
         self.post_steps = zeros(slots)
         self.saw_nan = zeros((), dtype=torch.bool)
+        self.logprobs: dict[str, torch.Tensor] = {}
+        self.allowed: torch.Tensor | None = None
 
     def load(self, rows: list[Row]) -> None:
         """Write the initial tokens and the options of rows into their slots."""
@@ -71,6 +79,26 @@ class Canvas:
         self.numbers.index_copy_(0, slots, uploaded(numbers, self.device))
         self.choices.index_copy_(0, slots, uploaded(choices, self.device))
         self.counts.index_fill_(0, slots, 0)
+        if self.allowed is not None:
+            self.allowed.index_fill_(0, slots, -1)
+        asked = [row.request.logprobs for row in rows if row.request.logprobs is not None]
+        if asked:
+            self._make_logprobs(max(asked))
+            self.logprobs["own"].index_fill_(0, slots, torch.nan)
+
+    def allow(self, rows: list[Row], words: torch.Tensor) -> None:
+        """Say which tokens the next steps may propose for constrained rows. `words`: `(rows, words)`, see `allowed`."""
+        if self.allowed is None:
+            self.allowed = torch.full((self.slots, words.shape[1]), -1, dtype=torch.int32, device=self.device)
+        self.allowed.index_copy_(0, self._indices(rows), uploaded(words, self.device))
+
+    def _make_logprobs(self, most: int) -> None:
+        shape = (self.slots, self.capacity + 1)
+        if "own" not in self.logprobs:
+            self.logprobs["own"] = torch.full(shape, torch.nan, device=self.device)
+        if most and "top" not in self.logprobs:
+            self.logprobs["top"] = torch.full((*shape, MAX_LOGPROBS), -torch.inf, device=self.device)
+            self.logprobs["top_tokens"] = torch.full((*shape, MAX_LOGPROBS), -1, dtype=torch.int32, device=self.device)
 
     def load_list(self, name: str, width: int, rows: list[Row]) -> None:
         """Write the token ids that an option of the rows lists into the list of so many tokens."""

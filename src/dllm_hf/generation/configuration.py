@@ -245,7 +245,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         _refuse_unknown(options)
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
-        config = copy.deepcopy(self)
+        config = copy.copy(self)  # no value is ever changed, only replaced
         for given, stored in _REPLACES.items():
             if given in options and stored not in options:
                 setattr(config, stored, None)

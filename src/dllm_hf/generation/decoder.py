@@ -140,6 +140,7 @@ class Decoder:
     def launch(self) -> None:
         """The forward passes of a step, without waiting for what comes of them on the device."""
         self.seats.take_beginnings()
+        self.seats.upload()
         rows = [row for row in self.busy if not self.seats.waits(row)]
         for row in rows:
             if not row.is_open:
@@ -281,7 +282,7 @@ class Decoder:
     def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features, may_capture: bool) -> None:
         backend, canvas, state = self.backend, self.canvas, self.workspace.state
         reads_raw_logits = backend.confidence_source == "raw"
-        guided = getattr(backend, "cfg_scale", 0)
+        guided, part = getattr(backend, "cfg_scale", 0), getattr(backend, "part", None)
 
         def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
             guidance = {}
@@ -295,7 +296,7 @@ class Decoder:
             return self.process(logits.masked_fill_(is_idle, 0), [row for row in self.rows if row])
 
         def compute(window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
-            denoise(canvas, window, quota, forward, noise, features, reads_raw_logits)
+            denoise(canvas, window, quota, forward, noise, features, reads_raw_logits, part)
 
         small = window.columns.numel() <= MAX_CAPTURED_TOKENS and not window.is_canvas and window.block.shape[1]
         if may_capture and small and backend.covers(window):

@@ -13,6 +13,9 @@ from .configuration import DiffusionGenerationConfig
 from .remasking import STRATEGIES, Strategy, bernoulli_plan, transfer_quotas
 from .window import Frame
 
+# As many of the most probable tokens as OpenAI's API gives.
+MAX_LOGPROBS = 20
+
 # What the first pass of a block feeds, and what its other passes feed.
 POLICIES = {
     # Every pass feeds and sees the whole canvas. Exact.
@@ -37,6 +40,8 @@ class Request:
         one block.
     generator: draws for this row; None is PyTorch's own. Rows that share one share their draws.
     quota_source: see [`contract.DenoisingModel`].
+    logprobs: see [`DiffusionGenerationMixin.diffusion_generate`].
+    is_constrained: whether the caller says before each step which tokens it may propose, see [`canvas.Canvas.allow`].
     """
 
     prompt: list[int]
@@ -44,6 +49,12 @@ class Request:
     options: DiffusionGenerationConfig
     generator: torch.Generator | None = None
     quota_source: str = "masks"
+    logprobs: int | None = None
+    is_constrained: bool = False
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= MAX_LOGPROBS):
+            raise ValueError(f"`logprobs` must be an integer from 0 to {MAX_LOGPROBS}, but is {self.logprobs!r}.")
 
     @cached_property
     def ids(self) -> numpy.ndarray:
@@ -57,6 +68,10 @@ class Request:
         if block_grid == "zero" and (self.max_new_tokens or self.options.mask_token_id in last):
             length += -length % size
         return length
+
+    def columns(self, block_grid: str) -> int:
+        """Columns that it takes in a cache: its canvas and the scratch column."""
+        return self.length(block_grid) + 1
 
     def canvas(self, block_grid: str) -> list[int]:
         """Prompt and positions to fill."""

@@ -42,14 +42,10 @@ class Seats:
 
     @property
     def room(self) -> int | None:
-        """Columns that rows can still get, see [`columns_of`]; None where all slots are of one size."""
+        """Columns that rows can still get, see [`Request.columns`]; None where all slots are of one size."""
         if self._extents is None:
             return None
         return self._extents.free + self._extents.held_by(self.free)
-
-    def columns_of(self, request: Request) -> int:
-        """Columns that a request takes: its canvas and the scratch column."""
-        return request.length(self.backend.block_grid) + 1
 
     def seat(self, request: Request, final_length: int = 0) -> Row:
         """Give a request a slot. `final_length`: the column up to which the state of the slot is final.
@@ -57,7 +53,8 @@ class Seats:
         Raises:
             ValueError: there is no room in the arena.
         """
-        backend, size, columns = self.backend, request.options.block_length, self.columns_of(request)
+        backend, size = self.backend, request.options.block_length
+        columns = request.columns(backend.block_grid)
         (masks,) = (request.ids == request.options.mask_token_id).nonzero()
         known = request.ids[: masks[0]] if len(masks) else request.ids
         # The pass that decides a seed feeds at least the last token before it, which no other slot may read.
@@ -159,6 +156,11 @@ class Seats:
         self._copy([(row, source.slot, source.final_length, shared) for row, source, shared in ready])
         for row, *_ in ready:
             del self._sources[row]
+
+    def upload(self) -> None:
+        """Tell the device where the rows stand, before a step."""
+        if self._extents is not None:
+            self._extents.upload()
 
     def waits(self, row: Row) -> bool:
         """Whether a row waits for a beginning that another row computes."""

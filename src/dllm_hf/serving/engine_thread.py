@@ -9,9 +9,8 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator
 
-import torch
-
 from ..engine import LLM, Event, SamplingParams
+from ..engine.grammar import FormError
 from .errors import ApiError
 from .metrics import Metrics
 
@@ -102,8 +101,7 @@ class EngineThread:
                     self._is_woken = True
                     self._loop.call_soon_threadsafe(self._deliver)
                 if event.output is not None and event.output.error is not None:
-                    # After some errors no program of the process can use the device again.
-                    torch.zeros(1, device=self.llm.model.device).item()
+                    self.llm.check()
         except BaseException as error:
             logger.exception("The engine has failed; the server must be started again.")
             self._loop.call_soon_threadsafe(self._fail, f"{type(error).__name__}: {error}")
@@ -187,6 +185,8 @@ class Job:
             if isinstance(event, ApiError):
                 raise event
             if event.finish_reason == "error" and event.output is not None:
+                if str(event.output.error).startswith(FormError.__name__):
+                    raise ApiError(400, str(event.output.error), code="form_too_complex")
                 raise ApiError(500, f"Decoding failed: {event.output.error}", code="decoding_failed")
             if event.finish_reason == "abort":
                 raise ApiError(503, "The server is being stopped.", code="shutting_down")

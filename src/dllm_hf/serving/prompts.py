@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..engine import LLM
-from ..engine.llm import encode
+from ..engine.prompts import encode
 from ..generation.configuration import as_token_list
 from .errors import ApiError
 from .schema import Message

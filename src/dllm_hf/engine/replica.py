@@ -1,0 +1,130 @@
+"""`Replica`: an `LLM` in a process of its own, seen from both sides of its pipes."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from .outputs import Event, Load
+from .sequence import Sequence
+
+
+@dataclass
+class Remote:
+    """One completion that another process decodes. `told`: characters of its text that events have told of."""
+
+    sequence: Sequence
+    told: int = 0
+
+    def note(self, event: Event) -> None:
+        """Note what an event tells."""
+        self.sequence.tokens += event.token_ids
+        self.told += len(event.text)
+        if event.logprobs is not None:
+            self.sequence.logprobs = self.sequence.logprobs or [None] * len(self.sequence.request.prompt)
+            self.sequence.logprobs += event.logprobs
+
+    def ended(self, reason: str, error: Exception | None) -> Event:
+        """The last event, where the other process does not send it."""
+        self.sequence.end(reason, error)
+        event = self.sequence.finish()
+        return replace(event, text=event.text[self.told :])
+
+
+@dataclass(eq=False)
+class Replica:
+    """One process, as the parent sees it.
+
+    requests, events: the pipes to it and from it.
+    outstanding: its completions that have not finished, by request and index; `columns` of them all.
+    """
+
+    index: int
+    process: BaseProcess
+    requests: Connection
+    events: Connection
+    load: Load = Load(0, 0, 0.0, 0)
+    outstanding: dict[str, dict[int, Remote]] = field(default_factory=dict)
+    columns: int = 0
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.events.closed
+
+    def __str__(self) -> str:
+        return f"replica {self.index} (process {self.process.pid})"
+
+    def first_message(self) -> tuple[int, dict, dict]:
+        """Wait until it has loaded its model: columns of a canvas, and options and limits of its [`Intake`]."""
+        try:
+            message = self.events.recv()
+        except (EOFError, OSError):
+            self.process.join(timeout=1)
+            raise RuntimeError(
+                f"{self} has died with exit code {self.process.exitcode} while it was started. What it wrote says why; a "
+                "script that makes an `LLM` of several replicas must do so below `if __name__ == '__main__':`."
+            ) from None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+
+# --- in a replica's process
+
+
+def run_replica(
+    make: Callable[..., Any],
+    requests: Connection,
+    events: Connection,
+    environment: dict[str, str],
+    threads: int,
+    source: str,
+    arguments: dict[str, Any],
+) -> None:
+    """Decode what comes out of one pipe, and put events into the other, until the first one ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    try:
+        llm = make(source, **arguments)
+    except Exception as error:
+        events.send(error)
+        return
+    driver, mailbox = llm._driver, llm._submitted
+    intake = driver.engine.intake
+    events.send((driver.engine.capacity, intake.options, intake.limits))
+    threading.Thread(target=_receive, args=(llm, requests), daemon=True).start()
+    try:
+        while mailbox.is_open or not driver.is_closed:
+            driver.wait(mailbox)
+            driver.turn(mailbox)
+            told = list(mailbox.take())
+            if told:
+                events.send((told, driver.engine.load()))
+            if any(event.output is not None and event.output.error is not None for event in told):
+                driver.engine.check()
+    except BrokenPipeError:  # nobody reads any more
+        pass
+
+
+def _receive(llm: Any, requests: Connection) -> None:
+    """A thread, so that the parent never waits for a step."""
+    try:
+        while True:
+            message = requests.recv()
+            if isinstance(message, list):
+                llm._driver.abort(message)
+                continue
+            request_id, prompt, params, shows_texts, shows_drafts = message
+            [sequences] = llm._prepare([prompt], params, shows_drafts, [request_id], shows_texts)
+            llm._driver.submit(sequences, llm._submitted)
+    except (EOFError, OSError):
+        pass
+    finally:
+        llm.close()
