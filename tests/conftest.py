@@ -2,6 +2,7 @@
 
 import gc
 import os
+import zlib
 
 # Read when Triton is first imported, which may be by any of the packages below. A GPU compiles the kernels instead.
 if not os.path.exists("/dev/nvidiactl"):
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from .builders import FAMILIES, POLICIES, character_tokenizer, tiny_model
+from .builders import FAMILIES, POLICIES, SAMPLED, character_tokenizer, is_sampled, tiny_model
 
 gc.disable()  # while tests are collected: it finds no garbage in what they import, and takes longer with each module
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist has the other cores
@@ -47,7 +48,9 @@ LONGEST += [
 LONGEST += ["toolbox/test_compile", "benchmarks/test_decoding_quality", "parallel/test_tensor_parallel"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    items[:], left_out = sampled(items)
+    config.hook.pytest_deselected(items=left_out)
     order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if not torch.cuda.is_available():
@@ -64,6 +67,29 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()  # else nanobind, of which Triton is built, takes for leaks what lives at the end
+
+
+def names(value: str, family: str) -> bool:
+    """Whether a parameter of a test, or one that is part of it, is a family."""
+    return value == family or f"'{family}'" in value
+
+
+def sampled(items: list) -> tuple[list, list]:
+    """The tests to run and those to leave out: each promise is tried on one of the families in `SAMPLED`, once, and those of
+    `contracts/` on each of them."""
+    of, found = {}, {}
+    for item in items:
+        values = [str(value) for value in item.callspec.params.values()] if hasattr(item, "callspec") else []
+        families = (name for name in filter(is_sampled, SAMPLED) for value in values if names(value, name))
+        if (family := next(families, None)) is not None:
+            promise = of[item] = item.nodeid.partition("[")[0]
+            found.setdefault(promise, {}).setdefault(family, item)
+    chosen = set()
+    for promise, tests in found.items():
+        turn = sorted(tests)[zlib.crc32(promise.encode()) % len(tests)]
+        chosen.update(tests.values() if "/contracts/" in promise else [tests[turn]])
+    kept = [item for item in items if item not in of or item in chosen]
+    return kept, [item for item in items if item in of and item not in chosen]
 
 
 @pytest.fixture(autouse=True)

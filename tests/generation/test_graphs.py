@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("captured")
 
 POLICIES = [(family, policy) for family in ("llada", "dream") for policy in ("prefix", "dual")]
 POLICIES += [("sdar", "block"), ("sdar_moe", "block"), ("gla_dream", "block")]
+POLICIES += [("nemotron_diffusion", "block"), ("fast_dllm_v2", "block")]
 # Of each original, the first case of each strategy with each policy, and of a padded batch: the others are slow tests.
 DECODED, seen = [], set()
 for folder, case in CASES:
@@ -81,6 +82,12 @@ def test_sampling_draws_the_same_numbers(family, policy, seeds):
 @pytest.mark.parametrize("family, policy", POLICIES)
 def test_guidance(family, policy):
     both_ways(fresh_model(family), max_new_tokens=8, block_length=4, cache_policy=policy, cfg_scale=0.7)
+
+
+def test_edited_tokens(captured):
+    editing = {"editing_threshold": 0.05, "max_post_steps": 3, "remasking_strategy": "low_confidence_dynamic"}
+    both_ways(fresh_model("llada2"), max_new_tokens=12, block_length=4, confidence_threshold=0.3, **editing)
+    assert captured or DEVICE == "cuda"  # in float32 the library's products of experts look at the device
 
 
 @pytest.mark.parametrize("family, policy", POLICIES)

@@ -16,6 +16,8 @@ from ..processes import in_two_processes
 pytest.importorskip("accelerate")
 TOKENIZER = character_tokenizer()
 SMALL = {"llada": {"init_std": 0.02}}  # what the library starts from; the builders' models are spread wider
+# The loss of diffusion alone, as of the other families.
+SMALL["nemotron_diffusion"] = {"initializer_range": 0.02, "dlm_loss_weight": 1.0, "ar_loss_weight": 0.0}
 
 
 @pytest.fixture(params=BUILDERS)

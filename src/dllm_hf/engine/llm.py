@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..families import stranger
 from ..generation.cache import column_bytes_of
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.inputs import TooLongError
@@ -101,7 +102,9 @@ class LLM:
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not hasattr(loaded, "diffusion_request"):
-            raise ValueError(f"`model` is a {type(loaded).__name__}, which does not decode by diffusion.")
+            config = getattr(loaded, "config", None)
+            hint = stranger(getattr(config, "model_type", ""), getattr(config, "auto_map", None))
+            raise ValueError(f"`model` is a {type(loaded).__name__}, which does not decode by diffusion{hint}")
         self.model: DiffusionGenerationMixin = loaded if device is None else loaded.to(device)
         if generation_config is not None:
             self.model.generation_config = generation_config

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer, get_llama_4_attn_scale
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
@@ -31,7 +33,8 @@ from .shared_sums import SharedSums
 
 # Tokens in one call of a feed-forward network: limits the intermediate activation, 3 to 5 times the hidden size.
 MLP_CHUNK = 8192
-LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+LAYERS: tuple[type, ...] = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+LAYERS += (Glm4MoeDecoderLayer, Ministral3DecoderLayer)
 
 
 def can_be_captured(model: nn.Module) -> bool:
@@ -129,7 +132,14 @@ class FusedStack:
 
     def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         """The modules that read an attention's input, in groups that can be joint products."""
-        return [[getattr(attention, f"{name}_proj") for name in "qkv"]]
+        return [] if hasattr(attention, "query_key_value") else [[getattr(attention, f"{name}_proj") for name in "qkv"]]
+
+    def projected(self, index: int, normed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of a layer, `(rows, window, heads * head_dim)` each."""
+        attention = self.layers[index].self_attn
+        if not self.inputs[index]:  # a model whose product is one from the beginning
+            return attention.query_key_value(normed).split(attention.sizes, dim=-1)
+        return self.inputs[index][0](normed)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedStack | None":
@@ -139,12 +149,12 @@ class FusedStack:
         config = model.config
         if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(model):
             return None
-        rope = config.rope_parameters or {}
-        if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
-            return None  # they read the positions on the host, or rotate a part of a head
+        if (config.rope_parameters or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+            return None  # they read the positions on the host
         for layer in stack.layers:
             attention = layer.self_attn
-            projections = (getattr(attention, f"{name}_proj") for name in "qkvo")
+            inputs = ["query_key_value"] if hasattr(attention, "query_key_value") else ["q_proj", "k_proj", "v_proj"]
+            projections = [getattr(attention, name) for name in [*inputs, "o_proj"]]
             if not isinstance(layer, LAYERS) or getattr(attention, "sliding_window", None) is not None:
                 return None
             if not all(isinstance(projection, nn.Linear) for projection in projections):
@@ -159,8 +169,11 @@ class FusedStack:
         """Allocate the cache before a pass is captured or compiled."""
         for layer, slot in zip(self.layers, cache.layers, strict=True):
             if not slot.is_initialized:
-                size = layer.self_attn.head_dim
-                shape = (slots, len(local(layer.self_attn.k_proj.weight)) // size, 0, size)
+                attention = layer.self_attn
+                heads = self.config.num_key_value_heads
+                if hasattr(attention, "k_proj"):  # of which a process may have a part
+                    heads = len(local(attention.k_proj.weight)) // attention.head_dim
+                shape = (slots, heads, 0, attention.head_dim)
                 nothing = torch.empty(shape, dtype=self.dtype, device=layer.input_layernorm.weight.device)
                 slot.lazy_initialization(nothing, nothing)
 
@@ -199,9 +212,10 @@ class FusedStack:
         if self.sums is not None:
             self.sums.begin()
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
+        angles = (cos, sin, self.query_scales(columns, cache))
         normed, total = self._add_norm(total, None, self.layers[0].input_layernorm)
         for index, layer in enumerate(self.layers):
-            attended = self.attend(index, normed, cos, sin, sees, cache)
+            attended = self.attend(index, normed, angles, sees, cache)
             if keep is not None and index + 1 == len(self.layers):
                 # Last layer: only the kept positions need more than keys and values.
                 attended, total = (x.take_along_dim(keep[..., None], dim=1) for x in (attended, total))
@@ -212,21 +226,32 @@ class FusedStack:
             normed, total = self._feed_forward(index, normed, total, norm)
         return normed
 
-    def attend(self, index: int, normed, cos, sin, sees, cache: Any) -> torch.Tensor:
+    def query_scales(self, columns: torch.Tensor, cache: Any) -> torch.Tensor | None:
+        """`(rows, window, 1, 1)`, what the rotated queries of Ministral 3 are multiplied with; None where that is 1 in every
+        column of the cache."""
+        rope: Any = self.config.rope_parameters or {}
+        beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+        if not beta or cache.longest_extent <= length + 1:  # + 1: the scratch column
+            return None
+        return get_llama_4_attn_scale(columns, beta, length).transpose(1, 2).to(self.dtype)
+
+    def attend(self, index: int, normed, angles, sees, cache: Any) -> torch.Tensor:
         """Attention of a layer without `o_proj`: `(rows, window, hidden)` -> `(rows, window, heads * head_dim)`.
 
         Args:
+            angles: cosines and sines of the positions, `(rows, window, head_dim)`, and [`FusedStack.query_scales`].
             sees: where the canvas of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
                 each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs,
                 the longest of them, and the columns that they share, see [`canvas_attention`].
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
-        query, key, value = self.inputs[index][0](normed)
+        query, key, value = self.projected(index, normed)
         norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-        (base, lengths, columns, *runs), (keys, values) = sees, slot.arenas()
+        (base, lengths, columns, *runs), (keys, values), (cos, sin, scales) = sees, slot.arenas(), angles
         query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
+        query = query if scales is None else query * scales
         width, scale = cache.longest_extent, attention.scaling
         return self.attend_to(query, keys, values, lengths, base, width, scale, *runs).flatten(2)
 

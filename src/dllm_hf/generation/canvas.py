@@ -8,7 +8,10 @@ from .requests import MAX_LOGPROBS, Row
 from .uploads import uploaded
 
 # The numeric options of a row, in the order of the columns of `Canvas.numbers`.
-NUMBERS = ("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
+NUMBERS = (
+    *("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp"),
+    *("editing_threshold", "max_post_steps"),
+)
 LISTS = ("eos_token_id", "suppress_tokens", "confidence_suppress_tokens")
 MAX_TOP_K = 2**31  # no vocabulary is larger, and a tensor takes no integers of more than 64 bits
 
@@ -25,13 +28,16 @@ class Canvas:
             never read.
         is_prompt: `(slots, capacity + 1)` bool, the prompt's tokens without its masks.
         plan: `(slots, capacity + 1)`, the step of its block at which a position may be transferred.
-        numbers: `(slots, 7)` float32, see `NUMBERS`; a `top_p` of 1 and a `min_p` or `alg_temp` of 0 change nothing.
+        numbers: `(slots, 9)` float32, see `NUMBERS`; a `top_p` or `editing_threshold` of 1 and a `min_p` or `alg_temp` of 0
+            change nothing.
         choices: `(slots, 4)`: score, rule (see [`remasking`]), `top_k` (0: all), prompt length.
         lists: by name and width, `(slots, width)` token ids of the options in `LISTS`. A shorter list is padded with its
             last token, an empty one with -1.
-        report: `(slots, 2)`, after the last step: whether a mask is left in the shown part of the row's block, and whether
-            the block holds an end of sequence.
-        counts: `(slots, 2)`, forward passes that gave the row a token, and tokens that it received.
+        report: `(slots, 3)`, after the last step: whether the row's block goes on, as a rule since a mask is left in its
+            shown part, whether it holds an end of sequence, and whether the first of the columns that are decoded is masked.
+        post_steps: `(slots,)`, steps of the row's block since it has had no mask, where its tokens may be edited.
+        counts: `(slots, 2)`, forward passes that gave the row a token (of a row with editing all), and tokens that it
+            received at masks.
         saw_nan: whether logits were NaN at a position that could be transferred.
         logprobs: of tokens that steps have transferred, while a row that asks for it took part: `own`, `(slots, capacity + 1)`
             float32, NaN where no step of the row has transferred one; where a row wants more, `top` and `top_tokens`,
@@ -48,7 +54,8 @@ class Canvas:
         self.is_prompt = zeros(slots, capacity + 1, dtype=torch.bool)
         self.numbers, self.choices = zeros(slots, len(NUMBERS), dtype=torch.float32), zeros(slots, 4)
         self.lists: dict[tuple[str, int], torch.Tensor] = {}
-        self.report, self.counts = zeros(2, slots, 2)
+        self.report, self.counts = zeros(slots, 3), zeros(slots, 2)
+        self.post_steps = zeros(slots)
         self.saw_nan = zeros((), dtype=torch.bool)
         self.logprobs: dict[str, torch.Tensor] = {}
         self.allowed: torch.Tensor | None = None
@@ -120,7 +127,9 @@ def numbers_of(row: Row) -> list[float]:
     options = row.request.options
     values = {name: getattr(options, name) for name in NUMBERS}
     values["temperature"] = options.sampling_temperature
-    return [float(value if value is not None else name == "top_p") for name, value in values.items()]
+    values["max_post_steps"] = options.max_post_steps if row.edits else 0
+    neutral = dict.fromkeys(("top_p", "editing_threshold"), 1.0)
+    return [float(neutral.get(name, 0.0) if value is None else value) for name, value in values.items()]
 
 
 def choices_of(row: Row) -> list[int]:

@@ -26,8 +26,9 @@ from .backend import ModelBackend
 from .cache import CanvasCache, identity_of
 from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
-from .contract import DenoisingModel
+from .contract import DenoisingModel, models_with
 from .decoder import Decoder
+from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
@@ -129,8 +130,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             kwargs: options of [`DiffusionGenerationConfig`], or the originals' names for them.
 
         Returns:
-            `(batch, prompt + max_new_tokens)` token ids, or a [`DiffusionGenerateOutput`] with
-            `return_dict_in_generate=True`.
+            `(batch, prompt + max_new_tokens)` token ids; a [`DiffusionGenerateOutput`] if `return_dict_in_generate=True`.
 
         Raises:
             ValueError: names the argument that is wrong and what to do, before any forward pass.
@@ -164,9 +164,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             ranks.check_heads(self)
             ranks.check_same(self.device, prompts, config.to_dict())
             ranks.share_draws(generators, self.device)
-        requests = [
-            Request(prompt, new_tokens, config, one, logprobs) for prompt, one in zip(prompts, generators, strict=True)
-        ]
+        rows = zip(prompts, generators, strict=True)
+        requests = [Request(prompt, new_tokens, config, one, self.quota_source, logprobs) for prompt, one in rows]
         texts = [request.canvas(self.block_grid) for request in requests]
         # A grid at 0 decodes whole blocks, which may take a few positions more.
         check_fits(
@@ -278,7 +277,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         config = self._prepare_diffusion_config(None, options)
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         check_fits(self.config, len(prompt) + new_tokens, new_tokens)
-        request = Request(list(prompt), new_tokens, config, generator, logprobs)
+        request = Request(list(prompt), new_tokens, config, generator, self.quota_source, logprobs)
         check_inputs(torch.from_numpy(request.ids)[None], None, self.config.vocab_size)
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
@@ -331,19 +330,40 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                 "is left to propose: list fewer."
             )
         config.remasking_strategy = config.remasking_strategy or self.default_remasking_strategy
+        check_editing(self, config)
         config.block_length = config.block_length or self.default_block_length
         if self.has_fixed_block_length and config.block_length != self.default_block_length:
             raise ValueError(
                 f"`block_length={config.block_length}` is not the model's `block_size={self.default_block_length}`, in "
                 "which its state moves on: leave `block_length` out."
             )
+        self._prepare_sub_blocks(config)
         config.cache_policy = config.cache_policy or self.cache_policies[0]
         if config.cache_policy not in self.cache_policies:
             raise ValueError(
                 f"`cache_policy={config.cache_policy!r}` is not possible with {type(self).__name__}: "
                 f"choose one of {', '.join(self.cache_policies)}."
             )
+        if config.use_block_cache and config.cache_policy != "block":
+            raise ValueError("`use_block_cache=True` needs the keys of the block: choose `cache_policy='block'`.")
         return config
+
+    def _prepare_sub_blocks(self, config: DiffusionGenerationConfig) -> None:
+        """Fill in the model's `small_block_size`, and check what is given."""
+        size, default, length = config.small_block_size, self.default_small_block_size, config.block_length
+        if default is None:
+            if size is not None or config.use_block_cache:
+                name = "use_block_cache" if size is None else "small_block_size"
+                raise ValueError(
+                    f"`{name}={getattr(config, name)}` is for models that decode a block in sub-blocks "
+                    f"({models_with('default_small_block_size')}), and {type(self).__name__} has none: leave it out."
+                )
+        elif size is None:
+            config.small_block_size = length if length % default else default
+        elif length % size:
+            raise ValueError(
+                f"`small_block_size={size}` does not divide `block_length={length}`: choose one that does, or leave it out."
+            )
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any

@@ -7,6 +7,7 @@ import torch
 
 from .canvas import LISTS, Canvas, list_of
 from .divided_head import VocabularyPart
+from .editing import edit, editing_numbers
 from .remasking import SCORES, select
 from .requests import MAX_LOGPROBS, Row
 from .sampling import Noise, distribution, filtered, propose
@@ -22,9 +23,9 @@ class Features:
     """What any row of a step asks for. With the shapes, all that the step's code depends on.
 
     scores, rules: see [`remasking`].
-    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"logprobs"` for
-        log-probabilities of transferred tokens, `"top_logprobs"` for those of the most probable ones as well, `"constraint"`
-        for tokens that the caller allows.
+    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"edits"` for an
+        `editing_threshold`, `"logprobs"` for log-probabilities of transferred tokens, `"top_logprobs"` for those of the most
+        probable ones as well, `"constraint"` for tokens that the caller allows.
     widths: of the lists of `LISTS`; 0 where no row has one.
     mask_token_id: the mask of every row.
     """
@@ -45,6 +46,7 @@ class Features:
             "logprobs": row.request.logprobs is not None,
             "top_logprobs": row.request.logprobs,
             "constraint": row.request.is_constrained,
+            "edits": row.edits,
         }
         return cls(
             frozenset([strategy.confidence]),
@@ -116,30 +118,43 @@ def denoise(
     if not window.block.shape[1]:
         return
     now = canvas.tokens[slots, window.block]
-    masked = (now == features.mask_token_id) & (window.block < canvas.capacity)
+    inside = window.block < canvas.capacity
+    masked, shown, edits = (now == features.mask_token_id) & inside, window.shown, "edits" in features.needs
+    if edits:
+        # What stands behind the cut may change a token before it that is edited.
+        shown = (shown | (editing_numbers(canvas, window)[0] < 1)) & inside
     if "bernoulli" in features.rules:
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
     # A row is done once no shown position is masked, whatever is left behind the cut.
-    masked = masked & (masked & window.shown).any(-1, keepdim=True)
+    masked = masked & (masked & shown).any(-1, keepdim=True)
     if part is not None and features.needs & WHOLE_ROWS:
         logits, part = part.gather(logits), None
     most = min(MAX_LOGPROBS, logits.shape[-1]) if "top_logprobs" in features.needs else 0
     # Before `decide` changes the logits of tokens that it may not propose.
     raw = distribution(logits, most) if "logprobs" in features.needs else None
-    proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits, part)
+    proposals, scores, transfer = decide(
+        canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits, part
+    )
+    transferred, goes_on = transfer.sum(-1, keepdim=True), None
+    passes = transferred > 0
+    if edits:
+        replaced, goes_on = edit(canvas, window, now, masked, proposals, scores, quota[:, :1] > 0)
+        passes |= (editing_numbers(canvas, window)[0] < 1) & (quota[:, :1] > 0)
+        transfer = transfer | replaced
     if raw is not None:
         keep_logprobs(canvas, slots, window.block, transfer, logits.gather(-1, proposals[..., None]).squeeze(-1), *raw)
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)
-    transferred = transfer.sum(-1, keepdim=True)
-    canvas.counts.index_add_(0, window.slots, torch.cat([(transferred > 0).long(), transferred], dim=-1))
-    left = ((now == features.mask_token_id) & window.shown).any(-1)
+    canvas.counts.index_add_(0, window.slots, torch.cat([passes.long(), transferred], dim=-1))
+    is_mask = now == features.mask_token_id
+    left = (is_mask & shown).any(-1)
+    left = left if goes_on is None else left | goes_on
     ended = torch.zeros_like(left)
     if features.widths[0]:
         ends = canvas.lists["eos_token_id", features.widths[0]][window.slots]
-        new = (window.block >= canvas.choices[window.slots, 3:]) & (window.block < canvas.capacity)
+        new = (window.block >= canvas.choices[window.slots, 3:]) & inside
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
-    canvas.report.index_copy_(0, window.slots, torch.stack([left, ended], dim=-1).long())
+    canvas.report.index_copy_(0, window.slots, torch.stack([left, ended, is_mask[:, 0]], dim=-1).long())
 
 
 def keep_logprobs(canvas: Canvas, slots, block, transfer, chosen, total, top, top_tokens) -> None:
@@ -161,7 +176,8 @@ def keep_logprobs(canvas: Canvas, slots, block, transfer, chosen, total, top, to
 def decide(
     canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool, part=None
 ):
-    """The proposals of a step, `(rows, block)` tokens, and which of them are transferred, `(rows, block)` bool.
+    """The proposals of a step, the scores by which each row ranks them, and which are transferred to masks, `(rows, block)`
+    each.
 
     Args:
         logits: `(rows, block, vocab)`, or the `part` of them that this process has; those of tokens that may not be proposed are
@@ -170,7 +186,7 @@ def decide(
         quota: `(rows, 1)`.
     """
     numbers, choices = canvas.numbers[window.slots], canvas.choices[window.slots]
-    temperature, top_p, min_p, threshold, entropy_bound, factor, alg_temp = (
+    temperature, top_p, min_p, threshold, entropy_bound, factor, alg_temp, *_ = (
         column[:, None] for column in numbers.unbind(-1)
     )
     score_index, rule, top_k, _ = (column[:, None] for column in choices.unbind(-1))
@@ -221,10 +237,11 @@ def decide(
     # Logits that overflowed give NaN scores: such positions are transferred last.
     is_nan = is_nan | score.isnan()
     canvas.saw_nan |= (is_nan & masked).any()
+    score = score.nan_to_num(nan=lowest)
     transfer = select(
         features.rules,
         rule,
-        score.nan_to_num(nan=lowest),
+        score,
         score_index == SCORES.index("probability"),
         masked,
         quota,
@@ -234,4 +251,4 @@ def decide(
         alg_temp,
         noise.get("positions"),
     )
-    return proposals, transfer
+    return proposals, score, transfer

@@ -74,10 +74,10 @@ class FusedGLADream(FusedStack):
     def prepare(self, cache: GLADreamCache, slots: int) -> None:
         cache.allocate(self.config, slots, self.dtype, self.norm.weight.device)
 
-    def attend(self, index: int, normed, cos, sin, sees, cache: GLADreamCache) -> torch.Tensor:
+    def attend(self, index: int, normed, angles, sees, cache: GLADreamCache) -> torch.Tensor:
         """`normed`: `(blocks * rows, block_size, hidden)`, block after block; `sees`: `slots` and `moves`, see
         [`move_states`]."""
-        slots, moves = sees
+        (cos, sin, _), (slots, moves) = angles, sees
         attention = self.layers[index].self_attn
         state: Any = cache.layers[index].state  # allocated by `prepare`
         query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
