@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from ..generation.ranks import divides_heads
 from .outputs import Event, Load
 from .sampling_params import SamplingParams
 
@@ -151,7 +152,7 @@ def load_part(source: str, rank: int, size: int, dtype: str | torch.dtype, trust
     """This process' part of a model. Where there are fewer heads of keys and values than processes, several have the same."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     kv_heads = getattr(config, "num_key_value_heads", size)
-    repeats_heads = kv_heads < size and any(name.endswith("k_proj") for name in config.base_model_tp_plan)
+    repeats_heads = kv_heads < size and divides_heads(config.base_model_tp_plan)
     if repeats_heads:
         plan = config.base_model_tp_plan
         config.base_model_tp_plan = {
