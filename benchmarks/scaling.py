@@ -1,8 +1,9 @@
-"""Data parallelism: what one front can feed, what several GPUs make, and a plan past these machines.
+"""Data parallelism: what one process can feed, and a plan past these machines.
 
-usage: scaling.py front                       on a CPU: what a request and an event cost the process before the replicas
-       scaling.py gpus --out rows.jsonl       SDAR-8B, random weights: `LLM(data_parallel_size=1, 2, 4)`, 128 slots each
-       scaling.py plan                        the simulation: against what was measured, for 2 and 4 GPUs, and for 1 to 1,000
+usage: scaling.py front     on a CPU: what a request and an event cost the process before the replicas
+       scaling.py plan      the simulation: against what was measured, for 2 and 4 GPUs, and for 1 to 1,000
+
+`data_parallel.py` measures what `plan` says of 1, 2 and 4 GPUs.
 
 The simulation decodes requests step by step, with the rows, prompts and lengths of `serving_offline.py`. A step takes
 FIXED + weights read once + tokens * (products + what goes with them) + columns * reading keys and values. The numbers are those
@@ -13,8 +14,6 @@ import argparse
 import json
 import math
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,8 +30,8 @@ MEASURED = {
     ("SDAR-4B", 4, 2048): 14785,
     ("SDAR-8B", 2, 1024): 6186,
 }
-# Milliseconds of one core, from `scaling.py front`: a request and an event of a block, in `LLM` and behind HTTP.
-FRONT = {"router": (0.5, 0.04), "http": (1.0, 0.35)}
+# Milliseconds of one core, from `scaling.py front`: a request, and a block of it. Behind HTTP all are streams.
+FRONT = {"generate": (0.51, 0.049), "stream": (0.36, 0.086), "http": (2.35, 0.209)}
 DOLLARS_PER_HOUR = 2.5  # assumed: an H100, rented
 STORAGE_BYTES_PER_SECOND = 10e9  # assumed: what one file system gives all machines together
 HOURS_BETWEEN_FAILURES = 50_000  # of a GPU: 419 unexpected interruptions of 16,384 in 54 days, arXiv:2407.21783, 3.3.4
@@ -100,7 +99,7 @@ def parallel(model: str, tokens_per_step: float, requests: int, replicas: int) -
         min(shares, key=lambda share: sum(map(sum, share))).append(each)
     seconds = max(decode(share, tokens_per_step, costs(model)) for share in shares)
     asked = sum(new for _, new in lengths(requests))
-    by_request, by_event = FRONT["router"]
+    by_request, by_event = FRONT["generate"]
     return asked / max(seconds, (requests * by_request + asked / BLOCK * by_event) / 1000)
 
 
@@ -118,13 +117,11 @@ def plan() -> None:
         weights = 2 * sum(sizes(model)[:2])
         for tokens_per_step in (1, 2, 4):
             rate, cost = parallel(model, tokens_per_step, 1024, 1), costs(model)
-            loops = {
-                name: 1000 / (by_request / MEAN_NEW + by_event / BLOCK) / rate
+            busy = ", ".join(
+                f"{name} with {1000 / (by_request / MEAN_NEW + by_event / BLOCK) / rate:.1f}"
                 for name, (by_request, by_event) in FRONT.items()
-            }
-            print(
-                f"{model}, {tokens_per_step} a step: a router is busy with {loops['router']:.1f} GPUs, HTTP with {loops['http']:.1f}"
             )
+            print(f"{model}, {tokens_per_step} a step; one core is busy with so many GPUs: {busy}")
             for gpus in (1, 8, 64, 1000):
                 share = 1_000_000 // gpus
                 part = min(share, 4096)
@@ -153,19 +150,22 @@ def front() -> None:
         model.save_pretrained(folder)
         tokenizer_for(folder + "/none", model.config.vocab_size).save_pretrained(folder)
         options = {"denoising_steps": 1, "suppress_tokens": [model.config.eos_token_id]}
-        prompts = [[(each + index) % 1000 for index in range(256)] for each in range(256)]
+        prompts = [[(each + index) % 1000 for index in range(256)] for each in range(128)]
         with (
             LLM(folder, data_parallel_size=2, device="cpu", max_num_seqs=32, block_length=block) as llm,
             served(llm) as (port, _),
         ):
-            found: dict[str, list] = {"router": [], "http": []}
+            found: dict[str, list] = {name: [] for name in FRONT}
             for _ in range(3):
-                points: dict[str, list[tuple[int, float]]] = {"router": [], "http": []}
-                for new in (8, 128):
+                points: dict[str, list[tuple[int, float]]] = {name: [] for name in FRONT}
+                for new in (8, 72):
+                    params, begun = SamplingParams(max_tokens=new, options=options), time.process_time()
+                    llm.generate(prompts, params, use_tqdm=False)
+                    points["generate"].append((new // BLOCK, 1000 * (time.process_time() - begun) / len(prompts)))
                     params, begun = SamplingParams(max_tokens=new, options=options), time.process_time()
                     for _ in llm.generate_streaming(prompts, params):
                         pass
-                    points["router"].append((new // BLOCK, 1000 * (time.process_time() - begun) / len(prompts)))
+                    points["stream"].append((new // BLOCK, 1000 * (time.process_time() - begun) / len(prompts)))
                     bodies, begun = (
                         [{"prompt": each, "max_tokens": new, **options} for each in prompts],
                         time.process_time(),
@@ -180,78 +180,10 @@ def front() -> None:
                 print(f"{name}: {request:.2f} ms of a core for a request of 256 tokens, {event:.3f} for an event")
 
 
-def gpus(args: argparse.Namespace) -> None:
-    """Each size in a process of its own, so that it finds the GPUs empty."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import dllm_hf  # noqa: F401  registers the families
-
-    if args.size is None:
-        with tempfile.TemporaryDirectory(dir=args.disk) as folder:
-            torch.manual_seed(0)
-            with torch.device("cuda"):
-                config = AutoConfig.from_pretrained(CONFIGS / f"{args.model}-Chat")
-                AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-            torch.cuda.empty_cache()
-            for size in args.sizes:
-                command = [sys.executable, __file__, "gpus", "--size", str(size), "--folder", folder]
-                command += ["--out", str(args.out), "--requests", str(args.requests), "--model", args.model]
-                subprocess.run(command, check=True)
-        return
-    begun = time.perf_counter()
-    llm = dllm_hf.LLM(
-        args.folder,
-        data_parallel_size=args.size,
-        max_num_seqs=SLOTS,
-        max_model_len=4 * (MEAN_PROMPT + MEAN_NEW) + BLOCK,
-        gpu_memory_utilization=0.85,
-    )
-    row = {
-        "model": args.model,
-        "size": args.size,
-        "requests": args.size * args.requests,
-        "loading": time.perf_counter() - begun,
-    }
-    ends = llm.model.generation_config.eos_token_id
-    options = {
-        "temperature": 0.0,
-        "denoising_steps": 2,
-        "eos_token_id": [],
-        "suppress_tokens": ends if isinstance(ends, list) else [ends],
-    }
-    dice = random.Random(0)
-    work = [([dice.randrange(1000) for _ in range(prompt)], new) for prompt, new in lengths(args.size * args.requests)]
-    for name, share in (("warm", work[: 3 * SLOTS * args.size]), ("timed", work)):
-        params = [
-            dllm_hf.SamplingParams(max_tokens=min(new, 160) if name == "warm" else new, options=options)
-            for _, new in share
-        ]
-        begun, cpu = time.perf_counter(), time.process_time()
-        outputs = llm.generate([prompt for prompt, _ in share], params, use_tqdm=False)
-        row[name] = time.perf_counter() - begun
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    assert tokens == sum(new for _, new in work) and not any(output.outputs[0].error for output in outputs)
-    row |= {"tokens_per_second": tokens / row["timed"], "cpu_of_parent": (time.process_time() - cpu) / row["timed"]}
-    row |= {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
-    llm.close()
-    print(json.dumps(row), flush=True)
-    with args.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("front", "gpus", "plan"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--model", default="SDAR-8B", choices=("SDAR-4B", "SDAR-8B"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--requests", type=int, default=768, help="of each replica")
-    parser.add_argument("--disk", help="where the random weights are put; by default the folder for temporary files")
-    parser.add_argument("--size", type=int, help="one size, in this process")
-    parser.add_argument("--folder", help="of the model, for --size")
-    args = parser.parse_args()
-    {"front": front, "gpus": lambda: gpus(args), "plan": plan}[args.mode]()
+    parser.add_argument("mode", choices=("front", "plan"))
+    {"front": front, "plan": plan}[parser.parse_args().mode]()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ def engine_of(
 
 def submitted(engine: Engine, call, name: str) -> None:
     prompt, seed, options = call
-    engine.submit(engine.intake.prepare(prompt, SamplingParams(seed=seed, options=options), name))
+    sequences = engine.intake.prepare(prompt, SamplingParams(seed=seed, options=options), name)
+    for sequence in sequences:
+        sequence.shows_texts = True
+    engine.submit(sequences)
 
 
 def run(engine: Engine, calls, actions) -> dict[str, list[int]]:

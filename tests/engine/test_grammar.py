@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -229,6 +230,14 @@ def test_masks_in_the_prompt_and_tokenizers_without_bytes_are_refused():
         LLM(new_model("llada"), tokenizer=character_tokenizer()).generate("a", params)
     with pytest.raises(ValueError, match="no tokenizer"):
         LLM(new_model("llada")).generate([[1]], params)
+
+
+def test_without_the_parser_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ValueError, match=r"dllm-hf\[grammar\]"):
+        llm_of("llada").generate(
+            "a", SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), max_tokens=4)
+        )
 
 
 def test_steps_of_the_models_own_configuration_do_not_count():

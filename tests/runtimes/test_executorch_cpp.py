@@ -1,5 +1,6 @@
 """`examples/cpp`: the program without Python gives the tokens of the model that its file comes from."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -76,3 +77,16 @@ def test_the_program_in_cpp_links_neither_pytorch_nor_python(exported, decode):
 def test_the_program_in_cpp_refuses_what_it_cannot_do(exported, decode, prompt, options, message):
     got = decode(exported("llada")[1] / "model.pte", prompt, *options)
     assert got.returncode == 2 and not got.stdout and message in got.stderr
+
+
+def test_the_program_in_cpp_refuses_a_truncated_file_and_a_missing_delegate_before_the_first_pass(
+    exported, tmp_path, decode
+):
+    whole = (exported("llada")[1] / "model.pte").read_bytes()
+    for name, contents, message in (
+        ("short.pte", whole[:-5000], "the file cannot be read"),
+        ("other.pte", whole.replace(b"XnnpackBackend", b"UnknownBackend"), "prefill cannot be loaded.*a delegate"),
+    ):
+        (tmp_path / name).write_bytes(contents)
+        got = decode(tmp_path / name, [1], "--new", 4)
+        assert got.returncode == 2 and not got.stdout and re.search(message, got.stderr), got.stderr

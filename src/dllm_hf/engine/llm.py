@@ -206,8 +206,8 @@ class LLM:
                     with interrupts_deferred():
                         self._turn(waiting, mailbox)
                         for event in mailbox.take():
-                            tokens += len(event.token_ids)
                             if event.output is not None:
+                                tokens += len(event.output.token_ids)
                                 outputs[event.request_id].outputs.append(event.output)
                                 bar.update(event.request_id not in mailbox.left)
                         speed = tokens / max(bar.format_dict["elapsed"], 1e-9)
@@ -286,7 +286,7 @@ class LLM:
         streams: bool = True,
     ) -> str:
         """Put a request at the end of the queue, from any thread. [`LLM.events`] tells what becomes of it.
-        Without `streams` its text comes with its last event alone, which spares making it piece by piece.
+        Without `streams` its tokens and its text are in the `output` of its last event alone.
 
         Returns:
             Its id.

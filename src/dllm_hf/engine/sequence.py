@@ -23,7 +23,8 @@ class Sequence:
     timeout: seconds from its submission to its end at the latest.
     spell: the text of one token; None without a tokenizer.
     grammar: what its text must be, where it is constrained.
-    shows_texts, shows_drafts: whether events tell the text as it becomes final, and how the canvas looks after each step.
+    shows_texts, shows_drafts: whether events tell tokens and text as they become final, or the last one alone does; and how
+        the canvas looks after each step.
     columns: that it takes in the arena.
     passed_over: how often a later one was admitted before it.
     row: where it stands, once it has been admitted.
@@ -100,11 +101,10 @@ class Sequence:
         # No end of sequence stands before the last block of a row that goes on.
         limit = end_of(row, self.text) if is_last or row.has_ended else self.final
         added = self.text[prompt + len(self.tokens) : limit]
-        if not added:
-            return None
         self.tokens += added
-        text = self.detokenizer.put(self.tokens) if self.shows_texts else ""
-        end = prompt + len(self.tokens)
+        if not (added and self.shows_texts):
+            return None
+        text, end = self.detokenizer.put(self.tokens), prompt + len(self.tokens)
         return Event(self.request_id, self.index, added, text, logprobs=self._logprobs(end - len(added), end))
 
     def _logprobs(self, start: int, end: int) -> list[Logprobs] | None:
