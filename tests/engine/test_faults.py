@@ -188,7 +188,7 @@ def test_a_token_that_the_tokenizer_does_not_know_fails_alone(streams, drafts):
     llm = LLM(tiny_model("sdar"), tokenizer=character_tokenizer(), max_num_seqs=2)
     [first, second] = [output.outputs[0] for output in llm.generate([[1, 2], [30, 31]], PARAMS)]
     unknown = next(token for token in second.token_ids if token not in first.token_ids)
-    llm._driver.engine.tokenizer = Ignorant(llm.tokenizer, unknown)
+    llm._driver.engine.intake.tokenizer = Ignorant(llm.tokenizer, unknown)
     if streams:
         events = llm.generate_streaming([[1, 2], [30, 31]], PARAMS, drafts=drafts)
         found = {event.request_id: event.output for event in events if event.output}
