@@ -1,10 +1,12 @@
 """What a denoising step and a generated token cost on a GPU: every family, cache policy, batch and quota, beside the floor.
 
-usage: generate.py measure --out results.jsonl [--models llada dream sdar sdar_moe gladream qwen3] [--batches 1 8 32]
+usage: generate.py measure --out results.jsonl [--models llada dream sdar sdar_moe llada2 llada_moe gladream qwen3]
+                   [--batches 1 8 32] [--strategy low_confidence_dynamic]
        generate.py table results.jsonl
 
-Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B and a GLADream of 1B; a prompt of 512
-tokens and 256 new ones, each step transferring a fixed quota. The end of sequence is never proposed, so that every run
+Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B, LLaDA2.0-mini (16B-A1B), LLaDA-MoE-7B-A1B
+and a GLADream of 1B; a prompt of 512 tokens and 256 new ones, each step transferring a fixed quota (with the strategy
+`low_confidence_dynamic` also: its threshold of 1 is never exceeded, and the host looks after each step). The end of sequence is never proposed, so that every run
 does the same work. `qwen3`, for comparison: an autoregressive Qwen3-8B in the `generate` of transformers, compiled, with a
 static cache.
 
@@ -35,6 +37,8 @@ MODELS = {
     "dream": ("Dream-v0-Instruct-7B", {}, (32, 4)),
     "sdar": ("SDAR-8B-Chat", {}, (4, 32)),
     "sdar_moe": ("SDAR-30B-A3B-Chat", {}, (4,)),
+    "llada2": ("LLaDA2.0-mini", {}, (32,)),
+    "llada_moe": ("LLaDA-MoE-7B-A1B-Instruct", {}, (32,)),
     "gladream": (
         "GLADream",
         {
@@ -124,7 +128,7 @@ def measure_family(name: str, args):
     end = model.generation_config.eos_token_id
     fixed = {"max_new_tokens": args.new, "eos_token_id": [], "return_dict_in_generate": True, "temperature": 0.0}
     fixed |= {"suppress_tokens": end if isinstance(end, list) else [] if end is None else [end]}
-    fixed |= {"remasking_strategy": "low_confidence_static"}
+    fixed |= {"remasking_strategy": args.strategy, "confidence_threshold": 1.0}
     floors: dict[int, float] = {}
     for block in args.blocks or blocks:
         for batch in args.batches:
@@ -277,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--blocks", nargs="+", type=int, help="block lengths; the model's own if not given")
     measuring.add_argument("--policies", nargs="+", help="cache policies; all of the model's if not given")
     measuring.add_argument("--paths", nargs="+", choices=["fast", "plain", "compiled"], default=["fast", "plain"])
+    strategies = ["low_confidence_static", "low_confidence_dynamic"]
+    measuring.add_argument("--strategy", choices=strategies, default=strategies[0])
     measuring.add_argument("--prompt", type=int, default=512)
     measuring.add_argument("--new", type=int, default=256)
     measuring.set_defaults(run=measure)

@@ -92,7 +92,7 @@ def with_llama_cpp(model: DreamModel, folder: Path, args: argparse.Namespace):
     """`(name, model, clock, megabytes)` of each export."""
     llama, clock = bindings(), {}
     llama.llama_decode = Timed(SimpleNamespace(decode=llama.llama_decode), clock).decode
-    for type in ("f32", "q8_0", "q4_k_m"):
+    for type in ("f32", "f16", "q8_0", "q4_k_m"):
         path = export_gguf(model, folder / type, type)
         exported = LlamaCppModel.from_pretrained(path, args.threads)
         yield f"llama.cpp {type.upper()}", exported, clock, (path / "model.gguf").stat().st_size / 1e6

@@ -196,10 +196,11 @@ def engine_for(model, work, args, block, policy, **more) -> LLM:
 def in_flight(model, work, options: dict, args, block, policy, floor: Floor | None) -> dict:
     llm = engine_for(model, work, args, block, policy)
     # The shapes of steps come up, and are captured, before the clock runs.
-    warm = [SamplingParams(max_tokens=min(new, 160), options=options) for _, new in work[: 3 * args.slots]]
+    asked = {"options": options, "logprobs": args.logprobs}
+    warm = [SamplingParams(max_tokens=min(new, 160), **asked) for _, new in work[: 3 * args.slots]]
     llm.generate([prompt for prompt, _ in work[: len(warm)]], warm, use_tqdm=False)
     meter = Meter(llm._driver.engine, floor)
-    params = [SamplingParams(max_tokens=new, options=options) for _, new in work]
+    params = [SamplingParams(max_tokens=new, **asked) for _, new in work]
     first, last, outputs, began = {}, {}, {}, time.perf_counter()
     told, full, engine = 0, [], llm._driver.engine
     for event in llm.generate_streaming([prompt for prompt, _ in work], params):
@@ -216,6 +217,7 @@ def in_flight(model, work, options: dict, args, block, policy, floor: Floor | No
     agrees = sum(alone(model, work[index], options, block, policy) == texts[index] for index in sample)
     return {
         "mode": "flight",
+        "logprobs": args.logprobs,
         "seconds": seconds,
         "tokens_per_second": sum(map(len, texts)) / seconds,
         "sustained": (full[-1][1] - full[0][1]) / (full[-1][0] - full[0][0]) if len(full) > 1 else None,
@@ -323,6 +325,7 @@ def main() -> None:
     parser.add_argument("--mean-new", type=int, default=256)
     parser.add_argument("--tokens-per-step", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--threshold", type=float, help="of low_confidence_dynamic, in the place of a fixed number")
+    parser.add_argument("--logprobs", type=int, help="flight: so many of each token, and its own")
     parser.add_argument("--modes", nargs="+", default=["flight", "static", "equal", "autoregressive"])
     parser.add_argument("--attention", default="sdpa", help="of the autoregressive model")
     parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +21,18 @@ from dllm_hf import (
     DiffusionGenerationMixin,
     DreamConfig,
     DreamModel,
+    Fast_dLLM_QwenConfig,
+    Fast_dLLM_QwenForCausalLM,
     GLADreamConfig,
     GLADreamModel,
+    LLaDA2MoeConfig,
+    LLaDA2MoeModelLM,
     LLaDAConfig,
     LLaDAModelLM,
+    LLaDAMoEConfig,
+    LLaDAMoEModelLM,
+    NemotronLabsDiffusionConfig,
+    NemotronLabsDiffusionModel,
     SDARConfig,
     SDARForCausalLM,
     SDARMoeConfig,
@@ -66,6 +75,18 @@ def sdar_moe_config(**changes) -> SDARMoeConfig:
     return SDARMoeConfig(**{**sdar_sizes(), **experts, **changes})
 
 
+def llada2_config(**changes) -> LLaDA2MoeConfig:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2}
+    return LLaDA2MoeConfig(**{**sdar_sizes(), **experts, **changes})
+
+
+def llada_moe_config(**changes) -> LLaDAMoEConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "dense_intermediate_size": 48, "expert_intermediate_size": 24}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": POSITIONS}
+    return LLaDAMoEConfig(**{**sizes, "initializer_range": 0.3, **SPECIAL, **changes})
+
+
 def gla_dream_config(**changes) -> GLADreamConfig:
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": POSITIONS}
@@ -73,13 +94,37 @@ def gla_dream_config(**changes) -> GLADreamConfig:
     return GLADreamConfig(**{**sizes, **SPECIAL, **changes})
 
 
+def nemotron_diffusion_config(**changes) -> NemotronLabsDiffusionConfig:
+    # Queries are scaled from position 16 on.
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 16}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}
+    return NemotronLabsDiffusionConfig(**{**sdar_sizes(), "rope_parameters": rope, **changes})
+
+
+def fast_dllm_v2_config(**changes) -> Fast_dLLM_QwenConfig:
+    sizes = {name: value for name, value in sdar_sizes().items() if name != "head_dim"}
+    return Fast_dLLM_QwenConfig(**{**sizes, **changes})
+
+
 BUILDERS = {
     "llada": lambda **changes: LLaDAModelLM(llada_config(**changes)),
     "dream": lambda **changes: DreamModel(dream_config(**changes)),
     "sdar": lambda **changes: SDARForCausalLM(sdar_config(**changes)),
     "sdar_moe": lambda **changes: SDARMoeForCausalLM(sdar_moe_config(**changes)),
+    "llada2": lambda **changes: LLaDA2MoeModelLM(llada2_config(**changes)),
+    "llada_moe": lambda **changes: LLaDAMoEModelLM(llada_moe_config(**changes)),
     "gla_dream": lambda **changes: GLADreamModel(gla_dream_config(**changes)),
+    "nemotron_diffusion": lambda **changes: NemotronLabsDiffusionModel(nemotron_diffusion_config(**changes)),
+    "fast_dllm_v2": lambda **changes: Fast_dLLM_QwenForCausalLM(fast_dllm_v2_config(**changes)),
 }
+
+# Families of which `conftest.py` tries each promise on one, since every test of all families would take too long.
+SAMPLED = ("llada2", "llada_moe", "nemotron_diffusion", "fast_dllm_v2")
+
+
+def is_sampled(family: str) -> bool:
+    """Whether only some of the tests are run with the family: not so where the environment asks for all of them."""
+    return family in SAMPLED and not os.environ.get("DLLM_HF_EVERY_FAMILY")
 
 
 def new_model(family: str, **changes) -> PreTrainedModel:

@@ -1,6 +1,8 @@
 """Fixtures that several test modules share. What they build comes from `builders.py`."""
 
+import gc
 import os
+import zlib
 
 # Read when Triton is first imported, which may be by any of the packages below. A GPU compiles the kernels instead.
 if not os.path.exists("/dev/nvidiactl"):
@@ -10,8 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from .builders import FAMILIES, POLICIES, character_tokenizer, tiny_model
+from .builders import FAMILIES, POLICIES, SAMPLED, character_tokenizer, is_sampled, tiny_model
 
+gc.disable()  # while tests are collected: it finds no garbage in what they import, and takes longer with each module
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist has the other cores
 
 # The same examples on every run: a failure on a machine that nobody watches must be one that anybody can repeat.
@@ -27,12 +30,27 @@ settings.load_profile("repeatable")
 
 
 # The files that take longest, first: a worker that begins with one near the end would leave the other idle.
-LONGEST = ["training/test_trainer", "contracts/test_batches", "contracts/test_block_policy", "hub/test_export"]
-LONGEST += ["training/test_sft", "generation/test_graphs", "examples/test_train", "generation/test_decoder"]
-LONGEST += ["toolbox/test_export", "toolbox/test_tensor_parallel", "toolbox/test_compile", "hub/test_bad_sources"]
+LONGEST = ["runtimes/test_executorch", "runtimes/test_executorch_cpp", "contracts/test_batches", "hub/test_export"]
+LONGEST += [
+    "training/test_trainer",
+    "contracts/test_turns",
+    "generation/test_graphs_between_calls",
+    "examples/test_train",
+]
+LONGEST += ["contracts/test_block_policy", "kernels/test_kernels", "toolbox/test_export", "kernels/test_gla_dream"]
+LONGEST += [
+    "generation/test_graphs",
+    "cli/test_process",
+    "engine/test_alone",
+    "generation/test_decoder",
+    "hub/test_push",
+]
+LONGEST += ["toolbox/test_compile", "benchmarks/test_decoding_quality", "parallel/test_tensor_parallel"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    items[:], left_out = sampled(items)
+    config.hook.pytest_deselected(items=left_out)
     order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if not torch.cuda.is_available():
@@ -41,10 +59,45 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish():
+    """Training and `torch.export` collect garbage at each call, which would look at a million objects of the modules."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else nanobind, of which Triton is built, takes for leaks what lives at the end
+
+
+def names(value: str, family: str) -> bool:
+    """Whether a parameter of a test, or one that is part of it, is a family."""
+    return value == family or f"'{family}'" in value
+
+
+def sampled(items: list) -> tuple[list, list]:
+    """The tests to run and those to leave out: each promise is tried on one of the families in `SAMPLED`, once, and those of
+    `contracts/` on each of them."""
+    of, found = {}, {}
+    for item in items:
+        values = [str(value) for value in item.callspec.params.values()] if hasattr(item, "callspec") else []
+        families = (name for name in filter(is_sampled, SAMPLED) for value in values if names(value, name))
+        if (family := next(families, None)) is not None:
+            promise = of[item] = item.nodeid.partition("[")[0]
+            found.setdefault(promise, {}).setdefault(family, item)
+    chosen = set()
+    for promise, tests in found.items():
+        turn = sorted(tests)[zlib.crc32(promise.encode()) % len(tests)]
+        chosen.update(tests.values() if "/contracts/" in promise else [tests[turn]])
+    kept = [item for item in items if item not in of or item in chosen]
+    return kept, [item for item in items if item in of and item not in chosen]
+
+
 @pytest.fixture(autouse=True)
 def same_draws_in_every_order():
     """Tests that draw from torch's global generator must not depend on which tests a worker ran before."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # without one, torch's own `manual_seed` notes a stack for each call
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(params=FAMILIES)

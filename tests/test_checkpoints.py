@@ -9,12 +9,38 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from dllm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from dllm_hf import (
+    DreamConfig,
+    DreamModel,
+    Fast_dLLM_QwenConfig,
+    Fast_dLLM_QwenForCausalLM,
+    Fast_dLLM_QwenModel,
+    LLaDA2MoeConfig,
+    LLaDA2MoeModel,
+    LLaDA2MoeModelLM,
+    LLaDAConfig,
+    LLaDAModelLM,
+    LLaDAMoEConfig,
+    LLaDAMoEModelLM,
+    NemotronLabsDiffusionConfig,
+    NemotronLabsDiffusionModel,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
-FAMILIES = {"llada-mha": (LLaDAConfig, LLaDAModelLM), "dream-gqa": (DreamConfig, DreamModel)}
+FAMILIES = {
+    "llada-mha": (LLaDAConfig, LLaDAModelLM, LLaDAModelLM),
+    "llada_moe-mha": (LLaDAMoEConfig, LLaDAMoEModelLM, LLaDAMoEModelLM),
+    "llada2_moe-grouped": (LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM),
+    "dream-gqa": (DreamConfig, DreamModel, DreamModel),
+    "nemotron_labs_diffusion-gqa": (
+        NemotronLabsDiffusionConfig,
+        NemotronLabsDiffusionModel,
+        NemotronLabsDiffusionModel,
+    ),
+    "fast_dllm_v2-gqa": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
+}
 # What an original config.json holds beyond the architecture: about how it was made and read, or never read at all.
-PASSING = {"torch_dtype", "transformers_version", "auto_map"}
+PASSING = {"torch_dtype", "transformers_version", "auto_map", "sliding_window", "attn_implementation"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -59,7 +85,9 @@ def test_nor_does_it_in_shards(folder, tmp_path):
 
 def test_nor_does_it_in_bfloat16(folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    expected = {name: tensor.to(torch.bfloat16) for name, tensor in weights(folder).items()}
+    expected = weights(folder)
+    # Biases by which experts are chosen stay as they are: rounded, they would choose others.
+    expected |= {name: each.to(torch.bfloat16) for name, each in expected.items() if "expert_bias" not in name}
     assert_same_bytes(weights(tmp_path), expected)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == torch.bfloat16
@@ -78,9 +106,10 @@ def test_the_saved_config_holds_the_original_keys_and_values(folder, tmp_path):
 @pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
 def test_auto_classes_find_the_class_here_whatever_the_auto_map_says(folder, auto, trust):
-    config_class, model_class = FAMILIES[folder.name]
+    config_class, base_class, model_class = FAMILIES[folder.name]
     assert type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)) is config_class
-    assert type(auto.from_pretrained(folder, trust_remote_code=trust)) is model_class
+    expected = base_class if auto is AutoModel else model_class
+    assert type(auto.from_pretrained(folder, trust_remote_code=trust)) is expected
 
 
 def test_a_generation_config_that_was_saved_is_read(folder, tmp_path):

@@ -4,7 +4,8 @@ import json
 import time
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from .builders import BUILDERS, new_model
 
@@ -92,3 +93,43 @@ def test_what_a_configuration_writes_about_attention_is_read_again(configs, tmp_
     assert config.rope_parameters["factor"] == 2.0
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
+DREAM = {"model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 3584, "num_attention_heads": 28}
+DREAM |= {"num_hidden_layers": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064}
+SDAR = {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32}
+SDAR |= {"num_hidden_layers": 36, "num_key_value_heads": 8, "intermediate_size": 12288, "vocab_size": 151936}
+
+
+@pytest.mark.parametrize(
+    "values, name",
+    [
+        pytest.param({**DREAM, "mask_token_id": 151666, "rope_theta": 1000000.0}, "DreamModel", id="DiffuCoder-7B"),
+        pytest.param({**DREAM, "mask_token_id": 151666}, "DreamModel", id="Dream-Coder-7B"),
+        pytest.param(
+            {**SDAR, "head_dim": 128, "attn_implementation": "flash_attention_2"}, "SDARForCausalLM", id="TraDo-8B"
+        ),
+    ],
+)
+def test_checkpoints_of_others_in_our_formats_load_into_the_family(values, name, tmp_path):
+    """Their configurations as far as public code tells them."""
+    (tmp_path / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoModel": "modeling_other.Other"}}))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert type(model).__name__ == name
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(7.9, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_type": "rnd1", "architectures": ["RND1LM"], "num_experts": 128}, "rnd1"),
+        ({"model_type": "llada2_moe_veomni"}, "llada2_moe_veomni"),
+        ({"model_type": "llada", "architectures": ["ILLaDAForCausalLM"], "hidden_size": 4096}, "iLLaDA"),
+        ({"model_type": "llada2_moe", "expert_capacity": 48}, "LLaDA2.2"),
+    ],
+)
+def test_checkpoints_that_are_not_ours_are_refused_on_loading(values, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path)

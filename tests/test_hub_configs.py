@@ -31,7 +31,15 @@ PUBLISHED = {
     "SDAR-4B-Chat": ("JetLM", "SDARForCausalLM", 4.0),
     "SDAR-8B-Chat": ("JetLM", "SDARForCausalLM", 8.2),
     "SDAR-30B-A3B-Chat": ("JetLM", "SDARMoeForCausalLM", 30.5),
+    "LLaDA2.0-mini": ("inclusionAI", "LLaDA2MoeModelLM", 16),
+    "LLaDA2.1-mini": ("inclusionAI", "LLaDA2MoeModelLM", 16),
+    "LLaDA2.1-flash": ("inclusionAI", "LLaDA2MoeModelLM", 103),
+    "LLaDA-MoE-7B-A1B-Instruct": ("inclusionAI", "LLaDAMoEModelLM", 7.36),
+    "Nemotron-Labs-Diffusion-8B": ("nvidia", "NemotronLabsDiffusionModel", 8.49),
+    "Fast_dLLM_v2_7B": ("Efficient-Large-Model", "Fast_dLLM_QwenForCausalLM", 7.62),
+    "Fast_dLLM_v2_1.5B": ("Efficient-Large-Model", "Fast_dLLM_QwenForCausalLM", 1.54),
 }
+LICENSES = {"GSAI-ML": "mit", "nvidia": "other"}  # of others Apache-2.0
 COUNTED_WITHOUT_HEAD = ("SDAR-1.7B-Chat", "SDAR-4B-Chat")
 # Half the bytes that the weight index of the checkpoint declares.
 EXACT = {"LLaDA-8B-Instruct": 8_015_581_184, "SDAR-30B-A3B-Chat": 30_532_122_624}
@@ -39,7 +47,7 @@ EXACT = {"LLaDA-8B-Instruct": 8_015_581_184, "SDAR-30B-A3B-Chat": 30_532_122_624
 # Sizes of a model that decodes in no time, in the library's names.
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
 SMALL |= {"intermediate_size": 32, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
-SMALL |= {"layer_types": ["full_attention"]}
+SMALL |= {"layer_types": ["full_attention"], "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0}
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda path: path.name)
@@ -174,7 +182,7 @@ def test_card_has_the_header_that_the_hub_reads(folder):
     assert "diffusion" in header["tags"]
     assert header["license"]
     if folder.name in PUBLISHED:
-        assert header["license"] == ("mit" if folder.name.startswith("LLaDA") else "apache-2.0")
+        assert header["license"] == LICENSES.get(PUBLISHED[folder.name][0], "apache-2.0")
         assert header["base_model"] == f"{PUBLISHED[folder.name][0]}/{folder.name}"
         assert "text-diffusion" in header["tags"]
 

@@ -43,6 +43,10 @@ class Program {
     step_window = constant("step_window"), vocab = constant("vocab_size"), mask = constant("mask_token_id");
     shift = constant("logits_shift"), sees_earlier_blocks = constant("sees_earlier_blocks");
     if (mask < 0) throw std::runtime_error("the file has no mask token: set it in the configuration, and export again");
+    for (const std::string name : {"prefill", "step"})
+      if (const auto error = module_.load_method(name); error != executorch::runtime::Error::Ok)
+        throw std::runtime_error(name + " cannot be loaded, ExecuTorch's error " + std::to_string(int(error)) +
+                                 ": the file is cut short, or needs a delegate or operators that this program is not linked with");
   }
 
   // The logits of a block, (block, vocab); the next pass overwrites them. All rows of the file are computed: those without a

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from .dream import DreamConfig, DreamModel, DreamTokenizer
 from .engine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from .families import FAMILIES
+from .families import FAMILIES, lines_of
+from .fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, Fast_dLLM_QwenModel
 from .generation import (
     STRATEGIES,
     CanvasCache,
@@ -20,10 +21,13 @@ from .generation import (
 from .gla_dream import GLADreamBaseModel, GLADreamCache, GLADreamConfig, GLADreamModel, GLADreamTokenizer
 from .hub import add_saving_with_code
 from .llada import LLaDAConfig, LLaDAModelLM
+from .llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
+from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
+from .nemotron_diffusion import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from .sdar import SDARConfig, SDARForCausalLM, SDARModel, SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
 for _config, _model, _causal_lm, _tokenizer in FAMILIES:
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoConfig.register(_config.model_type, lines_of(_config.model_type)[0][0], exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)
     AutoTokenizer.register(_config, fast_tokenizer_class=_tokenizer, exist_ok=True)
@@ -42,13 +46,23 @@ __all__ = [
     "DreamConfig",
     "DreamModel",
     "DreamTokenizer",
+    "Fast_dLLM_QwenConfig",
+    "Fast_dLLM_QwenForCausalLM",
+    "Fast_dLLM_QwenModel",
     "GLADreamBaseModel",
     "GLADreamCache",
     "GLADreamConfig",
     "GLADreamModel",
     "GLADreamTokenizer",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModel",
+    "LLaDA2MoeModelLM",
     "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModelLM",
     "LLaDAModelLM",
+    "NemotronLabsDiffusionConfig",
+    "NemotronLabsDiffusionModel",
     "RequestOutput",
     "SDARConfig",
     "SDARForCausalLM",

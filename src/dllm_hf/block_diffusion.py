@@ -83,7 +83,8 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         check_clean_text(input_ids, attention_mask, labels, **inputs)
         inputs["use_cache"] = bool(inputs["use_cache"])
         batch, length = input_ids.shape
-        if position_ids is None and length <= checked_block_size(self.config, block_size):
+        is_one_block = length <= checked_block_size(self.config, block_size)
+        if position_ids is None and is_one_block and not self.causal_context:
             # One block has no clean block before it to see.
             inputs |= {"token_mask": token_mask, "block_size": block_size}
             return self._predict(input_ids, attention_mask, None, **inputs)
@@ -97,8 +98,11 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         # FlashAttention would get no mask at all. (With gradients it is refused by the stack.)
         unfit = uses_flash_attention(self.config) and not torch.is_grad_enabled()
         with without_flash_attention(self.config) if unfit else nullcontext():
-            inputs |= {"token_mask": twice, "logits_to_keep": torch.arange(length, device=input_ids.device)}
-            mask = block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size)
+            # A clean text that sees nothing behind itself is trained as well.
+            kept = 2 * length if self.causal_context else length
+            inputs |= {"token_mask": twice, "logits_to_keep": torch.arange(kept, device=input_ids.device)}
+            is_causal = self.causal_context
+            mask = block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size, is_causal)
             return self._predict(both, mask, position_ids.repeat(1, 2), **inputs)
 
 
@@ -149,7 +153,9 @@ def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_
     )
 
 
-def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, block_size: int | None):
+def block_diffusion_mask(
+    config, inputs_embeds, attention_mask, position_ids, block_size: int | None, is_causal: bool = False
+):
     """The three-part mask of block diffusion over a noisy sequence followed by the clean one: a noisy block sees
     itself and the clean blocks before it, a clean block the clean ones up to itself (arXiv:2503.09573, section 3.3).
 
@@ -157,10 +163,16 @@ def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, bl
         inputs_embeds: `(batch, 2 * length, ...)`, for shape, dtype and device.
         attention_mask: `(batch, 2 * length)`, 0 on padding, or None.
         position_ids: `(batch, length)`.
+        is_causal: whether a clean token sees the clean ones up to itself alone, not up to the end of its block.
     """
     block_size = checked_block_size(config, block_size)
     length = position_ids.shape[1]
     blocks = (position_ids // block_size).repeat(1, 2)
+    # The last position that a token sees in its own block.
+    ends = torch.cat([(position_ids // block_size + 1) * block_size] * 2, dim=1)
+    if is_causal:
+        ends[:, length:] = position_ids
+    positions = position_ids.repeat(1, 2)
     samples = sample_ids(position_ids).repeat(1, 2)
     # 0 noisy, 1 clean. Numbers, not booleans: flex attention's compiler cannot compare the results of comparisons.
     halves = torch.arange(2, device=position_ids.device).repeat_interleave(length)
@@ -169,6 +181,7 @@ def block_diffusion_mask(config, inputs_embeds, attention_mask, position_ids, bl
         query_block, key_block = blocks[batch_index, query_index], blocks[batch_index, key_index]
         query_half, key_half = halves[query_index], halves[key_index]
         own = (query_block == key_block) & (query_half == key_half)
+        own &= positions[batch_index, key_index] <= ends[batch_index, query_index]
         earlier = (key_block < query_block) & (key_half == 1)
         return (own | earlier) & (samples[batch_index, query_index] == samples[batch_index, key_index])
 

@@ -16,6 +16,10 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "num_experts",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "n_group",
+    "topk_group",
     "head_dim",
     "max_position_embeddings",
     "block_size",
@@ -89,3 +93,18 @@ class DiffusionConfigMixin(PreTrainedConfig):
                         f"`{name}={token}` is outside of the vocabulary of {self.vocab_size} tokens: "
                         "give the special tokens that belong to `vocab_size`."
                     )
+
+
+class BlockDiffusionConfigMixin(DiffusionConfigMixin):
+    """Base of the configurations whose blocks see earlier ones. Goes before the library's in a class's bases."""
+
+    def _complete(self, kwargs: dict[str, Any]) -> None:
+        if self.use_sliding_window:
+            raise ValueError("`use_sliding_window=True` is not supported: a block sees every earlier block.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # Published files name the attention of their training, which the library would use for decoding, too. That of the
+        # caller is in `kwargs`.
+        config_dict = {name: value for name, value in config_dict.items() if name != "attn_implementation"}
+        return super().from_dict(config_dict, **kwargs)

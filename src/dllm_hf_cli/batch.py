@@ -149,7 +149,7 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
 def _engine(session: Session) -> LLM:
     arguments = session.arguments
     return LLM(
-        session.folder if arguments.data_parallel_size > 1 else session.load(),
+        session.folder if session.is_read_elsewhere else session.load(),
         tokenizer=session.tokenizer,
         dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
@@ -160,6 +160,7 @@ def _engine(session: Session) -> LLM:
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
+        tensor_parallel_size=arguments.tensor_parallel_size,
         data_parallel_size=arguments.data_parallel_size,
     )
 

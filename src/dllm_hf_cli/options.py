@@ -25,6 +25,8 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "max_new_tokens": (int, "positions to fill after the prompt; 0 only fills masks in the prompt", ("gen_length", "max_tokens")),
     "max_length": (int, "length of prompt and new tokens together", ()),
     "block_length": (int, "positions decoded together", ()),
+    "small_block_size": (int, "Fast-dLLM v2: positions of a block decoded together, from left to right", ()),
+    "use_block_cache": (bool, "Fast-dLLM v2: feed the sub-block alone once its first position is decided (approximate)", ()),
     "steps": (int, "denoising steps of the whole completion", ("max_steps",)),
     "denoising_steps": (int, "denoising steps of each block", ()),
     "temperature": (float, "0 proposes the most likely token", ("temperature_",)),
@@ -42,6 +44,8 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "confidence_threshold": (float, "low_confidence_dynamic transfers tokens of at least this confidence, in (0, 1]", ("threshold", "dynamic_threshold")),
     "entropy_bound": (float, "nats that entropy_bounded accepts in a step", ("eb_threshold",)),
     "factor": (float, "read by the strategy factor", ()),
+    "editing_threshold": (float, "replace tokens of the block by proposals of a higher probability, where the model edits (LLaDA2)", ()),
+    "max_post_steps": (int, "steps of editing after the last mask of a block is gone, at most", ()),
     "alg_temp": (float, "above 0: draw what is transferred from softmax(confidence / ALG_TEMP)", ()),
     "eps": (float, "last timestep of Dream's schedule", ()),
     "cfg_scale": (float, "classifier-free guidance; doubles the batch", ()),
@@ -223,6 +227,13 @@ def _add_engine_options(parser: Parser, max_num_seqs: int) -> argparse._Argument
         help="columns of prompts and of whole canvases in a step",
     )
     engine.add_argument(
+        "--tensor-parallel-size",
+        type=integer,
+        default=1,
+        metavar="INT",
+        help="GPUs that the model is divided between, with a process for each",
+    )
+    engine.add_argument(
         "--data-parallel-size",
         type=integer,
         default=1,
@@ -275,9 +286,6 @@ def _add_serve_options(parser: Parser) -> None:
     )
     engine.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, metavar="FLOAT", help="part of the GPU that may be taken"
-    )
-    engine.add_argument(
-        "--tensor-parallel-size", type=integer, default=1, metavar="INT", help="GPUs of a model; only 1"
     )
     _add_model_options(parser)
     _add_generation_options(parser)

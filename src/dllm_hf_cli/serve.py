@@ -37,7 +37,7 @@ def _engine(arguments: argparse.Namespace) -> LLM:
     if arguments.chat_template is not None:
         session.tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
     return LLM(
-        session.folder if arguments.data_parallel_size > 1 else session.load(),
+        session.folder if session.is_read_elsewhere else session.load(),
         tokenizer=session.tokenizer,
         generation_config=session.resolved,
         dtype=arguments.dtype,

@@ -12,6 +12,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from dllm_hf.families import stranger
 from dllm_hf.generation.configuration import as_token_list
 from dllm_hf.hub import checkpoint
 
@@ -43,7 +44,8 @@ class Session:
         checkpoint.read_json(folder / "config.json")
         model = checkpoint.empty_model(folder, trust)
         if not hasattr(model, "diffusion_generate"):
-            raise ValueError(f"{name} is a {type(model).__name__}, which does not decode by diffusion.")
+            hint = stranger(model.config.model_type, getattr(model.config, "auto_map", None))
+            raise ValueError(f"{name} is a {type(model).__name__}, which does not decode by diffusion{hint}")
         self.resolved = checkpoint.read_generation_config(folder, model).updated(**self.options)
         sequences = self.resolved.num_return_sequences
         if sequences > MAX_SEQUENCES:
@@ -70,6 +72,11 @@ class Session:
             self.generator.manual_seed(arguments.seed)
         terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.streams = terminal and not arguments.no_stream and sequences == 1
+
+    @property
+    def is_read_elsewhere(self) -> bool:
+        """Whether other processes read the weights."""
+        return self.arguments.data_parallel_size > 1 or self.arguments.tensor_parallel_size > 1
 
     def load(self) -> Any:
         """The model, which is then `model` as well."""

@@ -7,21 +7,29 @@ from hypothesis import strategies as st
 from ..builders import BUILDERS, END, MASK, VOCAB, generate, generators, tiny_model
 
 # Families with the policy `block`, and ways in which one may differ from another.
-BLOCK_FAMILIES = ("sdar", "sdar_moe", "gla_dream")
+BLOCK_FAMILIES = ("sdar", "sdar_moe", "llada2", "gla_dream", "nemotron_diffusion", "fast_dllm_v2")
+# Families in which a pass of its own decides a block's first token.
+SEEDED = ("nemotron_diffusion", "fast_dllm_v2")
 BLOCK_MODELS = {
     "sdar": ("sdar", {}),
     "sdar_moe": ("sdar_moe", {}),
+    "llada2": ("llada2", {}),
     "gla_dream": ("gla_dream", {}),
     "gla_dream, boundary, shifted, convolved": (
         "gla_dream",
         {"inter_block_injection_mode": "boundary", "logits_shift": 1, "conv_size": 3},
     ),
+    "nemotron_diffusion": ("nemotron_diffusion", {}),
+    "fast_dllm_v2": ("fast_dllm_v2", {}),
 }
+UNSEEDED = [kind for kind in BLOCK_MODELS if kind not in SEEDED]
 POLICIES = {
     family: ("block", "none") if family in BLOCK_FAMILIES else ("none", "prefix", "dual") for family in BUILDERS
 }
 PAIRS = [(family, policy) for family, policies in POLICIES.items() for policy in policies]
 BLOCK_LENGTHS = (1, 2, 3, 4, 8, 16)
+# Of a test that is tried on each family in turn.
+EXAMPLES = 90 // len(BLOCK_FAMILIES)
 
 STATIC = {"remasking_strategy": "low_confidence_static"}
 # Bounds that models as unsure as the tiny ones reach now and then.
@@ -60,7 +68,11 @@ def models(draw, family: str):
     if family == "gla_dream":
         return tiny_model(family, **draw(gla_dream_changes)), {}
     lengths = st.sampled_from(BLOCK_LENGTHS) if family in BLOCK_FAMILIES else st.none() | st.integers(1, 6)
-    return tiny_model(family), {"block_length": draw(lengths)}
+    options = {"block_length": draw(lengths)}
+    if family == "fast_dllm_v2":
+        sizes = [size for size in BLOCK_LENGTHS if options["block_length"] % size == 0]
+        options["small_block_size"] = draw(st.sampled_from(sizes))
+    return tiny_model(family), options
 
 
 @st.composite
@@ -113,6 +125,8 @@ def texts(rows, output) -> list[list[int]]:
 def assert_cache_is_final(model, cache, **block):
     """What the cache says is final is what one forward pass over these tokens leaves."""
     close = {"atol": 1e-3, "rtol": 1e-3}
+    if model.causal_context:
+        block = {"use_causal_mask": True}
     for row, length in enumerate(cache.final_lengths):
         if not length:
             continue

@@ -31,14 +31,14 @@ def test_every_strategy_gives_each_row_of_a_batch_what_it_gets_alone(pair, strat
     """Masks in the prompt, an empty prompt, rows that end early."""
     family, policy = pair
     options = {"cache_policy": policy, "remasking_strategy": strategy, **BOUNDS.get(strategy, {})}
+    options |= {"max_new_tokens": 7, "denoising_steps": 3, "eos_token_id": [END, *range(8)]}
     rows = [[5, MASK, 17, 33, MASK, 8], [], [1, 2, 3]]
-    assert_each_row_is_what_it_is_alone(
-        tiny_model(family), rows, max_new_tokens=7, denoising_steps=3, eos_token_id=[END, *range(8)], **options
-    )
+    looked_at = (PAIRS.index(pair) + list(STRATEGIES).index(strategy)) % 3  # each row with each strategy and each pair
+    assert_each_row_is_what_it_is_alone(tiny_model(family), rows, [looked_at], **options)
 
 
 @pytest.mark.parametrize("families", [("llada",), ("dream",), BLOCK_FAMILIES], ids="-".join)
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_batch_gives_each_row_what_it_gets_alone(families, data):
     """Also where it samples, is guided, or reads its prompts in pieces."""
@@ -51,7 +51,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(families, data):
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-@settings(max_examples=24)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_no_output_holds_a_mask_and_no_token_of_the_prompt_changes(family, data):
     model, block_length = data.draw(models(family))
@@ -68,7 +68,7 @@ def test_no_output_holds_a_mask_and_no_token_of_the_prompt_changes(family, data)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-@settings(max_examples=24)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_there_is_at_most_one_forward_pass_for_each_token(family, data):
     """Also for those that are decoded behind what was asked for, in the rest of the last block."""
@@ -86,15 +86,15 @@ def test_there_is_at_most_one_forward_pass_for_each_token(family, data):
         assert output.tokens_per_forward[0] >= 1
 
 
-@pytest.mark.parametrize("pad", [0, MASK, VOCAB - 1, -1, VOCAB + 7])
-def test_whatever_token_stands_in_the_padding_changes_nothing(pair, pad):
+def test_whatever_token_stands_in_the_padding_changes_nothing(pair):
     family, policy = pair
-    usual, other = left_pad(RAGGED), left_pad(RAGGED, pad=pad)
     model = tiny_model(family)
-    expected = model.diffusion_generate(**usual, cache_policy=policy, **EIGHT)
-    sequences = model.diffusion_generate(**other, cache_policy=policy, **EIGHT)
-    assert sequences[:, 7:].tolist() == expected[:, 7:].tolist()
-    assert sequences[:, :7].tolist() == other["input_ids"].tolist()
+    expected = model.diffusion_generate(**left_pad(RAGGED), cache_policy=policy, **EIGHT)
+    for pad in (0, MASK, VOCAB - 1, -1, VOCAB + 7):
+        other = left_pad(RAGGED, pad=pad)
+        sequences = model.diffusion_generate(**other, cache_policy=policy, **EIGHT)
+        assert sequences[:, 7:].tolist() == expected[:, 7:].tolist(), pad
+        assert sequences[:, :7].tolist() == other["input_ids"].tolist(), pad
 
 
 APPROXIMATE = [(family, policy) for family, policy in PAIRS if family not in BLOCK_FAMILIES]

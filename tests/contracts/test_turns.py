@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
 from ..builders import END, MASK, generate, recorded
-from .calls import BLOCK_FAMILIES, STATIC, assert_cache_is_final, columns_fed, models, prompts, span, texts, tokens
+from .calls import (
+    BLOCK_FAMILIES,
+    EXAMPLES,
+    STATIC,
+    UNSEEDED,
+    assert_cache_is_final,
+    columns_fed,
+    models,
+    prompts,
+    span,
+    texts,
+    tokens,
+)
 
 TURN = {"max_new_tokens": 8, "denoising_steps": 2, "eos_token_id": [], **STATIC}
 ROWS = [span(1, 14)]
@@ -41,7 +53,7 @@ def first_turn(model, rows=ROWS, **options):
 
 
 @pytest.mark.parametrize("family", BLOCK_FAMILIES)
-@settings(max_examples=13)
+@settings(max_examples=EXAMPLES // 4)
 @given(data=st.data())
 def test_several_turns_of_ragged_rows_give_what_fresh_calls_give(family, data):
     """Answers end early, histories are edited, cut short, or get masks put into them."""
@@ -76,6 +88,7 @@ def test_several_turns_of_ragged_rows_give_what_fresh_calls_give(family, data):
 # --- what is computed
 
 
+@pytest.mark.parametrize("kind", UNSEEDED)
 def test_a_second_turn_computes_only_what_is_new(model):
     rows = [span(1, 22), span(30, 40)]
     output, answered = first_turn(model, rows)
@@ -89,6 +102,7 @@ def test_a_second_turn_computes_only_what_is_new(model):
     assert_fresh(model, generate(model, rows, **TURN), following, **TURN)
 
 
+@pytest.mark.parametrize("kind", UNSEEDED)
 def test_a_long_second_prompt_is_computed_in_pieces_from_where_the_cache_ends(model):
     rows, options = [span(1, 14), [3]], {**TURN, "prefill_chunk_size": 4}
     output, answered = first_turn(model, rows, **options)
@@ -101,6 +115,7 @@ def test_a_long_second_prompt_is_computed_in_pieces_from_where_the_cache_ends(mo
     assert max(call["input_ids"].shape[1] for call in calls) == 8
 
 
+@pytest.mark.parametrize("kind", UNSEEDED)
 def test_an_edit_of_one_row_leaves_the_others_their_cache(model):
     rows = [span(1, 14), span(20, 33)]
     output, (one, other) = first_turn(model, rows)
@@ -137,6 +152,7 @@ def test_rows_of_different_numbers_of_blocks_are_all_there_in_the_next_turn(mode
     assert_fresh(model, output, [text + [50, 51, 52] for text in answered], **options)
 
 
+@pytest.mark.parametrize("kind", UNSEEDED)
 def test_a_row_that_waits_keeps_its_cache(model):
     """Nothing is written over it while the other row's blocks are decoded."""
     rows = [[*span(1, 20), MASK], [MASK, *span(2, 9), MASK, *span(10, 17), MASK]]

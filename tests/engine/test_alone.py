@@ -9,7 +9,7 @@ from dllm_hf.engine import engine
 from dllm_hf.engine.engine import Engine
 
 from ..builders import new_model, tiny_model
-from ..generation.test_decoder import CAPACITY, CELLS, DEVICE, alone, calls
+from ..generation.test_decoder import CAPACITY, CELLS, DEVICE, alone, calls, calls_of
 
 SLOTS = 3
 
@@ -49,18 +49,16 @@ def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("family, policy", CELLS)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_beside_it(family, policy, data):
-    sizes = {"block_size": 4} if family not in ("llada", "dream") else {}
-    model = tiny_model(family, **sizes)
+    model = tiny_model(family)
     every = data.draw(st.lists(calls(), min_size=2, max_size=7))
     if data.draw(st.booleans()):  # beginnings that block families share
         beginning = data.draw(st.lists(st.integers(0, 9), min_size=4, max_size=20))
         cuts = st.integers(0, len(beginning))
         every = [(beginning[: data.draw(cuts)] + prompt[:8], *rest) for prompt, *rest in every]
-    if family == "gla_dream":
-        every = [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
+    every = calls_of(family, every)
     actions = data.draw(st.lists(st.sampled_from(["submit", "submit", "step", "step", "abort"]), max_size=20))
     served = engine_of(model, policy, budget=data.draw(st.sampled_from([1, 16, 1000])))
     outputs = run(served, every, actions)
@@ -83,11 +81,9 @@ def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_besid
 def test_a_request_gets_it_from_graphs_too(family, policy, data, captured, monkeypatch):
     """Steps are captured with extents as data: they move, grow and shrink without another capture."""
     monkeypatch.setattr(engine, "are_possible", lambda device: True)
-    sizes = {"block_size": 4} if family not in ("llada", "dream") else {}
-    model = new_model(family, **sizes).to(DEVICE)
+    model = new_model(family).to(DEVICE)
     every = data.draw(st.lists(calls(), min_size=4, max_size=7))
-    if family == "gla_dream":
-        every = [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
+    every = calls_of(family, every)
     outputs = run(engine_of(model, policy, uses_graphs=True, columns=80), every, [])
     for number, call in enumerate(every):
         assert outputs[str(number)].token_ids == alone(model, policy, call)[0][len(call[0]) :], call

@@ -335,6 +335,7 @@ def test_leaving_the_context_aborts_what_runs(llm):
         ({"options": {"cfg_scale": 1.0}}, "use `diffusion_generate`"),
         ({"options": {"cache_policy": "dual"}}, "pass it to `LLM`"),
         ({"options": {"stop_strings": "a"}}, "the argument is called `stop`"),
+        ({"options": {"logprobs": 3}}, "`logprobs` .*an argument of its own"),
     ],
 )
 def test_wrong_parameters_are_refused_when_they_are_made(arguments, message):
@@ -354,6 +355,8 @@ def test_wrong_parameters_are_refused_when_they_are_made(arguments, message):
         ({"role": "user", "content": "a"}, {}, "`prompts` must be .*: pass a list of messages"),
         (5, {}, "`prompts` must be a string"),
         (torch.tensor([[1, 2]]), {}, r"`.tolist\(\)` makes a list"),
+        (["abc"], {"options": {"suppress_tokens": list(range(64))}}, "`suppress_tokens`.*none is left"),
+        (["abc"], {"logprobs": 21}, "`logprobs` must be an integer from 0 to 20"),
         (["abc"], {"max_tokens": 200}, "take 203 columns|longer than the 128 positions"),
         (["abc"], {"remasking_strategy": "lowconfidence"}, "`remasking_strategy='lowconfidence'` is unknown"),
         (["abc"], {"options": {"tempratur": 1}}, "`tempratur` is not an option.*did you mean 'temperature'"),
@@ -369,7 +372,7 @@ def test_wrong_prompts_are_refused_before_anything_runs(llm, prompts, params, me
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"tensor_parallel_size": 2}, "an engine runs on one GPU"),
+        ({"tensor_parallel_size": 2}, "each process reads the weights"),
         ({"max_num_seqs": 0}, "`max_num_seqs` must be an integer of at least 1"),
         ({"max_model_len": 1000}, "more than the 128 positions"),
         ({"gpu_memory_utilization": 1.5}, "above 0 and at most 1"),

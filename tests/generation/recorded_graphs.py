@@ -29,9 +29,18 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         result = function(*args, **(kwargs or {}))
         writes = any(value.alias_info is not None and value.alias_info.is_write for value in function._schema.arguments)
-        if writes or not (memory(result) <= memory((args, kwargs))):  # a view needs no repetition
+        is_collective = function.namespace == "c10d"
+        wait_for(result)
+        if writes or is_collective or not (memory(result) <= memory((args, kwargs))):  # a view needs no repetition
             self.operations.append((function, args, kwargs or {}, result))
         return result
+
+
+def wait_for(tree) -> None:
+    """Wait for collectives among what operations return."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.ScriptObject):
+            leaf.wait()
 
 
 def memory(tree) -> set[int]:
@@ -52,7 +61,9 @@ class Recorded:
             self.has_run = False
             return
         for function, args, kwargs, results in self.operations:
-            for old, new in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs))):
+            repeated = function(*args, **kwargs)
+            wait_for(repeated)
+            for old, new in zip(tree_leaves(results), tree_leaves(repeated)):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 

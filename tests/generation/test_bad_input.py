@@ -85,6 +85,13 @@ def test_a_special_token_outside_the_vocabulary_is_refused_by_name(model, option
     refused(model, f"`{option}`", "vocabulary", **{option: VOCAB})
 
 
+@pytest.mark.parametrize("options", [{}, {"logits_eos_inf": True}, {"bad_words_ids": [[END]]}], ids=str)
+def test_a_token_must_be_left_to_propose(model, options):
+    left_out = {MASK} if not options else {MASK, END}
+    every = [token for token in range(VOCAB) if token not in left_out]
+    refused(model, "`suppress_tokens`", "none is left", suppress_tokens=every, **options)
+
+
 def test_an_empty_prompt_needs_new_tokens(model):
     refused(
         model, "`max_new_tokens=0`", "empty prompt", input_ids=torch.zeros(1, 0, dtype=torch.long), max_new_tokens=0

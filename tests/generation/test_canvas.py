@@ -19,7 +19,7 @@ def make_row(prompt, number, block_length=4, block_grid="prompt", slot=0):
 
 
 def spans(row):
-    return [span for span, _, _ in row.blocks]
+    return [part.span for part in row.blocks]
 
 
 def make_session(prompts, number, **hooks):

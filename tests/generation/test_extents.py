@@ -27,6 +27,7 @@ class Arena:
 
     def places(self, slot):
         """Columns of the arena in which a slot's canvas stands, as the device reads them."""
+        self.extents.upload()
         base, size, shared_base, shared = self.extents.table[:, slot].tolist()
         return [(shared_base if column < shared else base) + column for column in range(size)]
 

@@ -30,7 +30,7 @@ def is_joint(model) -> bool:
     return query.data_ptr() + query.nbytes == key.data_ptr()
 
 
-@pytest.fixture(params=["llada", "dream", "sdar", "sdar_moe"])
+@pytest.fixture(params=["llada", "dream", "sdar", "sdar_moe", "nemotron_diffusion", "fast_dllm_v2"])
 def model(request):
     return new_model(request.param).to(DEVICE)
 

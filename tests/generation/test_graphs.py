@@ -14,10 +14,25 @@ pytestmark = pytest.mark.usefixtures("captured")
 
 POLICIES = [(family, policy) for family in ("llada", "dream") for policy in ("prefix", "dual")]
 POLICIES += [("sdar", "block"), ("sdar_moe", "block"), ("gla_dream", "block")]
-DECODED = [(folder, case) for folder, case in CASES if case["kind"] != "logits"]
+POLICIES += [("nemotron_diffusion", "block"), ("fast_dllm_v2", "block")]
+# Of each original, the first case of each strategy with each policy, and of a padded batch: the others are slow tests.
+DECODED, seen = [], set()
+for folder, case in CASES:
+    if case["kind"] != "logits":
+        options = {name: case["call"].get(name) for name in ("alg", "remasking_strategy", "cache_policy")}
+        kind = (folder, *options.values(), "attention_mask" in case["inputs"])
+        marks = [pytest.mark.slow] if kind in seen else []
+        DECODED.append(pytest.param(folder, case, id=f"{folder.name}-{case['id']}", marks=marks))
+        seen.add(kind)
+# Each strategy with two or three policies, each policy with three or four strategies: the others are slow tests.
+STRATEGY_CELLS = [
+    pytest.param(*policy, strategy, marks=[pytest.mark.slow] if (row + column) % 3 else [])
+    for row, policy in enumerate(POLICIES)
+    for column, strategy in enumerate(STRATEGIES)
+]
 
 
-@pytest.mark.parametrize("folder, case", DECODED, ids=[f"{folder.name}-{case['id']}" for folder, case in DECODED])
+@pytest.mark.parametrize("folder, case", DECODED)
 def test_golden_cases_hold(folder, case):
     model = load_model(folder)
     model = copy.deepcopy(model).to(DEVICE) if DEVICE == "cuda" else model
@@ -25,8 +40,7 @@ def test_golden_cases_hold(folder, case):
     check_case(model, folder, case)  # with the graphs of the first time
 
 
-@pytest.mark.parametrize("family, policy", POLICIES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family, policy, strategy", STRATEGY_CELLS)
 def test_every_strategy_with_every_policy(family, policy, strategy, captured):
     options = {"denoising_steps": 3} if STRATEGIES[strategy].schedule == "timestep" else {}
     both_ways(
@@ -70,6 +84,12 @@ def test_guidance(family, policy):
     both_ways(fresh_model(family), max_new_tokens=8, block_length=4, cache_policy=policy, cfg_scale=0.7)
 
 
+def test_edited_tokens(captured):
+    editing = {"editing_threshold": 0.05, "max_post_steps": 3, "remasking_strategy": "low_confidence_dynamic"}
+    both_ways(fresh_model("llada2"), max_new_tokens=12, block_length=4, confidence_threshold=0.3, **editing)
+    assert captured or DEVICE == "cuda"  # in float32 the library's products of experts look at the device
+
+
 @pytest.mark.parametrize("family, policy", POLICIES)
 def test_suppressed_tokens_and_ends_of_sequence(family, policy):
     model = fresh_model(family)
@@ -85,9 +105,9 @@ def test_calls_of_other_lengths_share_graphs_and_do_not_disturb_each_other(famil
     model, numbers = fresh_model(family), []
     options = {"block_length": 4, "cache_policy": policy, "denoising_steps": 2}
     for _ in range(3):
-        both_ways(model, **options, max_new_tokens=12)
-        both_ways(model, rows=[row[::-1] for row in ROWS], **options, max_new_tokens=24)
-        both_ways(model, rows=ROWS[:2], **options, max_new_tokens=8)
+        both_ways(model, **options, max_new_tokens=8)
+        both_ways(model, rows=[row[::-1] for row in ROWS], **options, max_new_tokens=12)
+        both_ways(model, rows=ROWS[:2], **options, max_new_tokens=4)
         numbers.append(len(captured))
     # A returned cache holds its graphs as long as somebody has it, and a model keeps two workspaces.
     # In float32 the library's products of experts look at the device: such steps run without a graph.

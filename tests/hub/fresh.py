@@ -2,6 +2,7 @@
 list, for each task of the JSON list in the file TASKS what it gave, or `{"error": traceback}`."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -18,12 +19,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 torch.set_num_threads(1)
 
 
+@functools.cache
+def model_of(name: str):
+    return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+
+
 def classes(name: str) -> dict:
     """Where each Auto class finds its class."""
     loaded = {
         "AutoConfig": AutoConfig.from_pretrained(name, trust_remote_code=True),
         "AutoModel": AutoModel.from_pretrained(name, trust_remote_code=True),
-        "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True),
+        "AutoModelForCausalLM": model_of(name),
     }
     return {auto: [type(thing).__module__, type(thing).__name__] for auto, thing in loaded.items()}
 
@@ -35,10 +41,9 @@ def tokenizer(name: str, text: str) -> dict:
 
 
 def tokens(name: str, ids: list, options: dict, seed: int | None = None) -> list:
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     if seed is not None:
         options = {**options, "generator": torch.Generator().manual_seed(seed)}
-    return model.diffusion_generate(torch.tensor([ids]), **options).tolist()[0]
+    return model_of(name).diffusion_generate(torch.tensor([ids]), **options).tolist()[0]
 
 
 def text(name: str, prompt: str, options: dict) -> str:
@@ -54,7 +59,7 @@ def hidden(name: str, ids: list) -> list:
 
 def saved_again(name: str, folder: str) -> list:
     """Save what was loaded, as its user would. Returns the names of the files."""
-    AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).save_pretrained(folder)
+    model_of(name).save_pretrained(folder)
     with contextlib.suppress(OSError, ValueError):  # some have no tokenizer
         AutoTokenizer.from_pretrained(name, trust_remote_code=True).save_pretrained(folder)
     return sorted(path.name for path in Path(folder).iterdir())

@@ -18,6 +18,7 @@ from dllm_hf.kernels.attention import canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens
 from dllm_hf.kernels.columns import copy_columns
 from dllm_hf.kernels.layers import add_rms_norm, rotate_and_store, swiglu
+from dllm_hf.kernels.reduce import reduce_add_rms_norm
 
 DTYPE, FLOATS = getattr(torch, sys.argv[1]), sys.argv[2]
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -62,6 +63,8 @@ for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
 copy_columns(keys, new(2, 3, dtype=torch.long), 40)
 for residual, rounds_once in ((None, True), (x, False)):
     add_rms_norm(x, residual, new(4096), 1e-6, rounds_once)
+for ranks in (2, 8):
+    reduce_add_rms_norm(new(ranks, dtype=torch.long), new(ranks, dtype=torch.long), 0, x, new(4096), 1e-6)
 swiglu(x, x)
 keys = new(8, 64, 128)
 for norms in ((), (new(128), new(128), 1e-6)):

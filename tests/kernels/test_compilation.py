@@ -13,7 +13,17 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.slow  # each type of number takes the compiler 20 seconds
 
-KERNELS = {"_attend", "_combine", "_add_rms_norm", "_swiglu", "_rotate_and_store", "_scan", "_merge", "_copy_columns"}
+KERNELS = {
+    "_attend",
+    "_combine",
+    "_add_rms_norm",
+    "_reduce_add_rms_norm",
+    "_swiglu",
+    "_rotate_and_store",
+    "_scan",
+    "_merge",
+    "_copy_columns",
+}
 KERNELS |= {"_short_convolutions", "_read_block", "_move_states", "_mix_scans"}
 
 

@@ -194,15 +194,16 @@ def test_gate(dtype):
 
 @pairwise(
     sizes=[(2, 2, 64), (4, 1, 96), (7, 1, 128), (2, 2, 8)],  # heads, kv_heads, head_dim
+    part=[1, 0.5, 0.25],  # of a head that is rotated
     has_norm=[False, True],
     dtype=[torch.float32, torch.bfloat16],
 )
-def test_rotation_and_the_columns_of_the_cache(sizes, has_norm, dtype):
+def test_rotation_and_the_columns_of_the_cache(sizes, part, has_norm, dtype):
     heads, kv_heads, head_dim = sizes
     batch, window, width = 2, 3, 20
     sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     query, key, value = random(batch, window, sum(sizes), dtype=dtype).split(sizes, dim=-1)  # of one product
-    cos, sin = (random(batch, window, head_dim, dtype=dtype, seed=seed) for seed in (3, 4))
+    cos, sin = (random(batch, window, int(head_dim * part), dtype=dtype, seed=seed) for seed in (3, 4))
     columns = torch.tensor([[0, 7, 19], [24, 25, 26]], device=DEVICE)
     norms = [random(head_dim, dtype=dtype, seed=seed) if has_norm else None for seed in (5, 6)]
     results = []
@@ -278,8 +279,10 @@ def test_a_vocabulary_of_the_real_size():
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("tokens_at_a_time", [8192, 5])
-@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "sdar_moe"])
+@pytest.mark.parametrize(
+    "family, tokens_at_a_time",
+    [("llada", 8192), ("llada", 5), ("dream", 8192), ("sdar", 5), ("sdar_moe", 8192), ("llada2", 5)],
+)
 def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_time, monkeypatch):
     monkeypatch.setattr(fused, "MLP_CHUNK", tokens_at_a_time)
     for name in ("add_rms_norm", "rotate_and_store", "canvas_attention", "swiglu"):
@@ -292,7 +295,7 @@ def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_t
         stack, cache = fused.FusedStack.of(model), model.make_cache(20)
         stack.prepare(cache, 4)
         logits = stack(tokens.flatten(), as_list(window_of(columns, keep, slots=[3, 1])), cache)
-        block = {"block_size": 8} if "sdar" in family else {}
+        block = {"block_size": 8} if hasattr(model.config, "block_size") else {}
         expected = model(tokens, **block, logits_to_keep=keep).logits
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
 

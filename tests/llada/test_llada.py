@@ -1,13 +1,14 @@
 """LLaDA's config and weights, in the variants that its original code knows."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dllm_hf import LLaDAConfig, LLaDAModelLM
+from dllm_hf import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig
 from dllm_hf.llada import LLaDAModel
 
 from ..builders import MASK, VOCAB, llada_config
@@ -141,8 +142,8 @@ def test_what_is_not_supported_is_refused_by_name(changes, message):
         llada_config(**changes)
 
 
-def test_a_llada_moe_folder_is_refused_on_loading(tmp_path):
-    config = {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "num_experts": 64, "hidden_size": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="LLaDA-MoE"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+def test_a_llada_moe_folder_is_not_loaded_as_a_llada():
+    folder = Path(__file__).parents[1] / "golden" / "llada_moe-mha"
+    assert type(LLaDAConfig.from_pretrained(folder)) is LLaDAMoEConfig
+    with pytest.raises(ValueError, match="LLaDA-MoE.*LLaDAMoEModelLM"):
+        LLaDAModelLM.from_pretrained(folder)

@@ -1,17 +1,15 @@
 """ExecuTorch: an exported file gives the logits and the tokens of the model that it comes from."""
 
-import os
 import shutil
-import subprocess
 import sys
-from functools import cache
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ..builders import character_tokenizer, new_model
-from .comparing import CELLS, CHECKPOINTS, change, check_strategies, check_windows, golden, other_folders
+from ..builders import character_tokenizer, left_pad, load_script, new_model
+from .comparing import CELLS, CHECKPOINTS, ROWS, change, check_strategies, check_windows, other_folders
+from .test_llada import TASKS, UNSEEN, alone, completion
 
 pytest.importorskip("executorch.exir", reason='needs ExecuTorch: pip install "dllm-hf[edge]"')
 
@@ -19,37 +17,11 @@ from dllm_hf import LLM, DiffusionGenerationConfig, SamplingParams  # noqa: E402
 from dllm_hf.edge import DiffusionEdge, export_model  # noqa: E402
 from dllm_hf.edge import export as edge_export  # noqa: E402
 from dllm_hf.runtimes.executorch_runtime import FORMAT  # noqa: E402
+from dllm_hf.runtimes.llada import InferTask, LLaDAForCauslLM  # noqa: E402
+
+from .executorch_exports import EXAMPLE, LAYERS  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exports
-EXAMPLE = (torch.zeros(3, 40, dtype=torch.long),)
-# Lowering a layer takes some 15 seconds: one of each checkpoint, and int8 alone, unless all three are asked for.
-LAYERS = int(os.environ.get("DLLM_HF_LAYERS", 1))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """The model of each family and the folder that it is exported to, once."""
-    root = tmp_path_factory.mktemp("executorch")
-
-    @cache
-    def pair(family: str, quantization: str | None = None) -> tuple:
-        model = golden(family, LAYERS if quantization is None else 1)
-        path = export_model(model, EXAMPLE, root / f"{family}-{quantization}", quantization, block_length=4)
-        return model, path.parent
-
-    return pair
-
-
-@pytest.fixture(scope="module")
-def both(exported):
-    """The model and what ExecuTorch makes of it."""
-
-    @cache
-    def pair(family: str) -> tuple:
-        model, folder = exported(family)
-        return model, DiffusionEdge.from_pretrained(folder, num_threads=1)
-
-    return pair
 
 
 @pytest.fixture
@@ -137,6 +109,79 @@ def test_guidance_conversations_and_streaming_are_those_of_the_model(both):
     )
 
 
+def test_the_engine_serves_as_many_rows_as_the_file_has(both):
+    model, exported = both("sdar")
+    prompts, params = [*ROWS[::2], [9, 8, 7], ROWS[0]], SamplingParams(max_tokens=8, temperature=0.0)
+    sizes = {"max_num_seqs": exported.max_rows, "max_model_len": exported.max_columns}
+    got, expected = (
+        [
+            each.outputs[0].token_ids
+            for each in LLM(one, tokenizer=character_tokenizer(), **sizes).generate(prompts, params)
+        ]
+        for one in (exported, model)
+    )
+    assert got == expected
+    with pytest.raises(ValueError, match="4 rows do not fit into the 3 of the file"):
+        LLM(exported, **{**sizes, "max_num_seqs": 4})
+    with pytest.raises(ValueError, match="canvas of 41 columns does not fit into the 40"):
+        LLM(exported, **{**sizes, "max_model_len": 41})
+
+
+# --- LLaDA's class over a file
+
+
+@pytest.fixture(scope="module")
+def llada(exported, tmp_path_factory):
+    """The model and the class, of a folder that has a tokenizer."""
+    model, folder = exported("llada")
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("llada") / "copy")
+    character_tokenizer().save_pretrained(copy)
+    return model, LLaDAForCauslLM(copy)
+
+
+def test_lladas_class_writes_what_the_model_writes_and_prints_each_step(llada, capsys):
+    model, exported = llada
+    options = {"block_length": 4, "remasking": "low_confidence", "temperature_": 0.0}
+    prompts = ["To be or not", "a", "Who is"]
+    written = exported.generate(prompts, gen_length=8, max_steps=4, verbose=True, **options, **UNSEEN)
+    assert written == [completion(model, each, gen_length=8, max_steps=4, **options) for each in prompts]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"step {step}" for step in (1, 2, 3, 4) for _ in prompts]
+    assert all(line.endswith(text) for line, text in zip(lines[-3:], written))
+
+
+@torch.no_grad()
+def test_lladas_tasks_and_logits_are_those_of_the_model(llada):
+    model, exported = llada
+    chosen = [{**each, "block_length": 4} for each in TASKS[:3]]
+    tasks = [InferTask(**each) for each in chosen]
+    while not all(task.is_done for task in tasks):
+        exported.batch_infer_one_round(tasks)
+    assert [task.canvas for task in tasks] == [alone(model, each) for each in chosen]
+    inputs = left_pad(ROWS)
+    logits = exported.forward_logits_batch(inputs["input_ids"], inputs["attention_mask"])
+    for row, text in zip(logits, ROWS):
+        torch.testing.assert_close(row[-len(text) :], model(torch.tensor([text])).logits[0], atol=1e-4, rtol=0)
+
+
+def test_lladas_class_raises_where_the_file_fails(llada, monkeypatch):
+    """There are no other logits to go on with."""
+
+    class Failing:
+        def execute(self, inputs):
+            raise RuntimeError("the runtime has failed")
+
+    exported = llada[1]
+    monkeypatch.setattr(exported.model, "methods", dict.fromkeys(("prefill", "step"), Failing()))
+    for call in (
+        lambda: exported.generate("To be", gen_length=4, block_length=4),
+        lambda: exported.forward_logits_batch(torch.tensor([[5, 6]])),
+        lambda: exported.batch_infer_one_round([InferTask([5, 6], 4, block_length=4)]),
+    ):
+        with pytest.raises(RuntimeError, match="the runtime has failed"):
+            call()
+
+
 def test_a_file_stands_where_its_path_says_with_its_configuration_beside_it(tmp_path, monkeypatch):
     character_tokenizer().save_pretrained(tmp_path / "source")
     model = new_model("dream")
@@ -214,11 +259,6 @@ def test_a_conversation_whose_cache_another_call_has_overwritten_is_refused(both
         exported.diffusion_generate(text, past_key_values=first.past_key_values, **options)
 
 
-def test_the_engine_is_refused(both):
-    with pytest.raises(ValueError, match="arena"):
-        LLM(both("sdar")[1], tokenizer=character_tokenizer()).generate([[5, 6]], SamplingParams(max_tokens=4))
-
-
 def test_a_truncated_file_is_refused(folder):
     (folder / "model.pte").write_bytes((folder / "model.pte").read_bytes()[:-100])
     with pytest.raises(ValueError, match="model.pte is cut short.*export the model again"):
@@ -272,68 +312,30 @@ def test_the_generation_configuration_goes_with_the_file(both):
     assert isinstance(both("sdar")[1].generation_config, DiffusionGenerationConfig)
 
 
-# --- the program in C++
+# --- programs without PyTorch
 
 
-@pytest.fixture(scope="module")
-def decode(tmp_path_factory):
-    """`examples/cpp/decode` as a function: file, prompt and options -> its process."""
-    if not (shutil.which("cmake") and shutil.which("c++")):
-        pytest.skip("needs CMake and a C++ compiler")
-    import executorch
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_the_program_in_numpy_gives_the_tokens_of_the_model(exported, monkeypatch, family):
+    """Its runtime needs Python 3.12: ExecuTorch's own stands in for it."""
+    from executorch.runtime import Runtime
 
-    sdk, build = list(executorch.__path__)[0], tmp_path_factory.mktemp("cpp")
-    source = Path(__file__).parents[2] / "examples" / "cpp"
-    for command in (["-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={sdk}"], ["--build", build]):
-        subprocess.run(["cmake", *command], check=True, capture_output=True)
+    def load_program(file):
+        program = Runtime.get().load_program(file)
 
-    def run(file, prompt, *options) -> subprocess.CompletedProcess:
-        command = [build / "decode", file, *map(str, options)]
-        return subprocess.run(command, input=" ".join(map(str, prompt)), capture_output=True, text=True)
+        def load_method(name):
+            method = program.load_method(name)
+            run = lambda feeds: method.execute([torch.from_numpy(feed) for feed in feeds])
+            return lambda feeds: [torch.as_tensor(each).numpy().copy() for each in run(feeds)]
 
-    return run
+        return SimpleNamespace(load_method=load_method)
 
-
-@pytest.mark.parametrize("family, policy", CELLS)
-def test_the_program_in_cpp_gives_the_tokens_of_python(both, exported, decode, family, policy):
-    file, model = exported(family)[1] / "model.pte", both(family)[1]
-    static, dynamic = "low_confidence_static", "low_confidence_dynamic"
-    for length, new, options, arguments in (
-        (5, 7, {"remasking_strategy": static}, []),
-        (8, 9, {"remasking_strategy": static, "denoising_steps": 3}, ["--steps", 3]),
-        (1, 12, {"remasking_strategy": dynamic, "confidence_threshold": 0.02}, ["--threshold", 0.02]),
-    ):
-        prompt = torch.randint(0, 200, (1, length), generator=torch.Generator().manual_seed(length))
-        options = {"max_new_tokens": new, "block_length": 4, "temperature": 0.0, "cache_policy": policy, **options}
-        expected = model.diffusion_generate(prompt, eos_token_id=[], **options)[0, length:].tolist()
-        arguments += ["--new", new, "--block", 4, "--policy", policy]
-        got = decode(file, prompt[0].tolist(), *arguments)
-        assert list(map(int, got.stdout.split())) == expected, got.stderr
-        end = expected[new // 2]
-        got = decode(file, prompt[0].tolist(), *arguments, "--eos", end)
-        assert list(map(int, got.stdout.split())) == expected[: expected.index(end) + 1]
-
-
-def test_the_program_in_cpp_links_neither_pytorch_nor_python(exported, decode):
-    linked = subprocess.run(
-        ["ldd", decode(exported("llada")[1] / "model.pte", [1]).args[0]], capture_output=True, text=True
-    )
-    assert "libexecutorch" in linked.stdout and "libtorch" not in linked.stdout and "libpython" not in linked.stdout
-
-
-@pytest.mark.parametrize(
-    "prompt, options, message",
-    [
-        ([1], ["--new", 50], "a canvas of 51 columns does not fit into the 40"),
-        ([1], ["--block", 5], "--block 5 is longer than the 4"),
-        ([1], ["--policy", "block"], "--policy block is not one that this model has"),
-        ([1], ["--new", "x"], "--new must be a number of at least 1, but is 'x'"),
-        ([1], ["--threshold", 2], "--threshold must be a probability"),
-        ([1], ["--tpyo", 1], "unknown option --tpyo"),
-        ([999], [], "the prompt's id 999 is not in the vocabulary of 320"),
-        (["a"], [], "the prompt must be token ids"),
-    ],
-)
-def test_the_program_in_cpp_refuses_what_it_cannot_do(exported, decode, prompt, options, message):
-    got = decode(exported("llada")[1] / "model.pte", prompt, *options)
-    assert got.returncode == 2 and not got.stdout and message in got.stderr
+    runtime = SimpleNamespace(get=lambda: SimpleNamespace(load_program=load_program))
+    monkeypatch.setitem(sys.modules, "executorch_numpy_runtime", SimpleNamespace(Runtime=runtime))
+    program, (model, folder) = load_script("examples/edge_numpy.py"), exported(family)
+    options = {"cache_policy": "none", "remasking_strategy": "low_confidence_static", "block_length": 4}
+    for prompt in ([5, 6, 7], [9] * 8, [11]):
+        text = model.diffusion_generate(torch.tensor([prompt]), max_new_tokens=10, eos_token_id=[], **options)
+        assert program.decode(folder / "model.pte", prompt, 10) == text[0, len(prompt) :].tolist()
+    with pytest.raises(ValueError, match="4[1-4] columns do not fit into the 40"):
+        program.decode(folder / "model.pte", [5], 40)

@@ -48,6 +48,22 @@ def test_a_stream_of_infilling_shows_the_canvas_and_ends_with_the_text(server):
     assert events[-1]["choices"] == [] and events[-1]["usage"]["diffusion"]["denoising_steps"] > 0
 
 
+def test_what_was_filled_has_log_probabilities_and_what_was_given_has_none(server):
+    body = {"prompt": "ab_c__", "blank": "_", "max_tokens": 3, "logprobs": 2, "ignore_eos": True}
+    [choice] = server.post("/v1/infill", body).json["choices"]
+    assert ["".join(fill["logprobs"]["tokens"]) for fill in choice["fills"]] == [
+        fill["text"] for fill in choice["fills"]
+    ]
+    assert [len(fill["logprobs"]["token_logprobs"]) for fill in choice["fills"]] == [1, 2]
+    assert len(choice["logprobs"]["tokens"]) == 3 and all(value < 0 for value in choice["logprobs"]["token_logprobs"])
+    [streamed] = server.post("/v1/infill", {**body, "stream": True}).events[-1]["choices"]
+    assert [fill["logprobs"]["tokens"] for fill in streamed["fills"]] == [
+        fill["logprobs"]["tokens"] for fill in choice["fills"]
+    ]
+    [without] = server.post("/v1/infill", {**body, "logprobs": None}).json["choices"]
+    assert without["logprobs"] is without["fills"][0]["logprobs"] is None
+
+
 def test_masks_that_a_timeout_leaves_are_an_error(server):
     reply = server.post("/v1/infill", {"prompt": "_" * 100, "blank": "_", "timeout": 0.001})
     assert (reply.status, reply.error["param"]) == (408, "timeout")

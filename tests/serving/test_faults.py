@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from dllm_hf.serving import engine_thread
+
 from ..builders import new_model
 from .served import LLM, NAME, character_tokenizer, serving, tiny_llm
 
@@ -98,6 +100,18 @@ def test_drafts_change_nothing_of_the_text(server):
     whole = server.complete(**body).text
     drafted = server.complete(**body, stream_drafts=True)
     assert drafted.text == whole
+
+
+def test_comments_keep_a_silent_stream_alive(monkeypatch):
+    """A block that takes long tells nothing until it is done; clients pass over comments."""
+    monkeypatch.setattr(engine_thread, "IDLE_SECONDS", 0.5)
+    llm = tiny_llm()
+    launch = llm._driver.engine._decoder.launch
+    monkeypatch.setattr(llm._driver.engine._decoder, "launch", lambda: (time.sleep(0.25), launch()))
+    with serving(llm) as server:
+        reply = server.complete("abc", max_tokens=12, ignore_eos=True, stream=True)
+        assert reply.body.count(b": nothing has become final") >= 2
+        assert [bool(event["choices"][0]["text"]) for event in reply.events] == [True, False]
 
 
 def test_a_request_that_a_stop_aborts_gets_an_error():

@@ -123,22 +123,65 @@ def test_without_a_length_the_text_fills_what_room_there_is(client):
     assert answer.usage.total_tokens == 128
 
 
-def test_log_probabilities_are_refused_by_name(client):
-    for call in (
-        lambda: client.chat.completions.create(model=NAME, messages=MESSAGES, logprobs=True),
-        lambda: client.completions.create(model=NAME, prompt="a", logprobs=0),
-    ):
-        with pytest.raises(openai.BadRequestError) as error:
-            call()
-        assert error.value.param == "logprobs" and "no probabilities" in str(error.value)
+def of_engine(server, prompt: str, top: int) -> tuple[list[int], list[dict]]:
+    params = SamplingParams(**ROOM, logprobs=top)
+    [output] = server.llm.generate([prompt], params, use_tqdm=False)
+    return output.outputs[0].token_ids, output.outputs[0].logprobs
 
 
-def test_structured_output_and_tools_are_refused_by_name(client):
+def test_a_chat_tells_log_probabilities_whole_and_streamed(client, server):
+    options = {"model": NAME, "messages": MESSAGES, "max_tokens": 8, "logprobs": True, "top_logprobs": 3, **MORE}
+    content = client.chat.completions.create(**options).choices[0].logprobs.content
+    streamed = []
+    for chunk in client.chat.completions.create(stream=True, **options):
+        streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    assert streamed == content
+    tokens, logprobs = of_engine(server, "abc:", 3)
+    assert [each.token for each in content] == [server.llm.tokenizer.decode([token]) for token in tokens]
+    assert [bytes(each.bytes).decode() for each in content] == [each.token for each in content]
+    assert [each.logprob for each in content] == [of[token].logprob for token, of in zip(tokens, logprobs)]
+    for each, of in zip(content, logprobs):
+        assert [top.logprob for top in each.top_logprobs] == sorted([one.logprob for one in of.values() if one.rank])[
+            ::-1
+        ]
+    options["top_logprobs"] = None
+    assert all(
+        each.top_logprobs == [] for each in client.chat.completions.create(**options).choices[0].logprobs.content
+    )
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_a_completion_tells_log_probabilities_whole_and_streamed(client, server, top):
+    options = {"model": NAME, "prompt": ["abc", "de"], "max_tokens": 8, "logprobs": top, **MORE}
+    streamed = [{"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []} for _ in "12"]
+    choices = client.completions.create(**options).choices
+    for chunk in client.completions.create(stream=True, **options):
+        for name, values in chunk.choices[0].logprobs or {}:
+            streamed[chunk.choices[0].index][name] += values
+    for prompt, choice, chunks in zip(("abc", "de"), choices, streamed):
+        tokens, logprobs = of_engine(server, prompt, top)
+        found = choice.logprobs
+        # The size of a batch decides how sums are rounded.
+        wanted = pytest.approx([of[token].logprob for token, of in zip(tokens, logprobs)], abs=1e-5)
+        assert found.token_logprobs == wanted and chunks["token_logprobs"] == wanted
+        assert (chunks["tokens"], chunks["text_offset"]) == (found.tokens, found.text_offset)
+        assert [list(each) for each in chunks["top_logprobs"]] == [list(each) for each in found.top_logprobs]
+        assert found.text_offset == [sum(map(len, found.tokens[:index])) for index in range(len(tokens))]
+        for token, best in zip(found.tokens, found.top_logprobs):
+            assert token in best and top <= len(best) <= top + 1 and (top or list(best) == [token])
+
+
+def test_the_log_probabilities_of_a_prompt_are_refused(client):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=NAME, prompt="a", logprobs=0, echo=True)
+    assert error.value.param == "logprobs" and "bound" in str(error.value)
+
+
+def test_tools_are_refused_by_name(client):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    for name, value in (("response_format", {"type": "json_object"}), ("tools", [tool])):
-        with pytest.raises(openai.BadRequestError) as error:
-            client.chat.completions.create(model=NAME, messages=MESSAGES, **{name: value})
-        assert error.value.param == name
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model=NAME, messages=MESSAGES, tools=[tool])
+    assert error.value.param == "tools"
     text = {"type": "text"}
     client.chat.completions.create(model=NAME, messages=MESSAGES, response_format=text, tools=[], max_tokens=1)
 

@@ -1,6 +1,7 @@
 """The page, in a headless Chromium."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -92,7 +93,8 @@ def test_a_text_settles_and_can_be_replayed(open_page, server):
     assert 0 < open_after_one < 24 and page.locator("#canvas .new").count() == 24 - open_after_one
     page.keyboard.press("End")
     assert page.locator("#canvas .mask").count() == 0 and page.text_content("#canvas") == wanted
-    assert "settled in step" in page.locator("#canvas span").last.get_attribute("title")
+    title = page.locator("#canvas span").last.get_attribute("title")
+    assert re.fullmatch(r"settled in step \d+, probability [01]\.\d{3}", title)
     page.click("#play")
     page.wait_for_function("document.querySelector('#frame').value !== document.querySelector('#frame').max")
     page.click("#play")
@@ -105,6 +107,8 @@ def test_blanks_are_filled_and_what_was_given_stays(open_page):
     text = finish(page)
     assert text.startswith("ab") and text.endswith("c") and "_" not in text
     assert page.locator("#canvas .given").all_text_contents() == ["a", "b", "c"]
+    titles = page.locator("#canvas span").evaluate_all("spans => spans.map(span => span.title)")
+    assert ["probability" in title for title in titles] == [False, False, True, True, True, True, False]
 
 
 def test_a_conversation_goes_on(open_page):

@@ -55,9 +55,19 @@ def both(server, path: str, **body) -> tuple[str, str]:
     [choice] = whole.json["choices"]
     streamed = server.post(path, {"model": NAME, "stream": True, **body})
     assert streamed.status == 200
-    reasons = [choice["finish_reason"] for event in streamed.events for choice in event["choices"]]
-    assert [each for each in reasons if each] == [choice["finish_reason"]]
+    chunks = [choice for event in streamed.events for choice in event["choices"]]
+    assert [each["finish_reason"] for each in chunks if each["finish_reason"]] == [choice["finish_reason"]]
+    told = [token for each in chunks for token in spelled(each)]
+    assert told == spelled(choice) and len(told) == (
+        whole.json["usage"]["completion_tokens"] if "logprobs" in body else 0
+    )
     return choice["text"] if "text" in choice else choice["message"]["content"], streamed.text
+
+
+def spelled(choice) -> list[str]:
+    """The tokens whose log-probabilities a choice or a chunk tells."""
+    found = choice["logprobs"] or {"tokens": []}
+    return found["tokens"] if "tokens" in found else [each["token"] for each in found["content"]]
 
 
 SEEDED = settings(max_examples=6)
@@ -75,6 +85,7 @@ SEEDED = settings(max_examples=6)
 def test_a_stream_is_the_text(family_server, prompt, seed, length, drafts, stop, chat):
     body = {"seed": seed, "temperature": 1.0, "max_tokens": length, "stop": stop, "stream_drafts": drafts}
     body |= {"suppress_tokens": [END]} if seed % 2 else {}
+    body |= {"logprobs": True if chat else 1} if seed % 3 else {}
     body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     whole, streamed = both(family_server, "/v1/chat/completions" if chat else "/v1/completions", **body)
     assert whole == streamed

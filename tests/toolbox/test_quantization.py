@@ -13,7 +13,10 @@ from .conftest import decoded, logits_of, training_batch
 BACK_ENDS = ("torchao", "quanto", "bitsandbytes")
 # Sizes that the 4-bit kernel for CPUs can pack: multiples of 32, and 64 weights to a scale.
 EVEN = {"llada": {"d_model": 64, "mlp_hidden_size": 64}}
-EVEN |= {name: {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16} for name in ("sdar", "sdar_moe")}
+EVEN |= {
+    name: {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    for name in ("sdar", "sdar_moe", "llada2", "nemotron_diffusion")
+}
 
 
 @pytest.fixture(params=BACK_ENDS)

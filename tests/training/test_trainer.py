@@ -1,9 +1,6 @@
 """Every family under `transformers.Trainer`."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +11,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from dllm_hf.training import DataCollatorForMaskedDiffusion
 
 from ..builders import BUILDERS, MASK, VOCAB, character_tokenizer, new_model
+from ..processes import in_two_processes
 
 pytest.importorskip("accelerate")
 TOKENIZER = character_tokenizer()
 SMALL = {"llada": {"init_std": 0.02}}  # what the library starts from; the builders' models are spread wider
+# The loss of diffusion alone, as of the other families.
+SMALL["nemotron_diffusion"] = {"initializer_range": 0.02, "dlm_loss_weight": 1.0, "ar_loss_weight": 0.0}
 
 
 @pytest.fixture(params=BUILDERS)
@@ -270,44 +270,25 @@ def test_an_adapter_s_labels_are_counted_as_the_model_s_are(tmp_path):
 
 # --- several processes
 
-WORKER = """
-import sys
-import torch
-from transformers import Trainer
-from tests.training.test_trainer import arguments, new_model, noised, stack, weights
-
-torch.set_num_threads(1)
-folder, *families = sys.argv[1:]
-for family in families:
-    training = arguments(folder, max_steps=2, optim="sgd", learning_rate=0.1, per_device_train_batch_size=2,
-                         ddp_backend="gloo", train_sampling_strategy="sequential")
-    assert training.world_size == 2
-    trainer = Trainer(new_model(family), training, data_collator=stack, train_dataset=noised(8))
-    trainer.train()
-    state = weights(trainer.accelerator.unwrap_model(trainer.model))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    torch.save((state, losses), f"{folder}/{family}-{training.process_index}.pt")
-"""
 IN_TWO_PROCESSES = ("sdar", "gla_dream")
+
+
+def train_side_by_side(folder: Path) -> None:
+    """What each of two processes does: it leaves the weights and losses of each family."""
+    for family in IN_TWO_PROCESSES:
+        options = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "train_sampling_strategy": "sequential"}
+        training = arguments(folder, per_device_train_batch_size=2, ddp_backend="gloo", **options)
+        assert training.world_size == 2
+        trainer = Trainer(new_model(family), training, data_collator=stack, train_dataset=noised(8))
+        trainer.train()
+        state = weights(trainer.accelerator.unwrap_model(trainer.model))
+        torch.save((state, losses(trainer)), folder / f"{family}-{training.process_index}.pt")
 
 
 @pytest.fixture(scope="module")
 def trained_by_two(tmp_path_factory) -> Path:
-    """Where two processes have left the weights and losses of each family."""
     folder = tmp_path_factory.mktemp("two")
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*launch, str(script), str(folder), *IN_TWO_PROCESSES],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(train_side_by_side, folder)
     return folder
 
 

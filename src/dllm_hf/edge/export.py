@@ -25,7 +25,7 @@ from .model import DreamEdge, StaticCache
 QUANTIZATIONS = (None, "fp16", "int8", "int4")
 REFUSED = {
     "gla_dream": "its cache holds recurrent states, and the program keeps keys and values",
-    "sdar_moe": "ExecuTorch has no operator for its experts (`grouped_mm`)",
+    "experts": "ExecuTorch has no operator for its experts (`grouped_mm`)",
 }
 GROUP = 32  # weights that share a scale in 4 bits; docs/edge.md has what others give
 MASKED = -1e4  # added to the score of a column that is not seen: 0 after the softmax, and a number in float16 as well

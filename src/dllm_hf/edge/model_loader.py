@@ -39,9 +39,10 @@ def load_hf_model(
     """
     device = torch.device(device)
     config = AutoConfig.from_pretrained(path)
-    family(config.model_type)
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"{path} is a {config.model_type}: `load_hf_model` loads {', '.join(FAMILIES)}.")
+    family(config)
+    if config.model_type not in FAMILIES or hasattr(config, "num_experts"):
+        name = type(config).__name__.removesuffix("Config")
+        raise ValueError(f"{path} is a {name}: `load_hf_model` loads {', '.join(FAMILIES)}, without experts.")
     if dtype == QUANTIZED and device.type != "cpu":
         raise ValueError(f"`dtype=torch.qint8` runs on a processor, not on `device={str(device)!r}`.")
     if optimize_cpu:

@@ -3,5 +3,5 @@
 from ..generation.inputs import TooLongError
 from .engine import QueueFullError
 from .llm import LLM
-from .outputs import CompletionOutput, Event, Load, RequestOutput, Usage
-from .sampling_params import SamplingParams
+from .outputs import CompletionOutput, Event, Load, Logprob, RequestOutput, Usage
+from .sampling_params import SamplingParams, StructuredOutputsParams

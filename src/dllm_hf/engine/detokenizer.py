@@ -48,6 +48,11 @@ class Detokenizer:
         return added
 
 
+def spell(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str | None:
+    """The text of a token by itself; None without a tokenizer."""
+    return None if tokenizer is None else Detokenizer(tokenizer, [], skip_special_tokens=False).decode([token])
+
+
 def _overlap(text: str, string: str) -> int:
     """With how many of the characters at the end of a text a string may begin."""
     return next((size for size in range(len(string) - 1, 0, -1) if text.endswith(string[:size])), 0)

@@ -5,8 +5,10 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 
+import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +18,8 @@ from ..generation.graphs import are_possible
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.pool import fused_of
 from ..generation.requests import Row
+from ..generation.uploads import uploaded
+from .grammar import FormError, Grammar
 from .intake import Intake
 from .outputs import Event, Load
 from .reading import Piece, Reading
@@ -49,6 +53,8 @@ class Engine:
 
     Attributes:
         intake: checks requests, and makes the completions that [`submit`] takes.
+        clock: seconds; processes that do the same share one.
+        failure: what ended a step last.
         waiting, running: completions without and with a slot; these by their rows.
     """
 
@@ -85,6 +91,8 @@ class Engine:
         )
         limits = {"max_model_len": self.capacity + 1, "num_cache_tokens": cache_columns - 1}
         self.intake = Intake(model, tokenizer, options, limits, model.device)
+        self.clock: Callable[[], float] = time.monotonic
+        self.failure: Exception | None = None
         self._modules = list(model.modules())  # a step does not look for them
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
@@ -129,7 +137,7 @@ class Engine:
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Put the completions of a request at the end of the queue."""
-        now = time.monotonic()
+        now = self.clock()
         for sequence in sequences:
             if math.isfinite(sequence.timeout):
                 heapq.heappush(self._deadlines, (now + sequence.timeout, next(self._order), sequence))
@@ -166,7 +174,7 @@ class Engine:
         An exception in a step ends the completions that took part in it, with the finish reason "error"; what waits goes on.
         After an interruption (Ctrl-C) they have been aborted, and it is raised.
         """
-        now = time.monotonic()
+        now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             *_, sequence = heapq.heappop(self._deadlines)
             if not sequence.is_finished:
@@ -208,6 +216,11 @@ class Engine:
         for row, sequence in zip(rows, self._admitting):
             sequence.admit(row)
             self.running[row] = sequence
+        constrained = [(row, each.grammar) for row, each in zip(rows, self._admitting) if each.grammar is not None]
+        for row, grammar in constrained:
+            if grammar.is_over:  # the form is the empty text
+                self.running[row].end("stop")
+        self._constrain(constrained)
         self._admitting = []
 
     def _refuse(self, error: Exception) -> None:
@@ -239,9 +252,41 @@ class Engine:
         device, decoder = self.model.device, self._decoder
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.no_grad(), evaluating(self._modules), current:
-            self._reading = self._read(set(decoder.settle()))
+            finished = set(decoder.settle())
+            self._follow_grammars()
+            self._reading = self._read(finished)
             if decoder.busy:
                 decoder.launch()
+
+    def _constrain(self, found: list[tuple[Row, Grammar]]) -> None:
+        """Say on the canvas which tokens constrained completions may be given next."""
+        if found:
+            words = torch.from_numpy(numpy.stack([grammar.allowed for _, grammar in found]))
+            self._decoder.canvas.allow([row for row, _ in found], words)
+
+    def _follow_grammars(self) -> None:
+        """Read which token the last step has given to each constrained completion, for which the device must have done it, and
+        find out what may follow."""
+        canvas, found = self._decoder.canvas, []
+        for row, sequence in self.running.items():
+            if (grammar := sequence.grammar) is not None and sequence.reason is None:
+                column = len(row.request.prompt) + grammar.number
+                found += [(row, sequence, grammar, column)] if column < row.shown else []
+        if not found:
+            return
+        slots, columns = uploaded(torch.tensor([[row.slot, column] for row, *_, column in found]), canvas.device).T
+        moved = []
+        for (row, sequence, grammar, _), token in zip(found, canvas.tokens[slots, columns].tolist()):
+            if token == row.mask:  # its prompt is being computed
+                continue
+            grammar.take(token)
+            if grammar.is_over:
+                sequence.end("stop")
+            elif grammar.problem is not None:
+                sequence.end("error", FormError(grammar.problem))
+            else:
+                moved.append((row, grammar))
+        self._constrain(moved)
 
     def _read(self, finished: set[Row]) -> Reading:
         """Begin to read what a step has left. `finished`: the rows that have finished a block."""
@@ -258,10 +303,10 @@ class Engine:
     def _tell(self) -> None:
         """Make the events of what a step has left."""
         reading, self._reading = self._reading, Reading(self._decoder.canvas, [])
-        for piece, counts, block in reading:
+        for piece, counts, block, logprobs in reading:
             row, sequence = piece.row, self.running[piece.row]
             try:
-                event = sequence.settle(piece.start, block, piece.is_last)
+                event = sequence.settle(piece.start, block, logprobs, piece.is_last)
             except (
                 Exception
             ) as error:  # a tokenizer that does not know a token of the model: of no concern to the others
@@ -283,6 +328,7 @@ class Engine:
     def _fail(self, reason: str, error: Exception | None = None) -> None:
         """End everything that has a slot, after a step that did not come to its end, but for what steps before it have
         finished."""
+        self.failure = error
         try:
             self._tell()
         except Exception as failure:  # of the device, so that nothing can be read from it

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -9,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from ..generation.configuration import DiffusionGenerationConfig, as_token_list, canonical_options
 from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.requests import Request
 from ..generation.stopping import StopStrings
-from .detokenizer import Detokenizer
+from .detokenizer import Detokenizer, spell
+from .grammar import Grammar, Grammars
 from .sampling_params import SamplingParams
 from .sequence import Sequence
 
@@ -38,7 +42,9 @@ class Intake:
         device: torch.device,
     ):
         self.model, self.tokenizer, self.options, self.limits, self.device = model, tokenizer, options, limits, device
-        self._ends = as_token_list(model.diffusion_request([0], **options, max_new_tokens=1).options.eos_token_id)
+        self._defaults = model.diffusion_request([0], **options, max_new_tokens=1).options
+        self._spell = lru_cache(2**16)(partial(spell, tokenizer))
+        self._grammars: Grammars | None = None
 
     def prepare(self, prompt: list[int], params: SamplingParams, request_id: str) -> list[Sequence]:
         """Check a request, and make its completions.
@@ -46,18 +52,19 @@ class Intake:
         Raises:
             ValueError: names the argument that is wrong and what to do.
         """
-        options = {**self.options, **params.generation_options()}
+        options = self._options_of(params)
         vocab = self.model.config.vocab_size
         for name, tokens in (("the prompt", prompt), ("`stop_token_ids`", params.stop_token_ids or ())):
-            if wrong := [token for token in tokens if not 0 <= token < vocab]:
+            wrong = min(tokens, default=0) if min(tokens, default=0) < 0 else max(tokens, default=0)
+            if not 0 <= wrong < vocab:
                 raise ValueError(
-                    f"{name} holds the token id {wrong[0]}, but the vocabulary has {vocab} tokens: was it made for this model?"
+                    f"{name} holds the token id {wrong}, but the vocabulary has {vocab} tokens: was it made for this model?"
                 )
-        ends = as_token_list(options.get("eos_token_id", self._ends))
+        ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
         first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
         generators = [torch.Generator(self.device).manual_seed(first + index) for index in range(params.n)]
-        request = self.model.diffusion_request(prompt, generators[0], **options)
+        request = self.model.diffusion_request(prompt, generators[0], params.logprobs, **options)
         strings = as_token_list(request.options.stop_strings)
         if strings and self.tokenizer is None:
             raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
@@ -76,16 +83,40 @@ class Intake:
                     f"A prompt of {len(prompt)} tokens and `max_tokens={request.max_new_tokens}` take {columns - 1} "
                     f"columns, but there are {limit - 1}: shorten either, or raise `{name}`."
                 )
-        sequences = []
+        sequences, grammar = [], self._grammar(params, request)
         for index, generator in enumerate(generators):
-            own = replace(request, generator=generator) if index else request
+            own = replace(request, generator=generator, is_constrained=bool(grammar)) if index or grammar else request
             texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
-            sequences.append(Sequence(request_id, index, own, params, timeout, stop, texts, columns=columns))
+            form = grammar.copy() if grammar else None
+            of = (request_id, index, own, params, timeout, stop, texts, self._spell, form)
+            sequences.append(Sequence(*of, columns=columns))
         return sequences
+
+    def _options_of(self, params: SamplingParams) -> dict[str, Any]:
+        """The options of a request that are not the model's own."""
+        options = canonical_options({**self.options, **params.generation_options()})
+        if params.structured_outputs is not None:  # as many steps as a block may have masks: one token a step
+            length = options.get("block_length") or self._defaults.block_length or self.limits["max_model_len"]
+            options |= {"remasking_strategy": "sequential", "denoising_steps": length, "editing_threshold": None}
+        return options
+
+    def _grammar(self, params: SamplingParams, request: Request) -> Grammar | None:
+        """What a constrained completion must be."""
+        if params.structured_outputs is None:
+            return None
+        options = request.options
+        if options.mask_token_id in request.prompt:
+            raise ValueError(
+                "`structured_outputs` are what follows a prompt, and this prompt holds masks: leave one out."
+            )
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size)
+        left_out = [options.mask_token_id, *as_token_list(options.suppress_tokens)]
+        return self._grammars.make(params.structured_outputs, as_token_list(options.eos_token_id), left_out)
 
     def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
         """The options of a request, the model's own filled in, whatever room its prompt leaves for them."""
-        options = canonical_options({**self.options, **params.generation_options()})
+        options = self._options_of(params)
         wanted = options.pop("max_new_tokens", self.model.generation_config.max_new_tokens)
         effective = self.model.diffusion_request([], **options, max_new_tokens=1).options
         effective.max_new_tokens = wanted

@@ -11,10 +11,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..families import stranger
 from ..generation.cache import column_bytes_of
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.ranks import ranks_of
 from ..hub.checkpoint import empty_model, fetch, read_generation_config
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
@@ -25,6 +27,7 @@ from .prompts import Prompt, encode, prompts_of
 from .replicas import Replicas
 from .sampling_params import SamplingParams
 from .sequence import Sequence
+from .workers import Workers
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +55,8 @@ class LLM:
             take, from its first step to its last. By default on a GPU what `gpu_memory_utilization` leaves, elsewhere four
             times `max_model_len`.
         gpu_memory_utilization: part of the GPU's memory that weights and cache may take.
-        tensor_parallel_size: only 1.
+        tensor_parallel_size: GPUs that the model is divided between, a process for each; on CPUs, processes. `model` must be a
+            folder or a repository then, and a script must make the `LLM` below `if __name__ == "__main__":`.
         data_parallel_size: replicas of the engine, each in a process and on a GPU of its own. The options above are those of
             each; `max_queue` is that of all. `model` must be a folder or a repository then, and a script must make the `LLM`
             below `if __name__ == "__main__":`.
@@ -60,7 +64,7 @@ class LLM:
 
     Raises:
         ValueError, OSError: name what is wrong, before weights are read where that is known by then.
-        RuntimeError: a replica's process has ended before it was ready.
+        RuntimeError: a process of a replica or of a divided model has ended before it was ready.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class LLM:
         _check_arguments(arguments)
         source = model if isinstance(model, (str, os.PathLike)) else None
         loaded: Any = model
-        if data_parallel_size > 1:
+        if data_parallel_size > 1 or tensor_parallel_size > 1:
             gpus = _gpus_of_replicas(source, arguments)
             folder = fetch(loaded, code=trust_remote_code)
             source, loaded, device = folder, empty_model(folder, trust_remote_code), None
@@ -98,7 +102,9 @@ class LLM:
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not hasattr(loaded, "diffusion_request"):
-            raise ValueError(f"`model` is a {type(loaded).__name__}, which does not decode by diffusion.")
+            config = getattr(loaded, "config", None)
+            hint = stranger(getattr(config, "model_type", ""), getattr(config, "auto_map", None))
+            raise ValueError(f"`model` is a {type(loaded).__name__}, which does not decode by diffusion{hint}")
         self.model: DiffusionGenerationMixin = loaded if device is None else loaded.to(device)
         if generation_config is not None:
             self.model.generation_config = generation_config
@@ -109,6 +115,9 @@ class LLM:
             raise ValueError(f"`max_model_len={capacity}` is more than the {positions} positions of the model.")
         if data_parallel_size > 1:
             engine: Any = Replicas(LLM, str(source), arguments, gpus, self.model, self.tokenizer)
+        elif tensor_parallel_size > 1:
+            kind = "cpu" if gpus is None else "cuda"
+            engine = Workers(LLM, str(source), arguments, self.model, self.tokenizer, kind)
         else:
             engine = self._make_engine(capacity, arguments)
         self._driver, self._submitted, self._numbers = Driver(engine), Mailbox(), itertools.count()
@@ -155,6 +164,8 @@ class LLM:
             return min(slots, 4) * (capacity + 1) + 1
         free, total = torch.cuda.mem_get_info(device)
         columns = int(free - (1 - part) * total) // column_bytes_of(self.model)
+        if (ranks := ranks_of(self.model)) is not None:
+            columns = ranks.least(columns, device)
         if columns < capacity + 2:
             raise ValueError(
                 f"`gpu_memory_utilization={part}` leaves room for {max(columns, 0)} columns of the cache, and "
@@ -403,36 +414,29 @@ class LLM:
 def _check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse sizes with which no engine can be made."""
     sizes = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "max_queue", "num_cache_tokens")
-    for name in (*sizes, "data_parallel_size"):
+    for name in (*sizes, "data_parallel_size", "tensor_parallel_size"):
         if (value := arguments[name]) is not None and (type(value) is not int or value < 1):
             raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
     if not 0 < (part := arguments["gpu_memory_utilization"]) <= 1:
         raise ValueError(f"`gpu_memory_utilization` must be above 0 and at most 1, but is {part!r}.")
-    if (size := arguments["tensor_parallel_size"]) != 1:
-        raise ValueError(
-            f"`tensor_parallel_size={size}`: an engine runs on one GPU. `from_pretrained(..., tp_plan='auto')` divides a "
-            "model for `diffusion_generate`."
-        )
 
 
 def _gpus_of_replicas(source: Any, arguments: dict[str, Any]) -> list[str] | None:
     """For each replica the GPUs that it sees, as `CUDA_VISIBLE_DEVICES` names them; None where they run on CPUs."""
     count, size = arguments["data_parallel_size"], arguments["tensor_parallel_size"]
+    asked = f"`data_parallel_size={count}` with `tensor_parallel_size={size}`"
     if source is None:
         raise ValueError(
-            f"`data_parallel_size={count}`: each replica reads the weights itself, so that `model` must be a folder or a "
-            "repository: save the model with `save_pretrained`."
+            f"{asked}: each process reads the weights itself, so that `model` must be a folder or a repository: save the "
+            "model with `save_pretrained`."
         )
     device = torch.device(arguments["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.index is not None:
-        raise ValueError(f"`device={device}` is one for {count} replicas: leave it out, or set CUDA_VISIBLE_DEVICES.")
+        raise ValueError(f"{asked}: `device={device}` is one for all: leave it out, or set CUDA_VISIBLE_DEVICES.")
     if device.type != "cuda":
         return None
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
     if count * size > len(seen):
-        raise ValueError(
-            f"`data_parallel_size={count}` with `tensor_parallel_size={size}` needs {count * size} GPUs, but there are "
-            f"{len(seen)}."
-        )
+        raise ValueError(f"{asked} needs {count * size} GPUs, but there are {len(seen)}.")
     return [",".join(seen[index * size : (index + 1) * size]) for index in range(count)]

@@ -32,6 +32,24 @@ class Load:
     num_forward_passes: int
 
 
+@dataclass(frozen=True)
+class Logprob:
+    """A token that stood to choice at a position, at the step that made the position final.
+
+    logprob: in the distribution that the model gave there, see `logprobs` of [`SamplingParams`].
+    rank: 1 for the most probable; None where it is not among those that were asked for.
+    decoded_token: its text by itself; None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+# Of one position, by token: the token that it got first, then the most probable ones, falling.
+Logprobs = dict[int, Logprob]
+
+
 @dataclass
 class CompletionOutput:
     """One completion of a request.
@@ -44,6 +62,9 @@ class CompletionOutput:
     tokens_per_forward: tokens received, divided by the forward passes that gave the row any.
     filled_prompt_token_ids, filled_prompt: the prompt with its masks filled; None where it had none.
     error: what went wrong, where `finish_reason` is `"error"`.
+    logprobs: for each of `token_ids`, where the request asked for them. cumulative_logprob: the sum of those of `token_ids`,
+        which is not the likelihood of the text: each was read beside other masks.
+    filled_prompt_logprobs: for each of `filled_prompt_token_ids`, None for tokens that were given.
     """
 
     index: int
@@ -55,6 +76,9 @@ class CompletionOutput:
     filled_prompt_token_ids: list[int] | None = None
     filled_prompt: str | None = None
     error: str | None = None
+    logprobs: list[Logprobs] | None = None
+    cumulative_logprob: float | None = None
+    filled_prompt_logprobs: list[Logprobs | None] | None = None
 
 
 @dataclass
@@ -77,6 +101,7 @@ class Event:
 
     token_ids, text: what has become final since the last event, in order from left to right; of an infilling request what
         stands after the prompt only. The texts of all events together are the completion's text.
+    logprobs: of `token_ids`, where the request asked for them.
     draft: the text of the whole canvas behind the prompt as it is now, masks included, where drafts were asked for.
     draft_token_ids: the whole canvas, the prompt included, where drafts were asked for.
     output: the whole completion, once it has finished; `finish_reason` and `usage` are set then as well.
@@ -91,3 +116,4 @@ class Event:
     finish_reason: str | None = None
     usage: Usage | None = None
     output: CompletionOutput | None = None
+    logprobs: list[Logprobs] | None = None

@@ -25,6 +25,10 @@ class Piece(NamedTuple):
     is_last: bool
 
 
+# Of one position: the log-probability of its token, and the most probable tokens with theirs.
+Distribution = tuple[float, list[tuple[int, float]]]
+
+
 class Reading:
     """Copies pieces of the canvas to the host. Nobody waits for the copy before it is iterated over."""
 
@@ -35,16 +39,37 @@ class Reading:
         starts = uploaded(torch.tensor([[piece.row.slot, piece.start] for piece in pieces]), canvas.device)
         offsets = torch.arange(max(piece.end - piece.start for piece in pieces), device=canvas.device)
         columns = (starts[:, 1:] + offsets).clamp(max=canvas.capacity)
-        self._values = torch.cat([canvas.counts[starts[:, 0]], canvas.tokens[starts[:, :1], columns]], dim=1)
+        self._values = to_host(torch.cat([canvas.counts[starts[:, 0]], canvas.tokens[starts[:, :1], columns]], dim=1))
+        asked = [piece.row.request.logprobs for piece in pieces if piece.row.request.logprobs is not None]
+        names = ("own", "top", "top_tokens") if max(asked, default=0) else ("own",) if asked else ()
+        self._logprobs = [to_host(canvas.logprobs[name][starts[:, :1], columns]) for name in names]
         if canvas.device.type == "cuda":
-            host = torch.empty(self._values.shape, dtype=torch.long, pin_memory=True)
-            self._values = host.copy_(self._values, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def __iter__(self) -> Iterator[tuple[Piece, tuple[int, int], list[int]]]:
-        """Each piece with the counts of its row, see [`Canvas`], and its tokens."""
+    def __iter__(self) -> Iterator[tuple[Piece, tuple[int, int], list[int], list[Distribution] | None]]:
+        """Each piece with the counts of its row, see [`Canvas`], its tokens, and their distributions where its row asks."""
         if self._copied is not None:
             self._copied.synchronize()
-        for piece, (passes, transferred, *tokens) in zip(self.pieces, self._values.tolist() if self.pieces else ()):
-            yield piece, (passes, transferred), tokens[: piece.end - piece.start]
+        every = self._values.tolist() if self.pieces else ()
+        for index, (piece, (passes, transferred, *tokens)) in enumerate(zip(self.pieces, every)):
+            yield piece, (passes, transferred), tokens[: piece.end - piece.start], self._distributions(index, piece)
+
+    def _distributions(self, index: int, piece: Piece) -> list[Distribution] | None:
+        asked, number = piece.row.request.logprobs, piece.end - piece.start
+        if asked is None:
+            return None
+        own = self._logprobs[0][index, :number].tolist()
+        if not asked:
+            return [(each, []) for each in own]
+        top, tokens = (each[index, :number, :asked].tolist() for each in self._logprobs[1:])
+        # A small vocabulary does not fill the table.
+        pairs = [[pair for pair in zip(*each) if pair[0] >= 0] for each in zip(tokens, top)]
+        return list(zip(own, pairs))
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on its way to the host: from a GPU into pinned memory, without waiting."""
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

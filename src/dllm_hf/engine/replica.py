@@ -4,23 +4,37 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
-from .outputs import Load
+from .outputs import Event, Load
 from .sequence import Sequence
 
 
 @dataclass
 class Remote:
-    """One completion that a replica decodes. `told`: characters of its text that events have told of."""
+    """One completion that another process decodes. `told`: characters of its text that events have told of."""
 
     sequence: Sequence
     told: int = 0
+
+    def note(self, event: Event) -> None:
+        """Note what an event tells."""
+        self.sequence.tokens += event.token_ids
+        self.told += len(event.text)
+        if event.logprobs is not None:
+            self.sequence.logprobs = self.sequence.logprobs or [None] * len(self.sequence.request.prompt)
+            self.sequence.logprobs += event.logprobs
+
+    def ended(self, reason: str, error: Exception | None) -> Event:
+        """The last event, where the other process does not send it."""
+        self.sequence.end(reason, error)
+        event = self.sequence.finish()
+        return replace(event, text=event.text[self.told :])
 
 
 @dataclass(eq=False)

@@ -124,7 +124,7 @@ class Replicas:
             chosen.outstanding[first.request_id] = {each.index: Remote(each) for each in sequences}
             chosen.columns += sum(each.columns for each in sequences)
             return
-        self._told += [_ended(Remote(each), "error", RuntimeError("every replica has died")) for each in sequences]
+        self._told += [Remote(each).ended("error", RuntimeError("every replica has died")) for each in sequences]
 
     def _choose(self, prompt: list[int], columns: int) -> Replica | None:
         alive = [each for each in self._replicas if each.is_alive and not each.requests.closed]
@@ -170,8 +170,7 @@ class Replicas:
                 continue
             for event in received:
                 remote = each.outstanding[event.request_id][event.index]
-                remote.sequence.tokens += event.token_ids
-                remote.told += len(event.text)
+                remote.note(event)
                 if event.output is not None:
                     each.columns -= remote.sequence.columns
                     del each.outstanding[event.request_id][event.index]
@@ -191,19 +190,12 @@ class Replicas:
             logger.error("%s; its requests have failed, and the other replicas go on.", error)
         left = [remote for request in dead.outstanding.values() for remote in request.values()]
         dead.outstanding, dead.columns, dead.load = {}, 0, Load(0, 0, 0.0, 0)
-        return [_ended(remote, reason, error) for remote in left]
+        return [remote.ended(reason, error) for remote in left]
 
     def close(self) -> None:
         """End all processes. What they have told by then can still be read."""
         self._end()
         atexit.unregister(self._end)
-
-
-def _ended(remote: Remote, reason: str, error: Exception | None) -> Event:
-    """The last event of a completion whose replica does not send it."""
-    remote.sequence.end(reason, error)
-    event = remote.sequence.finish()
-    return replace(event, text=event.text[remote.told :])
 
 
 def _end(replicas: list[Replica]) -> None:

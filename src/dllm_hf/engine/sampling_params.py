@@ -1,5 +1,7 @@
 """`SamplingParams`: what a request asks for, under the names of vLLM and BlockInfer."""
 
+import json
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +15,59 @@ _REMEDIES = {
     "output_history": "pass `drafts=True` to `generate_streaming`",
     "num_return_sequences": "the argument is called `n`",
     "stop_strings": "the argument is called `stop`",
+    "logprobs": "it is an argument of its own",
     "max_time": "the argument is called `timeout`",
     "cache_policy": "it is one for all requests: pass it to `LLM`",
     "mask_token_id": "it is one for all requests: pass it to `LLM`",
     **dict.fromkeys(("disable_compile", "torch_compile"), "it is one for all requests: pass `enforce_eager` to `LLM`"),
 }
+
+
+MAX_FORM = 2**16  # characters; a parser takes milliseconds for a thousand
+# Options that would transfer several tokens in a step, or not the leftmost one.
+_OTHER_ORDERS = ("steps", "denoising_steps", "confidence_threshold", "entropy_bound", "factor", "eps", "alg_temp")
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """The form of a completion, one of these (vLLM's names).
+
+    Args:
+        json: a JSON schema, as a dict or as text; what of it cannot be kept is refused.
+        json_object: any JSON object.
+        regex: a regular expression, in the syntax of Rust's `regex`, that the whole text matches.
+        choice: texts of which the completion is one.
+        grammar: in llguidance's dialect of Lark.
+    """
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value is not None and value is not False]
+        if len(given) != 1:
+            raise ValueError(f"`structured_outputs` need one of {', '.join(vars(self))}, and have {given or 'none'}.")
+        kinds: dict[str, Any] = {"json": (str, dict), "json_object": bool, "choice": list, "regex": str, "grammar": str}
+        [name], value = given, getattr(self, given[0])
+        is_text = name != "choice" or (value and all(isinstance(each, str) and each for each in value))
+        if not isinstance(value, kinds[name]) or not is_text:
+            raise ValueError(f"`{name}` of `structured_outputs` is of the wrong type: {value!r}.")
+        if len(self.source[1]) > MAX_FORM:
+            raise ValueError(f"`{name}` of `structured_outputs` has more than {MAX_FORM} characters: ask for less.")
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """The kind, "json", "regex" or "grammar", and its text."""
+        if self.json_object:
+            return "json", '{"type": "object"}'
+        if self.json is not None:
+            return "json", self.json if isinstance(self.json, str) else json.dumps(self.json)
+        if self.choice is not None:
+            return "regex", "|".join(map(re.escape, self.choice))
+        return ("regex", self.regex) if self.regex is not None else ("grammar", str(self.grammar))
 
 
 @dataclass(frozen=True)
@@ -40,8 +90,13 @@ class SamplingParams:
         ignore_eos: the model's end of sequence does not end the text.
         seed: makes the draws of a request repeatable, whatever runs beside it; completion i draws with `seed + i`.
         n: completions.
+        logprobs: log-probabilities of the new tokens: 0 gives that of each token, a number up to 20 those of as many most
+            probable ones besides. They are of the step at which a token was transferred, and of the distribution as the model
+            gave it, before suppressed tokens, temperature and filters (vLLM's `raw_logprobs`); the mask counts in it.
         timeout: seconds after which a request ends, with what is final then, wherever it stands.
         skip_special_tokens: whether the text leaves them out.
+        structured_outputs: the form of the completion, which is then decoded from left to right, one token a step. It has the
+            form when it ends with the reason "stop"; one of another reason is the beginning of a text of the form.
         options: more options of [`DiffusionGenerationConfig`], by their names.
     """
 
@@ -62,8 +117,10 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     n: int = 1
+    logprobs: int | None = None
     timeout: float | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,6 +146,23 @@ class SamplingParams:
         for name in {**self.options, **canonical_options(self.options)}:
             if name in _REMEDIES:
                 raise ValueError(f"`{name}` is no option of a request: {_REMEDIES[name]}.")
+        if self.structured_outputs is not None:
+            self._check_form(self.structured_outputs)
+
+    def _check_form(self, form: Any) -> None:
+        if not isinstance(form, StructuredOutputsParams):
+            raise ValueError(f"`structured_outputs` must be `StructuredOutputsParams`, but is {form!r}.")
+        if self.stop_strings:
+            raise ValueError("`stop` would cut a text out of the form that `structured_outputs` ask for: leave it out.")
+        options = canonical_options(self.generation_options())
+        wrong = [name for name in _OTHER_ORDERS if name in options]
+        if options.get("remasking_strategy", "sequential") != "sequential":
+            wrong = [*wrong, "remasking_strategy"]
+        if wrong:
+            raise ValueError(
+                f"`{wrong[0]}` cannot go with `structured_outputs`, which are decoded from left to right, one token a step: "
+                "leave it out."
+            )
 
     @property
     def stop_strings(self) -> list[str]:
@@ -96,7 +170,18 @@ class SamplingParams:
 
     def generation_options(self) -> dict[str, Any]:
         """The options of [`DiffusionGenerationConfig`] that were given, by its names or those of the originals."""
-        own = ("stop", "stop_token_ids", "ignore_eos", "seed", "n", "timeout", "skip_special_tokens", "options")
+        own = [
+            "stop",
+            "stop_token_ids",
+            "ignore_eos",
+            "seed",
+            "n",
+            "logprobs",
+            "timeout",
+            "skip_special_tokens",
+            "options",
+        ]
+        own += ["structured_outputs"]
         given = {name: value for name, value in vars(self).items() if name not in own}
         given |= {name: given[name] or None for name in ("dynamic_threshold", "eb_threshold")}
         given["stop_strings"] = self.stop_strings or None

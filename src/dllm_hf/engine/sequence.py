@@ -1,12 +1,15 @@
 """`Sequence`: one completion of a request, from the queue to its end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..generation.configuration import as_token_list
 from ..generation.requests import Request, Row
 from ..generation.stopping import StopStrings, end_of
 from .detokenizer import Detokenizer
-from .outputs import CompletionOutput, Event, Usage
+from .grammar import Grammar
+from .outputs import CompletionOutput, Event, Logprob, Logprobs, Usage
+from .reading import Distribution
 from .sampling_params import SamplingParams
 
 
@@ -18,12 +21,15 @@ class Sequence:
     request: what the loop decodes.
     params: what was asked for.
     timeout: seconds from its submission to its end at the latest.
+    spell: the text of one token; None without a tokenizer.
+    grammar: what its text must be, where it is constrained.
     shows_texts, shows_drafts: whether events tell tokens and text as they become final, or the last one alone does; and how
         the canvas looks after each step.
     columns: that it takes in the arena.
     passed_over: how often a later one was admitted before it.
     row: where it stands, once it has been admitted.
     text: the canvas as far as the host knows it: masks where a block has not been finished.
+    logprobs: of the positions of `text`, where they were asked for; None for those that the host does not know, and given ones.
     final: the column up to which nothing of it is open.
     tokens: the new tokens that events have told of.
     reason: why it has ended, where that is not the end of its canvas or an end of sequence.
@@ -39,12 +45,15 @@ class Sequence:
     timeout: float
     stop: StopStrings | None
     detokenizer: Detokenizer
+    spell: Callable[[int], str | None]
+    grammar: Grammar | None = None
     shows_texts: bool = False
     shows_drafts: bool = False
     columns: int = 0
     passed_over: int = 0
     row: Row | None = None
     text: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs | None] = field(default_factory=list)
     final: int = 0
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
@@ -54,6 +63,7 @@ class Sequence:
 
     def admit(self, row: Row) -> None:
         self.row, self.text = row, row.text[: row.shown]
+        self.logprobs = [None] * row.shown
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End it wherever it stands."""
@@ -67,14 +77,19 @@ class Sequence:
         draft = self.detokenizer.decode(new, skip_special_tokens=False)
         return Event(self.request_id, self.index, [], "", draft=draft, draft_token_ids=text)
 
-    def settle(self, start: int, block: list[int], is_last: bool) -> Event | None:
+    def settle(
+        self, start: int, block: list[int], distributions: list[Distribution] | None, is_last: bool
+    ) -> Event | None:
         """Tell what has become final with a block that begins at column `start`; None where there is nothing to tell. An end
         of sequence or a stop string ends the row. `is_last`: whether nothing of the row is left to decode."""
         row, prompt = self.row, len(self.request.prompt)
         assert row is not None
         self.text[start : start + len(block)] = block[: row.shown - start]
-        while self.final < row.shown and self.text[self.final] != row.mask:
-            self.final += 1
+        for column, each in enumerate(distributions or (), start):
+            if column < row.shown and row.text[column] == row.mask:
+                self.logprobs[column] = self._logprobs_of(self.text[column], *each)
+        is_open = row.mask in self.text[self.final : row.shown]
+        self.final = self.text.index(row.mask, self.final) if is_open else row.shown
         ends = as_token_list(self.request.options.eos_token_id)
         if any(token in ends for token in self.text[max(start, prompt) : start + len(block)]):
             self.is_over = True
@@ -89,7 +104,18 @@ class Sequence:
         self.tokens += added
         if not (added and self.shows_texts):
             return None
-        return Event(self.request_id, self.index, added, self.detokenizer.put(self.tokens))
+        text, end = self.detokenizer.put(self.tokens), prompt + len(self.tokens)
+        return Event(self.request_id, self.index, added, text, logprobs=self._logprobs(end - len(added), end))
+
+    def _logprobs(self, start: int, end: int) -> list[Logprobs] | None:
+        """Those of new tokens, in columns of the text."""
+        if self.request.logprobs is None:
+            return None
+        return [each for each in self.logprobs[start:end] if each is not None]
+
+    def _logprobs_of(self, token: int, own: float, top: list[tuple[int, float]]) -> Logprobs:
+        found = {token: Logprob(own, None, self.spell(token))}
+        return found | {each: Logprob(value, rank, self.spell(each)) for rank, (each, value) in enumerate(top, 1)}
 
     def finish(self, passes: int = 0, useful: int = 0, transferred: int = 0) -> Event:
         """The last event, which tells nothing new of the tokens. `passes`: forward passes until then; `useful`: those that
@@ -105,6 +131,7 @@ class Sequence:
             filled_text = None if filled is None else self.detokenizer.decode(filled)
         except Exception as error:  # a tokenizer that does not know a token of the model
             self.end("error", error)
+        logprobs = self._logprobs(len(prompt), len(prompt) + len(self.tokens))
         output = CompletionOutput(
             index=self.index,
             text=self.detokenizer.text,
@@ -115,6 +142,11 @@ class Sequence:
             filled_prompt_token_ids=filled,
             filled_prompt=filled_text,
             error=None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+            logprobs=logprobs,
+            cumulative_logprob=None
+            if logprobs is None
+            else sum(each[token].logprob for token, each in zip(self.tokens, logprobs, strict=True)),
+            filled_prompt_logprobs=None if filled is None or logprobs is None else self.logprobs[: len(prompt)],
         )
         usage = Usage(len(prompt), len(self.tokens), passes, useful)
         self.is_finished = True

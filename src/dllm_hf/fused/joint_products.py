@@ -2,10 +2,13 @@
 
 import threading
 import weakref
+from collections.abc import Collection
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..generation.ranks import local
 
 # Held to join weights, which moves parameters, and to capture a graph, which must not see them move.
 lock = threading.RLock()
@@ -20,12 +23,15 @@ class JointProducts:
     gradients, storages that something else shares.
     """
 
-    def __init__(self, linears: list[nn.Module], is_shared: bool = False):
-        """`is_shared`: whether another joint product has some of the parameters too."""
+    def __init__(self, linears: list[nn.Module], is_shared: bool = False, divided: Collection[nn.Module] = ()):
+        """`is_shared`: whether another joint product has some of the parameters too; `divided`: the modules whose outputs are
+        divided between processes: this one computes its part."""
         self.linears, self.joint = linears, list[torch.Tensor]()
-        plain = [each for each in linears if type(each) is nn.Linear and "forward" not in vars(each)]
+        plain = [
+            each for each in linears if type(each) is nn.Linear and (each in divided or "forward" not in vars(each))
+        ]
         if len(plain) == len(linears) and not is_shared and len({linear.bias is None for linear in plain}) == 1:
-            self.sizes = [len(linear.weight) for linear in plain]
+            self.sizes = [len(local(linear.weight)) for linear in plain]
             names = ["weight"] if plain[0].bias is None else ["weight", "bias"]
             with lock:
                 joint = [_side_by_side(plain, name) for name in names]
@@ -44,9 +50,12 @@ _joined: "weakref.WeakKeyDictionary[nn.Module, dict[str, StorageWeakRef]]" = wea
 
 def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
     """The joint tensor of the parameters of this name, which become its parts; None where they cannot be joined."""
-    parameters = [getattr(linear, name) for linear in linears]
+    of_modules = [getattr(linear, name) for linear in linears]
+    parameters = [local(each) for each in of_modules]
     first = parameters[0]
-    if any(type(each) is not nn.Parameter or not each.is_contiguous() or each.is_inference() for each in parameters):
+    if any(type(each) not in (nn.Parameter, torch.Tensor) for each in parameters):
+        return None
+    if any(not each.is_contiguous() or each.is_inference() for each in parameters):
         return None
     if len({(each.dtype, each.device, each.shape[1:]) for each in parameters}) > 1:
         return None
@@ -62,7 +71,7 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
         if [part.data_ptr() for part in joint.split(sizes)] == [each.data_ptr() for each in parameters]:
             return joint
 
-    if any(each.grad is not None or not _is_alone(each) for each in parameters):
+    if any(each.grad is not None for each in of_modules) or not all(map(_is_alone, parameters)):
         return None
     if first.is_cuda and torch.cuda.mem_get_info(first.device)[0] < 2 * _bytes(parameters):
         return None
@@ -80,11 +89,11 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
     return joint
 
 
-def _is_alone(parameter: nn.Parameter) -> bool:
+def _is_alone(parameter: torch.Tensor) -> bool:
     """Whether a parameter fills its storage, which nothing else shares: another model, a `state_dict()`."""
     storage = parameter.untyped_storage()
     return storage.nbytes() == parameter.nbytes and torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
-def _bytes(parameters: list[nn.Parameter]) -> int:
+def _bytes(parameters: list[torch.Tensor]) -> int:
     return sum(each.nbytes for each in parameters)

@@ -1,17 +1,23 @@
 """The forward pass of a decoder of transformers on our kernels, for decoding on a GPU."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Collection
+from copy import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer, get_llama_4_attn_scale
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
+from ..generation.divided_head import VocabularyPart
+from ..generation.ranks import divided_modules, local, ranks_of
 from ..generation.window import Window
 from ..kernels.attention import canvas_attention, canvas_attention_torch
 from ..kernels.layers import (
@@ -23,65 +29,117 @@ from ..kernels.layers import (
     swiglu_torch,
 )
 from .joint_products import JointProducts
+from .shared_sums import SharedSums
 
 # Tokens in one call of a feed-forward network: limits the intermediate activation, 3 to 5 times the hidden size.
 MLP_CHUNK = 8192
-LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+LAYERS: tuple[type, ...] = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+LAYERS += (Glm4MoeDecoderLayer, Ministral3DecoderLayer)
 
 
 def can_be_captured(model: nn.Module) -> bool:
     """Whether a forward pass of the model launches the same kernels every time, as far as can be checked: no hooks, adapters
-    (which can be switched off), parts on other devices or in other processes (`DTensor`, whose modules have other sizes than
-    their results), or weights that autocast copies."""
-    device = next(model.parameters()).device
-    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+    (which can be switched off), parts on other devices or, but for tensor parallelism, in other processes (`DTensor`), or
+    weights that autocast copies."""
+    device, divided = next(model.parameters()).device, divided_modules(model)
+    of_others = (each for module in model.modules() if module not in divided for each in module.parameters(False))
+    if any(hasattr(parameter, "placements") for parameter in of_others):
         return False
     if torch.is_autocast_enabled(device.type) or {p.device for p in model.parameters()} != {device}:
         return False
+    if any(hasattr(module, "_hf_hook") or hasattr(module, "base_layer") for module in model.modules()):
+        return False  # of accelerate, and of PEFT
+    if any(isinstance(module, nn.Linear) and not _is_plain(module) for module in divided):
+        return False  # quantised: what a process holds of the weights is no factor of a product
     return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or hasattr(module, "_hf_hook")  # of accelerate
-        or hasattr(module, "base_layer")  # of PEFT
-        for module in model.modules()
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules() if module not in divided
     )
 
 
-def is_patched(stack: nn.Module) -> bool:
-    """Whether a module's `forward` is not that of its class. `JointProducts` checks linear modules."""
-    return any("forward" in vars(module) for module in stack.modules() if not isinstance(module, nn.Linear))
+def _without_sum(mlp: nn.Module, divided: Collection[nn.Module]) -> nn.Module | None:
+    """A feed-forward network whose experts are divided between processes, without the sum over these; None for others. It is
+    a copy with the same weights: the library has replaced the forward pass of the module's own experts by one that sums."""
+    experts: Any = getattr(mlp, "experts", None)
+    if experts is None or experts not in divided:
+        return None
+    mlp, experts = copy(mlp), copy(experts)
+    vars(experts).pop("forward", None)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        vars(experts)[name] = OrderedDict()
+    vars(experts)["_parameters"] = {
+        name: nn.Parameter(local(each), requires_grad=False) for name, each in experts._parameters.items()
+    }
+    vars(mlp)["_modules"] = {**mlp._modules, "experts": experts}
+    return mlp
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    return type(linear) is nn.Linear and type(local(linear.weight)) in (nn.Parameter, torch.Tensor)
+
+
+def is_patched(model: Any) -> bool:
+    """Whether the `forward` of a module below the head is not that of its class. `JointProducts` checks linear modules."""
+    modules = set(model.model.modules()) - divided_modules(model)
+    return any("forward" in vars(module) for module in modules if not isinstance(module, nn.Linear))
 
 
 class FusedStack:
     """Embeddings, layers, last norm and head of a model, without a reference to the model, so that an entry of a
-    `WeakKeyDictionary` can be collected."""
+    `WeakKeyDictionary` can be collected.
+
+    Where the weights are divided between processes (`tp_plan`), each computes with what it holds: its heads, and its part of
+    the inside of a feed-forward network; the sum over all processes is what follows.
+
+    Attributes:
+        part: of the vocabulary, whose logits this process computes; None where that is all of it.
+    """
 
     takes_lists = True
 
-    def __init__(self, stack: Any, head: nn.Module):
-        """`stack`: with `embed_tokens`, `layers`, `norm` and `rotary_emb`, as the library's decoders."""
-        self.embed, self.layers, self.norm, self.rotary = stack.embed_tokens, stack.layers, stack.norm, stack.rotary_emb
-        self.head, self.config, self.dtype = head, stack.config, stack.dtype
+    def __init__(self, model: Any):
+        """`model`: with a head and a stack with `embed_tokens`, `layers`, `norm` and `rotary_emb`, as the library's
+        decoders."""
+        stack, self._lm_head = model.model, model.lm_head
+        self.layers, self.norm, self.rotary, self._embedding = (
+            stack.layers, stack.norm, stack.rotary_emb, stack.embed_tokens,
+        )  # fmt: skip
+        self.config, self.dtype = stack.config, stack.dtype
+        self.ranks, self.divided = ranks_of(model), divided_modules(model)
+        self.part = None if self.ranks is None else VocabularyPart(self.ranks, self.config.vocab_size)
+        self.partial = [_without_sum(layer.mlp, self.divided) for layer in self.layers]
         inputs = [self.inputs_of(layer.self_attn) for layer in self.layers]
         gates = [[layer.mlp.gate_proj, layer.mlp.up_proj] if self._is_gated(layer.mlp) else [] for layer in self.layers]
         groups = [group for of_layer in inputs for group in of_layer] + gates
         uses = Counter(id(parameter) for group in groups for linear in group for parameter in linear.parameters())
 
         def join(group: list[nn.Module]) -> JointProducts:
-            return JointProducts(group, any(uses[id(p)] > 1 for linear in group for p in linear.parameters()))
+            is_shared = any(uses[id(p)] > 1 for linear in group for p in linear.parameters())
+            return JointProducts(group, is_shared, self.divided)
 
         self.inputs = [[join(group) for group in of_layer] for of_layer in inputs]
         self.gates = [join(group) if group else None for group in gates]
         # Tests on a CPU run the torch twins.
-        self.is_fused = next(head.parameters()).is_cuda
+        self.is_fused = self._lm_head.weight.is_cuda
         self.add_norm = add_rms_norm if self.is_fused else add_rms_norm_torch
         self.rotate = rotate_and_store if self.is_fused else rotate_and_store_torch
         self.attend_to = canvas_attention if self.is_fused else canvas_attention_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
+        self.sums: SharedSums | None = None
+        if self.ranks is not None and self.is_fused:
+            self.sums = SharedSums.of(
+                self.ranks, self.dtype, local(self._lm_head.weight).device, self.config.hidden_size
+            )
 
     def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         """The modules that read an attention's input, in groups that can be joint products."""
-        return [[getattr(attention, f"{name}_proj") for name in "qkv"]]
+        return [] if hasattr(attention, "query_key_value") else [[getattr(attention, f"{name}_proj") for name in "qkv"]]
+
+    def projected(self, index: int, normed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of a layer, `(rows, window, heads * head_dim)` each."""
+        attention = self.layers[index].self_attn
+        if not self.inputs[index]:  # a model whose product is one from the beginning
+            return attention.query_key_value(normed).split(attention.sizes, dim=-1)
+        return self.inputs[index][0](normed)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FusedStack | None":
@@ -89,19 +147,19 @@ class FusedStack:
         several devices."""
         stack: Any = model.model
         config = model.config
-        if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(stack):
+        if config._attn_implementation not in ("sdpa", "canvas") or not can_be_captured(model) or is_patched(model):
             return None
-        rope = config.rope_parameters or {}
-        if rope.get("rope_type", "default") in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1) != 1:
-            return None  # they read the positions on the host, or rotate a part of a head
+        if (config.rope_parameters or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+            return None  # they read the positions on the host
         for layer in stack.layers:
             attention = layer.self_attn
-            projections = (getattr(attention, f"{name}_proj") for name in "qkvo")
+            inputs = ["query_key_value"] if hasattr(attention, "query_key_value") else ["q_proj", "k_proj", "v_proj"]
+            projections = [getattr(attention, name) for name in [*inputs, "o_proj"]]
             if not isinstance(layer, LAYERS) or getattr(attention, "sliding_window", None) is not None:
                 return None
             if not all(isinstance(projection, nn.Linear) for projection in projections):
                 return None
-        return cls(stack, model.lm_head)
+        return cls(model)
 
     def covers(self, window: Window) -> bool:
         """Whether it can run a pass over the window."""
@@ -111,8 +169,11 @@ class FusedStack:
         """Allocate the cache before a pass is captured or compiled."""
         for layer, slot in zip(self.layers, cache.layers, strict=True):
             if not slot.is_initialized:
-                size = layer.self_attn.head_dim
-                shape = (slots, layer.self_attn.k_proj.out_features // size, 0, size)
+                attention = layer.self_attn
+                heads = self.config.num_key_value_heads
+                if hasattr(attention, "k_proj"):  # of which a process may have a part
+                    heads = len(local(attention.k_proj.weight)) // attention.head_dim
+                shape = (slots, heads, 0, attention.head_dim)
                 nothing = torch.empty(shape, dtype=self.dtype, device=layer.input_layernorm.weight.device)
                 slot.lazy_initialization(nothing, nothing)
 
@@ -125,57 +186,120 @@ class FusedStack:
         hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
         return self.head(hidden_states).unflatten(0, window.keep.shape)
 
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(rows, window)` -> `(rows, window, hidden)`."""
+        weight, part = local(self._embedding.weight), self.part
+        if part is None or self.ranks is None or len(weight) == part.vocab_size:
+            return nn.functional.embedding(tokens, weight)
+        index = part.index(tokens)
+        own = nn.functional.embedding(index.clamp(min=0), weight)
+        return self.ranks.all_reduce(own.masked_fill_((index < 0)[..., None], 0))
+
+    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., hidden)` -> `(..., vocab)`, or the `part` of it."""
+        head, part = self._lm_head, self.part
+        if part is None:
+            return head(hidden_states)
+        parameters = [local(each) for each in (head.weight, head.bias) if each is not None]
+        if len(parameters[0]) == part.vocab_size:  # tied to the embedding, which is whole
+            parameters = [each[part.begin : part.end] for each in parameters]
+        return nn.functional.linear(hidden_states, *parameters)
+
     def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
         """The output of the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: see
         [`FusedStack.attend`]."""
         total = self.embed(tokens)
+        if self.sums is not None:
+            self.sums.begin()
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
+        angles = (cos, sin, self.query_scales(columns, cache))
         normed, total = self._add_norm(total, None, self.layers[0].input_layernorm)
         for index, layer in enumerate(self.layers):
-            attended = self.attend(index, normed, cos, sin, sees, cache)
+            attended = self.attend(index, normed, angles, sees, cache)
             if keep is not None and index + 1 == len(self.layers):
                 # Last layer: only the kept positions need more than keys and values.
                 attended, total = (x.take_along_dim(keep[..., None], dim=1) for x in (attended, total))
                 if not total.numel():  # none kept: prefill
                     return total
-            normed, total = self._add_norm(layer.self_attn.o_proj(attended), total, layer.post_attention_layernorm)
+            normed, total = self._project(layer.self_attn.o_proj, attended, total, layer.post_attention_layernorm)
             norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
-            normed, total = self._add_norm(self._feed_forward(index, normed), total, norm)
+            normed, total = self._feed_forward(index, normed, total, norm)
         return normed
 
-    def attend(self, index: int, normed, cos, sin, sees, cache: Any) -> torch.Tensor:
+    def query_scales(self, columns: torch.Tensor, cache: Any) -> torch.Tensor | None:
+        """`(rows, window, 1, 1)`, what the rotated queries of Ministral 3 are multiplied with; None where that is 1 in every
+        column of the cache."""
+        rope: Any = self.config.rope_parameters or {}
+        beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+        if not beta or cache.longest_extent <= length + 1:  # + 1: the scratch column
+            return None
+        return get_llama_4_attn_scale(columns, beta, length).transpose(1, 2).to(self.dtype)
+
+    def attend(self, index: int, normed, angles, sees, cache: Any) -> torch.Tensor:
         """Attention of a layer without `o_proj`: `(rows, window, hidden)` -> `(rows, window, heads * head_dim)`.
 
         Args:
+            angles: cosines and sines of the positions, `(rows, window, head_dim)`, and [`FusedStack.query_scales`].
             sees: where the canvas of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
                 each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs,
                 the longest of them, and the columns that they share, see [`canvas_attention`].
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
-        query, key, value = self.inputs[index][0](normed)
+        query, key, value = self.projected(index, normed)
         norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-        (base, lengths, columns, *runs), (keys, values) = sees, slot.arenas()
+        (base, lengths, columns, *runs), (keys, values), (cos, sin, scales) = sees, slot.arenas(), angles
         query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
+        query = query if scales is None else query * scales
         width, scale = cache.longest_extent, attention.scaling
         return self.attend_to(query, keys, values, lengths, base, width, scale, *runs).flatten(2)
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
-        return self.add_norm(x, residual, norm.weight, norm.variance_epsilon)
+        return self.add_norm(x, residual, norm.weight, *self._norm_options(norm))
 
-    def _feed_forward(self, index: int, normed: torch.Tensor) -> torch.Tensor:
-        mlp, gates = self.layers[index].mlp, self.gates[index]
+    def _norm_options(self, norm: Any) -> tuple[float, bool]:
+        """`eps` and `rounds_once`, see [`add_rms_norm`]."""
+        return norm.variance_epsilon, False
+
+    def _project(self, linear: nn.Linear, x: torch.Tensor, total: torch.Tensor, norm: Any):
+        """Add a product to `total`: the norm of the sum, and the sum. Where the input is divided between processes, so is the
+        sum over it."""
+        if self.ranks is None or linear not in self.divided:
+            return self._add_norm(linear(x), total, norm)
+        weight, sums = local(linear.weight), self.sums
+        if sums is not None and sums.covers(total) and linear.bias is None:
+            return sums.product_and_norm(weight, x, total, norm, *self._norm_options(norm))
+        out = self.ranks.all_reduce(nn.functional.linear(x, weight))
+        return self._add_norm(out if linear.bias is None else out + local(linear.bias), total, norm)
+
+    def _feed_forward(self, index: int, normed: torch.Tensor, total: torch.Tensor, norm: Any):
+        """Add what a feed-forward network makes of `normed` to `total`: the norm of the sum, and the sum."""
+        mlp, gates, sums = self.layers[index].mlp, self.gates[index], self.sums
         if gates is None:
-            out = mlp(normed)
-            return out[0] if isinstance(out, tuple) else out
+            partial = self.partial[index]
+            out = (partial or mlp)(normed)
+            out = out[0] if isinstance(out, tuple) else out
+            if partial is None or self.ranks is None:
+                return self._add_norm(out, total, norm)
+            if sums is not None and sums.covers(total):
+                return sums.sum_and_norm(out, total, norm, *self._norm_options(norm))
+            return self._add_norm(self.ranks.all_reduce(out.contiguous()), total, norm)
         tokens = normed.flatten(0, 1)
         if len(tokens) <= MLP_CHUNK:
-            return mlp.down_proj(self.gate(*gates(normed)))
+            return self._project(mlp.down_proj, self.gate(*gates(normed)), total, norm)
+        pieces = (each[None] for each in tokens.split(MLP_CHUNK))
         out = torch.empty_like(tokens)
-        for piece, result in zip(tokens.split(MLP_CHUNK), out.split(MLP_CHUNK), strict=True):
-            result.copy_(mlp.down_proj(self.gate(*gates(piece[None])))[0])
-        return out.view_as(normed)
+        for piece, result in zip(pieces, out.split(MLP_CHUNK), strict=True):
+            inside = self.gate(*gates(piece))
+            if self.ranks is None:
+                result.copy_(mlp.down_proj(inside)[0])
+            else:
+                result.copy_(nn.functional.linear(inside, local(mlp.down_proj.weight))[0])
+        if self.ranks is not None:
+            out = self.ranks.all_reduce(out)
+            out = out if mlp.down_proj.bias is None else out + local(mlp.down_proj.bias)
+        return self._add_norm(out.view_as(normed), total, norm)
 
     def _is_gated(self, mlp: nn.Module) -> bool:
         return hasattr(mlp, "gate_proj") and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))

@@ -22,7 +22,8 @@ class Backend(Protocol):
         device: of tokens and windows.
         takes_lists: whether its windows are lists of tokens, see [`Window`], or rectangles.
         vocab_size: of the logits.
-        logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`contract.DenoisingModel`].
+        logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`contract.DenoisingModel`]. `seeds_blocks` and
+            `causal_context` may be left out; they are False then.
     """
 
     device: torch.device
@@ -79,8 +80,10 @@ class ModelBackend:
         self.device, self.vocab_size = model.device, model.config.vocab_size
         self.logits_shift, self.block_grid = model.logits_shift, model.block_grid
         self.sees_earlier_blocks, self.confidence_source = model.sees_earlier_blocks, model.confidence_source
+        self.seeds_blocks, self.causal_context = model.seeds_blocks, model.causal_context
         self.takes_lists = fused is not None and fused.takes_lists
         self.guidance_copies = 2 if cfg_scale else 1
+        self.part = getattr(fused, "part", None)  # of the vocabulary, whose logits this process computes
 
     def open(self, slots: int, width: int) -> CanvasCache | None:
         if not self.has_cache:
@@ -121,6 +124,8 @@ class ModelBackend:
             logits = run(tokens, window, state)
         else:
             logits = self._forward(tokens, window, state)
+            if self.part is not None:  # the model gives all of them
+                logits = logits[..., self.part.begin : self.part.end]
         return logits if unconditional is None else guide(logits, self.cfg_scale)
 
     def _forward(self, tokens: torch.Tensor, window: Window, state: CanvasCache | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ class Beginnings:
     """
 
     def __init__(self, slots: int, columns: int):
-        self._tokens = numpy.zeros((slots, columns), dtype=int)
+        self._tokens = numpy.zeros((slots, columns), dtype=numpy.int32)
         self._lengths, self._block_lengths = numpy.zeros((2, slots), dtype=int)
 
     def put(self, slot: int, tokens: numpy.ndarray, block_length: int) -> None:
@@ -31,7 +31,7 @@ class Beginnings:
     def find(self, tokens: numpy.ndarray, block_length: int) -> tuple[list[int], int]:
         """The slots with the longest common beginning, and its length in columns; no slots where there is none."""
         whole = len(tokens) // block_length * block_length
-        text = tokens[:whole]
+        text = tokens[:whole].astype(numpy.int32)
         # Most texts differ in their first block.
         alike = (self._lengths >= block_length) & (self._block_lengths == block_length)
         alike &= (self._tokens[:, :block_length] == text[:block_length]).all(1) if whole else False

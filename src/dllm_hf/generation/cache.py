@@ -19,6 +19,7 @@ from ..kernels.triton import triton
 from .configuration import DiffusionGenerationConfig
 from .contract import DenoisingModel
 from .extents import Extents
+from .ranks import ranks_of
 from .uploads import uploaded
 from .window import Window
 
@@ -44,9 +45,10 @@ def identity_of(model: DenoisingModel) -> str:
 
 
 def column_bytes_of(model: DenoisingModel) -> int:
-    """Bytes that a column of a row takes in the key-value cache of a model."""
-    config = model.config
+    """Bytes that a column of a row takes in the key-value cache of a model, or of this process' part of it."""
+    config, ranks = model.config, ranks_of(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = heads if ranks is None else max(heads // ranks.size, 1)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim * torch.empty((), dtype=model.dtype).element_size()
 

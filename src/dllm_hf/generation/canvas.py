@@ -4,11 +4,14 @@ import torch
 
 from .configuration import as_token_list
 from .remasking import RULES, SCORES
-from .requests import Row
+from .requests import MAX_LOGPROBS, Row
 from .uploads import uploaded
 
 # The numeric options of a row, in the order of the columns of `Canvas.numbers`.
-NUMBERS = ("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp")
+NUMBERS = (
+    *("temperature", "top_p", "min_p", "confidence_threshold", "entropy_bound", "factor", "alg_temp"),
+    *("editing_threshold", "max_post_steps"),
+)
 LISTS = ("eos_token_id", "suppress_tokens", "confidence_suppress_tokens")
 MAX_TOP_K = 2**31  # no vocabulary is larger, and a tensor takes no integers of more than 64 bits
 
@@ -25,14 +28,23 @@ class Canvas:
             never read.
         is_prompt: `(slots, capacity + 1)` bool, the prompt's tokens without its masks.
         plan: `(slots, capacity + 1)`, the step of its block at which a position may be transferred.
-        numbers: `(slots, 7)` float32, see `NUMBERS`; a `top_p` of 1 and a `min_p` or `alg_temp` of 0 change nothing.
+        numbers: `(slots, 9)` float32, see `NUMBERS`; a `top_p` or `editing_threshold` of 1 and a `min_p` or `alg_temp` of 0
+            change nothing.
         choices: `(slots, 4)`: score, rule (see [`remasking`]), `top_k` (0: all), prompt length.
         lists: by name and width, `(slots, width)` token ids of the options in `LISTS`. A shorter list is padded with its
             last token, an empty one with -1.
-        report: `(slots, 2)`, after the last step: whether a mask is left in the shown part of the row's block, and whether
-            the block holds an end of sequence.
-        counts: `(slots, 2)`, forward passes that gave the row a token, and tokens that it received.
+        report: `(slots, 3)`, after the last step: whether the row's block goes on, as a rule since a mask is left in its
+            shown part, whether it holds an end of sequence, and whether the first of the columns that are decoded is masked.
+        post_steps: `(slots,)`, steps of the row's block since it has had no mask, where its tokens may be edited.
+        counts: `(slots, 2)`, forward passes that gave the row a token (of a row with editing all), and tokens that it
+            received at masks.
         saw_nan: whether logits were NaN at a position that could be transferred.
+        logprobs: of tokens that steps have transferred, while a row that asks for it took part: `own`, `(slots, capacity + 1)`
+            float32, NaN where no step of the row has transferred one; where a row wants more, `top` and `top_tokens`,
+            `(slots, capacity + 1, MAX_LOGPROBS)` float32 and int32, falling, of which the vocabulary may not fill all.
+            Empty until a row asks.
+        allowed: `(slots, words)` int32, a bit for each token of the vocabulary that a row may be given, 32 to a word, the
+            first token's the lowest; None until [`Canvas.allow`] is called.
     """
 
     def __init__(self, slots: int, capacity: int, device: torch.device):
@@ -42,8 +54,11 @@ class Canvas:
         self.is_prompt = zeros(slots, capacity + 1, dtype=torch.bool)
         self.numbers, self.choices = zeros(slots, len(NUMBERS), dtype=torch.float32), zeros(slots, 4)
         self.lists: dict[tuple[str, int], torch.Tensor] = {}
-        self.report, self.counts = zeros(2, slots, 2)
+        self.report, self.counts = zeros(slots, 3), zeros(slots, 2)
+        self.post_steps = zeros(slots)
         self.saw_nan = zeros((), dtype=torch.bool)
+        self.logprobs: dict[str, torch.Tensor] = {}
+        self.allowed: torch.Tensor | None = None
 
     def load(self, rows: list[Row]) -> None:
         """Write the initial tokens and the options of rows into their slots."""
@@ -64,6 +79,26 @@ class Canvas:
         self.numbers.index_copy_(0, slots, uploaded(numbers, self.device))
         self.choices.index_copy_(0, slots, uploaded(choices, self.device))
         self.counts.index_fill_(0, slots, 0)
+        if self.allowed is not None:
+            self.allowed.index_fill_(0, slots, -1)
+        asked = [row.request.logprobs for row in rows if row.request.logprobs is not None]
+        if asked:
+            self._make_logprobs(max(asked))
+            self.logprobs["own"].index_fill_(0, slots, torch.nan)
+
+    def allow(self, rows: list[Row], words: torch.Tensor) -> None:
+        """Say which tokens the next steps may propose for constrained rows. `words`: `(rows, words)`, see `allowed`."""
+        if self.allowed is None:
+            self.allowed = torch.full((self.slots, words.shape[1]), -1, dtype=torch.int32, device=self.device)
+        self.allowed.index_copy_(0, self._indices(rows), uploaded(words, self.device))
+
+    def _make_logprobs(self, most: int) -> None:
+        shape = (self.slots, self.capacity + 1)
+        if "own" not in self.logprobs:
+            self.logprobs["own"] = torch.full(shape, torch.nan, device=self.device)
+        if most and "top" not in self.logprobs:
+            self.logprobs["top"] = torch.full((*shape, MAX_LOGPROBS), -torch.inf, device=self.device)
+            self.logprobs["top_tokens"] = torch.full((*shape, MAX_LOGPROBS), -1, dtype=torch.int32, device=self.device)
 
     def load_list(self, name: str, width: int, rows: list[Row]) -> None:
         """Write the token ids that an option of the rows lists into the list of so many tokens."""
@@ -92,7 +127,9 @@ def numbers_of(row: Row) -> list[float]:
     options = row.request.options
     values = {name: getattr(options, name) for name in NUMBERS}
     values["temperature"] = options.sampling_temperature
-    return [float(value if value is not None else name == "top_p") for name, value in values.items()]
+    values["max_post_steps"] = options.max_post_steps if row.edits else 0
+    neutral = dict.fromkeys(("top_p", "editing_threshold"), 1.0)
+    return [float(neutral.get(name, 0.0) if value is None else value) for name, value in values.items()]
 
 
 def choices_of(row: Row) -> list[int]:

@@ -83,17 +83,19 @@ _REPLACES = {
 # Options, their type, what must hold of a value, and how an error says it.
 _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
     (("max_new_tokens",), int, lambda v: v >= 0, "an integer of at least 0"),
+    (("max_post_steps",), int, lambda v: 0 <= v <= MAX_STEPS, f"an integer from 0 to {MAX_STEPS}"),
     (("max_length", "block_length", "prefill_chunk_size"), int, lambda v: v >= 1, "an integer of at least 1"),
+    (("small_block_size",), int, lambda v: v >= 1, "an integer of at least 1"),
     (("num_return_sequences", "check_interval"), int, lambda v: v >= 1, "an integer of at least 1"),
     (("steps", "denoising_steps"), int, lambda v: 1 <= v <= MAX_STEPS, f"an integer from 1 to {MAX_STEPS}"),
     (("top_k",), int, lambda v: v >= 0, "an integer of at least 0 (0 turns it off)"),
     (("temperature", "cfg_scale", "alg_temp"), float, lambda v: v >= 0, "a number of at least 0"),
     (("entropy_bound", "factor", "repetition_penalty", "max_time"), float, lambda v: v > 0, "a number above 0"),
-    (("min_p",), float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    (("min_p", "editing_threshold"), float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     (("confidence_threshold", "top_p"), float, lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
     (("eps",), float, lambda v: 0 < v < 1, "a number between 0 and 1"),
     (("do_sample", "disable_compile", "torch_compile", *LLADA_SWITCHES), bool, lambda v: True, "True or False"),
-    (("output_history", "return_dict_in_generate"), bool, lambda v: True, "True or False"),
+    (("output_history", "return_dict_in_generate", "use_block_cache"), bool, lambda v: True, "True or False"),
     (("mask_token_id", "pad_token_id", "bos_token_id"), int, lambda v: v >= 0, "a token id"),
 )
 
@@ -139,6 +141,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         max_new_tokens (`int`, defaults to 128): positions to fill after the prompt; 0 only fills masks in the prompt.
         max_length (`int`): length of prompt and new tokens together; used where `max_new_tokens` is not given.
         block_length (`int`): positions decoded together.
+        small_block_size (`int`): Fast-dLLM v2 decodes a block in sub-blocks of so many positions, from left to right.
+        use_block_cache (`bool`): once the first position of a sub-block is decided, passes feed the sub-block alone. The keys of
+            the rest of the block are then those of the last pass over all of it: an approximation.
         steps (`int`): denoising steps of the whole completion, spread evenly over its blocks.
         denoising_steps (`int`): denoising steps of each block. Without either, a step transfers one token.
         temperature (`float`, defaults to 0.0): 0 proposes the arg-max.
@@ -150,6 +155,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         confidence_threshold (`float` in (0, 1], defaults to 0.9): read by `low_confidence_dynamic`.
         entropy_bound (`float`, defaults to 0.1): nats, read by `entropy_bounded`.
         factor (`float`, defaults to 1.0): read by `factor`.
+        editing_threshold (`float` in [0, 1]): a token of the block, not one of the prompt, is replaced by a proposal of a
+            higher probability; 1 replaces none. Only for models that edit tokens (`supports_editing`).
+        max_post_steps (`int`, defaults to 16): with `editing_threshold`, a block whose masks are gone goes on until a step
+            has replaced nothing, and for so many steps at most.
         alg_temp (`float`): > 0 draws the quota from `softmax(confidence / alg_temp)` instead of taking the best.
         eps (`float`, defaults to 1e-3): the last timestep of Dream's schedule.
         cfg_scale (`float`, defaults to 0.0): classifier-free guidance; doubles the batch of every forward pass.
@@ -179,6 +188,8 @@ class DiffusionGenerationConfig(GenerationConfig):
     # `Any`: optional here, but set in the options of a row (`DiffusionGenerationMixin.diffusion_request`). Only models
     # without a cache policy `block` leave `block_length` at None there.
     block_length: Any = None
+    small_block_size: int | None = None
+    use_block_cache: bool = False
     steps: int | None = None
     denoising_steps: int | None = None
     temperature: float = 0.0
@@ -191,6 +202,8 @@ class DiffusionGenerationConfig(GenerationConfig):
     confidence_threshold: float = 0.9
     entropy_bound: float = 0.1
     factor: float = 1.0
+    editing_threshold: float | None = None
+    max_post_steps: Any = None  # as `block_length`, where there is an `editing_threshold`
     alg_temp: float | None = None
     eps: float = 1e-3
     cfg_scale: float = 0.0
@@ -232,7 +245,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         _refuse_unknown(options)
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
-        config = copy.deepcopy(self)
+        config = copy.copy(self)  # no value is ever changed, only replaced
         for given, stored in _REPLACES.items():
             if given in options and stored not in options:
                 setattr(config, stored, None)

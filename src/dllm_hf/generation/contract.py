@@ -40,8 +40,17 @@ class DenoisingModel(nn.Module):
         confidence_source: `"raw"` reads confidence from the logits as the model gave them, `"processed"` after
             temperature, top-k and top-p.
         sees_earlier_blocks: whether a token sees its own and earlier blocks alone; otherwise it sees the whole canvas.
+        quota_source: what `denoising_steps` divides into the quotas of a block's steps: `"masks"`, those of the block, or
+            `"block"`, its length, so that a block that begins with prompt has larger steps. Then there are no more steps than
+            tokens to fill.
+        supports_editing: whether a token may be replaced until its block is done (`editing_threshold`).
         makes_masks: whether attention takes a mask that the loop makes; otherwise the model derives it from the blocks.
         has_fixed_block_length: whether the model decodes in blocks of `default_block_length` alone.
+        seeds_blocks: whether a block's first token, the seed, is decided by a pass over the clean text before the block alone,
+            whose last logits are the seed's whatever `logits_shift` is. With it, the policy is `block` or `none`.
+        causal_context: whether the columns before the block see none behind themselves. With it, the policy is as above.
+        default_small_block_size: positions of a block that are decoded together, from left to right, where they divide the
+            block and the call says nothing; None for models that have no sub-blocks.
         capacity_step: the fast path allocates a multiple of this number of columns, see [`pool.capacity_for`]. The steps of
             a conversation that outgrows its columns are captured anew.
     """
@@ -56,8 +65,13 @@ class DenoisingModel(nn.Module):
     default_remasking_strategy: str = "low_confidence_static"
     confidence_source: str = "processed"
     sees_earlier_blocks: bool = False
+    quota_source: str = "masks"
+    supports_editing: bool = False
     makes_masks: bool = True
     has_fixed_block_length: bool = False
+    seeds_blocks: bool = False
+    causal_context: bool = False
+    default_small_block_size: int | None = None
     capacity_step: int = 256
 
     @property
@@ -71,3 +85,14 @@ class DenoisingModel(nn.Module):
     def step_forward(self) -> StepForward | None:
         """A new one for the model as it is now; None where there is none."""
         return None
+
+
+def models_with(attribute: str) -> str:
+    """The names of the model classes, as far as they are imported, for which an attribute of the contract is true."""
+    classes, found = [DenoisingModel], set[str]()
+    while classes:
+        each = classes.pop()
+        classes += each.__subclasses__()
+        if getattr(each, attribute):
+            found.add(each.__name__)
+    return ", ".join(sorted(found)) or "none of those that are loaded"

@@ -140,6 +140,7 @@ class Decoder:
     def launch(self) -> None:
         """The forward passes of a step, without waiting for what comes of them on the device."""
         self.seats.take_beginnings()
+        self.seats.upload()
         rows = [row for row in self.busy if not self.seats.waits(row)]
         for row in rows:
             if not row.is_open:
@@ -167,8 +168,8 @@ class Decoder:
         report = self._report(checked) if checked else {}
         finished = []
         for row in rows:
-            left, has_end = report.get(row.slot, (True, False))
-            if row.note_step(is_filled=not left and row.needs_check(self.is_hooked)):
+            left, has_end, first_is_masked = report.get(row.slot, (True, False, False))
+            if row.note_step(not left and row.needs_check(self.is_hooked), first_is_masked):
                 finished.append(row)
                 if has_end:
                     row.end(row.shown)
@@ -176,8 +177,8 @@ class Decoder:
 
     def _open_block(self, row: Row) -> None:
         start, end = row.span
-        if row.final_length > start:  # masks have been put back into a finished block
-            row.final_length = self.forget(row, start)
+        if row.final_length > row.cell[0]:  # masks have been put back into a finished block
+            row.final_length = self.forget(row, row.cell[0])
         masked = None
         if self.is_hooked:
             masked = (self.canvas.tokens[row.slot, start:end] == row.mask).cpu()
@@ -191,7 +192,7 @@ class Decoder:
         frames = {row: row.frame() for row in rows if row.wants_pass}
         if self.token_budget is None:
             return rows, frames
-        longest_step = 2 * max((row.span[1] - row.span[0] for row in rows), default=0) + 1
+        longest_step = 2 * max((row.cell[1] - row.cell[0] for row in rows), default=0) + 1
         wide = {row: width for row, frame in frames.items() if (width := frame.end - frame.start) > longest_step}
         left = self.token_budget
         for row in sorted(wide, key=lambda row: self._last_steps[row.slot]):
@@ -204,23 +205,28 @@ class Decoder:
         return [row for row in rows if row in frames or row not in wide], frames
 
     def _must_check(self, row: Row) -> bool:
-        """Whether the host must read from the device if a row's block is filled, or if it holds an end of sequence."""
+        """Whether the host must read from the device if a row's block is filled, if it holds an end of sequence, or what the
+        next pass is to feed."""
+        if row.needs_first:
+            return True
         if self.caller_ends_rows:
-            return row.strategy.is_adaptive and row.needs_check(False)
+            return row.is_adaptive and row.needs_check(False)
         is_last = row.step + 1 >= len(row.quotas)
         return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
 
-    def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool]]:
-        """By slot: whether a mask is left in the shown part of the row's block, and whether the block holds an end."""
+    def _report(self, rows: list[Row]) -> dict[int, tuple[bool, ...]]:
+        """By slot what [`Canvas`] calls a report."""
+        report = self.canvas.report.tolist()
         if not self.is_hooked:
-            report = self.canvas.report.tolist()
-            return {row.slot: (bool(report[row.slot][0]), bool(report[row.slot][1])) for row in rows}
-        found = {}
+            return {row.slot: tuple(map(bool, report[row.slot])) for row in rows}
+        found: dict[int, tuple[bool, ...]] = {}
         for row in rows:
             (start, end), ends = row.span, list_of(row, LISTS[0])
             tokens = self.canvas.tokens[row.slot, :end].tolist()
             new = tokens[max(start, len(row.request.prompt)) :]
-            found[row.slot] = (row.mask in tokens[start : row.shown], any(token in ends for token in new))
+            is_left = row.mask in tokens[start : None if row.edits else row.shown]
+            goes_on = is_left or (row.edits and bool(report[row.slot][0]))
+            found[row.slot] = (goes_on, any(token in ends for token in new), tokens[start] == row.mask)
         return found
 
     def _groups(self, frames: dict[Row, Frame]) -> list[dict[Row, Frame]]:
@@ -231,7 +237,7 @@ class Decoder:
         kinds: dict[str, dict[Row, Frame]] = {"piece": {}, "long": {}, "short": {}}
         blocks = {row: frame.end - frame.start for row, frame in frames.items() if not row.is_prefilling}
         is_small = max(blocks.values(), default=0) * len(blocks) <= max(SMALL_PASS, 2 * sum(blocks.values()))
-        limit = 2 * max((row.span[1] - row.span[0] for row in blocks), default=0) + 1
+        limit = 2 * max((row.cell[1] - row.cell[0] for row in blocks), default=0) + 1
         for row, frame in frames.items():
             kind = "piece" if row not in blocks else "short" if is_small or blocks[row] <= limit else "long"
             kinds[kind][row] = frame
@@ -276,7 +282,7 @@ class Decoder:
     def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features, may_capture: bool) -> None:
         backend, canvas, state = self.backend, self.canvas, self.workspace.state
         reads_raw_logits = backend.confidence_source == "raw"
-        guided = getattr(backend, "cfg_scale", 0)
+        guided, part = getattr(backend, "cfg_scale", 0), getattr(backend, "part", None)
 
         def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
             guidance = {}
@@ -290,7 +296,7 @@ class Decoder:
             return self.process(logits.masked_fill_(is_idle, 0), [row for row in self.rows if row])
 
         def compute(window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
-            denoise(canvas, window, quota, forward, noise, features, reads_raw_logits)
+            denoise(canvas, window, quota, forward, noise, features, reads_raw_logits, part)
 
         small = window.columns.numel() <= MAX_CAPTURED_TOKENS and not window.is_canvas and window.block.shape[1]
         if may_capture and small and backend.covers(window):
@@ -306,7 +312,9 @@ class Decoder:
             if backend.takes_lists:
                 window = make_list(*every, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0)
             else:
-                before = backend.logits_shift if backend.sees_earlier_blocks else 0
+                # A seed is not decided by the hidden state before its block, which only a recurrent cache keeps.
+                has_hidden = backend.sees_earlier_blocks and not self.seats.seeds_blocks
+                before = backend.logits_shift if has_hidden else 0
                 window = make_window(*every, before=before, multiple=64 if self.uses_graphs else 1)
             self._window = key, window.to(self.canvas.device)
         return self._window[1]

@@ -1,7 +1,7 @@
 """Where the columns of each slot are in an arena that all slots share."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -27,7 +27,7 @@ class Extents:
     Attributes:
         table: `(4, slots)`, on the device: column i of a slot's canvas is column base + i of the arena, before `shared` it is
             shared_base + i; rows are base, the number of columns of the canvas, shared_base, shared. A captured step reads
-            them, so that it does not depend on what the extents are.
+            them, so that it does not depend on what the extents are. As of the last [`Extents.upload`].
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Extents:
             int, tuple[int, int]
         ] = {}  # by slot: a shared beginning's key, and how much of it the slot reads
         self._keys = itertools.count(slots)
+        self._changed: set[int] = set()  # slots of which the device's table does not know
 
     def place_of(self, slot: int, column: int) -> int:
         """The column of the arena where a column of a slot's canvas stands, which it does not share."""
@@ -83,13 +84,13 @@ class Extents:
                 begin = self._gap(size)
             assert begin is not None
             self._held[slot] = begin, size
-        self._upload([slot])
+        self._changed.add(slot)
         return is_possible
 
     def shrink(self, slot: int, size: int) -> None:
         """Take the last columns of a canvas away."""
         self._held[slot] = self._held[slot][0], size - self.shared_of(slot)
-        self._upload([slot])
+        self._changed.add(slot)
 
     def share(self, source: int, target: int, columns: int) -> None:
         """Let a slot read the first columns of another one's canvas where they stand, as many of `columns` as the other does
@@ -101,7 +102,7 @@ class Extents:
             self._shared[source] = key, columns
         key, known = self._shared[source]
         self._shared[target] = key, min(columns, known)
-        self._upload([source])
+        self._changed |= {source, target}
 
     def release(self, slot: int) -> None:
         """Take a slot's extent away, and its part in a beginning."""
@@ -109,18 +110,21 @@ class Extents:
         if key is not None and all(other != key for other, _ in self._shared.values()):
             del self._held[key]
         if self._held.pop(slot, None) or key is not None:
-            self._upload([slot])
+            self._changed.add(slot)
 
-    def _upload(self, slots: Iterable[int]) -> None:
-        """Tell the device where the canvases of slots are. The whole table at once: numbers that are written one by one would
-        each wait for all that the device has to do."""
-        for slot in slots:
+    def upload(self) -> None:
+        """Tell the device where the canvases of slots are; before a pass. The whole table at once: numbers that are written one
+        by one would each wait for all that the device has to do."""
+        if not self._changed:
+            return
+        for slot in self._changed:
             key, shared = self._shared.get(slot, (None, 0))
             row = [0, 1, 0, 0]
             if slot in self._held:
                 row[:2] = self._held[slot][0] - shared, self.size_of(slot)
                 row[2:] = (0 if key is None else self._held[key][0]), shared
             self._table[:, slot] = torch.tensor(row)
+        self._changed.clear()
         self.table.copy_(uploaded(self._table, self.table.device))
 
     def _gap(self, size: int) -> int | None:
@@ -141,4 +145,4 @@ class Extents:
         if moves:
             self._move(list(moves.values()))
         self._held |= {key: (target, size) for key, (_, target, size) in moves.items()}
-        self._upload(range(self._table.shape[1]))
+        self._changed |= set(range(self._table.shape[1]))

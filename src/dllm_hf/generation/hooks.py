@@ -95,6 +95,22 @@ class Session:
         shown[:, :number] = torch.where(self.shown[:, :number] < 0, self.prompts, shown[:, :number])
         return shown
 
+    def logprobs(self) -> dict[str, torch.Tensor]:
+        """The log-probabilities that [`DiffusionGenerateOutput`] has, in the layout of [`Session.sequences`]; empty where
+        none were asked for."""
+        asked, tables = self.rows[0].request.logprobs, self.canvas.logprobs
+        if asked is None:
+            return {}
+        rows = torch.arange(len(self.rows), device=self.shown.device)[:, None]
+        shown = {name: table[rows, self.shown.clamp(min=0)] for name, table in tables.items()}
+        own = shown["own"].masked_fill(self.shown < 0, torch.nan)
+        found = {"logprobs": own}
+        if asked:
+            is_given = own.isnan()[..., None]
+            found["top_logprobs"] = shown["top"][..., :asked].masked_fill(is_given, torch.nan)
+            found["top_token_ids"] = shown["top_tokens"][..., :asked].long().masked_fill(is_given, -1)
+        return found
+
     def process(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
         """Run logits hook and processors, between forward pass and selection. `logits`: `(batch, block, vocab)`."""
         if self.hooks.logits is not None:
@@ -132,6 +148,8 @@ class Session:
                 f"`generation_tokens_hook_func` must return the sequences, {tuple(self.shown.shape)}, but gave {got}."
             )
         tokens.scatter_(1, torch.where(self.shown < 0, self.canvas.capacity, self.shown), sequences)
+        if "own" in self.canvas.logprobs:
+            self.canvas.logprobs["own"][: len(tokens)].masked_fill_(tokens != before, torch.nan)
         unchanged = (tokens[:, :-1] == before[:, :-1]).long().cumprod(-1).sum(-1).tolist()
         for row, column in zip(self.rows, unchanged, strict=True):
             if row.first_feeds == "not yet final":
@@ -176,5 +194,7 @@ class Session:
             end = end_of(row, text[: row.shown])
             if end < row.shown:
                 self.canvas.tokens[row.slot, end:] = row.request.options.pad_token_id
+                if row.request.logprobs is not None:
+                    self.canvas.logprobs["own"][row.slot, end:] = torch.nan
                 if row.first_feeds == "not yet final":
                     row.final_length = self.forget(row, end)

@@ -26,13 +26,15 @@ from .backend import ModelBackend
 from .cache import CanvasCache, identity_of
 from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
-from .contract import DenoisingModel
+from .contract import DenoisingModel, models_with
 from .decoder import Decoder
+from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
 from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, unpack_inputs
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
+from .ranks import SharedCriterion, ranks_of
 from .requests import Request
 from .sampling import make_processors
 from .stopping import StopStrings
@@ -52,6 +54,11 @@ class DiffusionGenerateOutput(ModelOutput):
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): the row's new tokens per forward pass, counting the
             passes in which the row received any.
         past_key_values (`Cache`): the cache, where the policy keeps one that a later call can use.
+        logprobs (`torch.FloatTensor` of shape `(batch, prompt + new tokens)`): with `logprobs`, the log-probability of each
+            token at the step that transferred it, NaN for tokens that no step transferred. See `diffusion_generate`.
+        top_logprobs (`torch.FloatTensor` of shape `(batch, prompt + new tokens, k)`): those of the `k` most probable tokens
+            at that step, falling, with `logprobs=k` above 0.
+        top_token_ids (`torch.LongTensor` of that shape): these tokens.
     """
 
     sequences: torch.Tensor | None = None
@@ -59,6 +66,9 @@ class DiffusionGenerateOutput(ModelOutput):
     num_forward_passes: int | None = None
     tokens_per_forward: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    logprobs: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    top_token_ids: torch.Tensor | None = None
 
 
 class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
@@ -88,6 +98,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         streamer=None,
         past_key_values: CanvasCache | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        logprobs: int | None = None,
         generation_tokens_hook_func: Callable | None = None,
         generation_logits_hook_func: Callable | None = None,
         **kwargs,
@@ -109,13 +120,17 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             past_key_values: the cache that an earlier call with `cache_policy="block"` returned, for a prompt that goes
                 on from there: only what is new is computed.
             tokenizer: needed for `stop_strings`.
+            logprobs: return log-probabilities as well, and a [`DiffusionGenerateOutput`]: 0 gives that of each transferred
+                token, a number up to 20 those of as many most probable tokens besides. They are of the distribution at the
+                step at which the token was transferred, as the model gave it (vLLM's `raw_logprobs`): after guidance, hooks
+                and processors, before suppressed tokens, temperature and filters; the mask counts in it. In float32. They do
+                not add up to the likelihood of the text, since each was read beside other masks.
             generation_tokens_hook_func, generation_logits_hook_func: `(step, sequences, logits)`, run at each step;
                 they return the sequences, or the logits of the block, `(batch, block, vocab)`.
             kwargs: options of [`DiffusionGenerationConfig`], or the originals' names for them.
 
         Returns:
-            `(batch, prompt + max_new_tokens)` token ids, or a [`DiffusionGenerateOutput`] with
-            `return_dict_in_generate=True`.
+            `(batch, prompt + max_new_tokens)` token ids; a [`DiffusionGenerateOutput`] if `return_dict_in_generate=True`.
 
         Raises:
             ValueError: names the argument that is wrong and what to do, before any forward pass.
@@ -129,11 +144,14 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         whole_block = config.block_length or 0 if self.block_grid == "zero" else 0
         check_batch(len(lengths) * config.num_return_sequences, max(width, whole_block), generator, streamer)
         max_time = [] if config.max_time is None else [MaxTimeCriteria(config.max_time)]
+        criteria, ranks = [*max_time, *(stopping_criteria or [])], ranks_of(self)
+        if ranks is not None:
+            criteria = [SharedCriterion(each, ranks) for each in criteria]
         hooks = Hooks(
             generation_tokens_hook_func,
             generation_logits_hook_func,
             LogitsProcessorList([*make_processors(config), *(logits_processor or [])]),
-            StoppingCriteriaList([*max_time, *(stopping_criteria or [])]),
+            StoppingCriteriaList(criteria),
             StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None,
             streamer,
             config.output_history,
@@ -142,7 +160,12 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         lengths = [length for length in lengths for _ in range(config.num_return_sequences)]
         prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
-        requests = [Request(prompt, new_tokens, config, one) for prompt, one in zip(prompts, generators, strict=True)]
+        if ranks is not None:
+            ranks.check_heads(self)
+            ranks.check_same(self.device, prompts, config.to_dict())
+            ranks.share_draws(generators, self.device)
+        rows = zip(prompts, generators, strict=True)
+        requests = [Request(prompt, new_tokens, config, one, self.quota_source, logprobs) for prompt, one in rows]
         texts = [request.canvas(self.block_grid) for request in requests]
         # A grid at 0 decodes whole blocks, which may take a few positions more.
         check_fits(
@@ -187,7 +210,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                 "The model gave logits that are no numbers, and what was decoded from them means nothing. In float16 this "
                 "is an overflow: load the model with `dtype=torch.bfloat16` or `torch.float32`."
             )
-        sequences, returns_dict = session.sequences(), config.return_dict_in_generate or config.output_history
+        sequences, logprobs = session.sequences(), session.logprobs()
+        returns_dict = config.return_dict_in_generate or config.output_history or bool(logprobs)
         cache = workspace.state if past is None else past
         if not isinstance(cache, CanvasCache) or config.cache_policy != "block" or config.cfg_scale:
             cache = None  # of no use to a later call
@@ -209,6 +233,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             decoder.num_forward_passes,
             canvas.counts[:, 1] / canvas.counts[:, 0].clamp(min=1),
             cache,
+            **logprobs,
         )
 
     def _open(
@@ -245,12 +270,14 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             backend.fused.prepare(past, slots)
         return workspace, final_lengths
 
-    def diffusion_request(self, prompt: list[int], generator: torch.Generator | None = None, **options) -> Request:
+    def diffusion_request(
+        self, prompt: list[int], generator: torch.Generator | None = None, logprobs: int | None = None, **options
+    ) -> Request:
         """What a [`Decoder`] decodes in one row: a prompt, and options resolved as [`diffusion_generate`] resolves them."""
         config = self._prepare_diffusion_config(None, options)
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         check_fits(self.config, len(prompt) + new_tokens, new_tokens)
-        request = Request(list(prompt), new_tokens, config, generator)
+        request = Request(list(prompt), new_tokens, config, generator, self.quota_source, logprobs)
         check_inputs(torch.from_numpy(request.ids)[None], None, self.config.vocab_size)
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
@@ -297,20 +324,46 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                 if not tokens:
                     raise ValueError(f"`{switch}=True` needs an `eos_token_id`, and neither call nor config has one.")
                 setattr(config, option, [*as_token_list(getattr(config, option)), *tokens])
+        if len({config.mask_token_id, *as_token_list(config.suppress_tokens)}) >= self.config.vocab_size:
+            raise ValueError(
+                "`suppress_tokens` (with `bad_words_ids` and `logits_eos_inf`) holds every token but the mask, so that none "
+                "is left to propose: list fewer."
+            )
         config.remasking_strategy = config.remasking_strategy or self.default_remasking_strategy
+        check_editing(self, config)
         config.block_length = config.block_length or self.default_block_length
         if self.has_fixed_block_length and config.block_length != self.default_block_length:
             raise ValueError(
                 f"`block_length={config.block_length}` is not the model's `block_size={self.default_block_length}`, in "
                 "which its state moves on: leave `block_length` out."
             )
+        self._prepare_sub_blocks(config)
         config.cache_policy = config.cache_policy or self.cache_policies[0]
         if config.cache_policy not in self.cache_policies:
             raise ValueError(
                 f"`cache_policy={config.cache_policy!r}` is not possible with {type(self).__name__}: "
                 f"choose one of {', '.join(self.cache_policies)}."
             )
+        if config.use_block_cache and config.cache_policy != "block":
+            raise ValueError("`use_block_cache=True` needs the keys of the block: choose `cache_policy='block'`.")
         return config
+
+    def _prepare_sub_blocks(self, config: DiffusionGenerationConfig) -> None:
+        """Fill in the model's `small_block_size`, and check what is given."""
+        size, default, length = config.small_block_size, self.default_small_block_size, config.block_length
+        if default is None:
+            if size is not None or config.use_block_cache:
+                name = "use_block_cache" if size is None else "small_block_size"
+                raise ValueError(
+                    f"`{name}={getattr(config, name)}` is for models that decode a block in sub-blocks "
+                    f"({models_with('default_small_block_size')}), and {type(self).__name__} has none: leave it out."
+                )
+        elif size is None:
+            config.small_block_size = length if length % default else default
+        elif length % size:
+            raise ValueError(
+                f"`small_block_size={size}` does not divide `block_length={length}`: choose one that does, or leave it out."
+            )
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any

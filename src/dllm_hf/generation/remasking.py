@@ -51,7 +51,9 @@ STRATEGIES = {
 }
 
 
-def transfer_quotas(masks: int, steps: int | None, strategy: Strategy, eps: float) -> list[int]:
+def transfer_quotas(
+    masks: int, steps: int | None, strategy: Strategy, eps: float, whole: int | None = None
+) -> list[int]:
     """How many tokens each step of a block must transfer.
 
     Args:
@@ -60,11 +62,18 @@ def transfer_quotas(masks: int, steps: int | None, strategy: Strategy, eps: floa
         strategy: `schedule` is `uniform` (LLaDA, SDAR: the masks divided by the steps, the remainder on the first
             steps) or `timestep` (Dream: `int(masks left * (1 - t[i+1] / t[i]))`, the rest on the last step).
         eps: the last timestep.
+        whole: what a uniform schedule divides in the place of the masks, for as long as masks are left (LLaDA2: the block's
+            length).
     """
     if steps is None or strategy.selection in ("factor", "entropy_bound"):
         return [1] * masks
     if strategy.schedule == "uniform":
-        return [masks // steps + (step < masks % steps) for step in range(min(steps, masks))]
+        whole, quotas = masks if whole is None else whole, list[int]()
+        while masks > 0:
+            step = len(quotas)
+            quotas.append(min(whole // steps + (step < whole % steps), masks))
+            masks -= quotas[-1]
+        return quotas
     timesteps, quotas, left = _timesteps(steps, eps), [], masks
     for ratio in (1 - timesteps[1:] / timesteps[:-1])[:-1]:
         quotas.append(int(torch.tensor(left, dtype=torch.float32) * ratio))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -11,6 +12,9 @@ import torch
 from .configuration import DiffusionGenerationConfig
 from .remasking import STRATEGIES, Strategy, bernoulli_plan, transfer_quotas
 from .window import Frame
+
+# As many of the most probable tokens as OpenAI's API gives.
+MAX_LOGPROBS = 20
 
 # What the first pass of a block feeds, and what its other passes feed.
 POLICIES = {
@@ -35,12 +39,22 @@ class Request:
     options: with special tokens, `remasking_strategy` and `cache_policy` set; a `block_length` of None puts all masks into
         one block.
     generator: draws for this row; None is PyTorch's own. Rows that share one share their draws.
+    quota_source: see [`contract.DenoisingModel`].
+    logprobs: see [`DiffusionGenerationMixin.diffusion_generate`].
+    is_constrained: whether the caller says before each step which tokens it may propose, see [`canvas.Canvas.allow`].
     """
 
     prompt: list[int]
     max_new_tokens: int
     options: DiffusionGenerationConfig
     generator: torch.Generator | None = None
+    quota_source: str = "masks"
+    logprobs: int | None = None
+    is_constrained: bool = False
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= MAX_LOGPROBS):
+            raise ValueError(f"`logprobs` must be an integer from 0 to {MAX_LOGPROBS}, but is {self.logprobs!r}.")
 
     @cached_property
     def ids(self) -> numpy.ndarray:
@@ -64,29 +78,63 @@ class Request:
         return [*self.prompt, *[self.options.mask_token_id] * (self.length(block_grid) - len(self.prompt))]
 
 
+class Part(NamedTuple):
+    """Columns that are decoded together: a block of the grid, or of such a block its seed or a sub-block.
+
+    span: the first column, and the one behind the last.
+    masks: how many of the columns are masked.
+    steps: denoising steps; None for one token a step.
+    cell: the block, which the passes feed.
+    sub_block: the sub-block, of which the seed may have decided the first column.
+    is_seed: whether it is the block's first token, decided by the text before the block.
+    """
+
+    span: tuple[int, int]
+    masks: int
+    steps: int | None
+    cell: tuple[int, int]
+    sub_block: tuple[int, int]
+    is_seed: bool
+
+
 class Row:
     """A row that is being decoded, as numbers on the host. Position = column; the canvas is the prompt and the positions
     to fill.
 
     Args:
         slot: the row's index in the buffers.
-        block_grid, sees_earlier_blocks, logits_shift: as in [`backend.Backend`].
+        block_grid, sees_earlier_blocks, logits_shift, seeds_blocks, causal_context: as in [`backend.Backend`].
 
     Attributes:
         text: the canvas before the first step.
+        blocks: what is decoded, one after the other, each a [`Part`].
         shown, length: the number of columns that the output shows, and of all.
+        edits: whether tokens of a block may be replaced until it is done.
         causal_grid: the block length where blocks see earlier ones alone, 0 where a token sees the whole row.
         final_length: the column up to which the cache holds final keys and values (policy `block`).
+        whole_cell: the block of which a pass has fed all columns last.
+        first_is_masked: whether the first column of the sub-block is masked, as far as the host knows.
         passes: forward passes that the row took part in.
         is_done: whether no block is left to decode. has_ended: whether the row was ended before its last block.
     """
 
-    def __init__(self, request: Request, slot: int, block_grid: str, sees_earlier_blocks: bool, logits_shift: int):
+    def __init__(
+        self,
+        request: Request,
+        slot: int,
+        block_grid: str,
+        sees_earlier_blocks: bool,
+        logits_shift: int,
+        seeds_blocks: bool = False,
+        causal_context: bool = False,
+    ):
         options = request.options
+        self.seeds_blocks, self.causal_context = seeds_blocks, causal_context
         self.request, self.slot, self.block_grid, self.logits_shift = request, slot, block_grid, logits_shift
         self.block_length, self.mask = options.block_length, options.mask_token_id
         self.strategy: Strategy = STRATEGIES[options.remasking_strategy]
         self.first_feeds, self.others_feed = POLICIES[options.cache_policy]
+        self.edits = options.editing_threshold is not None and options.editing_threshold < 1  # no probability exceeds 1
         size = self.block_length or 1
         self.causal_grid = (self.block_length or 0) if sees_earlier_blocks else 0
         # A piece of a prompt must not end inside a block, whose tokens see each other.
@@ -100,13 +148,16 @@ class Row:
     def begin(self, text: list[int]) -> None:
         """Start to decode the masks of `text`, the row's present canvas."""
         cells = self._cells(text)
-        masks = [text[start:end].count(self.mask) for start, end in cells]
         steps: list[int | None] = [self.request.options.denoising_steps] * len(cells)
-        if self.request.options.steps is not None:  # spread over the blocks, the remainder on the first
-            each, rest = divmod(self.request.options.steps, max(len(cells), 1))
-            steps = [max(each + (index < rest), 1) for index in range(len(cells))]
-        self.blocks = list(zip(cells, masks, steps, strict=True))
-        self.block_index, self.is_open, self.is_done = 0, False, not cells
+        if self.request.options.steps is not None:
+            steps = spread(self.request.options.steps, len(cells))
+        if self.request.quota_source == "block":
+            to_fill = text[: self.shown].count(self.mask)
+            steps = [None if number is None else min(number, to_fill) for number in steps]
+        self.blocks = [part for cell, number in zip(cells, steps) for part in self._parts(text, cell, number)]
+        self.block_index, self.is_open, self.is_done = 0, False, not self.blocks
+        self.whole_cell: tuple[int, int] | None = None
+        self.first_is_masked = False
 
     def _cells(self, text: list[int]) -> list[tuple[int, int]]:
         """The grid's cells that hold masks among the columns that are shown, as (start, end)."""
@@ -122,9 +173,35 @@ class Row:
         cells = [(max(cell, 0), min(cell + length, len(text))) for cell in range(start, len(text), length)]
         return [cell for cell in cells if self.mask in text[cell[0] : min(cell[1], self.shown)]]
 
+    def _parts(self, text: list[int], cell: tuple[int, int], steps: int | None) -> list[Part]:
+        """What of a cell is decoded, one after the other."""
+        start, end = cell
+        has_seed = self.seeds_blocks and start > 0
+        parts = []
+        if has_seed and text[start] == self.mask:
+            parts.append(Part((start, start + 1), 1, 1, cell, (start, start + 1), True))
+        size, spans = self.request.options.small_block_size or end - start, {}
+        for first in range(start, end, size):
+            last = min(first + size, end)
+            span = (max(first, start + has_seed), last)
+            if self.mask in text[span[0] : min(last, self.shown)]:
+                spans[first, last] = span
+        each: list[int | None] = [None] * len(spans) if steps is None else spread(steps, len(spans))
+        for (sub_block, span), number in zip(spans.items(), each):
+            parts.append(Part(span, text[slice(*span)].count(self.mask), number, cell, sub_block, False))
+        return parts
+
+    @property
+    def part(self) -> Part:
+        return self.blocks[self.block_index]
+
     @property
     def span(self) -> tuple[int, int]:
-        return self.blocks[self.block_index][0]
+        return self.part.span
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        return self.part.cell
 
     def open_block(
         self, uniform: Callable[[int], torch.Tensor], masked: torch.Tensor | None = None
@@ -138,12 +215,17 @@ class Row:
         Returns:
             `(width,)` on the CPU, the step at which each position may be transferred, where the strategy draws it.
         """
-        (start, end), masks, steps = self.blocks[self.block_index]
+        (start, end), masks, steps, _, sub_block, _ = self.part
         self.is_open, self.is_first, self.step, self.taken = True, True, 0, 0
+        first_is_masked = self.text[start] == self.mask if masked is None else bool(masked[0])
+        self.first_is_masked = first_is_masked and start == sub_block[0]
         if masked is not None:  # a block whose shown part has no mask is not decoded
             masks = int(masked.sum()) if masked[: self.shown - start].any() else 0
         if self.strategy.selection != "bernoulli":
-            self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps)
+            whole = (self.block_length or masks) if self.request.quota_source == "block" else masks
+            self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole)
+            if self.edits and masks:  # as many steps as there may be at most
+                self.quotas += [1] * self.request.options.max_post_steps
             return None
         # Without a number of steps: as many as there are masks, so that one token a step is expected.
         plan = bernoulli_plan(uniform(end - start), steps or masks or 1, self.request.options.eps)
@@ -156,6 +238,11 @@ class Row:
         return plan
 
     @property
+    def is_adaptive(self) -> bool:
+        """Whether it depends on the logits how many steps a block takes."""
+        return self.strategy.is_adaptive or self.edits
+
+    @property
     def wants_pass(self) -> bool:
         """Whether the next step makes a forward pass: a quota of 0 needs none."""
         return not self.is_done and self.step < len(self.quotas) and self.quotas[self.step] > 0
@@ -163,19 +250,32 @@ class Row:
     @property
     def is_prefilling(self) -> bool:
         """Whether the next pass feeds only a piece of the columns before the block, and needs no logits."""
-        return self.is_first and self.first_feeds == "not yet final" and self.span[0] - self.final_length > self.chunk
+        return self.is_first and self.first_feeds == "not yet final" and self.cell[0] - self.final_length > self.chunk
+
+    @property
+    def feeds_whole_block(self) -> bool:
+        """Whether the next pass feeds the whole block, or only a sub-block of it whose other keys are in the cache (Fast-dLLM
+        v2, arXiv:2509.26328: as long as the sub-block's first position is masked, and at least once in a block)."""
+        return not self.request.options.use_block_cache or self.first_is_masked or self.whole_cell != self.cell
 
     def frame(self) -> Frame:
         """The window of the next forward pass."""
-        start, end = self.span
+        part, (start, end) = self.part, self.cell
+        grid = end - start if self.causal_context else self.causal_grid
         if self.is_prefilling:
             stop = self.final_length + self.chunk
-            return Frame(self.final_length, stop, 0, 0, self.length, self.shown, stop, self.causal_grid)
+            causal = stop if self.causal_context else 0
+            return Frame(self.final_length, stop, 0, 0, self.length, self.shown, stop, grid, causal)
         feeds = self.first_feeds if self.is_first else self.others_feed
         before = 0 if self.causal_grid else self.logits_shift
         begin = {"canvas": 0, "not yet final": min(self.final_length, start)}.get(feeds, max(start - before, 0))
         stop = end if feeds in ("block", "not yet final") else self.length
-        return Frame(begin, stop, start, end, self.length, self.shown, start, self.causal_grid)
+        if part.is_seed and feeds == "not yet final":
+            begin, stop = min(begin, start - 1), start  # the last clean column has the logits
+        elif begin == start and not self.feeds_whole_block:
+            begin, stop = part.sub_block
+        causal = start if self.causal_context else 0
+        return Frame(begin, stop, *part.span, self.length, self.shown, start, grid, causal, int(part.is_seed))
 
     def note_pass(self) -> None:
         """Go on after the pass that [`Row.frame`] described."""
@@ -185,17 +285,24 @@ class Row:
             return
         if self.first_feeds == "not yet final":
             # The block's own keys are not final: the first pass of the next block writes them again.
-            self.final_length = self.span[0]
+            self.final_length = self.cell[0]
+        if not self.part.is_seed and self.feeds_whole_block:
+            self.whole_cell = self.cell
         self.is_first = False
         self.taken += 1
 
-    def note_step(self, is_filled: bool | None) -> bool:
-        """Go on to the next step, or block. `is_filled`: whether the block is known to have no mask left.
+    def note_step(self, is_filled: bool | None, first_is_masked: bool) -> bool:
+        """Go on to the next step, or block.
+
+        Args:
+            is_filled: whether the block is known to be done.
+            first_is_masked: whether the first of the columns that are decoded is known to be masked.
 
         Returns:
             Whether the block is finished.
         """
         self.step += 1
+        self.first_is_masked = first_is_masked and self.span[0] == self.part.sub_block[0]
         if not is_filled and self.step < len(self.quotas):
             return False
         self.block_index, self.is_open = self.block_index + 1, False
@@ -207,11 +314,17 @@ class Row:
         transfers."""
         # A block of which the output shows a part is done as soon as that part is filled.
         is_cut = self.span[1] > self.shown
-        if not (self.strategy.is_adaptive or is_hooked or is_cut):
+        if not (self.is_adaptive or is_hooked or is_cut):
             return False
         if not self.taken:  # the block has had no pass yet that could have filled it
             return is_hooked
         return self.taken % self.request.options.check_interval == 0
+
+    @property
+    def needs_first(self) -> bool:
+        """Whether the host must read from the canvas if the first column of the sub-block is masked: what the next pass feeds
+        depends on it."""
+        return self.request.options.use_block_cache and self.first_is_masked and self.step + 1 < len(self.quotas)
 
     def rewind(self, final_length: int) -> None:
         """Make the next pass feed the columns from `final_length` on again: they have changed."""
@@ -221,3 +334,9 @@ class Row:
     def end(self, column: int) -> None:
         """Stop decoding. The columns from `column` on belong to the row no longer."""
         self.ends_at, self.is_done, self.has_ended = min(self.ends_at, column), True, True
+
+
+def spread(number: int, parts: int) -> list[int | None]:
+    """A number of steps for each of so many parts, the remainder on the first, at least one each."""
+    each, rest = divmod(number, max(parts, 1))
+    return [max(each + (index < rest), 1) for index in range(parts)]

@@ -10,8 +10,8 @@ from ..kernels.best_tokens import best_tokens
 from .configuration import DiffusionGenerationConfig
 from .uploads import uploaded
 
-# Tokens in a chunk of [`first_of_the_largest`]; logits in a piece of [`score`].
-CHUNK, PIECE = 128, 65536
+# Tokens in a chunk of [`first_of_the_largest`]; logits in a piece of [`score`], and of [`distribution`] on a GPU.
+CHUNK, PIECE, PIECE_ON_GPU = 128, 65536, 2**26
 
 
 class Noise:
@@ -167,3 +167,25 @@ def score_whole(name: str | None, logits: torch.Tensor, proposals: torch.Tensor,
     probs[..., mask_token_id] = 0
     best, second = probs.topk(2, dim=-1).values.unbind(-1)
     return best - torch.maximum(second, mask_prob)
+
+
+def distribution(logits: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the log-probabilities of a step are made of, computed in float32 a few positions at a time: a copy of all logits
+    would take twice their memory in bfloat16.
+
+    Args:
+        logits: `(rows, block, vocab)`.
+        most: how many of the most probable tokens are wanted.
+
+    Returns:
+        The logarithm of the sum of the exponentials, `(rows, block)`; the largest log-probabilities, falling, and their
+        tokens, `(rows, block, most)`. Float32 and int64.
+    """
+    parts = []
+    for piece in logits.flatten(0, 1).split(max((PIECE_ON_GPU if logits.is_cuda else PIECE) // logits.shape[-1], 1)):
+        piece = piece.float()
+        total = piece.logsumexp(-1, keepdim=True)
+        top, tokens = piece.topk(most)
+        parts.append((total.squeeze(-1), top - total, tokens))
+    total, top, tokens = (torch.cat(each).unflatten(0, logits.shape[:2]) for each in zip(*parts))
+    return total, top, tokens

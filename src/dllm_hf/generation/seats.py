@@ -28,6 +28,9 @@ class Seats:
 
     def __init__(self, backend: Backend, state: Any, slots: int, columns: int, shares_beginnings: bool):
         self.backend, self.state = backend, state
+        # The words of the contract that a backend may leave out.
+        self.seeds_blocks = getattr(backend, "seeds_blocks", False)
+        self.causal_context = getattr(backend, "causal_context", False)
         self.rows: list[Row | None] = [None] * slots
         self.free = list(range(slots))
         self._extents = getattr(state, "extents", None)
@@ -54,12 +57,15 @@ class Seats:
         columns = request.columns(backend.block_grid)
         (masks,) = (request.ids == request.options.mask_token_id).nonzero()
         known = request.ids[: masks[0]] if len(masks) else request.ids
-        holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(known, size)
+        # The pass that decides a seed feeds at least the last token before it, which no other slot may read.
+        found = known[:-1] if self.seeds_blocks else known
+        holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(found, size)
         own = next(
             (slot for slot in holders if self.rows[slot] is None and self._can_hold(slot, columns, shared)), None
         )
         slot = next((slot for slot in self.free if slot not in holders), self.free[0]) if own is None else own
-        row = Row(request, slot, backend.block_grid, backend.sees_earlier_blocks, backend.logits_shift)
+        attends = (backend.sees_earlier_blocks, backend.logits_shift, self.seeds_blocks, self.causal_context)
+        row = Row(request, slot, backend.block_grid, *attends)
         row.final_length = final_length
         try:
             source = own if own is not None else self._source([each for each in holders if each != slot])
@@ -150,6 +156,11 @@ class Seats:
         self._copy([(row, source.slot, source.final_length, shared) for row, source, shared in ready])
         for row, *_ in ready:
             del self._sources[row]
+
+    def upload(self) -> None:
+        """Tell the device where the rows stand, before a step."""
+        if self._extents is not None:
+            self._extents.upload()
 
     def waits(self, row: Row) -> bool:
         """Whether a row waits for a beginning that another row computes."""

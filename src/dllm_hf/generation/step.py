@@ -6,11 +6,16 @@ from dataclasses import dataclass
 import torch
 
 from .canvas import LISTS, Canvas, list_of
+from .divided_head import VocabularyPart
+from .editing import edit, editing_numbers
 from .remasking import SCORES, select
-from .requests import Row
-from .sampling import Noise, filtered, propose
+from .requests import MAX_LOGPROBS, Row
+from .sampling import Noise, distribution, filtered, propose
 from .sampling import score as score_of
 from .window import Window
+
+# What a step needs for which a process must have the logits of all tokens: filters rank them.
+WHOLE_ROWS = {"filters", "logprobs", "constraint"}
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,9 @@ class Features:
     """What any row of a step asks for. With the shapes, all that the step's code depends on.
 
     scores, rules: see [`remasking`].
-    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`.
+    needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"edits"` for an
+        `editing_threshold`, `"logprobs"` for log-probabilities of transferred tokens, `"top_logprobs"` for those of the most
+        probable ones as well, `"constraint"` for tokens that the caller allows.
     widths: of the lists of `LISTS`; 0 where no row has one.
     mask_token_id: the mask of every row.
     """
@@ -36,6 +43,10 @@ class Features:
             "samples": options.sampling_temperature > 0,
             "filters": options.top_k or (options.top_p or 1) < 1 or options.min_p,
             "draws": options.alg_temp,
+            "logprobs": row.request.logprobs is not None,
+            "top_logprobs": row.request.logprobs,
+            "constraint": row.request.is_constrained,
+            "edits": row.edits,
         }
         return cls(
             frozenset([strategy.confidence]),
@@ -90,6 +101,7 @@ def denoise(
     noise: dict[str, torch.Tensor],
     features: Features,
     reads_raw_logits: bool,
+    part: VocabularyPart | None = None,
 ) -> None:
     """One step: a forward pass, what it proposes, and the transfer of some of it.
 
@@ -99,41 +111,82 @@ def denoise(
             `window.columns`.
         noise: as [`draw`] returns it.
         reads_raw_logits: whether scores are read before temperature and filters.
+        part: where each process has a part of the logits.
     """
     slots = window.slots[:, None]
     logits = forward(canvas.tokens[window.owners, window.columns], window)
     if not window.block.shape[1]:
         return
     now = canvas.tokens[slots, window.block]
-    masked = (now == features.mask_token_id) & (window.block < canvas.capacity)
+    inside = window.block < canvas.capacity
+    masked, shown, edits = (now == features.mask_token_id) & inside, window.shown, "edits" in features.needs
+    if edits:
+        # What stands behind the cut may change a token before it that is edited.
+        shown = (shown | (editing_numbers(canvas, window)[0] < 1)) & inside
     if "bernoulli" in features.rules:
         masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
     # A row is done once no shown position is masked, whatever is left behind the cut.
-    masked = masked & (masked & window.shown).any(-1, keepdim=True)
-    proposals, transfer = decide(canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits)
+    masked = masked & (masked & shown).any(-1, keepdim=True)
+    if part is not None and features.needs & WHOLE_ROWS:
+        logits, part = part.gather(logits), None
+    most = min(MAX_LOGPROBS, logits.shape[-1]) if "top_logprobs" in features.needs else 0
+    # Before `decide` changes the logits of tokens that it may not propose.
+    raw = distribution(logits, most) if "logprobs" in features.needs else None
+    proposals, scores, transfer = decide(
+        canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits, part
+    )
+    transferred, goes_on = transfer.sum(-1, keepdim=True), None
+    passes = transferred > 0
+    if edits:
+        replaced, goes_on = edit(canvas, window, now, masked, proposals, scores, quota[:, :1] > 0)
+        passes |= (editing_numbers(canvas, window)[0] < 1) & (quota[:, :1] > 0)
+        transfer = transfer | replaced
+    if raw is not None:
+        keep_logprobs(canvas, slots, window.block, transfer, logits.gather(-1, proposals[..., None]).squeeze(-1), *raw)
     now = torch.where(transfer, proposals, now)
     canvas.tokens.index_put_((slots, window.block), now)
-    transferred = transfer.sum(-1, keepdim=True)
-    canvas.counts.index_add_(0, window.slots, torch.cat([(transferred > 0).long(), transferred], dim=-1))
-    left = ((now == features.mask_token_id) & window.shown).any(-1)
+    canvas.counts.index_add_(0, window.slots, torch.cat([passes.long(), transferred], dim=-1))
+    is_mask = now == features.mask_token_id
+    left = (is_mask & shown).any(-1)
+    left = left if goes_on is None else left | goes_on
     ended = torch.zeros_like(left)
     if features.widths[0]:
         ends = canvas.lists["eos_token_id", features.widths[0]][window.slots]
-        new = (window.block >= canvas.choices[window.slots, 3:]) & (window.block < canvas.capacity)
+        new = (window.block >= canvas.choices[window.slots, 3:]) & inside
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
-    canvas.report.index_copy_(0, window.slots, torch.stack([left, ended], dim=-1).long())
+    canvas.report.index_copy_(0, window.slots, torch.stack([left, ended, is_mask[:, 0]], dim=-1).long())
 
 
-def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool):
-    """The proposals of a step, `(rows, block)` tokens, and which of them are transferred, `(rows, block)` bool.
+def keep_logprobs(canvas: Canvas, slots, block, transfer, chosen, total, top, top_tokens) -> None:
+    """Write the log-probabilities of a step's transferred tokens into the canvas, under the distribution that the model gave:
+    before suppressed tokens, temperature and filters.
 
     Args:
-        logits: `(rows, block, vocab)`; those of suppressed tokens are changed.
+        slots: `(rows, 1)`. block: `(rows, block)`, columns. transfer: `(rows, block)` bool.
+        chosen: `(rows, block)`, the logits of the proposals.
+        total, top, top_tokens: see [`sampling.distribution`].
+    """
+    own = canvas.logprobs["own"]
+    own.index_put_((slots, block), torch.where(transfer, chosen.float() - total, own[slots, block]))
+    for name, values in (("top", top), ("top_tokens", top_tokens.int())) if top.shape[-1] else ():
+        table = canvas.logprobs[name][..., : top.shape[-1]]
+        table.index_put_((slots, block), torch.where(transfer[..., None], values, table[slots, block]))
+
+
+def decide(
+    canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool, part=None
+):
+    """The proposals of a step, the scores by which each row ranks them, and which are transferred to masks, `(rows, block)`
+    each.
+
+    Args:
+        logits: `(rows, block, vocab)`, or the `part` of them that this process has; those of tokens that may not be proposed are
+            changed.
         masked: `(rows, block)` bool, the positions that may receive a token.
         quota: `(rows, 1)`.
     """
     numbers, choices = canvas.numbers[window.slots], canvas.choices[window.slots]
-    temperature, top_p, min_p, threshold, entropy_bound, factor, alg_temp = (
+    temperature, top_p, min_p, threshold, entropy_bound, factor, alg_temp, *_ = (
         column[:, None] for column in numbers.unbind(-1)
     )
     score_index, rule, top_k, _ = (column[:, None] for column in choices.unbind(-1))
@@ -141,9 +194,14 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         canvas.lists[name, width][window.slots] if width else None for name, width in zip(LISTS, features.widths)
     )
     if suppressed is not None:
+        suppressed = suppressed if part is None else part.index(suppressed)
         has_any = (suppressed >= 0)[:, None].expand(*logits.shape[:2], -1)
         tokens = suppressed.clamp(min=0)[:, None].expand_as(has_any)
         logits.scatter_(-1, tokens, torch.where(has_any, -torch.inf, logits.gather(-1, tokens)))
+    if canvas.allowed is not None and "constraint" in features.needs:
+        words = canvas.allowed[window.slots]
+        bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+        logits.masked_fill_((bits == 0).flatten(1)[:, None, : logits.shape[-1]], -torch.inf)
     processed = logits
     if "samples" in features.needs:
         processed = logits / torch.where(temperature > 0, temperature, 1.0)[..., None].to(logits.dtype)
@@ -156,11 +214,17 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         processed = torch.where(has_filter, without_mask, processed)
     wanted = features.scores - {"random"}
     is_raw = reads_raw_logits and processed is not logits
-    proposals, scores = propose(
-        processed, features.mask_token_id, frozenset() if is_raw else wanted, noise.get("tokens")
-    )
-    if is_raw:
-        scores = {name: score_of(name, logits, proposals, features.mask_token_id) for name in wanted}
+    scored = logits if is_raw else processed
+    if part is not None:
+        proposals, scores = part.propose(processed, scored, features.mask_token_id, noise.get("tokens"))
+        is_nan = scores[None].isnan()
+    else:
+        proposals, scores = propose(
+            processed, features.mask_token_id, frozenset() if is_raw else wanted, noise.get("tokens")
+        )
+        if is_raw:
+            scores = {name: score_of(name, logits, proposals, features.mask_token_id) for name in wanted}
+        is_nan = logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
     if "random" in features.scores:
         scores["random"] = noise["scores"]
     score = scores[next(iter(features.scores))]
@@ -171,12 +235,13 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         # Not `torch.isin`, which synchronises with the device if the list is long.
         score = score.masked_fill((proposals[..., None] == deferred[:, None]).any(-1), lowest)
     # Logits that overflowed give NaN scores: such positions are transferred last.
-    is_nan = score.isnan() | logits.gather(-1, proposals[..., None]).squeeze(-1).isnan()
+    is_nan = is_nan | score.isnan()
     canvas.saw_nan |= (is_nan & masked).any()
+    score = score.nan_to_num(nan=lowest)
     transfer = select(
         features.rules,
         rule,
-        score.nan_to_num(nan=lowest),
+        score,
         score_index == SCORES.index("probability"),
         masked,
         quota,
@@ -186,4 +251,4 @@ def decide(canvas: Canvas, window: Window, logits, masked, quota, noise, feature
         alg_temp,
         noise.get("positions"),
     )
-    return proposals, transfer
+    return proposals, score, transfer

@@ -32,8 +32,8 @@ class FusedGLADream(FusedStack):
 
     takes_lists = False
 
-    def __init__(self, stack: Any, head: nn.Module):
-        super().__init__(stack, head)
+    def __init__(self, model: Any):
+        super().__init__(model)
         self.convolve = short_convolutions if self.is_fused else short_convolutions_torch
         self.read = read_block if self.is_fused else read_block_torch
         self.mix = mix_scans if self.is_fused else mix_scans_torch
@@ -50,7 +50,7 @@ class FusedGLADream(FusedStack):
         checked that the layers are those of [`GLADreamModel`]."""
         stack: Any = model.model
         config = model.config
-        if config.attn_mode != "auto" or not can_be_captured(model) or is_patched(stack):
+        if config.attn_mode != "auto" or not can_be_captured(model) or is_patched(model):
             return None
         sizes = (config.block_size, config.head_dim, config.head_v_dim, config.gate_low_rank_dim)
         if any(size > most for size, most in zip(sizes, LARGEST, strict=True)) or model.dtype == torch.float64:
@@ -66,7 +66,7 @@ class FusedGLADream(FusedStack):
         parameters += [each.weight for layer in stack.layers for each in convolutions_of(layer.self_attn)]
         if any(type(each) is not nn.Parameter or each.dtype != model.dtype for each in parameters):
             return None
-        return cls(stack, model.lm_head) if all(each.is_contiguous() for each in parameters) else None
+        return cls(model) if all(each.is_contiguous() for each in parameters) else None
 
     def covers(self, window: Window) -> bool:
         return is_step(window, self.config.block_size)
@@ -74,10 +74,10 @@ class FusedGLADream(FusedStack):
     def prepare(self, cache: GLADreamCache, slots: int) -> None:
         cache.allocate(self.config, slots, self.dtype, self.norm.weight.device)
 
-    def attend(self, index: int, normed, cos, sin, sees, cache: GLADreamCache) -> torch.Tensor:
+    def attend(self, index: int, normed, angles, sees, cache: GLADreamCache) -> torch.Tensor:
         """`normed`: `(blocks * rows, block_size, hidden)`, block after block; `sees`: `slots` and `moves`, see
         [`move_states`]."""
-        slots, moves = sees
+        (cos, sin, _), (slots, moves) = angles, sees
         attention = self.layers[index].self_attn
         state: Any = cache.layers[index].state  # allocated by `prepare`
         query, key, value, gate, low_rank = (out for product in self.inputs[index] for out in product(normed))
@@ -119,8 +119,8 @@ class FusedGLADream(FusedStack):
             cache.last_hidden.index_copy_(0, slots, last)
         return logits
 
-    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
-        return self.add_norm(x, residual, norm.weight, norm.eps, rounds_once=True)
+    def _norm_options(self, norm: Any) -> tuple[float, bool]:
+        return norm.eps, True
 
 
 class EagerStep:

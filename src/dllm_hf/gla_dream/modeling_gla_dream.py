@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..block_diffusion import BlockDiffusionLM, check_clean_text
 from ..fused.stack import can_be_captured
 from ..generation.contract import StepForward
+from ..generation.ranks import ranks_of
 from ..modeling import counted_positions, is_clean, keep_positions, sample_ids, text_positions
 from ..training.losses import masked_diffusion_loss
 from ..training.noising import mask_complementary, mask_sequences
@@ -312,7 +313,7 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
     def step_forward(self) -> StepForward | None:
         """See [`DenoisingModel.step_forward`]."""
         fused = FusedGLADream.of(self) if all(_is_as_built(layer) for layer in self.model.layers) else None
-        return fused or (EagerStep(self) if can_be_captured(self) else None)
+        return fused or (EagerStep(self) if can_be_captured(self) and ranks_of(self) is None else None)
 
     def _positions(self, attention_mask: torch.Tensor, length: int) -> None:
         """None: the stack counts them itself, and then need not look for packed samples."""

@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +56,7 @@ def flat_name(path: Path, root: Path = PACKAGE) -> str:
     return name if all(folder in path.stem for folder in folders) else "_".join([*folders, name])
 
 
+@cache  # training saves a model with its code at each checkpoint, and to read all modules takes 0.2 seconds
 def flattened(path: Path, root: Path = PACKAGE) -> tuple[str, list[Path]]:
     """A module's text with its imports rewritten, and the modules of the package that it imports."""
     text = path.read_text(encoding="utf-8")

@@ -7,16 +7,26 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
+from transformers import PreTrainedConfig
 
 from .. import __version__
 
+# By the name of the configuration's class: two families share a model type.
 DESCRIPTIONS = {
-    "llada": "[LLaDA](https://arxiv.org/abs/2502.09992): a Llama with bidirectional attention, which fills in masked tokens.",
-    "Dream": "[Dream](https://arxiv.org/abs/2508.15487): a Qwen2 with bidirectional attention, which fills in masked tokens.",
-    "sdar": "[SDAR](https://arxiv.org/abs/2510.06303): a Qwen3 that decodes block after block, the tokens of a block by denoising.",
-    "sdar_moe": "[SDAR](https://arxiv.org/abs/2510.06303)-MoE: a Qwen3-MoE that decodes block after block, the tokens of a "
+    "LLaDAConfig": "[LLaDA](https://arxiv.org/abs/2502.09992): a Llama with bidirectional attention, which fills in masked tokens.",
+    "LLaDAMoEConfig": "[LLaDA-MoE](https://arxiv.org/abs/2509.24389): a Qwen3-MoE with bidirectional attention, which fills in "
+    "masked tokens.",
+    "LLaDA2MoeConfig": "[LLaDA2](https://arxiv.org/abs/2512.15745): a mixture of experts that decodes block after block, the "
+    "tokens of a block by denoising, and may edit them until the block is done.",
+    "DreamConfig": "[Dream](https://arxiv.org/abs/2508.15487): a Qwen2 with bidirectional attention, which fills in masked tokens.",
+    "SDARConfig": "[SDAR](https://arxiv.org/abs/2510.06303): a Qwen3 that decodes block after block, the tokens of a block by denoising.",
+    "SDARMoeConfig": "[SDAR](https://arxiv.org/abs/2510.06303)-MoE: a Qwen3-MoE that decodes block after block, the tokens of a "
     "block by denoising.",
-    "gla_dream": "GLADream: block diffusion on gated linear attention, with a state that does not grow with the text.",
+    "GLADreamConfig": "GLADream: block diffusion on gated linear attention, with a state that does not grow with the text.",
+    "NemotronLabsDiffusionConfig": "[Nemotron-Labs-Diffusion](https://huggingface.co/nvidia/Nemotron-Labs-Diffusion-8B): a "
+    "Ministral 3 that reads causally and decodes block after block, the tokens of a block by denoising.",
+    "Fast_dLLM_QwenConfig": "[Fast-dLLM v2](https://arxiv.org/abs/2509.26328): a Qwen2.5 that decodes block after block, the "
+    "tokens of a block by denoising its sub-blocks.",
 }
 
 CARD = """---
@@ -82,10 +92,11 @@ def card_header(folder: Path) -> dict:
         return {}
 
 
-def make_card(model_type: str, name: str, source: str | None, header: dict) -> str:
+def make_card(config: PreTrainedConfig, name: str, source: str | None, header: dict) -> str:
     """The card of a repository.
 
     Args:
+        config: of the model.
         name: the name or folder that the card's example loads.
         source: the repository whose weights these are, unchanged; None for weights of a folder or of a model in memory.
         header: the header of the source's card, for its licence and language. It comes from outside: only values of
@@ -98,7 +109,7 @@ def make_card(model_type: str, name: str, source: str | None, header: dict) -> s
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": source or _plain(header.get("base_model"), r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?"),
-        "tags": ["dllm-hf", "diffusion", "text-diffusion", model_type.lower().replace("_", "-"), "custom_code"],
+        "tags": ["dllm-hf", "diffusion", "text-diffusion", config.model_type.lower().replace("_", "-"), "custom_code"],
     }
     names = licence if isinstance(licence, str) else ", ".join(licence or [])
     stated = f"their licence: {names}" if licence else "their licence is not known here"
@@ -106,7 +117,7 @@ def make_card(model_type: str, name: str, source: str | None, header: dict) -> s
     return CARD.format(
         header=ModelCardData(**values).to_yaml() + "\n",
         title=_escaped(name.rstrip("/").split("/")[-1]),
-        description=DESCRIPTIONS[model_type],
+        description=DESCRIPTIONS[type(config).__name__],
         version=__version__,
         origin=origin,
         name=_literal(name),

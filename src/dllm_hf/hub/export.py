@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..families import family
+from ..families import family, lines_of, stranger
 from ..generation.custom_generate import generate
 from . import checkpoint
 from .bundle import bundle
@@ -57,7 +57,7 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
                 _link_or_copy(folder / file, made / file)
         add_code(made, model.config)
         origin = None if os.path.isdir(source) else str(source)
-        card = make_card(model.config.model_type, name or target.resolve().name, origin, card_header(folder))
+        card = make_card(model.config, name or target.resolve().name, origin, card_header(folder))
         (made / "README.md").write_text(card, encoding="utf-8")
         if target.exists():
             for path in made.iterdir():
@@ -70,7 +70,7 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
 def add_code(folder: Path, config: PreTrainedConfig) -> None:
     """Write the code of a configuration's family into a saved folder, and the names of its classes into the folder's
     configurations (`auto_map`)."""
-    config_class, model, causal_lm, tokenizer = family(config.model_type)
+    config_class, model, causal_lm, tokenizer = family(config)
     classes = {"AutoConfig": config_class, "AutoModel": model, "AutoModelForCausalLM": causal_lm}
     own_tokenizer = tokenizer.__module__.split(".")[0] == __name__.split(".")[0]
     for name, text in bundle(*classes.values(), *([tokenizer] if own_tokenizer else [])).items():
@@ -120,17 +120,19 @@ def _checked_model(folder: Path) -> PreTrainedModel:
     path = folder / "config.json"
     values = checkpoint.read_json(path)
     try:
-        _, model, causal_lm, _ = family(values.get("model_type", ""))
+        lines = lines_of(values.get("model_type", ""))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        hint = stranger(values.get("model_type", ""), values.get("auto_map"))
+        raise ValueError(f"{path}: {str(error).removesuffix('.')}{hint}") from error
+    known = [each.__name__ for line in lines for each in line[1:3]]
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list):
         raise ValueError(f"{path} says `architectures={architectures!r}`: it must be a list of names.")
     for name in architectures:
-        if name not in (model.__name__, causal_lm.__name__):
+        if name not in known:
             raise ValueError(
-                f"{path} asks for `{name}`, which dllm_hf does not have: it has {causal_lm.__name__} for "
-                f"`model_type={values['model_type']!r}`."
+                f"{path} asks for `{name}`, which dllm_hf does not have: it has "
+                f"{' and '.join(line[2].__name__ for line in lines)} for `model_type={values['model_type']!r}`."
             )
     if values.get("quantization_config") is not None:
         raise ValueError(

@@ -75,7 +75,7 @@ def add_saving_with_code(model_class: type[PreTrainedModel]) -> None:
             folder = Path(save_directory)
             add_code(folder, self.config)
             if not (folder / "README.md").exists():
-                card = make_card(self.config.model_type, folder.resolve().name, None, {})
+                card = make_card(self.config, folder.resolve().name, None, {})
                 (folder / "README.md").write_text(card, encoding="utf-8")
 
     def push_to_hub(
@@ -95,7 +95,7 @@ def add_saving_with_code(model_class: type[PreTrainedModel]) -> None:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             self.save_pretrained(folder, max_shard_size=max_shard_size, include_code=include_code)
-            card = make_card(self.config.model_type, repo_id, None, {})
+            card = make_card(self.config, repo_id, None, {})
             (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             return push(folder, repo_id, token, private, **options)
 

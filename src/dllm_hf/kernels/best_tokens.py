@@ -33,24 +33,100 @@ def best_tokens(
         For each position the best token (the first of equals), its probability, the margin in probability to the second
         best, and the entropy of the distribution in nats. NaN where the logits are.
     """
-    vocab, logits = logits.shape[-1], logits.contiguous()
-    rows, chunks = logits.numel() // vocab, triton.cdiv(vocab, BLOCK)
-    parts = torch.empty(5, rows, chunks, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
-    best = torch.empty(logits.shape[:-1], dtype=torch.long, device=logits.device)
-    probability, margin, entropy = torch.empty(3, *logits.shape[:-1], dtype=torch.float32, device=logits.device)
-    _scan[(rows, chunks)](logits, parts, tokens, vocab, mask_token_id, rows * chunks, BLOCK=BLOCK, num_warps=8)
-    _merge[(rows,)](
-        parts, tokens, best, probability, margin, entropy, chunks, rows * chunks, int(mask_token_id == 0),
-        BLOCK=triton.next_power_of_2(chunks), num_warps=1,
-    )  # fmt: skip
+    best, probability, margin, entropy, _ = merge(scan(logits, mask_token_id), mask_token_id, logits.shape[:-1])
     return best, probability, margin, entropy
+
+
+def scan_torch(
+    logits: torch.Tensor, mask_token_id: int, first_token: int = 0, chunks: int | None = None
+) -> torch.Tensor:
+    """The twin of [`scan`]."""
+    vocab = logits.shape[-1]
+    chunks = chunks or -(-vocab // BLOCK)
+    padded = torch.nn.functional.pad(logits.float(), (0, chunks * BLOCK - vocab), value=-torch.inf)
+    parts = padded.view(-1, chunks, BLOCK)
+    without_nan = parts.masked_fill(parts.isnan(), -torch.inf)
+    base = without_nan.amax(-1)
+    base = base.masked_fill(base == -torch.inf, 0)
+    distance = parts - base[..., None]
+    weight = distance.exp()
+    spread = torch.where(weight > 0, weight * distance, 0.0).sum(-1)
+    token = torch.arange(chunks * BLOCK, device=logits.device).view(chunks, BLOCK)
+    best, winner = without_nan.masked_fill(token == mask_token_id, -torch.inf).max(-1)
+    second = without_nan.scatter(-1, winner[..., None].where(best[..., None] > -torch.inf, 0), -torch.inf)
+    second = torch.where(best > -torch.inf, second.amax(-1), without_nan.amax(-1))
+    winner = winner + token[:, 0] + first_token
+    winner = winner.masked_fill(best == -torch.inf, -1).int().view(torch.float32)
+    return torch.stack([base, weight.sum(-1), spread, best, second, winner])
+
+
+def scan(logits: torch.Tensor, mask_token_id: int, first_token: int = 0, chunks: int | None = None) -> torch.Tensor:
+    """The first half of [`best_tokens`], for logits of a part of the vocabulary: what a process tells the others of it.
+
+    Args:
+        logits: `(..., part)`, of the tokens from `first_token` on.
+        mask_token_id: the index of the mask in the part; -1 where it is in another one.
+        chunks: as many as the largest part has.
+
+    Returns:
+        `(6, positions, chunks)` float32 for [`merge`]: of each chunk maximum, sum of exponentials, their sum weighted by the
+        distance from the maximum, the two best logits, and the bits of the best token's id.
+    """
+    vocab, logits = logits.shape[-1], logits.contiguous()
+    rows, chunks = logits.numel() // vocab, chunks or triton.cdiv(vocab, BLOCK)
+    parts = torch.empty(6, rows, chunks, dtype=torch.float32, device=logits.device)
+    tokens = parts[5].view(torch.int32)
+    _scan[(rows, chunks)](
+        logits, parts, tokens, vocab, mask_token_id, first_token, rows * chunks, BLOCK=BLOCK, num_warps=8
+    )
+    return parts
+
+
+def merge_torch(parts: torch.Tensor, mask_token_id: int, shape: torch.Size) -> tuple[torch.Tensor, ...]:
+    """The twin of [`merge`]."""
+    base, total, spread, first, second, _ = parts
+    tokens = parts[5].view(torch.int32)
+    highest = torch.where(total != 0, base, -torch.inf).amax(-1, keepdim=True)
+    weight = torch.where(total != 0, (base - highest).exp(), 0.0)
+    sums = (total * weight).sum(-1)
+    shifted = torch.where(total != 0, weight * (spread + total * (base - highest)), 0.0).sum(-1)
+    logsum = highest.squeeze(-1) + sums.log()
+    top, winner = first.max(-1, keepdim=True)
+    runner = torch.where(
+        torch.arange(first.shape[-1], device=parts.device) == winner, second, first.maximum(second)
+    ).amax(-1)
+    token = tokens.gather(-1, winner).squeeze(-1).clamp(min=int(mask_token_id == 0)).long()
+    probability = (top.squeeze(-1) - logsum).exp()
+    results = (token, probability, probability - (runner - logsum).exp(), sums.log() - shifted / sums, logsum)
+    return tuple(each.view(shape) for each in results)
+
+
+def merge(parts: torch.Tensor, mask_token_id: int, shape: torch.Size) -> tuple[torch.Tensor, ...]:
+    """The second half of [`best_tokens`].
+
+    Args:
+        parts: as [`scan`] returns them, those of all parts of the vocabulary side by side, in its order.
+        mask_token_id: in the whole vocabulary.
+        shape: of the positions.
+
+    Returns:
+        As [`best_tokens`], and the logarithm of the sum of the exponentials of the logits.
+    """
+    parts = parts.contiguous()
+    _, rows, chunks = parts.shape
+    best = torch.empty(shape, dtype=torch.long, device=parts.device)
+    probability, margin, entropy, logsum = torch.empty(4, *shape, dtype=torch.float32, device=parts.device)
+    _merge[(rows,)](
+        parts, parts[5].view(torch.int32), best, probability, margin, entropy, logsum, chunks, rows * chunks,
+        int(mask_token_id == 0), BLOCK=triton.next_power_of_2(chunks), num_warps=1,
+    )  # fmt: skip
+    return best, probability, margin, entropy, logsum
 
 
 if triton is not None:
 
     @triton.jit
-    def _scan(logits, parts, tokens, vocab, mask_token_id, number, BLOCK: tl.constexpr):
+    def _scan(logits, parts, tokens, vocab, mask_token_id, first_token, number, BLOCK: tl.constexpr):
         """A chunk of a row: its maximum, sum of exponentials, their sum weighted by the logits' distance from the
         maximum, and the two best."""
         row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -75,10 +151,12 @@ if triton is not None:
         tl.store(parts + 2 * number + index, spread)
         tl.store(parts + 3 * number + index, best)
         tl.store(parts + 4 * number + index, second)
-        tl.store(tokens + index, winner)
+        tl.store(tokens + index, tl.where(winner >= 0, winner + first_token, -1))
 
     @triton.jit
-    def _merge(parts, tokens, best, probability, margin, entropy, chunks, number, lowest, BLOCK: tl.constexpr):
+    def _merge(
+        parts, tokens, best, probability, margin, entropy, log_sums, chunks, number, lowest, BLOCK: tl.constexpr
+    ):
         """The chunks of a row. `lowest`: the first token id that is not the mask."""
         row = tl.program_id(0).to(tl.int64)
         chunk = tl.arange(0, BLOCK)
@@ -103,6 +181,7 @@ if triton is not None:
         # A row of NaN has no best token (-1): a valid id is stored, which is not the mask.
         token = tl.maximum(token, lowest)
         tl.store(best + row, token.to(tl.int64))
+        tl.store(log_sums + row, logsum)
         tl.store(probability + row, tl.exp(top - logsum))
         tl.store(margin + row, tl.exp(top - logsum) - tl.exp(runner - logsum))
         tl.store(entropy + row, tl.log(sums) - shifted / sums)

@@ -75,11 +75,13 @@ def rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
     Args:
         x: `(batch, window, heads, head_dim)`.
-        cos, sin: `(batch, window, head_dim)`.
+        cos, sin: `(batch, window, rotated)`, for the first dimensions of a head; the others stay as they are.
     """
-    first, second = x.float().chunk(2, dim=-1)
+    rotated, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = rotated.float().chunk(2, dim=-1)
     half = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos[:, :, None].float() + half * sin[:, :, None].float()).to(x.dtype)
+    rotated = (rotated.float() * cos[:, :, None].float() + half * sin[:, :, None].float()).to(x.dtype)
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
 
 def rotate_and_store_torch(
@@ -119,7 +121,7 @@ def rotate_and_store(
     Args:
         query: `(batch, window, heads * head_dim)`; `key` and `value`: `(batch, window, kv_heads * head_dim)`. The last
             dimension contiguous, tokens at equal distances.
-        cos, sin: `(batch, window, head_dim)`, contiguous.
+        cos, sin: `(batch, window, rotated)`, contiguous, for the first dimensions of a head; the others are not rotated.
         columns: `(batch, window)` int64, of the arena. Where one repeats, so must its key and value.
         keys, values: `(kv_heads, columns, head_dim)`, the arena, written in place.
         query_norm, key_norm: `(head_dim,)`, the weights of norms over each head; `eps` is theirs.
@@ -138,7 +140,7 @@ def rotate_and_store(
         query, key, value, cos, sin, columns, rotated, keys, values,
         query if query_norm is None else query_norm, key if key_norm is None else key_norm, eps,
         heads, kv_heads, query.stride(1), key.stride(1), value.stride(1), *keys.stride()[:2], *values.stride()[:2],
-        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=together,
+        HALF=head_dim // 2, ROTATED=cos.shape[-1] // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=together,
         HAS_NORM=query_norm is not None, num_warps=4,
     )  # fmt: skip
     return rotated
@@ -185,12 +187,15 @@ if triton is not None:
         query, key, value, cos, sin, columns, rotated, keys, values, query_norm, key_norm, eps,
         heads, kv_heads, query_token, key_token, value_token,
         key_head, key_column, value_head, value_column,
-        HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
+        HALF: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
     ):  # fmt: skip
         """A few heads of one token: of the queries, then of the keys, then of the values."""
         token, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
         of_queries, of_keys = tl.cdiv(heads, HEADS), tl.cdiv(kv_heads, HEADS)
         index, each = tl.arange(0, BLOCK), tl.arange(0, HEADS)
+        # Pairs of dimensions: the two halves of what is rotated, then those of the rest.
+        one = tl.where(index < ROTATED, index, index + ROTATED)
+        two = tl.where(index < ROTATED, index + ROTATED, index + HALF)
         column = tl.load(columns + token)
         if number >= of_queries + of_keys:
             head = (number - of_queries - of_keys) * HEADS + each
@@ -203,31 +208,31 @@ if triton is not None:
             if number < of_queries:
                 head = number * HEADS + each
                 inside = (head < heads)[:, None] & (index < HALF)
-                source = query + token * query_token + head[:, None] * 2 * HALF + index
+                source = query + token * query_token + head[:, None] * 2 * HALF
                 weight = query_norm
-                target = rotated + token * heads * 2 * HALF + head[:, None] * 2 * HALF + index
+                target = rotated + token * heads * 2 * HALF + head[:, None] * 2 * HALF
             else:
                 head = (number - of_queries) * HEADS + each
                 inside = (head < kv_heads)[:, None] & (index < HALF)
-                source = key + token * key_token + head[:, None] * 2 * HALF + index
+                source = key + token * key_token + head[:, None] * 2 * HALF
                 weight = key_norm
-                target = keys + column * key_column + head[:, None].to(tl.int64) * key_head + index
-            first = tl.load(source, mask=inside, other=0.0)
-            second = tl.load(source + HALF, mask=inside, other=0.0)
+                target = keys + column * key_column + head[:, None].to(tl.int64) * key_head
+            first = tl.load(source + one, mask=inside, other=0.0)
+            second = tl.load(source + two, mask=inside, other=0.0)
             dtype = first.dtype
             first, second = first.to(tl.float32), second.to(tl.float32)
             real = index < HALF
             if HAS_NORM:
                 square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
                 scale = tl.rsqrt((square / (2 * HALF) + eps).to(tl.float32))[:, None]
-                left = tl.load(weight + index, mask=real, other=0.0).to(tl.float32)
-                right = tl.load(weight + HALF + index, mask=real, other=0.0).to(tl.float32)
+                left = tl.load(weight + one, mask=real, other=0.0).to(tl.float32)
+                right = tl.load(weight + two, mask=real, other=0.0).to(tl.float32)
                 first = ((first * scale).to(dtype).to(tl.float32) * left).to(dtype).to(tl.float32)
                 second = ((second * scale).to(dtype).to(tl.float32) * right).to(dtype).to(tl.float32)
-            angle = token * 2 * HALF + index
-            cos1 = tl.load(cos + angle, mask=real, other=0.0).to(tl.float32)
-            cos2 = tl.load(cos + HALF + angle, mask=real, other=0.0).to(tl.float32)
-            sin1 = tl.load(sin + angle, mask=real, other=0.0).to(tl.float32)
-            sin2 = tl.load(sin + HALF + angle, mask=real, other=0.0).to(tl.float32)
-            tl.store(target, (first * cos1 - second * sin1).to(dtype), mask=inside)
-            tl.store(target + HALF, (second * cos2 + first * sin2).to(dtype), mask=inside)
+            angle, turns = token * 2 * ROTATED + index, index < ROTATED
+            cos1 = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
+            cos2 = tl.load(cos + ROTATED + angle, mask=turns, other=1.0).to(tl.float32)
+            sin1 = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
+            sin2 = tl.load(sin + ROTATED + angle, mask=turns, other=0.0).to(tl.float32)
+            tl.store(target + one, (first * cos1 - second * sin1).to(dtype), mask=inside)
+            tl.store(target + two, (second * cos2 + first * sin2).to(dtype), mask=inside)

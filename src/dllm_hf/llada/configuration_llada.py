@@ -8,6 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from ..configuration import DiffusionConfigMixin
+from ..llada_moe.configuration_llada_moe import LLaDAMoEConfig, is_moe
 
 # Options of the OLMo code base that LLaDA is derived from, and the only value that published checkpoints use.
 _FIXED = {
@@ -76,11 +77,15 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
     eot_token_id: int | None = None
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
-        architectures = " ".join(self.architectures or [])
-        if "MoE" in architectures or "num_experts" in kwargs or "expert_intermediate_size" in kwargs:
+        if is_moe({**kwargs, "architectures": self.architectures}):
             raise ValueError(
                 "This is a LLaDA-MoE configuration. It carries LLaDA's `model_type: llada`, but it is another "
-                "architecture, which dllm_hf does not support yet: load a dense LLaDA checkpoint."
+                "architecture: make it with `LLaDAMoEConfig`, or read it with `LLaDAConfig.from_dict`."
+            )
+        if any("ILLaDA" in str(name) for name in self.architectures or []):
+            raise ValueError(
+                "This is an iLLaDA, of other layers and names than LLaDA's, which dllm_hf does not have: load it with its own "
+                "code (`trust_remote_code=True` in a process without `import dllm_hf`)."
             )
         for name, value in _FIXED.items():
             if kwargs.get(name, value) not in (value, None):
@@ -99,6 +104,13 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
         if self.eot_token_id is None and self.vocab_size == LLaDAConfig.vocab_size:
             # <|eot_id|>, which the published config.json does not name.
             self.eot_token_id = 126348
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """A [`LLaDAMoEConfig`] for the configuration of a LLaDA-MoE, which carries the same `model_type`."""
+        if is_moe(config_dict):
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def attention_bias(self) -> bool:

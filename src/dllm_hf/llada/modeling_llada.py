@@ -54,4 +54,6 @@ class LLaDAModelLM(MaskedDiffusionLM, LLaDAPreTrainedModel):
     confidence_source = "raw"
 
     def __init__(self, config: LLaDAConfig):
+        if config.model_type == LLaDAConfig.model_type and not hasattr(config, "include_bias"):
+            raise ValueError("This is a LLaDA-MoE, with the `model_type` of LLaDA: load it with `LLaDAMoEModelLM`.")
         super().__init__(config, head_bias=config.include_bias)

@@ -100,18 +100,14 @@ class EdgeCache(CanvasCache):
 
 
 class EdgeBackend(ModelBackend):
-    """The backend of a file. The arguments are those of [`ModelBackend`]."""
+    """The backend of a file. The arguments are those of [`ModelBackend`], but every slot has the columns of the file, whatever
+    `arena_columns` says."""
 
     model: DiffusionEdge
 
     def open(self, slots: int, width: int) -> EdgeCache:
         """`width`: with the scratch column."""
         model, rows = self.model, slots * self.guidance_copies
-        if self.arena_columns is not None:
-            raise ValueError(
-                "The engine packs rows into one arena, and a file gives each as many columns: decode with "
-                "`diffusion_generate`, or with a `Decoder` of your own."
-            )
         if rows > model.max_rows:
             raise ValueError(
                 f"{rows} rows do not fit into the {model.max_rows} of the file"

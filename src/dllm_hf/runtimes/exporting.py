@@ -21,9 +21,9 @@ def check_exportable(model: Any, target: Path, runtime: str, refused: dict[str, 
     """Raises a `ValueError` where a model cannot be exported, or not to `target`.
 
     Args:
-        refused: the reason for each `model_type` that the runtime cannot run.
+        refused: the reason for each `model_type` that the runtime cannot run, and for `experts`.
     """
-    name = model.config.model_type
+    name = "experts" if hasattr(model.config, "num_experts") else model.config.model_type
     if name in refused:
         raise ValueError(
             f"{type(model).__name__} cannot be exported to {runtime}: {refused[name]}. Decode with the model itself."

@@ -16,7 +16,7 @@ from .llama_cpp import ARCHITECTURES, FORMAT, MASK_KEY, MODEL_NAME, bindings
 
 REFUSED = {
     "gla_dream": "its cache holds recurrent states, and it is none of llama.cpp's architectures",
-    "sdar_moe": "its experts are not written yet",
+    "experts": "its experts are not written yet",
 }
 TYPES = ("f32", "f16", "q8_0", "q4_k_m")
 # Our modules of a layer -> llama.cpp's tensors.

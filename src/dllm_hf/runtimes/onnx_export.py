@@ -15,7 +15,7 @@ from .onnx_runtime import EXTRA, FORMAT, MODEL_NAME
 
 REFUSED = {
     "gla_dream": "its cache holds recurrent states, and the graph reads and writes keys and values",
-    "sdar_moe": "PyTorch's exporter has no ONNX operator for its experts (`grouped_mm`)",
+    "experts": "PyTorch's exporter has no ONNX operator for its experts (`grouped_mm`)",
 }
 
 

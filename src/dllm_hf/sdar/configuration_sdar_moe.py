@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3MoeConfig
 
-from .configuration_sdar import BlockDiffusionConfigMixin
+from ..configuration import BlockDiffusionConfigMixin
 
 
 @strict

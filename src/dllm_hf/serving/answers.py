@@ -6,8 +6,11 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from ..engine import Event, Usage
+from ..engine import Event, Logprob, Usage
+from ..engine.outputs import Logprobs
 
+# What stands for a log-probability that JSON cannot spell, as in vLLM.
+LOWEST = -9999.0
 ROLE = {"role": "assistant", "content": ""}
 
 
@@ -31,22 +34,70 @@ class Answer:
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return self._body("", choices, usage=usage, diffusion=self.options)
 
-    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """`logprobs`: see [`Answer.logprobs`]."""
         content = {"message": {**ROLE, "content": text}} if self.kind == "chat" else {"text": text}
-        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
-    def chunk(self, index: int, text: str | None, reason: str | None = None, **more: Any) -> dict[str, Any]:
+    def logprobs(self, tokens: list[int], logprobs: list[Logprobs] | None, offset: int = 0) -> dict[str, Any] | None:
+        """What OpenAI's API has for the log-probabilities of tokens, which differs between chats and completions. `offset`:
+        where their text begins, as far as it is the texts of tokens one behind the other."""
+        if logprobs is None:
+            return None
+        each = list(zip(tokens, logprobs, strict=True))
+        if self.kind == "chat":
+            top = [[_entry(*one) for one in found.items() if one[1].rank is not None] for _, found in each]
+            top = [sorted(entries, key=lambda entry: -entry["logprob"]) for entries in top]
+            return {
+                "content": [
+                    {**_entry(token, found[token]), "top_logprobs": entries}
+                    for (token, found), entries in zip(each, top)
+                ]
+            }
+        texts, offsets = [_spelled(token, found[token]) for token, found in each], list[int]()
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [_number(found[token]) for token, found in each],
+            "top_logprobs": [{_spelled(*one): _number(one[1]) for one in found.items()} for _, found in each],
+            "text_offset": offsets,
+        }
+
+    def chunk(
+        self,
+        index: int,
+        text: str | None,
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
         """`text`: None begins a chat."""
         content: dict[str, Any] = {"text": text or ""}
         if self.kind == "chat":
             content = {"delta": dict(ROLE) if text is None else {"content": text} if text else {}}
-        return self.chunk_of({"index": index, **content, "logprobs": None, "finish_reason": reason}, **more)
+        return self.chunk_of({"index": index, **content, "logprobs": logprobs, "finish_reason": reason}, **more)
 
     def chunk_of(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
         return self._body(".chunk", [choice], **more)
 
     def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._body(".chunk", [], usage=usage, diffusion=self.options)
+
+
+def _number(logprob: Logprob) -> float:
+    return logprob.logprob if logprob.logprob > LOWEST else LOWEST  # NaN is not above it either
+
+
+def _spelled(token: int, logprob: Logprob) -> str:
+    return f"token_id:{token}" if logprob.decoded_token is None else logprob.decoded_token
+
+
+def _entry(token: int, logprob: Logprob) -> dict[str, Any]:
+    """A token of a chat. A part of a character has no bytes that its text tells."""
+    text = _spelled(token, logprob)
+    return {"token": text, "logprob": _number(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 def usage_of(events: Iterable[Event], n: int = 1) -> dict[str, Any]:

@@ -30,6 +30,14 @@ def routes(api: Api) -> APIRouter:
         given = _several(body.prompt)
         if not given:
             raise ApiError(400, "`prompt` lists nothing.", "prompt")
+        if body.echo and body.logprobs is not None:
+            raise ApiError(
+                400,
+                "`logprobs` with `echo` cannot be served: tokens of a prompt were not drawn, and what can be said of a given "
+                "text is a bound that takes many forward passes.",
+                "logprobs",
+                "unsupported_parameter",
+            )
         parameters.check_choices(len(given))
         encoded = await asyncio.to_thread(
             lambda: [api.prompts.of_text(each) if isinstance(each, str) else each for each in given]
@@ -69,7 +77,8 @@ async def _complete(
         for number, event in enumerate(last):
             assert event.output is not None
             text = echoes[number // n] + event.output.text
-            choices.append(answer.choice(number, text, event.output.finish_reason))
+            logprobs = answer.logprobs(event.output.token_ids, event.output.logprobs)
+            choices.append(answer.choice(number, text, event.output.finish_reason, logprobs))
         return answer.whole(choices, usage_of(last, n))
 
     return await api.whole(request, job, whole)
@@ -94,6 +103,7 @@ class Chunks:
         self.counts = bool(options and options.continuous_usage_stats)
         self.drafts = bool(body.stream_drafts)
         self.tokens: dict[int, int] = {}  # by completion that has begun
+        self.offsets: dict[int, int] = {}  # by completion, where the text of its next token begins
 
     async def __call__(self, events: AsyncIterator[tuple[int, Event] | None]) -> AsyncIterator[bytes]:
         last: dict[int, Event] = {}
@@ -115,14 +125,20 @@ class Chunks:
             if event.draft_token_ids is not None:
                 tokens = event.draft_token_ids[len(self.prompts[number // self.n]) :]
                 yield self._chunk(number, "", draft={"tokens": self.api.prompts.pieces(tokens)})
-            if event.text:
-                yield self._chunk(number, event.text)
+            if event.text or event.logprobs:  # the text of a token may be held back
+                yield self._chunk(number, event.text, logprobs=self._logprobs(number, event))
             if event.output is not None:
                 last[number] = event
                 more = {"draft": {"tokens": self.api.prompts.pieces(event.output.token_ids)}} if self.drafts else {}
                 yield self._chunk(number, "", event.finish_reason, **more)
         if self.tells_usage:
             yield sse(self.answer.last_chunk(usage_of((last[number] for number in sorted(last)), self.n)))
+
+    def _logprobs(self, number: int, event: Event) -> dict[str, Any] | None:
+        found = self.answer.logprobs(event.token_ids, event.logprobs, self.offsets.get(number, 0))
+        if found and found.get("tokens"):
+            self.offsets[number] = found["text_offset"][-1] + len(found["tokens"][-1])
+        return found
 
     def _chunk(self, number: int, text: str | None, reason: str | None = None, **more: Any) -> bytes:
         if self.counts:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from ..engine import LLM, Event, SamplingParams
+from ..engine.grammar import FormError
 from .errors import ApiError
 from .metrics import Metrics
 
@@ -184,6 +185,8 @@ class Job:
             if isinstance(event, ApiError):
                 raise event
             if event.finish_reason == "error" and event.output is not None:
+                if str(event.output.error).startswith(FormError.__name__):
+                    raise ApiError(400, str(event.output.error), code="form_too_complex")
                 raise ApiError(500, f"Decoding failed: {event.output.error}", code="decoding_failed")
             if event.finish_reason == "abort":
                 raise ApiError(503, "The server is being stopped.", code="shutting_down")

@@ -67,6 +67,9 @@ def refusal_of(error: Exception, given: set[str], prompt: str = "prompt") -> Api
     if isinstance(error, TooLongError):
         return ApiError(413, message, "max_tokens" if "max_tokens" in given else prompt, "context_length_exceeded")
     for name in re.findall(r"`(\w+)", message):
+        if name == "structured_outputs":
+            spellings = [each for each in given if each in ("response_format", name) or each.startswith("guided_")]
+            return ApiError(400, message, next(iter(spellings), None))
         spellings = [name, _NAMES.get(name, name), *(each for each, meant in ALIASES.items() if meant == name)]
         if found := [each for each in spellings if each in given]:
             return ApiError(400, message, found[0])

@@ -36,7 +36,7 @@ def routes(api: Api) -> APIRouter:
                 request,
                 job,
                 lambda last: answer.whole(
-                    [_choice(api, prompt, event) for event in last], usage_of(last, parameters.n)
+                    [_choice(api, answer, prompt, event) for event in last], usage_of(last, parameters.n)
                 ),
             )
 
@@ -57,7 +57,7 @@ def routes(api: Api) -> APIRouter:
                     yield sse(answer.chunk(number, "", draft=draft))
                 if event.output is not None:
                     last[number] = event
-                    choice = _choice(api, prompt, event)
+                    choice = _choice(api, answer, prompt, event)
                     tokens = [*(event.output.filled_prompt_token_ids or []), *event.output.token_ids]
                     more = {"draft": {"tokens": api.prompts.pieces(tokens)}} if body.stream_drafts else {}
                     yield sse(answer.chunk_of(choice, **more))
@@ -69,7 +69,7 @@ def routes(api: Api) -> APIRouter:
     return router
 
 
-def _choice(api: Api, prompt: list[int], event: Event) -> dict[str, Any]:
+def _choice(api: Api, answer: Answer, prompt: list[int], event: Event) -> dict[str, Any]:
     output = event.output
     assert output is not None
     filled = output.filled_prompt_token_ids
@@ -80,6 +80,14 @@ def _choice(api: Api, prompt: list[int], event: Event) -> dict[str, Any]:
         if is_mask:
             run = list(group)
             tokens = filled[run[0] : run[-1] + 1]
-            fills.append({"start": run[0], "token_ids": tokens, "text": api.prompts.text(tokens)})
-    text = (output.filled_prompt or "") + output.text
-    return {"index": output.index, "text": text, "fills": fills, "finish_reason": output.finish_reason}
+            found = [each for each in (output.filled_prompt_logprobs or ())[run[0] : run[-1] + 1] if each is not None]
+            logprobs = answer.logprobs(tokens, None if output.logprobs is None else found)
+            text = api.prompts.text(tokens)
+            fills.append({"start": run[0], "token_ids": tokens, "text": text, "logprobs": logprobs})
+    return {
+        "index": output.index,
+        "text": (output.filled_prompt or "") + output.text,
+        "fills": fills,
+        "logprobs": answer.logprobs(output.token_ids, output.logprobs),
+        "finish_reason": output.finish_reason,
+    }

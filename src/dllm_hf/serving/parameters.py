@@ -10,25 +10,16 @@ from ..generation.configuration import ALIASES, NEUTRAL, DiffusionGenerationConf
 from .errors import ApiError, refusal_of
 from .schema import Decoding, given
 from .settings import Settings
+from .structure import NAMES, form_of
 
 logger = logging.getLogger(__name__)
 
 # Parameters of other servers that cannot be served, the values besides null that ask for nothing, and why.
-_NO_STRUCTURE = (
-    "positions become final in any order, and a grammar knows the tokens that it allows only where all text to their left is "
-    "final: ask for the form in the prompt, and check the result"
-)
-_NO_LOGPROBS = "the engine keeps no probabilities of the tokens that it transfers"
 _NO_TOOLS = "tools are not shown to the model, and its answer is not searched for calls"
 _NO_PENALTY = "a penalty reads the whole text between two steps: use `diffusion_generate`"
 REFUSED: dict[str, tuple[tuple, str]] = {
-    "logprobs": ((False,), _NO_LOGPROBS),
-    "top_logprobs": ((0,), _NO_LOGPROBS),
     "prompt_logprobs": ((), "a bound on the likelihood of a text takes many forward passes, which no request makes"),
     "logit_bias": (({},), "there is no bias for single tokens: `suppress_tokens` excludes tokens"),
-    "response_format": (({"type": "text"},), _NO_STRUCTURE),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ((), _NO_STRUCTURE)),
-    "structured_outputs": (({},), _NO_STRUCTURE),
     "tools": (([],), _NO_TOOLS),
     "tool_choice": (("none", "auto"), _NO_TOOLS),
     "functions": (([],), _NO_TOOLS),
@@ -54,6 +45,7 @@ _NOT_OF_A_REQUEST |= {"disable_compile", "torch_compile", "output_history", "ret
 _NOT_OF_A_REQUEST |= {"pad_token_id", "bos_token_id", "prefill_chunk_size", "check_interval", "steps_per_look"}
 _OPTIONS = {*DiffusionGenerationConfig.DEFAULTS, *ALIASES} - _NOT_OF_A_REQUEST - REFUSED.keys()
 _KNOWN = {*Decoding.model_fields, "messages", "prompt", "max_completion_tokens", "echo", "blank"}
+_KNOWN |= {"logprobs", "top_logprobs", *NAMES}
 _KNOWN |= _OPTIONS | PASSED_OVER | NEUTRAL.keys()
 # Names of the parameters for lengths.
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "gen_length")
@@ -104,8 +96,10 @@ class Parameters:
                 stop=request.stop,
                 stop_token_ids=[*(request.stop_token_ids or []), *([] if request.ignore_eos else ends)],
                 ignore_eos=bool(request.ignore_eos),
+                logprobs=self._logprobs(),
                 timeout=min(request.timeout or settings.request_timeout, settings.request_timeout),
                 skip_special_tokens=request.skip_special_tokens is not False,
+                structured_outputs=form_of(self.given),
                 options=canonical_options(options),
             )
             self.effective = llm.effective_options(self.sampling)
@@ -114,6 +108,15 @@ class Parameters:
 
     def refusal(self, error: Exception, prompt: str = "prompt") -> ApiError:
         return refusal_of(error, set(self.given), prompt)
+
+    def _logprobs(self) -> int | None:
+        """How many log-probabilities of each token: chats ask by two parameters, others by a number."""
+        asked, top = self.given.get("logprobs"), self.given.get("top_logprobs")
+        if type(asked) is int:
+            return asked
+        if top and not asked:
+            raise ApiError(400, f"`top_logprobs={top}` needs `logprobs: true`.", "top_logprobs")
+        return (top or 0) if asked else None
 
     def check_choices(self, prompts: int) -> None:
         if prompts * self.n > self.settings.max_choices:

@@ -5,10 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..generation.requests import MAX_LOGPROBS
+
 MAX_STOPS, MAX_STOP_LENGTH, MAX_MESSAGES = 16, 500, 10_000
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+NumberOfLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Seconds = Annotated[float, Field(gt=0, le=10**9)]
 
 
@@ -67,6 +70,8 @@ class ChatRequest(Decoding):
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=0)
+    logprobs: bool | None = None
+    top_logprobs: NumberOfLogprobs | None = None
 
 
 class CompletionRequest(Decoding):
@@ -76,6 +81,7 @@ class CompletionRequest(Decoding):
         str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
     )
     echo: bool | None = None
+    logprobs: NumberOfLogprobs | None = None
 
 
 class InfillRequest(Decoding):
@@ -84,6 +90,7 @@ class InfillRequest(Decoding):
 
     prompt: str | TokenIds
     blank: str | None = Field(None, min_length=1, max_length=100)
+    logprobs: NumberOfLogprobs | None = None
 
 
 class TokenizeRequest(Strict):

@@ -15,6 +15,7 @@ let turns = []; // of the conversation
 let frames = []; // of the last generation: each a list of texts, null where a position is open
 let given = ""; // what stands before the canvas
 let spans = []; // one for each position
+let logprobs = []; // of tokens that are final, by position
 let running = null; // an AbortController
 let playing = null; // a timer
 
@@ -24,6 +25,19 @@ function settledAt(frame, index) {
   // The step at which a position settled, as far as the frames up to this one tell.
   for (let step = frame; step > 0; step--) if (frames[step - 1][index] == null) return step;
   return 0;
+}
+
+function probability(index) {
+  return logprobs[index] === undefined ? "" : `, probability ${Math.exp(logprobs[index]).toFixed(3)}`;
+}
+
+function note(choice, length) {
+  // Log-probabilities of an event, in the form of its endpoint. `length`: of the canvas.
+  const of = (found) => found.content?.map((each) => each.logprob) ?? found.token_logprobs;
+  const added = choice.logprobs ? of(choice.logprobs) : [];
+  if (!choice.fills) return logprobs.push(...added);
+  for (const fill of choice.fills) of(fill.logprobs).forEach((value, index) => { logprobs[fill.start + index] = value; });
+  added.forEach((value, index) => { logprobs[length - added.length + index] = value; });
 }
 
 function show(frame) {
@@ -40,14 +54,14 @@ function show(frame) {
     const text = isOpen ? "▒" : token;
     if (spans[index].textContent !== text) spans[index].textContent = text;
     if (spans[index].className !== name) spans[index].className = name;
-    spans[index].title = isOpen || !wasOpen ? "" : `settled in step ${settledAt(frame, index)}`;
+    spans[index].title = isOpen || !wasOpen ? "" : `settled in step ${settledAt(frame, index)}${probability(index)}`;
   });
   $("frame").value = frame;
   $("where").value = `step ${frame} of ${frames.length - 1}`;
 }
 
 function begin(text) {
-  frames = []; spans = []; given = text;
+  frames = []; spans = []; logprobs = []; given = text;
   $("result").hidden = false;
   $("canvas").replaceChildren();
   $("numbers").replaceChildren();
@@ -119,9 +133,9 @@ function options() {
 
 function bodyOf(prompt) {
   const body = { ...options(), stream: true, stream_drafts: true, stream_options: { include_usage: true } };
-  if (mode() === "chat") return { ...body, messages: [...turns, { role: "user", content: prompt }] };
-  if (mode() === "infill") return { max_tokens: 0, ...body, prompt, blank: "_" };
-  return { ...body, prompt };
+  if (mode() === "chat") return { ...body, logprobs: true, messages: [...turns, { role: "user", content: prompt }] };
+  if (mode() === "infill") return { max_tokens: 0, ...body, logprobs: 0, prompt, blank: "_" };
+  return { ...body, logprobs: 0, prompt };
 }
 
 async function* eventsOf(response) {
@@ -168,6 +182,7 @@ async function generate(prompt) {
       const added = choice.text ?? choice.delta.content ?? "";
       if (added && first === null) first = performance.now() - start;
       text += added;
+      note(choice, event.draft?.tokens.length);
       reason = choice.finish_reason ?? reason;
     }
     if (event.usage) {
@@ -183,6 +198,7 @@ async function generate(prompt) {
       });
     }
   }
+  if (frames.length) show(Number($("frame").value)); // with what is known now
   if (chosen === "chat") {
     turns.push({ role: "user", content: prompt }, { role: "assistant", content: text });
     showTurns();

@@ -1,0 +1,160 @@
+"""What a denoising step costs on one GPU and on several that divide a model, and what of it the all-reduces are.
+
+usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl one_shot shared] [--throughput FOLDER]
+
+Random bf16 weights in the shapes of LLaDA-8B (policy `dual`, blocks of 32), SDAR-8B and SDAR-30B-A3B (`block`, blocks of
+4), made on each GPU for its part; one sequence, a prompt of 512 tokens and 128 new ones. `step`: milliseconds of one step
+more, as in generate.py. `reduces`: the part of it that the all-reduces are: the step without them subtracted. `mean`:
+milliseconds of a call divided by its forward passes. `ratio`: the step beside that of the first number of GPUs.
+
+`--throughput FOLDER`: tokens a second of SDAR-8B through `LLM` in 128 slots, 512 requests of 256 + 256 tokens, a
+denoising step transferring one token; the weights, 16 GB, are saved into FOLDER first if they are not there.
+"""
+
+import argparse
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from generate import CONFIGS, MODELS, prompts, timed
+from torch import distributed
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from dllm_hf import LLM, SamplingParams
+from dllm_hf.fused.shared_sums import SharedSums
+from dllm_hf.generation.ranks import Ranks
+
+SETTINGS = {"llada": ("dual", 32), "sdar": ("block", 4), "sdar_moe": ("block", 4)}
+WAYS = ("nccl", "one_shot", "shared")
+PROMPT, NEW, SLOTS, REQUESTS = 512, 128, 128, 512
+
+
+def build(name: str, size: int):
+    """A model with random weights, in each process its part."""
+    logging.set_verbosity_error()  # all weights are missing
+    config = AutoConfig.from_pretrained(CONFIGS / MODELS[name][0])
+    torch.manual_seed(0)
+    if size == 1:
+        with torch.device("cuda"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    model = kind.from_pretrained(None, config=config, state_dict={}, dtype=torch.bfloat16, tp_plan="auto")
+    return model.eval()
+
+
+def step_of(model, ids: torch.Tensor, options: dict, block: int) -> tuple[float, float]:
+    """Milliseconds of a step, and of a call divided by its passes, one token a step."""
+
+    def call(quota: int) -> tuple[float, int]:
+        steps = block // quota
+        return min((timed(lambda: model.diffusion_generate(ids, denoising_steps=steps, **options)) for _ in range(2)),
+                   key=lambda each: each[0])  # fmt: skip
+
+    model.release_graphs()
+    call(1)  # compiles and captures
+    (many, first), (few, second) = call(1), call(2)
+    passes = first.num_forward_passes - second.num_forward_passes
+    return 1000 * (many - few) / passes, 1000 * many / first.num_forward_passes
+
+
+def measure(args: argparse.Namespace) -> None:
+    """One process of a group, on its GPU."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.cuda.set_device(rank)
+    all_reduce, shared_bytes = Ranks.all_reduce, SharedSums.max_bytes
+    for name in args.models:
+        model, (policy, block) = build(name, size), SETTINGS[name]
+        ids = prompts(model.config.vocab_size, 1, PROMPT)
+        end = model.generation_config.eos_token_id
+        options = {"max_new_tokens": NEW, "eos_token_id": [], "temperature": 0.0, "return_dict_in_generate": True}
+        options |= {"suppress_tokens": end if isinstance(end, list) else [] if end is None else [end]}
+        options |= {"remasking_strategy": "low_confidence_static", "cache_policy": policy, "block_length": block}
+        without = None
+        for way in args.sums if size > 1 else ["none"]:
+            # What stands on the fused path is made anew with the fingerprint of the configuration.
+            model.config.sums = way
+            Ranks.one_shot_bytes = 512 * 1024 if way == "one_shot" else 0
+            SharedSums.max_bytes = shared_bytes if way == "shared" else 0
+            step, mean = step_of(model, ids, options, block)
+            if without is None:
+                Ranks.all_reduce, SharedSums.max_bytes = (lambda ranks, x: x), 0
+                model.config.sums = "without"
+                without = step_of(model, ids, options, block)[0] if size > 1 else step
+                Ranks.all_reduce = all_reduce
+            found = {"model": name, "gpus": size, "sums": way, "step": step, "mean": mean}
+            found |= {"reduces": step - without, "gib": torch.cuda.memory_allocated() / 2**30}
+            if rank == 0:
+                print(json.dumps(found), flush=True)
+        model.release_graphs()
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def measure_in_processes(size: int, args: argparse.Namespace):
+    """Run [`measure`] in `size` processes. Yields what the first prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, __file__, "--rank", "--models", *args.models, "--sums", *args.sums]
+    running = []
+    for rank in range(size):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        running.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True))
+    yield from (json.loads(line) for line in running[0].stdout if line.startswith("{"))
+    if any([each.wait() for each in running]):
+        sys.exit(f"A process on {size} GPUs has failed.")
+
+
+def throughput(folder: Path, size: int) -> float:
+    """Tokens a second of SDAR-8B through `LLM`."""
+    if not (folder / "config.json").exists():
+        build("sdar", 1).save_pretrained(folder)
+        torch.cuda.empty_cache()
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, 100_000, (REQUESTS, 256), generator=generator).tolist()
+    params = SamplingParams(max_tokens=256, temperature=0.0, ignore_eos=True, denoising_steps=4, block_length=4)
+    with LLM(folder, tensor_parallel_size=size, max_num_seqs=SLOTS, max_model_len=1024) as llm:
+        llm.generate(texts[:SLOTS], params, use_tqdm=False)  # compiles and captures
+        began = time.perf_counter()
+        outputs = llm.generate(texts, params, use_tqdm=False)
+        seconds = time.perf_counter() - began
+    return sum(len(each.outputs[0].token_ids) for each in outputs) / seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--models", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--sums", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--throughput", type=Path)
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.rank:
+        measure(args)
+        return
+    first: dict[str, float] = {}
+    for size in args.gpus if args.models else ():
+        for row in measure_in_processes(size, args):
+            base = first.setdefault(row["model"], row["step"])
+            numbers = " ".join(f"{name} {row[name]:.3f}" for name in ("step", "mean", "reduces", "gib"))
+            print(
+                f"{row['model']:9} {size} GPUs {row['sums']:9} {numbers} ratio {row['step'] / base:.3f}",
+                flush=True,
+            )
+    for size in args.gpus if args.throughput else ():
+        print(f"sdar, {SLOTS} slots, {size} GPUs: {throughput(args.throughput, size):.0f} tokens/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""`Workers`: an engine whose model is divided between several processes, behind the interface of [`Engine`]."""
+
+import multiprocessing
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..generation.mixin import DiffusionGenerationMixin
+from .intake import Intake
+from .outputs import Event, Load
+from .replica import Remote
+from .sequence import Sequence
+from .worker import Beat, Command, Stepped, Submission, run_worker
+
+logger = logging.get_logger(__name__)
+
+# A fork of a process that has used a GPU, or has threads, cannot go on.
+CONTEXT: Any = multiprocessing.get_context("spawn")
+# A process that says nothing for so long, or stands at one instruction, is taken for dead.
+HANG_SECONDS = 7.0
+# One that has failed alone has left the others waiting for it.
+FAILED_SECONDS = 2.0
+POLL_SECONDS = 0.25
+
+
+class WorkersError(RuntimeError):
+    """A process of a group has died, hangs, or has come to another result than the others."""
+
+
+class Workers:
+    """Has the methods of [`Engine`] that [`Driver`] asks for. Every process has an engine on its part of the model; each step
+    is one command to all of them, which do the same with it, so that they stay equal: queue, admission and decisions depend on
+    nothing but the commands. No process of the group is this one, so that a group that hangs can be killed.
+
+    Where a process dies, hangs or fails alone, all are killed, and every request gets the finish reason "error".
+
+    Args:
+        make: `LLM`, which makes the engine in each process.
+        source: the folder of the model.
+        arguments: of `LLM`.
+        model, tokenizer: without weights, to check requests with.
+        device: `cuda` or `cpu`.
+
+    Attributes:
+        failure: why the group is dead.
+
+    Raises:
+        ValueError: the model cannot be divided so.
+        What fails in the first process that fails to load its part; WorkersError where a process dies meanwhile.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Any],
+        source: str,
+        arguments: dict[str, Any],
+        model: DiffusionGenerationMixin,
+        tokenizer: PreTrainedTokenizerBase | None,
+        device: str,
+    ):
+        self.max_queue: int = arguments["max_queue"]
+        self.failure: str | None = None
+        self._size = size = arguments["tensor_parallel_size"]
+        _check_divides(size, model)
+        self._load, self._changes, self._submitted = Load(0, 0, 0.0, 0), list[Submission | set[str]](), 0
+        self._unfinished: dict[tuple[str, int], Remote] = {}
+        self._command: Command | None = None  # one that not all have answered
+        self._sent, self._replies = 0, dict[int, Stepped]()
+        self._is_closed = False
+        threads = max(1, torch.get_num_threads() // size)
+        own = {**arguments, "tensor_parallel_size": 1, "tokenizer": tokenizer, "device": None}
+        pipes = [CONTEXT.Pipe() for _ in range(size)]
+        self._connections: list[Connection] = [connection for connection, _ in pipes]
+        self._processes: list[BaseProcess] = [
+            CONTEXT.Process(
+                target=run_worker,
+                args=(make, inner, rank, size, device, threads, source, own),
+                name=f"rank-{rank}",
+                daemon=True,
+            )
+            for rank, (_, inner) in enumerate(pipes)
+        ]
+        self._end = weakref.finalize(self, _kill, self._processes, self._connections)
+        try:
+            for process, (_, inner) in zip(self._processes, pipes, strict=True):
+                process.start()
+                inner.close()  # of this process: the pipe ends with the other's
+            port = self._first_message([0])[0]
+            for connection in self._connections[1:]:
+                connection.send(port)
+            self.capacity, options, limits = self._first_message(range(size))[0]
+        except BaseException:
+            self._end()
+            raise
+        self.intake = Intake(model, tokenizer, options, limits, torch.device("cpu"))
+
+    def _first_message(self, ranks) -> dict[int, Any]:
+        """What each of these processes sends first, in whatever order."""
+        messages: dict[int, Any] = {}
+        while left := [rank for rank in ranks if rank not in messages]:
+            for rank in self._readable(left, None):
+                messages[rank] = self._receive(rank)
+                if isinstance(messages[rank], Exception):
+                    raise messages[rank]
+        return messages
+
+    def _readable(self, ranks: list[int], timeout: float | None) -> list[int]:
+        ready = wait([self._connections[rank] for rank in ranks], timeout)
+        return [rank for rank in ranks if self._connections[rank] in ready]
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            return self._connections[rank].recv()
+        except (EOFError, OSError):
+            self._processes[rank].join(timeout=1)
+            code = self._processes[rank].exitcode
+            how = (
+                f"was killed by signal {-code}" if code is not None and code < 0 else f"has ended with exit code {code}"
+            )
+            raise WorkersError(f"{self._name(rank)} {how}") from None
+
+    def _name(self, rank: int) -> str:
+        return f"the process of rank {rank} (pid {self._processes[rank].pid})"
+
+    # --- the interface of an engine
+
+    @property
+    def num_waiting(self) -> int:
+        return self._load.waiting + self._submitted
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._unfinished
+
+    def load(self) -> Load:
+        return self._load
+
+    def check(self) -> None:
+        """Raises where the group is dead."""
+        if self.failure is not None:
+            raise WorkersError(f"{self.failure}: make a new `LLM`.")
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        first = sequences[0]
+        params = replace(first.params, seed=first.request.generator.initial_seed())  # type: ignore[union-attr]  # Intake's
+        shows = first.shows_texts, first.shows_drafts
+        self._changes.append(Submission(first.request_id, first.request.prompt, params, *shows))
+        self._unfinished |= {(each.request_id, each.index): Remote(each) for each in sequences}
+        self._submitted += len(sequences)
+
+    def abort(self, *request_ids: str) -> None:
+        self._changes.append(set(request_ids))
+
+    def step(self) -> list[Event]:
+        """One step of every process, see [`Engine.step`]. After an interruption the next call waits for its end."""
+        if self.failure is None and not self._is_closed:
+            try:
+                return self._noted(self._exchange())
+            except WorkersError as failure:
+                if not self._is_closed:
+                    self.failure = str(failure)
+                    logger.error("%s; its group is ended, and its requests have failed.", failure)
+                self._end()
+        reason = "abort" if self.failure is None else "error"
+        left, self._unfinished, self._load = list(self._unfinished.values()), {}, Load(0, 0, 0.0, 0)
+        self._submitted = 0
+        error = None if self.failure is None else WorkersError(self.failure)
+        return [each.ended(reason, error) for each in left]
+
+    def close(self) -> None:
+        """End the processes. A step in another thread, and the next one, end what has not finished."""
+        self._is_closed = True
+        self._end()
+
+    # --- a step
+
+    def _exchange(self) -> list[Stepped]:
+        """Send a command to all processes, and wait for what they say, which must agree."""
+        if self._command is None:
+            self._command, self._changes = Command(time.monotonic(), self._changes), []
+            self._sent, self._replies, self._submitted = 0, {}, 0
+        try:
+            while self._sent < self._size:
+                self._connections[self._sent].send(self._command)
+                self._sent += 1
+        except (OSError, ValueError):  # ValueError: it cannot be pickled, or is closed
+            self._receive(self._sent)  # says how it has ended
+            raise WorkersError(f"{self._name(self._sent)} takes no commands") from None
+        heard, failed_at = dict.fromkeys(range(self._size), time.monotonic()), None
+        while left := [rank for rank in range(self._size) if rank not in self._replies]:
+            for rank in self._readable(left, POLL_SECONDS):
+                message, heard[rank] = self._receive(rank), time.monotonic()
+                if isinstance(message, Stepped):
+                    self._replies[rank] = message
+                elif isinstance(message, Beat) and message.stuck >= HANG_SECONDS:
+                    raise WorkersError(f"{self._name(rank)} has not moved for {message.stuck:.0f} s")
+            now = time.monotonic()
+            for rank in left:
+                if rank not in self._replies and now - heard[rank] > HANG_SECONDS:
+                    raise WorkersError(f"{self._name(rank)} has not answered for {now - heard[rank]:.0f} s")
+            failed = [rank for rank, reply in self._replies.items() if reply.error]
+            failed_at = (failed_at or now) if failed else None
+            if failed_at is not None and now - failed_at > FAILED_SECONDS and len(self._replies) < self._size:
+                raise WorkersError(f"{self._name(failed[0])} has failed: {self._replies[failed[0]].error}")
+        self._command, replies = None, [self._replies[rank] for rank in range(self._size)]
+        if len({(reply.digest, reply.error) for reply in replies}) > 1:
+            errors = [f"{self._name(rank)}: {reply.error}" for rank, reply in enumerate(replies) if reply.error]
+            raise WorkersError(
+                f"the processes have come to different results{': ' if errors else ''}{'; '.join(errors)}"
+            )
+        return replies
+
+    def _noted(self, replies: list[Stepped]) -> list[Event]:
+        self._load = replies[0].load
+        for event in replies[0].events:
+            remote = self._unfinished[event.request_id, event.index]
+            remote.note(event)
+            if event.output is not None:
+                del self._unfinished[event.request_id, event.index]
+        return replies[0].events
+
+
+def _check_divides(size: int, model: Any) -> None:
+    """Refuse a number of processes that do not all get as many heads."""
+    config, asked = model.config, f"`tensor_parallel_size={size}`"
+    if not model.tp_plan:
+        raise ValueError(f"{asked}: {type(model).__name__} has no `tp_plan`, which says how a model is divided.")
+    if not any(name.endswith("q_proj") for name in model.tp_plan):
+        return
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % size or (kv_heads % size and size % kv_heads):
+        raise ValueError(
+            f"{asked} does not divide the {heads} heads of the model with {kv_heads} heads of keys and values: take a "
+            "number that divides both, or one that divides the first and is a multiple of the second."
+        )
+
+
+def _kill(processes: list[BaseProcess], connections: list[Connection]) -> None:
+    """End processes at once: one may wait for another that has gone."""
+    for process in processes:
+        if process.pid is not None:
+            process.kill()
+    for process in processes:
+        if process.pid is not None:
+            process.join()
+    for connection in connections:
+        connection.close()

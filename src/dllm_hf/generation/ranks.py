@@ -1,0 +1,139 @@
+"""`Ranks`: the processes that the weights of a model are divided between (tensor parallelism, arXiv:1909.08053)."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from transformers import StoppingCriteria
+
+try:
+    from torch.distributed import _symmetric_memory as symmetric_memory
+except ImportError:  # a build of PyTorch without distributed
+    symmetric_memory = None  # type: ignore[assignment]
+
+
+class Ranks:
+    """The processes of a group, each of which computes a part of every forward pass. They run the same program on the same
+    arguments, and nothing that they decide by may differ between them.
+
+    Args:
+        group: of `torch.distributed`.
+
+    Attributes:
+        rank, size: the index of this process in the group, and their number.
+        one_shot_bytes: sums of so many bytes and less are one kernel, in which each GPU reads the others' memory: at the size of
+            a step that is quicker than NCCL.
+    """
+
+    one_shot_bytes = 0
+
+    def __init__(self, group: Any):
+        self.group, self.rank, self.size = group, distributed.get_rank(group), distributed.get_world_size(group)
+        self.first = distributed.get_global_rank(group, 0)
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes. `x`, contiguous, may hold it afterwards."""
+        if x.is_cuda and x.nbytes <= self.one_shot_bytes:
+            # The buffers are the same memory at every call, so that graphs may read them.
+            buffer = self._symmetric(x.dtype, x.device)[: x.numel()]
+            arguments = (buffer, x.view(-1), "sum", self.group.group_name)
+            return torch.ops.symm_mem.one_shot_all_reduce_copy(*arguments).view(x.shape)
+        distributed.all_reduce(x, group=self.group)
+        return x
+
+    def _symmetric(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory that the other GPUs can read."""
+        if dtype not in self._buffers:
+            buffer = symmetric_memory.empty(self.one_shot_bytes // dtype.itemsize, dtype=dtype, device=device)
+            symmetric_memory.rendezvous(buffer, self.group)
+            self._buffers[dtype] = buffer
+        return self._buffers[dtype]
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """`(size, *x.shape)`, what each process has; the shapes must be equal."""
+        gathered = x.new_empty(self.size * x.numel())
+        distributed.all_gather_into_tensor(gathered, x.flatten(), group=self.group)
+        return gathered.view(self.size, *x.shape)
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of the numbers that the processes have."""
+        return int(self.all_gather(torch.tensor([number], device=device)).min())
+
+    def check_heads(self, model: Any) -> None:
+        """Raises a `ValueError` where a plan of the library cuts heads of keys and values into pieces."""
+        kv_heads = getattr(model.config, "num_key_value_heads", self.size)
+        if kv_heads % self.size and any(name.endswith("k_proj") for name in model.tp_plan):
+            raise ValueError(
+                f"The model's {kv_heads} heads of keys and values cannot be divided between {self.size} processes: start fewer, or "
+                "use `LLM(tensor_parallel_size=...)`, which repeats heads."
+            )
+
+    def check_same(self, device: torch.device, *values: object) -> None:
+        """Raises a `ValueError` in every process where the values, which must have a `repr`, differ between them: the processes
+        would wait for each other forever."""
+        digest = hashlib.sha256(repr(values).encode()).digest()[:8]
+        every = self.all_gather(torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device))
+        if len(set(every.flatten().tolist())) > 1:
+            raise ValueError(
+                f"The model is divided between {self.size} processes, and their calls differ: every process must call "
+                "`diffusion_generate` with the same prompts and options."
+            )
+
+    def share_draws(self, generators: Iterable[torch.Generator | None], device: torch.device) -> None:
+        """Make generators draw in every process what they draw in the first. None is PyTorch's own of a device."""
+        for generator in dict.fromkeys(generators):
+            on_gpu = device.type == "cuda"
+            if generator is not None:
+                state = generator.get_state()
+            else:
+                state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+            state = state.to(device)
+            distributed.broadcast(state, self.first, group=self.group)
+            if generator is not None:
+                generator.set_state(state.cpu())
+            elif on_gpu:
+                torch.cuda.set_rng_state(state.cpu(), device)
+            else:
+                torch.set_rng_state(state)
+
+    def first_says(self, answer: bool, device: torch.device) -> bool:
+        """The answer of the first process."""
+        said = torch.tensor([answer], dtype=torch.uint8, device=device)
+        distributed.broadcast(said, self.first, group=self.group)
+        return bool(said)
+
+
+class SharedCriterion(StoppingCriteria):
+    """A criterion that holds where it holds in the first process: what it depends on, such as the time, may differ."""
+
+    def __init__(self, criterion: Callable, ranks: Ranks):
+        self.criterion, self.ranks = criterion, ranks
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        # The loop asks about one row.
+        holds = bool(torch.as_tensor(self.criterion(input_ids, scores, **kwargs)).all())
+        return torch.tensor([self.ranks.first_says(holds, input_ids.device)], device=input_ids.device)
+
+
+def local(parameter: Any) -> torch.Tensor:
+    """What this process holds of a parameter."""
+    return getattr(parameter, "_local_tensor", parameter)
+
+
+def ranks_of(model: Any) -> Ranks | None:
+    """The processes that `from_pretrained(..., tp_plan=...)` has divided a model between; None where it is whole."""
+    if (getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    mesh = model._device_mesh
+    return Ranks(mesh.get_group("tp") if mesh.ndim > 1 else mesh.get_group())
+
+
+def divided_modules(model: Any) -> set[nn.Module]:
+    """The modules that the library has given a part in tensor parallelism, and with it a forward pass of its own."""
+    if (getattr(model, "_tp_size", None) or 1) == 1:
+        return set()
+    generic = lambda name: ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return {module for name, module in model.named_modules() if generic(name) in model.tp_plan}

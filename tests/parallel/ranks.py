@@ -1,0 +1,120 @@
+"""What each of several processes does that divide models between them: it decodes with the whole model and with its part."""
+
+import json
+import os
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from dllm_hf import LLM, STRATEGIES, SamplingParams
+from dllm_hf.engine import engine
+from dllm_hf.engine.worker import load_part
+from dllm_hf.generation import graphs, mixin
+
+from ..builders import left_pad
+from ..generation.recorded_graphs import DEVICE, ROWS, Recorded
+from ..toolbox.conftest import TOKENS
+
+# By the number of processes.
+FAMILIES = {2: ("llada", "dream", "sdar", "sdar_moe", "gla_dream"), 4: ("dream", "sdar_moe")}
+SAMPLES = {"temperature": 0.8, "remasking_strategy": "low_confidence_static"}
+# What a step over rows with different options does not do: guidance, one draw for all rows, and each strategy for itself.
+CALLS = [
+    *({"remasking_strategy": name} for name in STRATEGIES),
+    *({**SAMPLES, "remasking_strategy": name} for name in ("entropy", "topk_margin", "random", "factor")),
+    {**SAMPLES, "top_k": 5, "top_p": 0.9},
+    {**SAMPLES, "suppress_tokens": [3, 40, 63], "confidence_suppress_tokens": [7]},
+    {**SAMPLES, "alg_temp": 0.5, "cfg_scale": 0.7, "num_return_sequences": 2},
+]
+# Of several requests at once: every strategy, sampled or not, some with filters.
+REQUESTS = [
+    SamplingParams(
+        remasking_strategy=name, temperature=temperature, topk=topk, seed=number, ignore_eos=True, max_tokens=9
+    )
+    for number, name in enumerate(STRATEGIES)
+    for temperature, topk in ((0.0, None), (0.8, 5 if number % 3 == 0 else None))
+]
+
+
+@contextmanager
+def recorded_graphs():
+    """On a CPU, what stands for graphs."""
+    before = mixin.are_possible, engine.are_possible, graphs.capture
+    mixin.are_possible = engine.are_possible = lambda device: True
+    graphs.capture = Recorded
+    try:
+        yield
+    finally:
+        mixin.are_possible, engine.are_possible, graphs.capture = before
+
+
+def graphs_on() -> object:
+    return nullcontext() if DEVICE == "cuda" else recorded_graphs()
+
+
+def decode(model, **options) -> list[list[int]]:
+    inputs = {name: tensor.to(model.device) for name, tensor in left_pad(ROWS).items()}
+    options = {"denoising_steps": 3, "max_new_tokens": 9, "block_length": 4, **options}
+    torch.manual_seed(int(os.environ["RANK"]) if model.tp_size else 0)  # the first process draws for all
+    return model.diffusion_generate(**inputs, **options).tolist()
+
+
+def serve(model, uses_graphs: bool) -> list[list[int]]:
+    llm = LLM(model, max_num_seqs=6, block_length=4, enforce_eager=not uses_graphs)
+    outputs = llm.generate([[5 + number, 6, 7] for number in range(len(REQUESTS))], REQUESTS, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def differences(whole, part, calls: list[dict]) -> list[str]:
+    """What a model in parts decodes to other tokens than the whole one."""
+    found = []
+    for number, call in enumerate(calls):
+        call = {**call, "cache_policy": whole.cache_policies[-1 - number % len(whole.cache_policies)]}
+        if hasattr(whole.config, "block_size"):
+            call["cache_policy"] = "block"
+        expected = decode(whole, disable_compile=True, **call)
+        with graphs_on():
+            ways = {"graphs": decode(part, **call), "no graphs": decode(part, disable_compile=True, **call)}
+        found += [f"{way}: {call}" for way, tokens in ways.items() if tokens != expected]
+    with graphs_on():
+        if serve(part, True) != serve(whole, False):
+            found.append("several requests at once")
+    return found
+
+
+def compare(folder: Path, number: int, rank: int, size: int) -> dict:
+    part = load_part(str(folder), rank, size, torch.float32, False)
+    whole = AutoModelForCausalLM.from_pretrained(folder).to(part.device)
+    local = sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in part.parameters())
+    with torch.no_grad():
+        logits, expected = (model(input_ids=TOKENS.to(part.device)).logits for model in (part, whole))
+    return {
+        "share": local / sum(each.numel() for each in whole.parameters()),
+        "difference": float((logits - expected).abs().max() / expected.abs().max()),
+        # Each family gets other calls, in four processes, where a call costs more, fewer and other ones.
+        "differences": differences(whole, part, CALLS[(number + size) % 5 :: 5 * size // 2]),
+        "is_fused": type(part.step_forward()).__name__.startswith("Fused"),
+    }
+
+
+def run_rank(root: Path, rank: int, size: int) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)})
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    store = f"file://{root / f'store-{size}'}"
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    distributed.init_process_group(backend, init_method=store, rank=rank, world_size=size)
+    folders = [root / family for family in FAMILIES[size]]
+    outcomes = {folder.name: compare(folder, number, rank, size) for number, folder in enumerate(folders)}
+    if rank == 0:
+        (root / f"outcomes-{size}.json").write_text(json.dumps(outcomes))
+    distributed.barrier()
+    distributed.destroy_process_group()
