@@ -1,11 +1,12 @@
 """What a denoising step and a generated token cost on a GPU: every family, cache policy, batch and quota, beside the floor.
 
-usage: generate.py measure --out results.jsonl [--models llada dream sdar sdar_moe llada2 llada_moe gladream qwen3]
+usage: generate.py measure --out results.jsonl [--models llada dream sdar sdar_moe llada2 llada_moe nemotron
+                   fast_dllm_v2 gladream qwen3]
                    [--batches 1 8 32] [--strategy low_confidence_dynamic]
        generate.py table results.jsonl
 
-Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B, LLaDA2.0-mini (16B-A1B), LLaDA-MoE-7B-A1B
-and a GLADream of 1B; a prompt of 512 tokens and 256 new ones, each step transferring a fixed quota (with the strategy
+Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B, LLaDA2.0-mini (16B-A1B), LLaDA-MoE-7B-A1B,
+Nemotron-Labs-Diffusion-8B, Fast-dLLM v2 7B and a GLADream of 1B; a prompt of 512 tokens and 256 new ones, each step transferring a fixed quota (with the strategy
 `low_confidence_dynamic` also: its threshold of 1 is never exceeded, and the host looks after each step). The end of sequence is never proposed, so that every run
 does the same work. `qwen3`, for comparison: an autoregressive Qwen3-8B in the `generate` of transformers, compiled, with a
 static cache.
@@ -39,6 +40,8 @@ MODELS = {
     "sdar_moe": ("SDAR-30B-A3B-Chat", {}, (4,)),
     "llada2": ("LLaDA2.0-mini", {}, (32,)),
     "llada_moe": ("LLaDA-MoE-7B-A1B-Instruct", {}, (32,)),
+    "nemotron": ("Nemotron-Labs-Diffusion-8B", {}, (32,)),
+    "fast_dllm_v2": ("Fast_dLLM_v2_7B", {}, (32,)),
     "gladream": (
         "GLADream",
         {

@@ -14,7 +14,17 @@ from ..builders import MASK, PAD, VOCAB, character_tokenizer, generate, generato
 pytestmark = pytest.mark.slow
 
 CASES = int(os.environ.get("DLLM_HF_FUZZ", 200))
-FAMILIES = ("llada", "dream", "sdar", "sdar_moe", "gla_dream")
+FAMILIES = (
+    "llada",
+    "llada_moe",
+    "dream",
+    "sdar",
+    "sdar_moe",
+    "llada2",
+    "gla_dream",
+    "nemotron_diffusion",
+    "fast_dllm_v2",
+)
 ENDS = [3, 9, 21, 33, 50]
 
 
@@ -52,6 +62,12 @@ def random_call(dice: random.Random):
     options["pad_token_id"] = PAD
     if model.config.model_type != "gla_dream":
         maybe(dice, 0.6, options, "block_length", 1, 2, 3, 4, 8, 40)
+    if model.default_small_block_size and options.get("block_length", 4) in (4, 8, 40):
+        maybe(dice, 0.6, options, "small_block_size", 1, 2, 4)
+        if options["cache_policy"] == "block":
+            maybe(dice, 0.5, options, "use_block_cache", True)
+    if model.supports_editing and STRATEGIES[options["remasking_strategy"]].confidence == "probability":
+        maybe(dice, 0.7, options, "editing_threshold", 0.0, 0.05, 0.3)
     maybe(dice, 0.3, options, dice.choice(["steps", "denoising_steps"]), 1, 2, 3, 7, 100)
     maybe(dice, 0.4, options, "temperature", 0.5, 1.0, 1.7)
     maybe(dice, 0.2, options, "top_k", 1, 3, 1000)
@@ -110,7 +126,7 @@ def check_call(seed: int) -> None:
         shown = alone.sequences[0].tolist()
         assert streamer.tokens == shown[: len(streamer.tokens)]
         assert set(shown[len(streamer.tokens) :]) <= {PAD}
-    if "block" in model.cache_policies:
+    if "block" in model.cache_policies and not options.get("use_block_cache"):
         other = {**options, "cache_policy": "none" if options["cache_policy"] == "block" else "block"}
         same = generate(model, rows, generator=generators(seeds), **other)
         assert same.sequences.tolist() == output.sequences.tolist()

@@ -58,9 +58,10 @@ def test_every_strategy_with_every_policy(family, policy, strategy, captured):
 
 
 @pytest.mark.gpu
-def test_steps_of_experts_are_captured_in_bfloat16(captured):
-    model = fresh_model("sdar_moe").bfloat16()
-    model.diffusion_generate(torch.tensor([ROWS[0]], device=DEVICE), max_new_tokens=12, block_length=4)
+@pytest.mark.parametrize("family, policy", [("sdar_moe", "block"), ("llada2", "block"), ("llada_moe", "dual")])
+def test_steps_of_experts_are_captured_in_bfloat16(family, policy, captured):
+    model, prompt = fresh_model(family).bfloat16(), torch.tensor([ROWS[0]], device=DEVICE)
+    model.diffusion_generate(prompt, max_new_tokens=12, block_length=4, cache_policy=policy)
     assert captured
 
 

@@ -6,7 +6,20 @@ from transformers.utils import logging
 
 from dllm_hf import STRATEGIES
 
-from ..builders import END, MASK, POSITIONS, VOCAB, ScriptedModel, generate, left_pad, new_model, new_tokens, script
+from ..builders import (
+    END,
+    MASK,
+    POSITIONS,
+    VOCAB,
+    ScriptedModel,
+    generate,
+    generators,
+    left_pad,
+    new_model,
+    new_tokens,
+    script,
+    tiny_model,
+)
 
 OPTIONS = {"max_new_tokens": 6, "remasking_strategy": "low_confidence_static"}
 
@@ -114,3 +127,12 @@ def test_logits_that_are_numbers_are_not_warned_of(model, policy, caplog, monkey
     monkeypatch.setattr(logging.get_logger("dllm_hf.generation.mixin"), "propagate", True)
     generate(model, [[1, 2], []], max_new_tokens=4, cache_policy=policy, temperature=0.7, top_k=2)
     assert not caplog.records
+
+
+def test_a_row_that_makes_no_pass_in_a_step_is_not_taken_for_filled():
+    """Dream's `origin` draws such steps, in which processors make the row idle in the pass of another one."""
+    rows = [[7, 8, 54, 16, MASK], [15, MASK, 11, MASK, 56, 33, 43, 35, 39, MASK, 38, 12, MASK]]
+    options = {"max_new_tokens": 2, "remasking_strategy": "origin", "repetition_penalty": 1.5, "eos_token_id": []}
+    for seed in range(8):
+        output = generate(tiny_model("sdar"), rows, generator=generators([seed, seed + 1]), **options)
+        assert MASK not in output.sequences

@@ -24,7 +24,9 @@ def test_golden_cases_hold_on_cuda(folder):
             check_case(model, case_folder, case)
 
 
-@pytest.mark.parametrize("folder", ["llada-mha", "dream-gqa", "sdar-b4", "sdar_moe-b4"])
+@pytest.mark.parametrize(
+    "folder", ["llada-mha", "llada_moe-mha", "dream-gqa", "sdar-b4", "sdar_moe-b4", "fast_dllm_v2-gqa"]
+)
 def test_flex_attention_equals_sdpa(folder):
     # flex's kernel wants head sizes that are powers of two from 16 on
     inputs = {name: value.cuda() for name, value in left_pad([[5, 6, 7, 8, 9, 10], [11, 12]]).items()}
@@ -36,7 +38,7 @@ def test_flex_attention_equals_sdpa(folder):
     torch.testing.assert_close(flex[real], expected[real], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("folder", ["sdar-b4", "sdar_moe-b4"])
+@pytest.mark.parametrize("folder", ["sdar-b4", "sdar_moe-b4", "fast_dllm_v2-gqa"])
 def test_block_diffusion_loss_is_the_same_with_flex_attention(folder):
     torch.manual_seed(0)
     clean = torch.randint(0, 290, (2, 32), device="cuda")

@@ -63,7 +63,7 @@ def edited(model, prompt, number, block, threshold, editing, post_steps, ends) -
     return row[:stop] + [END] * (shown - stop), passes
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     prompts.filter(len),
     st.integers(0, 9),

@@ -207,7 +207,9 @@ def test_a_file_says_what_it_takes_to_programs_without_python(exported):
 # --- what is refused
 
 
-@pytest.mark.parametrize("family, reason", [("gla_dream", "recurrent states"), ("sdar_moe", "experts")])
+@pytest.mark.parametrize(
+    "family, reason", [("gla_dream", "recurrent states"), ("sdar_moe", "experts"), ("llada_moe", "experts")]
+)
 def test_families_without_such_a_program_are_refused_by_name(tmp_path, family, reason):
     model = new_model(family)
     with pytest.raises(ValueError, match=f"{type(model).__name__}.*{reason}"):

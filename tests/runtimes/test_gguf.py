@@ -206,7 +206,9 @@ def test_the_command_writes_a_folder(tmp_path, capsys):
 # --- what is refused
 
 
-@pytest.mark.parametrize("family, reason", [("gla_dream", "recurrent states"), ("sdar_moe", "experts")])
+@pytest.mark.parametrize(
+    "family, reason", [("gla_dream", "recurrent states"), ("sdar_moe", "experts"), ("llada_moe", "experts")]
+)
 def test_families_that_it_does_not_write_are_refused_by_name(tmp_path, family, reason):
     model = new_model(family)
     with pytest.raises(ValueError, match=f"{type(model).__name__}.*{reason}"):

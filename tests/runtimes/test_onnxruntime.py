@@ -131,7 +131,9 @@ def test_the_tokenizer_goes_with_the_model(tmp_path, monkeypatch):
 # --- what is refused
 
 
-@pytest.mark.parametrize("family, reason", [("gla_dream", "recurrent states"), ("sdar_moe", "experts")])
+@pytest.mark.parametrize(
+    "family, reason", [("gla_dream", "recurrent states"), ("sdar_moe", "experts"), ("llada_moe", "experts")]
+)
 def test_families_without_such_a_graph_are_refused_by_name(tmp_path, family, reason):
     model = new_model(family)
     with pytest.raises(ValueError, match=f"{type(model).__name__}.*{reason}"):

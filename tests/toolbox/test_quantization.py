@@ -17,6 +17,7 @@ EVEN |= {
     name: {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
     for name in ("sdar", "sdar_moe", "llada2", "nemotron_diffusion")
 }
+EVEN["llada2"] |= {"moe_intermediate_size": 64}
 
 
 @pytest.fixture(params=BACK_ENDS)

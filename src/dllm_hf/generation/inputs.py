@@ -92,7 +92,9 @@ def check_fits(model_config: PreTrainedConfig, width: int, new_tokens: int, roun
     if positions is not None and width > positions:
         fits = width - new_tokens < positions
         remedy = (
-            f"reduce `max_new_tokens={new_tokens}` or shorten" if fits else "there is no room for new tokens, shorten"
+            f"reduce `max_new_tokens={new_tokens}` (or `max_length`) or shorten"
+            if fits
+            else "there is no room for new tokens, shorten"
         )
         raise TooLongError(
             f"The canvas of {int(width)} positions{rounding} is longer than the {positions} positions of the model: "

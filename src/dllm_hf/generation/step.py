@@ -154,7 +154,10 @@ def denoise(
         ends = canvas.lists["eos_token_id", features.widths[0]][window.slots]
         new = (window.block >= canvas.choices[window.slots, 3:]) & inside
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
-    canvas.report.index_copy_(0, window.slots, torch.stack([left, ended, is_mask[:, 0]], dim=-1).long())
+    report = torch.stack([left, ended, is_mask[:, 0]], dim=-1).long()
+    # Of idle rows, which have no block in the pass, the last report stays.
+    report = torch.where(inside.any(-1, keepdim=True), report, canvas.report[window.slots])
+    canvas.report.index_copy_(0, window.slots, report)
 
 
 def keep_logprobs(canvas: Canvas, slots, block, transfer, chosen, total, top, top_tokens) -> None:

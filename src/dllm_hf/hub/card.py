@@ -10,6 +10,7 @@ from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedConfig
 
 from .. import __version__
+from ..families import family
 
 # By the name of the configuration's class: two families share a model type.
 DESCRIPTIONS = {
@@ -117,7 +118,7 @@ def make_card(config: PreTrainedConfig, name: str, source: str | None, header: d
     return CARD.format(
         header=ModelCardData(**values).to_yaml() + "\n",
         title=_escaped(name.rstrip("/").split("/")[-1]),
-        description=DESCRIPTIONS[type(config).__name__],
+        description=DESCRIPTIONS[family(config)[0].__name__],
         version=__version__,
         origin=origin,
         name=_literal(name),
