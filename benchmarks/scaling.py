@@ -114,7 +114,8 @@ def plan() -> None:
         many = parallel("SDAR-8B", 2, 768 * replicas, replicas)
         print(f"SDAR-8B, {replicas} replicas, 768 requests each: {many:,.0f} simulated, {many / one:.2f} times one")
     for model in ("SDAR-4B", "SDAR-8B"):
-        weights = 2 * sum(sizes(model)[:2])
+        layers, head, _ = sizes(model)
+        weights = 2 * (layers + 2 * head)  # with the embedding
         for tokens_per_step in (1, 2, 4):
             rate, cost = parallel(model, tokens_per_step, 1024, 1), costs(model)
             busy = ", ".join(

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -112,7 +113,7 @@ def test_threads_share_replicas_and_both_of_them_work(pair):
 @pytest.mark.slow
 def test_a_replica_that_is_killed_fails_its_requests_and_nobody_elses(folder, leaves_no_process):
     with LLM(folder, data_parallel_size=2, device="cpu") as llm:
-        names = [llm.submit([each], LONG) for each in range(6)]
+        names = [llm.submit([each], replace(LONG, logprobs=each % 3)) for each in range(6)]
         dead, other = llm._driver.engine._replicas
         events, texts, outputs, begun = llm.events(), dict.fromkeys(names, ""), {}, None
         for event in events:
@@ -125,7 +126,7 @@ def test_a_replica_that_is_killed_fails_its_requests_and_nobody_elses(folder, le
         assert time.monotonic() - begun < 10 and set(outputs) == set(names) and len(lost) == 3
         for name, output in outputs.items():
             assert output.finish_reason == ("error" if name in lost else "length")
-            assert output.text == texts[name]
+            assert output.text == texts[name] and len(output.logprobs) == len(output.token_ids)
             assert ("replica 0" in (output.error or "") and "exit code -9" in output.error) == (name in lost)
         assert llm.generate([[1]] * 3, LONG)[2].outputs[0].finish_reason == "length"
         os.kill(other.process.pid, signal.SIGKILL)

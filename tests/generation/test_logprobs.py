@@ -85,7 +85,9 @@ def test_a_request_gets_those_that_it_gets_alone(family, policy, data):
     every, served = drawn(data, family, 4), engine_of(model, policy)
     for number, (prompt, seed, options) in enumerate(every):
         params = SamplingParams(seed=seed, logprobs=number or None, options=options)
-        served.submit(served.intake.prepare(prompt, params, str(number)))
+        [sequence] = served.intake.prepare(prompt, params, str(number))
+        sequence.shows_texts = True
+        served.submit([sequence])
     outputs, told = {}, {}
     while not served.is_idle:
         for event in served.step():

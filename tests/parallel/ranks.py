@@ -21,7 +21,7 @@ from ..generation.recorded_graphs import DEVICE, ROWS, Recorded
 from ..toolbox.conftest import TOKENS
 
 # By the number of processes.
-FAMILIES = {2: ("llada", "dream", "sdar", "sdar_moe", "gla_dream"), 4: ("dream", "sdar_moe")}
+FAMILIES = {2: ("llada", "dream", "sdar", "sdar_moe", "gla_dream", "llada2"), 4: ("dream", "sdar_moe")}
 SAMPLES = {"temperature": 0.8, "remasking_strategy": "low_confidence_static"}
 # What a step over rows with different options does not do: guidance, one draw for all rows, and each strategy for itself.
 CALLS = [

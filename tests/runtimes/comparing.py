@@ -120,11 +120,15 @@ def check_later_rows(model, exported, policy: str) -> None:
 
 
 def check_guidance_and_defaults(model, exported) -> None:
+    """Log-probabilities too."""
     for options in ({}, {"cfg_scale": 1.5, "block_length": 4}):
-        options |= {"max_new_tokens": 8, "generator": generators([1])}
+        options |= {"max_new_tokens": 8, "logprobs": 3, "generator": generators([1])}
         got = exported.diffusion_generate(torch.tensor([[5, 6, 7]]), **options)
         options["generator"] = generators([1])
-        assert got.tolist() == model.diffusion_generate(torch.tensor([[5, 6, 7]]), **options).tolist()
+        expected = model.diffusion_generate(torch.tensor([[5, 6, 7]]), **options)
+        assert got.sequences.tolist() == expected.sequences.tolist()
+        for name in ("logprobs", "top_logprobs"):
+            torch.testing.assert_close(got[name], expected[name], atol=1e-3, rtol=0, equal_nan=True)
 
 
 def other_folders(description: str, version: int) -> list[tuple[str, dict, str]]:

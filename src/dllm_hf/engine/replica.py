@@ -14,6 +14,8 @@ import torch
 from .outputs import Event, Load
 from .sequence import Sequence
 
+CLOSING_SECONDS = 5.0
+
 
 @dataclass
 class Remote:
@@ -52,6 +54,22 @@ class Replica:
     load: Load = Load(0, 0, 0.0, 0)
     outstanding: dict[str, dict[int, Remote]] = field(default_factory=dict)
     columns: int = 0
+    _sending: threading.Lock = field(
+        default_factory=threading.Lock
+    )  # a handle that is closed in the middle may be another's
+
+    def send(self, message: Any) -> None:
+        """Raises OSError where its process has ended, or [`close`] was called."""
+        with self._sending:
+            self.requests.send(message)
+
+    def close(self) -> None:
+        """End the pipe to it, and so its process."""
+        if not self._sending.acquire(timeout=CLOSING_SECONDS):  # it does not read any more
+            self.process.kill()
+            self._sending.acquire()
+        self.requests.close()
+        self._sending.release()
 
     @property
     def is_alive(self) -> bool:

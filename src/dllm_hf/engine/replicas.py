@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..generation.mixin import DiffusionGenerationMixin
 from .intake import Intake
 from .outputs import Event, Load
-from .replica import Remote, Replica, run_replica
+from .replica import CLOSING_SECONDS, Remote, Replica, run_replica
 from .sequence import Sequence
 
 logger = logging.get_logger(__name__)
@@ -27,7 +27,6 @@ logger = logging.get_logger(__name__)
 CONTEXT: Any = multiprocessing.get_context("spawn")
 # A request that another thread submits while one waits for events is sent on after that long at most.
 POLL_SECONDS = 0.005
-CLOSING_SECONDS = 5.0
 # Tokens of the beginnings by which prompts are told apart, the longest first: of a conversation, and of a chat template.
 BEGINNINGS = (2048, 512, 128, 32)
 MAX_BEGINNINGS = 20_000
@@ -117,7 +116,7 @@ class Replicas:
         message = (first.request_id, first.request.prompt, params, first.shows_texts, first.shows_drafts)
         while (chosen := self._choose(first.request.prompt, sum(each.columns for each in sequences))) is not None:
             try:
-                chosen.requests.send(message)
+                chosen.send(message)
             except OSError:
                 self._told += self._bury(chosen)
                 continue
@@ -153,7 +152,7 @@ class Replicas:
             own = [name for name in request_ids if name in each.outstanding]
             if own and not each.requests.closed:
                 try:
-                    each.requests.send(own)
+                    each.send(own)
                 except OSError:
                     self._told += self._bury(each)
 
@@ -182,7 +181,7 @@ class Replicas:
     def _bury(self, dead: Replica) -> list[Event]:
         """End what a process that has ended has not finished."""
         was_closed, reason, error = dead.requests.closed, "abort", None
-        dead.requests.close()
+        dead.close()
         dead.events.close()
         if not was_closed:
             dead.process.join(timeout=1)
@@ -201,7 +200,7 @@ class Replicas:
 def _end(replicas: list[Replica]) -> None:
     """End processes: each does so itself when its pipe ends, and is killed where it does not."""
     for each in replicas:
-        each.requests.close()
+        each.close()
     end = time.monotonic() + CLOSING_SECONDS
     for each in replicas:
         each.process.join(timeout=max(end - time.monotonic(), 0))

@@ -12,11 +12,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import transformers
 from torch import distributed, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from ..generation.ranks import divides_heads
 from .outputs import Event, Load
 from .sampling_params import SamplingParams
 
@@ -151,14 +154,17 @@ def load_part(source: str, rank: int, size: int, dtype: str | torch.dtype, trust
     """This process' part of a model. Where there are fewer heads of keys and values than processes, several have the same."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     kv_heads = getattr(config, "num_key_value_heads", size)
-    repeats_heads = kv_heads < size and any(name.endswith("k_proj") for name in config.base_model_tp_plan)
+    repeats_heads = kv_heads < size and divides_heads(config.base_model_tp_plan)
     if repeats_heads:
         plan = config.base_model_tp_plan
         config.base_model_tp_plan = {
             name: style for name, style in plan.items() if not name.endswith(("k_proj", "v_proj"))
         }
+    # `tp_plan` by itself is deprecated since 5.18; before, not every version takes it from a `DistributedConfig`.
+    is_old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
+    asked: dict[str, Any] = {"tp_plan": "auto"} if is_old else {"distributed_config": DistributedConfig(tp_size=size)}
     model = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, tp_plan="auto"
+        source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **asked
     )
     for layer in model.model.layers if repeats_heads else ():
         _keep_one_head(layer.self_attn, rank * kv_heads // size, config.num_attention_heads // size)

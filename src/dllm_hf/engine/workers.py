@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.ranks import divides_heads
 from .intake import Intake
 from .outputs import Event, Load
 from .replica import Remote
@@ -233,7 +234,7 @@ def _check_divides(size: int, model: Any) -> None:
     config, asked = model.config, f"`tensor_parallel_size={size}`"
     if not model.tp_plan:
         raise ValueError(f"{asked}: {type(model).__name__} has no `tp_plan`, which says how a model is divided.")
-    if not any(name.endswith("q_proj") for name in model.tp_plan):
+    if not divides_heads(model.tp_plan):
         return
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % size or (kv_heads % size and size % kv_heads):

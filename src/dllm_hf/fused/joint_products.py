@@ -90,9 +90,9 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
 
 
 def _is_alone(parameter: torch.Tensor) -> bool:
-    """Whether a parameter fills its storage, which nothing else shares: another model, a `state_dict()`."""
-    storage = parameter.untyped_storage()
-    return storage.nbytes() == parameter.nbytes and torch._C._storage_Use_Count(storage._cdata) <= 2
+    """Whether nothing else shares a parameter's storage: another model, a `state_dict()`. It need not fill it: the part of a
+    weight that a process has loaded may be a view of the whole one, which is freed then."""
+    return torch._C._storage_Use_Count(parameter.untyped_storage()._cdata) <= 2
 
 
 def _bytes(parameters: list[torch.Tensor]) -> int:

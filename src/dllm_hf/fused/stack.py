@@ -57,10 +57,11 @@ def can_be_captured(model: nn.Module) -> bool:
 
 
 def _without_sum(mlp: nn.Module, divided: Collection[nn.Module]) -> nn.Module | None:
-    """A feed-forward network whose experts are divided between processes, without the sum over these; None for others. It is
-    a copy with the same weights: the library has replaced the forward pass of the module's own experts by one that sums."""
+    """A feed-forward network of nothing but experts that are divided between processes, without the sum over these; None for
+    others. It is a copy with the same weights: the library has replaced the forward pass of the module's own experts by one
+    that sums."""
     experts: Any = getattr(mlp, "experts", None)
-    if experts is None or experts not in divided:
+    if experts is None or experts not in divided or mlp._modules.keys() != {"gate", "experts"}:
         return None
     mlp, experts = copy(mlp), copy(experts)
     vars(experts).pop("forward", None)

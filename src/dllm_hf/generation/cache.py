@@ -19,7 +19,7 @@ from ..kernels.triton import triton
 from .configuration import DiffusionGenerationConfig
 from .contract import DenoisingModel
 from .extents import Extents
-from .ranks import ranks_of
+from .ranks import divides_heads, ranks_of
 from .uploads import uploaded
 from .window import Window
 
@@ -48,7 +48,8 @@ def column_bytes_of(model: DenoisingModel) -> int:
     """Bytes that a column of a row takes in the key-value cache of a model, or of this process' part of it."""
     config, ranks = model.config, ranks_of(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    heads = heads if ranks is None else max(heads // ranks.size, 1)
+    if ranks is not None and divides_heads(model.tp_plan):  # type: ignore[arg-type]  # of `PreTrainedModel`
+        heads = max(heads // ranks.size, 1)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim * torch.empty((), dtype=model.dtype).element_size()
 

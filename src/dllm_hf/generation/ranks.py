@@ -1,7 +1,7 @@
 """`Ranks`: the processes that the weights of a model are divided between (tensor parallelism, arXiv:1909.08053)."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Ranks:
     def check_heads(self, model: Any) -> None:
         """Raises a `ValueError` where a plan of the library cuts heads of keys and values into pieces."""
         kv_heads = getattr(model.config, "num_key_value_heads", self.size)
-        if kv_heads % self.size and any(name.endswith("k_proj") for name in model.tp_plan):
+        if kv_heads % self.size and divides_heads(model.tp_plan):
             raise ValueError(
                 f"The model's {kv_heads} heads of keys and values cannot be divided between {self.size} processes: start fewer, or "
                 "use `LLM(tensor_parallel_size=...)`, which repeats heads."
@@ -129,6 +129,11 @@ def ranks_of(model: Any) -> Ranks | None:
         return None
     mesh = model._device_mesh
     return Ranks(mesh.get_group("tp") if mesh.ndim > 1 else mesh.get_group())
+
+
+def divides_heads(plan: Collection[str]) -> bool:
+    """Whether a `tp_plan` divides the heads of attention, and not the feed-forward networks alone."""
+    return any(name.endswith(".k_proj") for name in plan)
 
 
 def divided_modules(model: Any) -> set[nn.Module]:

@@ -48,9 +48,8 @@ def deployment(
     """
     wanted = {"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": max_num_seqs, **(autoscaling or {})}
     made = serve.deployment(
-        DiffusionServer,
         max_ongoing_requests=2 * max_num_seqs,
         autoscaling_config=wanted,
         ray_actor_options={"num_gpus": num_gpus},
-    )
+    )(DiffusionServer)
     return made.bind(model, settings, {"max_num_seqs": max_num_seqs, **options})
