@@ -73,6 +73,8 @@ def serve(model, uses_graphs: bool) -> list[list[int]]:
 def differences(whole, part, calls: list[dict]) -> list[str]:
     """What a model in parts decodes to other tokens than the whole one."""
     found = []
+    if whole.supports_editing:
+        calls = [*calls, {"remasking_strategy": "low_confidence_dynamic", "editing_threshold": 0.05}]
     for number, call in enumerate(calls):
         call = {**call, "cache_policy": whole.cache_policies[-1 - number % len(whole.cache_policies)]}
         if hasattr(whole.config, "block_size"):
