@@ -209,7 +209,7 @@ def load(args: Arguments, training: TrainingArguments):
         raise SystemExit(f"--model {args.model}: the folder holds no config.json.")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or (path.parent if is_new else args.model))
     config = AutoConfig.from_pretrained(args.model)
-    family(config.model_type)  # refuses others
+    family(config)  # refuses others
     if tokenizer.mask_token is None and config.mask_token_id is not None:  # LLaDA's names none
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
     if len(tokenizer) > config.vocab_size:

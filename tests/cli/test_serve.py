@@ -54,7 +54,7 @@ def test_its_options_reach_the_engine_and_the_server(run, folder, started, monke
     [
         (["--max-model-len", 5000], "`max_model_len=5000` is more than the 4096 positions"),
         (["--max-num-seqs", 0], "`max_num_seqs`"),
-        (["--tensor-parallel-size", 2], "`tensor_parallel_size=2`"),
+        (["--tensor-parallel-size", 0], "`tensor_parallel_size`"),
         (["--max-choices", 0], "`max_choices`"),
         (["--gpu-memory-utilization", 2], "`gpu_memory_utilization`"),
         (["--chat-template", "no-such-file"], "no-such-file"),

@@ -159,9 +159,9 @@ def test_other_families_train_too(train, config, tmp_path, family, schedule):
     folder = tmp_path / family
     shutil.copytree(config.parent, folder)
     (folder / "generation_config.json").unlink()
-    from dllm_hf.families import family as line
+    from dllm_hf.families import lines_of
 
-    line({"dream": "Dream"}.get(family, family))[0](**sizes).save_pretrained(folder)
+    lines_of({"dream": "Dream"}.get(family, family))[0][0](**sizes).save_pretrained(folder)
     out, printed = train(INFILLING, "--schedule", schedule, model=folder / "config.json")
     assert printed.count("'eval_loss'") == 2
     AutoModelForCausalLM.from_pretrained(out)
