@@ -34,7 +34,7 @@ from .graphs import are_possible
 from .hooks import Hooks, Session
 from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, unpack_inputs
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
-from .ranks import SharedCriterion, ranks_of
+from .ranks import Ranks, SharedCriterion, ranks_of
 from .requests import Request
 from .sampling import make_processors
 from .stopping import StopStrings
@@ -143,29 +143,16 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         check_fits(self.config, width, new_tokens)
         whole_block = config.block_length or 0 if self.block_grid == "zero" else 0
         check_batch(len(lengths) * config.num_return_sequences, max(width, whole_block), generator, streamer)
-        max_time = [] if config.max_time is None else [MaxTimeCriteria(config.max_time)]
-        criteria, ranks = [*max_time, *(stopping_criteria or [])], ranks_of(self)
-        if ranks is not None:
-            criteria = [SharedCriterion(each, ranks) for each in criteria]
-        hooks = Hooks(
-            generation_tokens_hook_func,
-            generation_logits_hook_func,
-            LogitsProcessorList([*make_processors(config), *(logits_processor or [])]),
-            StoppingCriteriaList(criteria),
-            StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None,
-            streamer,
-            config.output_history,
-        )
+        of_caller = (generation_tokens_hook_func, generation_logits_hook_func, logits_processor)
+        hooks = _hooks(config, *of_caller, _criteria(config, stopping_criteria, ranks_of(self)), tokenizer, streamer)
+        rows = zip(input_ids.tolist(), lengths, strict=True)
+        prompts = [row[len(row) - length :] for row, length in rows for _ in range(config.num_return_sequences)]
         input_ids = input_ids.repeat_interleave(config.num_return_sequences, dim=0)
-        lengths = [length for length in lengths for _ in range(config.num_return_sequences)]
-        prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
-        if ranks is not None:
-            ranks.check_heads(self)
-            ranks.check_same(self.device, prompts, config.to_dict())
-            ranks.share_draws(generators, self.device)
-        rows = zip(prompts, generators, strict=True)
-        requests = [Request(prompt, new_tokens, config, one, self.quota_source, logprobs) for prompt, one in rows]
+        if ranks := ranks_of(self):
+            ranks.agree(self, prompts, config.to_dict(), generators)
+        asked = zip(prompts, generators, strict=True)
+        requests = [Request(prompt, new_tokens, config, one, self.quota_source, logprobs) for prompt, one in asked]
         texts = [request.canvas(self.block_grid) for request in requests]
         # A grid at 0 decodes whole blocks, which may take a few positions more.
         check_fits(
@@ -415,3 +402,16 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                 logger.info("No generation_config.json: using the special tokens of the model's configuration.")
             except (ValueError, TypeError) as error:  # TypeError: of a file without an object, in older transformers
                 raise ValueError(f"The generation_config.json of {name}: {error}") from error
+
+
+def _hooks(config: DiffusionGenerationConfig, tokens, logits, processors, criteria, tokenizer, streamer) -> Hooks:
+    """What a call of `diffusion_generate` watches or changes."""
+    every = LogitsProcessorList([*make_processors(config), *(processors or [])])
+    strings = StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None
+    return Hooks(tokens, logits, every, criteria, strings, streamer, config.output_history)
+
+
+def _criteria(config: DiffusionGenerationConfig, given: Any, ranks: Ranks | None) -> StoppingCriteriaList:
+    """Those of a call; of a model that several processes have parts of, the first process' answers count."""
+    criteria = [*([] if config.max_time is None else [MaxTimeCriteria(config.max_time)]), *(given or [])]
+    return StoppingCriteriaList(criteria if ranks is None else [SharedCriterion(each, ranks) for each in criteria])

@@ -62,6 +62,12 @@ class Ranks:
         """The smallest of the numbers that the processes have."""
         return int(self.all_gather(torch.tensor([number], device=device)).min())
 
+    def agree(self, model: Any, prompts: list, options: dict, generators: Iterable[torch.Generator | None]) -> None:
+        """Before a call: refuse what cannot be divided, and calls that differ; draw alike."""
+        self.check_heads(model)
+        self.check_same(model.device, prompts, options)
+        self.share_draws(generators, model.device)
+
     def check_heads(self, model: Any) -> None:
         """Raises a `ValueError` where a plan of the library cuts heads of keys and values into pieces."""
         kv_heads = getattr(model.config, "num_key_value_heads", self.size)
