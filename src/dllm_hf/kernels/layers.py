@@ -200,10 +200,11 @@ if triton is not None:
         if number >= of_queries + of_keys:
             head = (number - of_queries - of_keys) * HEADS + each
             inside = (head < kv_heads)[:, None] & (index < HALF)
-            source = value + token * value_token + head[:, None] * 2 * HALF + index
-            target = values + column * value_column + head[:, None].to(tl.int64) * value_head + index
-            tl.store(target, tl.load(source, mask=inside), mask=inside)
-            tl.store(target + HALF, tl.load(source + HALF, mask=inside), mask=inside)
+            # Of the same shapes as below: Triton takes a variable of two branches for one.
+            source = value + token * value_token + head[:, None] * 2 * HALF
+            target = values + column * value_column + head[:, None].to(tl.int64) * value_head
+            tl.store(target + index, tl.load(source + index, mask=inside), mask=inside)
+            tl.store(target + index + HALF, tl.load(source + index + HALF, mask=inside), mask=inside)
         else:
             if number < of_queries:
                 head = number * HEADS + each
