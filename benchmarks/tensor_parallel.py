@@ -1,6 +1,6 @@
 """What a denoising step costs on one GPU and on several that divide a model, and what of it the all-reduces are.
 
-usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl one_shot shared] [--throughput FOLDER]
+usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl shared] [--throughput FOLDER]
 
 Random bf16 weights in the shapes of LLaDA-8B (policy `dual`, blocks of 32), SDAR-8B and SDAR-30B-A3B (`block`, blocks of
 4), made on each GPU for its part; one sequence, a prompt of 512 tokens and 128 new ones. `step`: milliseconds of one step
@@ -32,7 +32,7 @@ from dllm_hf.fused.shared_sums import SharedSums
 from dllm_hf.generation.ranks import Ranks
 
 SETTINGS = {"llada": ("dual", 32), "sdar": ("block", 4), "sdar_moe": ("block", 4)}
-WAYS = ("nccl", "one_shot", "shared")
+WAYS = ("nccl", "shared")
 PROMPT, NEW, SLOTS, REQUESTS = 512, 128, 128, 512
 
 
@@ -80,7 +80,6 @@ def measure(args: argparse.Namespace) -> None:
         for way in args.sums if size > 1 else ["none"]:
             # What stands on the fused path is made anew with the fingerprint of the configuration.
             model.config.sums = way
-            Ranks.one_shot_bytes = 512 * 1024 if way == "one_shot" else 0
             SharedSums.max_bytes = shared_bytes if way == "shared" else 0
             step, mean = step_of(model, ids, options, block)
             if without is None:

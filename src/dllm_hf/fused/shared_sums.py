@@ -7,8 +7,13 @@ import zlib
 import torch
 from torch import nn
 
-from ..generation.ranks import Ranks, symmetric_memory
+from ..generation.ranks import Ranks
 from ..kernels.reduce import reduce_add_rms_norm
+
+try:
+    from torch.distributed import _symmetric_memory as symmetric_memory
+except ImportError:  # a build of PyTorch without distributed
+    symmetric_memory = None  # type: ignore[assignment]
 
 
 class SharedSums:

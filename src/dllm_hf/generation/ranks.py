@@ -8,11 +8,6 @@ import torch
 from torch import distributed, nn
 from transformers import StoppingCriteria
 
-try:
-    from torch.distributed import _symmetric_memory as symmetric_memory
-except ImportError:  # a build of PyTorch without distributed
-    symmetric_memory = None  # type: ignore[assignment]
-
 
 class Ranks:
     """The processes of a group, each of which computes a part of every forward pass. They run the same program on the same
@@ -23,34 +18,16 @@ class Ranks:
 
     Attributes:
         rank, size: the index of this process in the group, and their number.
-        one_shot_bytes: sums of so many bytes and less are one kernel, in which each GPU reads the others' memory: at the size of
-            a step that is quicker than NCCL.
     """
-
-    one_shot_bytes = 0
 
     def __init__(self, group: Any):
         self.group, self.rank, self.size = group, distributed.get_rank(group), distributed.get_world_size(group)
         self.first = distributed.get_global_rank(group, 0)
-        self._buffers: dict[torch.dtype, torch.Tensor] = {}
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all processes. `x`, contiguous, may hold it afterwards."""
-        if x.is_cuda and x.nbytes <= self.one_shot_bytes:
-            # The buffers are the same memory at every call, so that graphs may read them.
-            buffer = self._symmetric(x.dtype, x.device)[: x.numel()]
-            arguments = (buffer, x.view(-1), "sum", self.group.group_name)
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(*arguments).view(x.shape)
         distributed.all_reduce(x, group=self.group)
         return x
-
-    def _symmetric(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory that the other GPUs can read."""
-        if dtype not in self._buffers:
-            buffer = symmetric_memory.empty(self.one_shot_bytes // dtype.itemsize, dtype=dtype, device=device)
-            symmetric_memory.rendezvous(buffer, self.group)
-            self._buffers[dtype] = buffer
-        return self._buffers[dtype]
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """`(size, *x.shape)`, what each process has; the shapes must be equal."""
