@@ -12,7 +12,8 @@ import pytest
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import workers
-from dllm_hf.engine.worker import Command, Submission
+from dllm_hf.engine.remote import Submission
+from dllm_hf.engine.worker import Command
 
 from ..generation.recorded_graphs import DEVICE
 

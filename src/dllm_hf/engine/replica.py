@@ -4,39 +4,17 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
-from .outputs import Event, Load
-from .sequence import Sequence
+from .outputs import Load
+from .remote import Remote
 
 CLOSING_SECONDS = 5.0
-
-
-@dataclass
-class Remote:
-    """One completion that another process decodes. `told`: characters of its text that events have told of."""
-
-    sequence: Sequence
-    told: int = 0
-
-    def note(self, event: Event) -> None:
-        """Note what an event tells."""
-        self.sequence.tokens += event.token_ids
-        self.told += len(event.text)
-        if event.logprobs is not None:
-            self.sequence.logprobs = self.sequence.logprobs or [None] * len(self.sequence.request.prompt)
-            self.sequence.logprobs += event.logprobs
-
-    def ended(self, reason: str, error: Exception | None) -> Event:
-        """The last event, where the other process does not send it."""
-        self.sequence.end(reason, error)
-        event = self.sequence.finish()
-        return replace(event, text=event.text[self.told :])
 
 
 @dataclass(eq=False)
@@ -139,9 +117,7 @@ def _receive(llm: Any, requests: Connection) -> None:
             if isinstance(message, list):
                 llm._driver.abort(message)
                 continue
-            request_id, prompt, params, shows_texts, shows_drafts = message
-            [sequences] = llm._prepare([prompt], params, shows_drafts, [request_id], shows_texts)
-            llm._driver.submit(sequences, llm._submitted)
+            llm._driver.submit(message.sequences(llm._driver.engine.intake), llm._submitted)
     except (EOFError, OSError):
         pass
     finally:

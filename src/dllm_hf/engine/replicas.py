@@ -1,13 +1,11 @@
 """`Replicas`: several engines, each in a process of its own, behind the interface of one."""
 
 import atexit
-import multiprocessing
 import sys
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -18,13 +16,12 @@ from transformers.utils import logging
 from ..generation.mixin import DiffusionGenerationMixin
 from .intake import Intake
 from .outputs import Event, Load
-from .replica import CLOSING_SECONDS, Remote, Replica, run_replica
+from .remote import CONTEXT, Remote, Submission
+from .replica import CLOSING_SECONDS, Replica, run_replica
 from .sequence import Sequence
 
 logger = logging.get_logger(__name__)
 
-# A fork of a process that has used a GPU, or has threads, cannot go on.
-CONTEXT: Any = multiprocessing.get_context("spawn")
 # A request that another thread submits while one waits for events is sent on after that long at most.
 POLL_SECONDS = 0.005
 # Tokens of the beginnings by which prompts are told apart, the longest first: of a conversation, and of a chat template.
@@ -111,17 +108,15 @@ class Replicas:
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Send a request to a replica."""
-        first = sequences[0]
-        params = replace(first.params, seed=first.request.generator.initial_seed())  # type: ignore[union-attr]  # Intake's
-        message = (first.request_id, first.request.prompt, params, first.shows_texts, first.shows_drafts)
-        while (chosen := self._choose(first.request.prompt, sum(each.columns for each in sequences))) is not None:
+        submission, columns = Submission.of(sequences), sum(each.columns for each in sequences)
+        while (chosen := self._choose(submission.prompt, columns)) is not None:
             try:
-                chosen.send(message)
+                chosen.send(submission)
             except OSError:
                 self._told += self._bury(chosen)
                 continue
-            chosen.outstanding[first.request_id] = {each.index: Remote(each) for each in sequences}
-            chosen.columns += sum(each.columns for each in sequences)
+            chosen.outstanding[submission.request_id] = {each.index: Remote(each) for each in sequences}
+            chosen.columns += columns
             return
         self._told += [Remote(each).ended("error", RuntimeError("every replica has died")) for each in sequences]
 

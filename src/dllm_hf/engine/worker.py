@@ -21,20 +21,9 @@ from transformers.utils import logging
 
 from ..generation.ranks import divides_heads
 from .outputs import Event, Load
-from .sampling_params import SamplingParams
+from .remote import Submission
 
 BEAT_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A request on its way to the engines. `params` have a seed."""
-
-    request_id: str
-    prompt: list[int]
-    params: SamplingParams
-    shows_texts: bool
-    shows_drafts: bool
 
 
 @dataclass(frozen=True)
@@ -189,10 +178,7 @@ def _step(engine: Any, command: Command, rank: int) -> Stepped:
         if isinstance(change, set):
             engine.abort(*change)
             continue
-        sequences = engine.intake.prepare(change.prompt, change.params, change.request_id)
-        for sequence in sequences:
-            sequence.shows_texts, sequence.shows_drafts = change.shows_texts, change.shows_drafts
-        engine.submit(sequences)
+        engine.submit(change.sequences(engine.intake))
     events = engine.step()
     load = engine.load()
     told = [(event.request_id, event.index, event.token_ids, event.finish_reason) for event in events]

@@ -1,10 +1,8 @@
 """`Workers`: an engine whose model is divided between several processes, behind the interface of [`Engine`]."""
 
-import multiprocessing
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -17,14 +15,12 @@ from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.ranks import divides_heads
 from .intake import Intake
 from .outputs import Event, Load
-from .replica import Remote
+from .remote import CONTEXT, Remote, Submission
 from .sequence import Sequence
-from .worker import Beat, Command, Stepped, Submission, run_worker
+from .worker import Beat, Command, Stepped, run_worker
 
 logger = logging.get_logger(__name__)
 
-# A fork of a process that has used a GPU, or has threads, cannot go on.
-CONTEXT: Any = multiprocessing.get_context("spawn")
 # A process that says nothing for so long, or stands at one instruction, is taken for dead.
 HANG_SECONDS = 7.0
 # One that has failed alone has left the others waiting for it.
@@ -150,10 +146,7 @@ class Workers:
             raise WorkersError(f"{self.failure}: make a new `LLM`.")
 
     def submit(self, sequences: list[Sequence]) -> None:
-        first = sequences[0]
-        params = replace(first.params, seed=first.request.generator.initial_seed())  # type: ignore[union-attr]  # Intake's
-        shows = first.shows_texts, first.shows_drafts
-        self._changes.append(Submission(first.request_id, first.request.prompt, params, *shows))
+        self._changes.append(Submission.of(sequences))
         self._unfinished |= {(each.request_id, each.index): Remote(each) for each in sequences}
         self._submitted += len(sequences)
 

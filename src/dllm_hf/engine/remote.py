@@ -1,0 +1,60 @@
+"""Requests that another process decodes: how they get there, and what is known of them here."""
+
+import multiprocessing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .intake import Intake
+from .outputs import Event
+from .sampling_params import SamplingParams
+from .sequence import Sequence
+
+# A fork of a process that has used a GPU, or has threads, cannot go on.
+CONTEXT: Any = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request on its way to another process. `params` have a seed."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    shows_texts: bool
+    shows_drafts: bool
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> "Submission":
+        """The request of some completions."""
+        first = sequences[0]
+        params = replace(first.params, seed=first.request.generator.initial_seed())  # type: ignore[union-attr]  # Intake's
+        return cls(first.request_id, first.request.prompt, params, first.shows_texts, first.shows_drafts)
+
+    def sequences(self, intake: Intake) -> list[Sequence]:
+        """Its completions in the process that decodes them."""
+        sequences = intake.prepare(self.prompt, self.params, self.request_id)
+        for sequence in sequences:
+            sequence.shows_texts, sequence.shows_drafts = self.shows_texts, self.shows_drafts
+        return sequences
+
+
+@dataclass
+class Remote:
+    """One completion that another process decodes. `told`: characters of its text that events have told of."""
+
+    sequence: Sequence
+    told: int = 0
+
+    def note(self, event: Event) -> None:
+        """Note what an event tells."""
+        self.sequence.tokens += event.token_ids
+        self.told += len(event.text)
+        if event.logprobs is not None:
+            self.sequence.logprobs = self.sequence.logprobs or [None] * len(self.sequence.request.prompt)
+            self.sequence.logprobs += event.logprobs
+
+    def ended(self, reason: str, error: Exception | None) -> Event:
+        """The last event, where the other process does not send it."""
+        self.sequence.end(reason, error)
+        event = self.sequence.finish()
+        return replace(event, text=event.text[self.told :])
