@@ -181,8 +181,8 @@ class FusedStack:
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window, a list, into the cache: `(tokens,)` tokens ->
         `(rows, kept, vocab)` logits."""
-        base, shared, columns = cache.locate(window)
-        sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared)
+        base, shared, own, columns = cache.locate(window)
+        sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared, own)
         keep = window.keep.reshape(1, window.keep.numel())
         hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
         return self.head(hidden_states).unflatten(0, window.keep.shape)
@@ -243,7 +243,7 @@ class FusedStack:
             angles: cosines and sines of the positions, `(rows, window, head_dim)`, and [`FusedStack.query_scales`].
             sees: where the canvas of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
                 each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs,
-                the longest of them, and the columns that they share, see [`canvas_attention`].
+                the longest of them, and the columns that they share and have for themselves, see [`canvas_attention`].
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
         query, key, value = self.projected(index, normed)

@@ -60,6 +60,7 @@ class ModelBackend:
         has_cache: whether passes read and write one.
         fused: runs the passes that it covers, see [`contract.StepForward`].
         compiles: whether its small passes go through `torch.compile`.
+        draft_columns: the number of columns that the drafts of a pass may write, see [`Window`].
         arena_columns: of an arena for keys and values in which each row has as many columns as it needs; None gives every
             slot the same number.
         cfg_scale: of guidance. Above 0 every row has a second slot, `slots` further on, for the pass with its prompt masked.
@@ -73,8 +74,9 @@ class ModelBackend:
         cfg_scale: float = 0.0,
         compiles: bool = False,
         arena_columns: int | None = None,
+        draft_columns: int = 0,
     ):
-        self.arena_columns = arena_columns
+        self.arena_columns, self.draft_columns = arena_columns, draft_columns
         self.model, self.has_cache, self.fused, self.cfg_scale = model, has_cache, fused, cfg_scale
         self.compiled = torch.compile(fused.__call__, dynamic=False) if fused and compiles else None
         self.device, self.vocab_size = model.device, model.config.vocab_size
@@ -92,9 +94,15 @@ class ModelBackend:
         cache.reserve(slots * self.guidance_copies)
         if self.arena_columns is not None:
             cache.use_arena(slots, self.arena_columns, self.device)
+        self.make_room(cache)
         if self.fused is not None:
             self.fused.prepare(cache, slots * self.guidance_copies)
         return cache
+
+    def make_room(self, cache: CanvasCache) -> None:
+        """Make room for the draft columns of a pass."""
+        if self.draft_columns:
+            cache.make_draft_columns(self.draft_columns * self.guidance_copies)
 
     def covers(self, window: Window) -> bool:
         return self.fused is not None and self.fused.covers(window)

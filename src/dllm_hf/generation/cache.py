@@ -70,9 +70,11 @@ class CanvasCacheLayer(CacheLayerMixin):
 
     Attributes:
         window: of the next forward pass; without one, a pass writes the columns from 0 on and sees all.
-        arena: where slots have extents of different lengths (keys and values are `(1, kv_heads, columns, head_dim)` then):
-            the columns that the window writes, `(rows, window)`, and those that its rows see, `(rows, visible)`.
+        arena: where slots have extents of different lengths (keys and values are `(1, kv_heads, columns, head_dim)` then), or
+            the window has drafts: the columns of the arena that the window writes, `(rows, window)`, and those that its rows
+            see, `(rows, visible)`.
         slots: the number to allocate; None: as many as the first pass has rows.
+        spare_slots: that are allocated behind them, for draft columns.
     """
 
     is_sliding = False
@@ -84,13 +86,14 @@ class CanvasCacheLayer(CacheLayerMixin):
         self.width = width
         self.window: Window | None = None
         self.slots: int | None = None
+        self.spare_slots = 0
         self.arena: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         for name, states in (("keys", key_states), ("values", value_states)):
             rows, heads, _, head_dim = states.shape
-            zeros = states.new_zeros(heads, self.slots or rows, self.width, head_dim)
+            zeros = states.new_zeros(heads, (self.slots or rows) + self.spare_slots, self.width, head_dim)
             setattr(self, name, zeros.transpose(0, 1))
         self.is_initialized = True
 
@@ -110,25 +113,28 @@ class CanvasCacheLayer(CacheLayerMixin):
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Write the window's keys and values in place, `(rows, kv_heads, window, head_dim)`."""
         window = self.window
+        if self.arena is not None:
+            for arena, states in zip(self.arenas(), (key_states, value_states)):
+                arena[:, self.arena[0]] = states.transpose(0, 1)
+            return
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if window is None:
                 buffer[:, :, : states.shape[2]].copy_(states)
-            elif self.arena is not None:
-                buffer[0][:, self.arena[0]] = states.transpose(0, 1)
             else:
                 buffer.transpose(1, 2)[window.slots[:, None], window.columns] = states.transpose(1, 2)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all visible columns of the window's rows."""
+        if self.arena is not None:
+            keys, values = (arena[:, self.arena[1]].transpose(0, 1) for arena in self.arenas())
+            return keys, values
         return self._visible(self.keys), self._visible(self.values)
 
     def _visible(self, buffer: torch.Tensor) -> torch.Tensor:
         window = self.window
         if window is None:
             return buffer
-        if self.arena is not None:
-            return buffer[0][:, self.arena[1]].transpose(0, 1)
-        rows = buffer if window.is_every_slot else buffer.index_select(0, window.slots)
+        rows = buffer[: len(window.slots)] if window.is_every_slot else buffer.index_select(0, window.slots)
         return rows[:, :, : window.visible]
 
     def reset(self) -> None:
@@ -140,6 +146,12 @@ class CanvasCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             rows = rows.to(self.device)
             self._replace(lambda arena: arena.index_select(1, rows))
+
+    def make_spare_slots(self, number: int) -> None:
+        self.spare_slots = number
+        missing = (self.slots or 0) + number - len(self.keys) if self.is_initialized else 0
+        if missing > 0:
+            self._replace(lambda arena: nn.functional.pad(arena, (0, 0, 0, 0, 0, missing)))
 
     def widen(self, width: int) -> None:
         """Make room for a longer canvas; the columns that are there stay."""
@@ -253,6 +265,14 @@ class CanvasCache(Cache):
         for layer in self.layers:
             layer.slots, layer.width = 1, columns
 
+    def make_draft_columns(self, number: int) -> None:
+        """Make room for what the drafts of a pass write, see [`Window`]; after [`reserve`] or [`use_arena`]."""
+        for layer in self.layers:
+            if self.extents is None:
+                layer.make_spare_slots(-(-number // layer.width))
+            else:
+                layer.width = self.extents.columns + number
+
     def _move(self, moves: list[tuple[int, int, int]]) -> None:
         """Copy runs of columns of the arena, each as its first column, that of its target, and its size. The targets stand
         one behind the other, each before its source, so that any piece can be copied once those before it have been."""
@@ -267,30 +287,44 @@ class CanvasCache(Cache):
     def set_window(self, window: Window) -> None:
         """Set the window of the next forward pass."""
         arena = None
-        if self.extents is not None:
-            base, shared, written = self.locate(window)
+        if self.extents is not None or window.draft_columns:
+            base, shared, own, written = self.locate(window)
             column = torch.arange(window.visible, device=base.device)
-            seen = place_in_arena(column, base[:, None], None if shared is None else shared[..., None])
-            arena = written, seen.clamp(max=self.extents.columns - 1)
+            shared, own = (None if each is None else each[..., None] for each in (shared, own))
+            seen = place_in_arena(column, base[:, None], shared, own)
+            # An extent at the end may be shorter than what the longest row sees.
+            layer = self.layers[0]
+            arena = written, seen.clamp(max=layer.width * (layer.slots + layer.spare_slots) - 1)
         for layer in self.layers:
             layer.window, layer.arena = window, arena
 
-    def locate(self, window: Window) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def locate(
+        self, window: Window
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """Where in the arena the canvases of a window's rows are, in a list those of its runs; and which column of the arena
         each token has. The last column of an extent is its scratch column.
 
         Returns:
             `(rows,)` or `(runs,)`, the place of a canvas' first column; `(2, rows)` or `(2, runs)`, where shared columns
-            begin, and how many they are, None where nothing can be shared, see [`Extents`]; of the shape of
+            begin, and how many they are, None where nothing can be shared, see [`Extents`]; `(3, rows)` or `(3, runs)`, the
+            columns that a draft has for itself, see [`canvas_attention`], None without drafts; of the shape of
             `window.columns`, the column of each token.
         """
+        layer, own = self.layers[0], None
+        behind = layer.width * layer.slots if self.extents is None else self.extents.columns  # where draft columns begin
+        if window.draft_columns:
+            first, last, begin = window.own.unbind(1)
+            own = torch.stack([first, last, begin + behind])
         readers = window.runs[:, 0] if len(window.runs) else window.slots
         if self.extents is None:
-            width = self.layers[0].width
-            return readers * width, None, window.owners * width + window.columns
-        of_reader, (base, size, *shared) = self.extents.table[:, readers], self.extents.table[:, window.owners]
-        written = place_in_arena(torch.minimum(window.columns, size - 1), base, shared)
-        return of_reader[0], of_reader[2:], written
+            base, shared, written = readers * layer.width, None, window.owners * layer.width + window.columns
+        else:
+            of_reader, (begins, size, *beginning) = self.extents.table[:, readers], self.extents.table[:, window.owners]
+            written = place_in_arena(torch.minimum(window.columns, size - 1), begins, beginning)
+            base, shared = of_reader[0], of_reader[2:]
+        if own is not None:
+            written = torch.where(window.aside < 0, written, window.aside + behind)
+        return base, shared, own, written
 
     @property
     def longest_extent(self) -> int:

@@ -37,6 +37,11 @@ class Hooks:
     def sees_logits(self) -> bool:
         return bool(self.tokens or self.logits or self.processors)
 
+    @property
+    def sees_steps(self) -> bool:
+        """Whether something looks at the canvas after each step."""
+        return self.sees_logits or self.keeps_history or hasattr(self.streamer, "put_draft")
+
 
 class Session:
     """Runs the hooks of one call.

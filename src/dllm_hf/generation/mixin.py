@@ -28,6 +28,7 @@ from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .contract import DenoisingModel, models_with
 from .decoder import Decoder
+from .drafts import check_drafts, drafts_of
 from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
@@ -137,6 +138,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """
         input_ids, attention_mask = unpack_inputs(inputs, input_ids, attention_mask, kwargs)
         config = self._prepare_diffusion_config(generation_config, kwargs)
+        check_drafts(config)
         input_ids, lengths = check_inputs(input_ids, attention_mask, self.config.vocab_size)
         new_tokens = count_new_tokens(config, input_ids.shape[1], max(lengths))
         width = max(lengths) + new_tokens
@@ -179,11 +181,23 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         fused, fingerprint = None, ()
         if are_possible(device) and not (config.disable_compile or config.cache_policy == "none" or hooks.sees_logits):
             fused, fingerprint = fused_of(self)
+        drafts, draft_tokens = drafts_of(config, device)
+        # A pass feeds a block and the column before it, or all from there on.
+        widest = columns if config.cache_policy == "prefix" else min(config.block_length or columns, columns) + 1
+        has_cache = config.cache_policy != "none"
+        options = {"draft_columns": len(texts) * drafts * widest} if drafts and has_cache else {}
         backend = self.make_backend(
-            config.cache_policy != "none", fused=fused, cfg_scale=config.cfg_scale, compiles=config.torch_compile
+            has_cache, fused=fused, cfg_scale=config.cfg_scale, compiles=config.torch_compile, **options
         )
-        workspace, final_lengths = self._open(backend, config, texts, fingerprint, past)
-        decoder = Decoder(backend, workspace, fused is not None, is_hooked=hooks.tokens is not None)
+        workspace, final_lengths = self._open(backend, config, texts, fingerprint, past, drafts)
+        decoder = Decoder(
+            backend,
+            workspace,
+            fused is not None,
+            is_hooked=hooks.tokens is not None,
+            watches_steps=hooks.sees_steps,
+            draft_tokens=draft_tokens,
+        )
         # Graphs and Triton's kernels run on the current device, whatever device the tensors are on.
         with evaluating(self.modules()), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             rows = decoder.add(*requests, final_lengths=final_lengths)
@@ -230,29 +244,33 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         texts: list[list[int]],
         fingerprint: tuple,
         past: CanvasCache | None,
+        drafts: int,
     ) -> tuple[Workspace, list[int] | None]:
         """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final."""
         slots, columns = len(texts), max(map(len, texts))
         has_graphs = backend.fused is not None
         capacity = capacity_for(self, slots, columns) if has_graphs else columns
-        key = (fingerprint, slots, capacity, backend.guidance_copies)
+        key = (fingerprint, slots, capacity, backend.guidance_copies, drafts, backend.draft_columns)
 
         def make() -> Workspace:
             # + 1: the scratch column.
-            return Workspace(Canvas(slots, capacity, self.device), backend.open(slots, capacity + 1), key)
+            return Workspace(Canvas(slots, capacity, self.device, drafts), backend.open(slots, capacity + 1), key)
 
         if past is None:
             return acquire(self, key, make) if has_graphs else make(), None
         past.check(self, slots, options)
         workspace = past.workspace
-        fits = workspace is not None and (workspace.key[:2], workspace.pointers) == (key[:2], pointers_of(past))
+        fits = workspace is not None and (workspace.key[:2], workspace.key[4:], workspace.pointers) == (
+            key[:2], key[4:], pointers_of(past),
+        )  # fmt: skip
         if not (has_graphs and fits and workspace.canvas.capacity >= columns):
             # A shallow copy: cache -> workspace -> cache would be a reference cycle.
-            workspace = Workspace(Canvas(slots, capacity, self.device), copy(past) if has_graphs else past, key)
+            workspace = Workspace(Canvas(slots, capacity, self.device, drafts), copy(past) if has_graphs else past, key)
             past.workspace = workspace if has_graphs else None
         tokens = torch.tensor([text + [0] * (columns - len(text)) for text in texts]).to(self.device)
         past.reserve(slots)
         final_lengths = past.resume(tokens, options.block_length, workspace.canvas.capacity + 1)
+        backend.make_room(past)
         if backend.fused is not None:
             backend.fused.prepare(past, slots)
         return workspace, final_lengths

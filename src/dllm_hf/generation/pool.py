@@ -15,6 +15,7 @@ import torch
 from .cache import CanvasCache, column_bytes_of
 from .canvas import Canvas
 from .contract import DenoisingModel, StepForward
+from .drafts import Ahead
 from .graphs import StepGraphs
 
 MAX_IDLE = 2
@@ -32,7 +33,8 @@ class Workspace:
 
     Args:
         state: the backend's, a cache of the canvas' columns and the scratch column.
-        key: what calls that share it must have in common: the model's fingerprint, slots, capacity, copies for guidance.
+        key: what calls that share it must have in common: the model's fingerprint, slots, capacity, copies for guidance,
+            drafts.
 
     Attributes:
         pointers: see [`pointers_of`], when a call last left the cache to a conversation.
@@ -40,7 +42,7 @@ class Workspace:
 
     def __init__(self, canvas: Canvas, state: Any, key: tuple = ()):
         self.canvas, self.state, self.key = canvas, state, key
-        self.graphs = StepGraphs(canvas.device)
+        self.graphs, self.ahead = StepGraphs(canvas.device), Ahead()
         self.pointers: tuple = ()
 
     def __deepcopy__(self, memo) -> None:
