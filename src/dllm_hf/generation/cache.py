@@ -310,11 +310,7 @@ class CanvasCache(Cache):
             columns that a draft has for itself, see [`canvas_attention`], None without drafts; of the shape of
             `window.columns`, the column of each token.
         """
-        layer, own = self.layers[0], None
-        behind = layer.width * layer.slots if self.extents is None else self.extents.columns  # where draft columns begin
-        if window.draft_columns:
-            first, last, begin = window.own.unbind(1)
-            own = torch.stack([first, last, begin + behind])
+        layer = self.layers[0]
         readers = window.runs[:, 0] if len(window.runs) else window.slots
         if self.extents is None:
             base, shared, written = readers * layer.width, None, window.owners * layer.width + window.columns
@@ -322,9 +318,12 @@ class CanvasCache(Cache):
             of_reader, (begins, size, *beginning) = self.extents.table[:, readers], self.extents.table[:, window.owners]
             written = place_in_arena(torch.minimum(window.columns, size - 1), begins, beginning)
             base, shared = of_reader[0], of_reader[2:]
-        if own is not None:
-            written = torch.where(window.aside < 0, written, window.aside + behind)
-        return base, shared, own, written
+        if not window.draft_columns:
+            return base, shared, None, written
+        behind = layer.width * layer.slots if self.extents is None else self.extents.columns
+        first, last, begin = window.own.unbind(1)
+        own = torch.stack([first, last, behind + begin])
+        return base, shared, own, torch.where(window.aside < 0, written, behind + window.aside)
 
     @property
     def longest_extent(self) -> int:

@@ -367,14 +367,14 @@ class Decoder:
                 copies = [(frame, slot, 1 + index) for frame, slot, number in zip(frames, slots, drafts) for index in range(number)]
                 numbers = [0] * len(slots) + [number for *_, number in copies]
                 frames, slots = frames + [frame for frame, *_ in copies], slots + [slot for _, slot, _ in copies]
-            every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift, numbers)
+            every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift)
             if backend.takes_lists:
-                window = make_list(*every, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0)
+                window = make_list(*every, drafts=numbers, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0)
             else:
                 # A seed is not decided by the hidden state before its block, which only a recurrent cache keeps.
                 has_hidden = backend.sees_earlier_blocks and not self.seats.seeds_blocks
                 before = backend.logits_shift if has_hidden else 0
-                window = make_window(*every, before=before, multiple=64 if self.uses_graphs else 1)
+                window = make_window(*every, before=before, multiple=64 if self.uses_graphs else 1, drafts=numbers)
             self._windows[has_drafts] = key, window.to(self.canvas.device)
         return self._windows[has_drafts][1]
 

@@ -34,12 +34,11 @@ def confirmed(copies: torch.Tensor, now: torch.Tensor, nexts: torch.Tensor, move
     return torch.nn.functional.pad(is_right, (1, 0), value=True).long().cumprod(-1).bool()
 
 
-def drafts_of(options: DiffusionGenerationConfig, device: torch.device) -> tuple[int, int | None]:
-    """How many drafts a pass has at most, and how many tokens, drafts included; None: any number."""
-    wanted = options.draft_steps or 0
-    if wanted == "auto":
-        return (AUTO_DRAFTS if device.type == "cuda" else 0), FREE_TOKENS
-    return wanted, None
+def number_of_drafts(draft_steps: int | str | None, device: torch.device) -> int:
+    """How many drafts a canvas has at most. A CPU computes as long as it has rows."""
+    if draft_steps == "auto":
+        return AUTO_DRAFTS if device.type == "cuda" else 0
+    return int(draft_steps or 0)
 
 
 def why_not(options: DiffusionGenerationConfig) -> str | None:

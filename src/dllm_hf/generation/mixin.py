@@ -28,7 +28,7 @@ from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .contract import DenoisingModel, models_with
 from .decoder import Decoder
-from .drafts import check_drafts, drafts_of
+from .drafts import FREE_TOKENS, check_drafts, number_of_drafts
 from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
@@ -181,11 +181,12 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         fused, fingerprint = None, ()
         if are_possible(device) and not (config.disable_compile or config.cache_policy == "none" or hooks.sees_logits):
             fused, fingerprint = fused_of(self)
-        drafts, draft_tokens = drafts_of(config, device)
+        drafts = number_of_drafts(config.draft_steps, device)
         # A pass feeds a block and the column before it, or all from there on.
         widest = columns if config.cache_policy == "prefix" else min(config.block_length or columns, columns) + 1
         has_cache = config.cache_policy != "none"
-        options = {"draft_columns": len(texts) * drafts * widest} if drafts and has_cache else {}
+        draft_tokens = FREE_TOKENS if config.draft_steps == "auto" else len(texts) * (1 + drafts) * widest
+        options = {"draft_columns": draft_tokens} if drafts and has_cache else {}
         backend = self.make_backend(
             has_cache, fused=fused, cfg_scale=config.cfg_scale, compiles=config.torch_compile, **options
         )

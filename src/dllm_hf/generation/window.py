@@ -137,9 +137,9 @@ def make_window(
     number: int,
     scratch: int,
     shift: int,
-    drafts: list[int] | None = None,
     before: int = 0,
     multiple: int = 1,
+    drafts: list[int] | None = None,
 ) -> Window:
     """The rectangle of a pass over rows with any frames, on the CPU.
 
@@ -148,9 +148,9 @@ def make_window(
         number: the number of all slots.
         scratch: the index of the scratch column.
         shift: the logits of position i stand at position i - `shift`.
-        drafts: for each row, which draft of its slot it is; see [`Window`].
         before: how many columns before the window `keep` may point to.
         multiple: windows that shrink from block to block are padded to a multiple of it: fewer shapes, fewer graphs.
+        drafts: for each row, which draft of its slot it is, see [`Window`]; the canvases themselves come first.
     """
     table = torch.tensor(frames)[:, :, None]
     start, end, first, last, length, _, _, grid, causal, is_seed = table.unbind(1)
@@ -181,8 +181,8 @@ def make_list(
     number: int,
     scratch: int,
     shift: int,
-    drafts: list[int] | None = None,
     padded_up_to: int = 0,
+    drafts: list[int] | None = None,
 ) -> Window:
     """The list of a pass over rows with any frames, on the CPU. Rows whose window is empty take part with their block alone.
     The other arguments are those of [`make_window`].
