@@ -24,6 +24,8 @@ class Backend(Protocol):
         vocab_size: of the logits.
         logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`contract.DenoisingModel`]. `seeds_blocks` and
             `causal_context` may be left out; they are False then.
+        takes_drafts: whether rows of a window may be drafts, which share the columns of a slot, see [`Window`]. It may be left
+            out; it is False then.
     """
 
     device: torch.device
@@ -86,6 +88,10 @@ class ModelBackend:
         self.takes_lists = fused is not None and fused.takes_lists
         self.guidance_copies = 2 if cfg_scale else 1
         self.part = getattr(fused, "part", None)  # of the vocabulary, whose logits this process computes
+
+    @property
+    def takes_drafts(self) -> bool:
+        return self.draft_columns > 0 or not self.has_cache
 
     def open(self, slots: int, width: int) -> CanvasCache | None:
         if not self.has_cache:

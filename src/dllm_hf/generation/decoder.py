@@ -62,6 +62,10 @@ class Decoder:
         draft_tokens: int | None = None,
     ):
         self.backend, self.workspace, self.canvas = backend, workspace, workspace.canvas
+        if self.canvas.drafts and not getattr(backend, "takes_drafts", False):
+            raise ValueError(
+                f"{type(backend).__name__} has no room for the keys and values of drafts: leave `draft_steps` out."
+            )
         self.uses_graphs, self.process = uses_graphs and process is None, process
         self.after_step, self.is_hooked, self.token_budget = after_step, is_hooked, token_budget
         self.caller_ends_rows, self.draft_tokens = caller_ends_rows, draft_tokens

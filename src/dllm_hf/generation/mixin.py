@@ -182,15 +182,18 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         if are_possible(device) and not (config.disable_compile or config.cache_policy == "none" or hooks.sees_logits):
             fused, fingerprint = fused_of(self)
         drafts = number_of_drafts(config.draft_steps, device)
+        draft_tokens = FREE_TOKENS if config.draft_steps == "auto" else None
+        capacity = columns if fused is None else capacity_for(self, len(texts), columns)
         # A pass feeds a block and the column before it, or all from there on.
-        widest = columns if config.cache_policy == "prefix" else min(config.block_length or columns, columns) + 1
-        has_cache = config.cache_policy != "none"
-        draft_tokens = FREE_TOKENS if config.draft_steps == "auto" else len(texts) * (1 + drafts) * widest
-        options = {"draft_columns": draft_tokens} if drafts and has_cache else {}
+        widest = capacity if config.cache_policy == "prefix" else min(config.block_length or capacity, capacity) + 1
         backend = self.make_backend(
-            has_cache, fused=fused, cfg_scale=config.cfg_scale, compiles=config.torch_compile, **options
+            config.cache_policy != "none",
+            fused=fused,
+            cfg_scale=config.cfg_scale,
+            compiles=config.torch_compile,
+            draft_columns=drafts and (draft_tokens or len(texts) * drafts * widest),
         )
-        workspace, final_lengths = self._open(backend, config, texts, fingerprint, past, drafts)
+        workspace, final_lengths = self._open(backend, config, texts, (capacity, drafts), fingerprint, past)
         decoder = Decoder(
             backend,
             workspace,
@@ -243,15 +246,15 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         backend: ModelBackend,
         options: DiffusionGenerationConfig,
         texts: list[list[int]],
+        room: tuple[int, int],
         fingerprint: tuple,
         past: CanvasCache | None,
-        drafts: int,
     ) -> tuple[Workspace, list[int] | None]:
-        """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final."""
-        slots, columns = len(texts), max(map(len, texts))
-        has_graphs = backend.fused is not None
-        capacity = capacity_for(self, slots, columns) if has_graphs else columns
-        key = (fingerprint, slots, capacity, backend.guidance_copies, drafts, backend.draft_columns)
+        """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final. `room`:
+        the columns of a canvas, and its drafts."""
+        slots, columns, (capacity, drafts) = len(texts), max(map(len, texts)), room
+        has_graphs, of_drafts = backend.fused is not None, (drafts, backend.draft_columns)
+        key = (fingerprint, slots, capacity, backend.guidance_copies, of_drafts)
 
         def make() -> Workspace:
             # + 1: the scratch column.
@@ -261,9 +264,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             return acquire(self, key, make) if has_graphs else make(), None
         past.check(self, slots, options)
         workspace = past.workspace
-        fits = workspace is not None and (workspace.key[:2], workspace.key[4:], workspace.pointers) == (
-            key[:2], key[4:], pointers_of(past),
-        )  # fmt: skip
+        found = () if workspace is None else (*workspace.key[:2], workspace.key[4], workspace.pointers)
+        fits = found == (*key[:2], of_drafts, pointers_of(past))
         if not (has_graphs and fits and workspace.canvas.capacity >= columns):
             # A shallow copy: cache -> workspace -> cache would be a reference cycle.
             workspace = Workspace(Canvas(slots, capacity, self.device, drafts), copy(past) if has_graphs else past, key)
