@@ -195,7 +195,7 @@ class Session:
 
     def pad_after_ends(self) -> None:
         """Replace the tokens behind the end of each row, of which the cache then holds nothing."""
-        for row, text in zip(self.rows, self.canvas.tokens.tolist()):
+        for row, text in zip(self.rows, self.canvas.tokens[: len(self.rows)].tolist()):
             end = end_of(row, text[: row.shown])
             if end < row.shown:
                 self.canvas.tokens[row.slot, end:] = row.request.options.pad_token_id

@@ -223,7 +223,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         else:
             cache.identity = identity_of(self)
             final_lengths = [row.final_length for row in rows]
-            cache.remember(canvas.tokens[:, :columns].clone(), final_lengths, config.block_length)
+            cache.remember(canvas.tokens[: len(rows), :columns].clone(), final_lengths, config.block_length)
         if fused is not None and past is not None:
             workspace.pointers = pointers_of(past)
         elif fused is not None and cache is not None and returns_dict:
