@@ -17,12 +17,17 @@ STATIC = {"remasking_strategy": "low_confidence_static"}
 # --- passes
 
 
-@pytest.mark.parametrize("drafts, passes", [(0, 12), (1, 7), (3, 4), (5, 3), (64, 2)])
+@pytest.mark.parametrize(
+    "strategy, drafts, passes",
+    [("sequential", drafts, passes) for drafts, passes in [(0, 12), (1, 7), (3, 4), (5, 3), (64, 2)]]
+    + [("low_confidence_static", drafts, passes) for drafts, passes in [(1, 7), (2, 5), (4, 4), (8, 4), (9, 3)]],
+)
 @pytest.mark.parametrize("policy", ["none", "prefix", "dual"])
-def test_a_pass_takes_as_many_steps_as_its_drafts_are_right_for(policy, drafts, passes):
-    """The logits do not depend on the canvas, so that all are. Blocks of 12 have a first pass without drafts."""
+def test_a_pass_takes_as_many_steps_as_its_drafts_are_right_for(policy, strategy, drafts, passes):
+    """The logits do not depend on the canvas, so that one draft of each length is. Blocks have a first pass without drafts."""
     model = ScriptedModel(script(list(range(12)), prompt=2))
-    output = generate(model, [[5, 6]], max_new_tokens=12, block_length=12, cache_policy=policy, draft_steps=drafts, **STATIC)
+    options = {"max_new_tokens": 12, "block_length": 12, "cache_policy": policy, "remasking_strategy": strategy}
+    output = generate(model, [[5, 6]], draft_steps=drafts, **options)
     assert output.num_forward_passes == passes
     assert output.sequences[0, 2:].tolist() == list(range(12))
     assert output.tokens_per_forward.item() == pytest.approx(12 / passes)
@@ -40,11 +45,16 @@ def test_auto_drafts_nothing_on_a_cpu():
     assert output.num_forward_passes == 8
 
 
-def test_a_draft_counts_as_far_as_each_step_leads_to_the_next_one():
-    now = torch.tensor([[MASK, MASK], [MASK, 3], [4, 3], [MASK, MASK], [9, MASK]])
-    nexts = torch.tensor([[MASK, 3], [4, 3], [4, 3], [2, MASK], [9, 1]])
-    copies, moves = torch.tensor([[0, 1, 2], [3, 4, 3]]), torch.tensor([True, True, False, True, True])
-    assert confirmed(copies, now, nexts, moves).tolist() == [[True, True, False], [True, False, False]]
+def test_a_draft_counts_where_the_step_before_leads_to_it():
+    """Three canvases of two positions: of the first both drafts are right, of the second the other order, of the last none."""
+    m, width = MASK, 3
+    now = [[m, m], [m, m], [m, m]], [[m, 3], [m, 3], [m, 3]], [[4, 3], [4, m], [4, m]]
+    nexts = [[m, 3], [4, m], [4, m]], [[4, 3], [4, 3], [4, 3]], [[4, 3], [4, 2], [4, 2]]
+    now, nexts = (torch.tensor(rows).transpose(0, 1).reshape(3 * width, 2) for rows in (now, nexts))
+    copies, level = torch.arange(9).view(3, 3), torch.tensor([0, 1, 2, 0, 1, 1, 0, 1, 0])
+    moves = torch.tensor([True] * 2 + [True] + [True] * 5 + [False])
+    taken = confirmed(copies, level, now, nexts, moves).tolist()
+    assert taken == [[True, True, True], [True, False, True], [True, False, False]]
 
 
 # --- what others see

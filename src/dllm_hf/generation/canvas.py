@@ -3,7 +3,8 @@
 import torch
 
 from .configuration import as_token_list
-from .remasking import RULES, SCORES
+from .drafts import drafts_of
+from .remasking import RULES, SCORES, STRATEGIES
 from .requests import MAX_LOGPROBS, Row
 from .uploads import uploaded
 
@@ -43,6 +44,9 @@ class Canvas:
         post_steps: `(slots,)`, steps of the row's block since it has had no mask, where its tokens may be edited.
         counts: `(slots, 2)`, forward passes that gave the row a token (of a row with editing all), and tokens that it
             received at masks.
+        draft_steps, draft_levels: `(2, drafts, steps)` bool and `(2, 1 + drafts)`, the steps after the next one whose proposals
+            each draft holds, see [`drafts.drafts_of`], and how many they are; for rows whose positions a score orders, and for
+            others.
         saw_nan: whether logits were NaN at a position that could be transferred.
         logprobs: of tokens that steps have transferred, while a row that asks for it took part: `own`, `(slots, capacity + 1)`
             float32, NaN where no step of the row has transferred one; where a row wants more, `top` and `top_tokens`,
@@ -62,6 +66,11 @@ class Canvas:
         self.lists: dict[tuple[str, int], torch.Tensor] = {}
         self.report, self.counts = zeros(slots, 4), zeros(slots, 2)
         self.post_steps = zeros(slots)
+        held = [drafts_of(STRATEGIES[name], drafts) for name in ("low_confidence_static", "sequential")]
+        steps = torch.arange(max((max(each) + 1 for every in held for each in every), default=0))
+        table = torch.tensor([[[step in each for step in steps] for each in every] for every in held], dtype=torch.bool)
+        self.draft_steps = table.view(2, drafts, len(steps)).to(device)
+        self.draft_levels = torch.nn.functional.pad(self.draft_steps.sum(-1), (1, 0))
         self.saw_nan = zeros((), dtype=torch.bool)
         self.logprobs: dict[str, torch.Tensor] = {}
         self.allowed: torch.Tensor | None = None

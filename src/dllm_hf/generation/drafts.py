@@ -1,37 +1,53 @@
 """Draft and verify: several denoising steps in one forward pass, with the tokens of one step at a time.
 
-The logits of a step say where the next ones would lead if they did not change: the best proposal is transferred, the two
-best, and so on. These canvases are the drafts. The next pass feeds the canvas and its drafts, as rows that share what the
-cache holds of the others' columns. Where the step from the canvas leads to the first draft, the logits of that draft are those
-of the next step, and so on; the first draft that is wrong ends it. FreeDave (arXiv:2510.00294), self-speculative decoding
-(arXiv:2510.04147) and Spiffy (arXiv:2509.18085) do the same.
+The logits of a step say where the next ones would lead if they did not change: to the canvas with the best proposal, with the
+two best, and so on, and if the order alone changed, to that with the second best. These canvases are the drafts. The next pass
+feeds the canvas and its drafts, as rows that share what the cache holds of the others' columns. Where the step from the canvas
+leads to a draft, the logits of that draft are those of the next step, and so on. FreeDave (arXiv:2510.00294) and
+self-speculative decoding (arXiv:2510.04147) do it with the best proposals in their order, Spiffy (arXiv:2509.18085) with others
+beside them.
 """
 
 import torch
 
-from .canvas import Canvas
 from .configuration import DiffusionGenerationConfig
-from .remasking import STRATEGIES
-from .window import Window
+from .remasking import STRATEGIES, Strategy
 
 # Tokens of a pass beside the reading of the weights: a matrix product of so many rows takes a GPU about as long as one of a few.
 FREE_TOKENS = 128
 AUTO_DRAFTS = 4
+# Of the steps after the next one, those whose proposals each draft holds. Each is, of those that are not there yet, about the
+# one that saves most passes on the Shakespeare checkpoints, benchmarks/draft_steps.py.
+DRAFTS = ((0,), (0, 1), (1,), (0, 1, 2), (0, 2), (2,), (1, 2), (0, 1, 2, 3))
 
 
-def confirmed(copies: torch.Tensor, now: torch.Tensor, nexts: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+def drafts_of(strategy: Strategy, number: int) -> list[tuple[int, ...]]:
+    """What each of so many drafts holds, see `DRAFTS`. Where no score orders the positions, their order does not change."""
+    ordered = [tuple(range(1 + index)) for index in range(number)]
+    return ordered if strategy.confidence is None else [*DRAFTS, *ordered[len(DRAFTS[-1]) :]][:number]
+
+
+def confirmed(copies: torch.Tensor, level: torch.Tensor, now: torch.Tensor, nexts: torch.Tensor, moves: torch.Tensor):
     """Which steps of a pass are those that one step at a time would have made.
 
     Args:
         copies: `(canvases, 1 + drafts)`, see [`Window`].
+        level: `(rows,)`, how many steps each row is ahead of its canvas.
         now, nexts: `(rows, block)`, the tokens of each row's block before and after its step.
         moves: `(rows,)` bool, whether the step transfers anything.
 
     Returns:
-        `(canvases, 1 + drafts)` bool: the first, from the canvas itself, and those from drafts that the step before leads to.
+        `(canvases, 1 + drafts)` bool: the canvas itself, the draft that its step leads to, and so on.
     """
-    is_right = (nexts[copies[:, :-1]] == now[copies[:, 1:]]).all(-1) & moves[copies[:, 1:]]
-    return torch.nn.functional.pad(is_right, (1, 0), value=True).long().cumprod(-1).bool()
+    level = level[copies]
+    is_next = (level[:, :, None] + 1 == level[:, None]) & moves[copies][:, None]
+    leads = (nexts[copies][:, :, None] == now[copies][:, None]).all(-1) & is_next
+    leads &= leads.cumsum(-1) == 1  # drafts may be the same
+    reached = taken = (level == 0) & (torch.arange(level.shape[1], device=level.device) == 0)
+    for _ in range(level.shape[1] - 1):
+        reached = (reached[:, :, None] & leads).any(1)
+        taken = taken | reached
+    return taken
 
 
 def number_of_drafts(draft_steps: int | str | None, device: torch.device) -> int:
@@ -68,42 +84,3 @@ def check_drafts(options: DiffusionGenerationConfig) -> None:
             f"`draft_steps={options.draft_steps!r}` takes several steps in one forward pass where it is known before the pass "
             f"what they depend on, but {reason}, or leave `draft_steps` out."
         )
-
-
-class Ahead:
-    """The logits of a pass with drafts, for a caller that watches each step: a step makes no forward pass if its canvas was
-    among those of the last one.
-
-    It is kept as long as the graphs that write its logits.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple, torch.Tensor] = {}
-        self._window: Window | None = None
-        self._texts: torch.Tensor
-
-    def forget(self) -> None:
-        self._window = None
-
-    def find(self, window: Window, canvas: Canvas) -> torch.Tensor | None:
-        """The logits of all canvases of a window, `(canvases, block, vocab)`, or None if the last pass was over another window,
-        or has not had one of them."""
-        if window is not self._window:
-            return None
-        same = (self._texts == canvas.tokens[window.slots[window.copies[:, :1]], : canvas.capacity]).all(-1)
-        if not bool(same.any(-1).all()):
-            return None
-        rows = window.copies.gather(1, same.long().argmax(-1, keepdim=True))[:, 0]
-        return self._buffers[window.block.shape][rows]
-
-    def note(self, window: Window, canvas: Canvas) -> None:
-        """Note the canvases of a pass before it is made."""
-        lines = window.slots + window.draft * canvas.slots
-        self._window, self._texts = window, canvas.tokens[lines[window.copies], : canvas.capacity]
-
-    def keep(self, logits: torch.Tensor) -> None:
-        """Keep the logits of a pass, `(rows, block, vocab)`, where a graph finds the same memory again."""
-        shape = logits.shape[:2]
-        if shape not in self._buffers:
-            self._buffers[shape] = torch.empty_like(logits)
-        self._buffers[shape].copy_(logits)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from .ahead import Ahead
 from .cache import CanvasCache, column_bytes_of
 from .canvas import Canvas
 from .contract import DenoisingModel, StepForward
-from .drafts import Ahead
 from .graphs import StepGraphs
 
 MAX_IDLE = 2

@@ -10,6 +10,7 @@ import numpy
 import torch
 
 from .configuration import DiffusionGenerationConfig
+from .drafts import drafts_of
 from .remasking import STRATEGIES, Strategy, bernoulli_plan, transfer_quotas
 from .window import Frame
 
@@ -255,7 +256,11 @@ class Row:
     @property
     def drafts(self) -> int:
         """How many drafts the next pass may feed. The first pass of a block has no logits to make them from."""
-        return 0 if self.is_first else min(self.draft_steps, max(len(self.schedule) - 3, 0))
+        if self.is_first:
+            return 0
+        levels = map(len, drafts_of(self.strategy, self.draft_steps))
+        # Of the block's steps one has been made, and the next one is that of the canvas.
+        return max((number for number, level in enumerate(levels, 1) if level < len(self.schedule) - 2), default=0)
 
     @property
     def wants_pass(self) -> bool:
@@ -305,7 +310,7 @@ class Row:
             self.whole_cell = self.cell
         self.is_first = False
         self.taken += 1
-        self.most_steps += 1 + drafts
+        self.most_steps += 1 + max(map(len, drafts_of(self.strategy, drafts)), default=0)
 
     def note_step(self, is_filled: bool | None, first_is_masked: bool, steps: int = 0) -> bool:
         """Go on to the next step, or block.

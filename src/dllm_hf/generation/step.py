@@ -9,7 +9,7 @@ from .canvas import LISTS, Canvas, list_of
 from .divided_head import VocabularyPart
 from .drafts import confirmed
 from .editing import edit, editing_numbers
-from .remasking import SCORES, select
+from .remasking import RULES, SCORES, select
 from .requests import MAX_LOGPROBS, Row
 from .sampling import Noise, distribution, filtered, propose
 from .sampling import score as score_of
@@ -125,8 +125,8 @@ def denoise(
     if edits:
         # What stands behind the cut may change a token before it that is edited.
         shown = (shown | (editing_numbers(canvas, window)[0] < 1)) & inside
-    # (rows, 1 + drafts, block): of the next step, and of those after it as they would be if it did not change the logits.
-    quota, masked = upcoming(canvas, window, is_mask, shown, features)
+    level, held = levels(canvas, window)
+    quota, masked = upcoming(canvas, window, level, is_mask, shown, features)
     if part is not None and features.needs & WHOLE_ROWS:
         logits, part = part.gather(logits), None
     most = min(MAX_LOGPROBS, logits.shape[-1]) if "top_logprobs" in features.needs else 0
@@ -137,25 +137,42 @@ def denoise(
     if edits:
         replaced, goes_on = edit(canvas, window, now, masked[:, 0], proposals, scores, inside.any(-1, keepdim=True))
         transfers = transfers | replaced[:, None]
+    if canvas.drafts:
+        later = transfers[:, 1:] & ~transfers[:, :-1]
+        drafted = (held[..., None] & later[:, None]).any(2)
+        transfers = torch.cat([transfers[:, :1], transfers[:, :1] | drafted], dim=1)
     nexts = torch.where(transfers, proposals[:, None], now[:, None])
-    taken = confirmed(copies, now, nexts[:, 0], transferred > 0)
+    taken = confirmed(copies, level, now, nexts[:, 0], transferred > 0)
     if raw is not None:
         chosen = logits.gather(-1, proposals[..., None]).squeeze(-1)
         for copy, is_taken in zip(copies.unbind(1), taken.unbind(1)):
             of_copy = (each[copy] for each in (chosen, *raw))
             keep_logprobs(canvas, window.slots[copy, None], window.block[copy], transfers[copy, 0] & is_taken[:, None], *of_copy)
-    finish(canvas, window, features, copies, taken, nexts, transferred, shown, goes_on)
+    finish(canvas, window, features, copies, taken, level, nexts, transferred, shown, goes_on)
 
 
-def upcoming(canvas: Canvas, window: Window, is_mask, shown, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many tokens each row must have transferred after the next step, and after each of as many others as a slot has
-    drafts, `(rows, 1 + drafts)`; and which positions may receive one, `(rows, 1 + drafts, block)` bool. `is_mask`, `shown`:
-    `(rows, block)` bool, the masks of the block, and the positions that decide when it is done."""
-    done = canvas.steps[window.slots][:, None]
-    if window.draft_columns:
-        done = done + window.draft[:, None]
+def levels(canvas: Canvas, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many steps each row is ahead of its canvas, `(rows,)`; and the later steps whose proposals its drafts hold,
+    `(rows, drafts, steps)` bool."""
+    rule = canvas.choices[window.slots, 1]
+    kind = ((rule == RULES.index("sequential")) | (rule == RULES.index("bernoulli"))).long()
+    draft = window.draft if window.draft_columns else torch.zeros_like(window.slots)
+    return canvas.draft_levels[kind, draft], canvas.draft_steps[kind]
+
+
+def upcoming(
+    canvas: Canvas, window: Window, level, is_mask, shown, features: Features
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many tokens each row must have transferred after its next step, and after each of the later ones that drafts hold, if
+    the logits did not change: `(rows, steps)`; and which positions may receive one, `(rows, steps, block)` bool.
+
+    Args:
+        level: see [`levels`].
+        is_mask, shown: `(rows, block)` bool, the masks of the block, and the positions that decide when it is done.
+    """
+    done = (canvas.steps[window.slots] + level)[:, None]
     schedule, last = canvas.schedule[window.slots], canvas.schedule.shape[1] - 1
-    step = done + torch.arange(1 + canvas.drafts, device=done.device)
+    step = done + torch.arange(1 + canvas.draft_steps.shape[2], device=done.device)
     quota = schedule.gather(1, (step + 1).clamp(max=last)) - schedule.gather(1, done.clamp(max=last))
     if "edits" in features.needs:  # the steps after the last mask
         quota = quota.clamp(min=1)
@@ -167,18 +184,19 @@ def upcoming(canvas: Canvas, window: Window, is_mask, shown, features: Features)
 
 
 def finish(
-    canvas: Canvas, window: Window, features: Features, copies, taken, nexts, transferred, shown, goes_on
+    canvas: Canvas, window: Window, features: Features, copies, taken, level, nexts, transferred, shown, goes_on
 ) -> None:
     """Write what a step has come to into the canvas.
 
     Args:
         copies: `(canvases, 1 + drafts)`, see [`Window`]. taken: the same, bool, the steps that [`confirmed`] finds.
-        nexts: `(rows, 1 + drafts, block)`, the tokens of the block after each of the next steps.
+        level: see [`levels`].
+        nexts: `(rows, 1 + drafts, block)`, the tokens of the block after the step, and those of its drafts.
         transferred: `(rows,)`, how many masks have been replaced.
         shown, goes_on: `(rows, block)` and `(rows,)` bool, the positions that decide when a block is done; where tokens are
             edited, whether it goes on without masks.
     """
-    first, last = copies[:, 0], copies.gather(1, taken.sum(-1, keepdim=True) - 1)[:, 0]
+    first, last = copies[:, 0], copies.gather(1, (taken * (1 + level[copies])).argmax(-1, keepdim=True))[:, 0]
     slots, block, nexts = window.slots[first], window.block[first], nexts[last]
     inside = (block < canvas.capacity).any(-1)
     lines = slots[:, None] + canvas.slots * torch.arange(1 + canvas.drafts, device=slots.device)
