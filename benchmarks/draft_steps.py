@@ -15,11 +15,13 @@ and in time, and the ratio of both. `--batches 2 4` does the same for more seque
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +32,16 @@ import dllm_hf  # noqa: F401  registers the models
 from dllm_hf.generation import step
 
 CONFIGS = Path(__file__).parents[1] / "hub_configs"
-SPEAKERS = ("ROMEO", "JULIET", "MENENIUS", "KING RICHARD III", "First Citizen", "DUKE VINCENTIO", "LEONTES", "KATHARINA")
+SPEAKERS = (
+    "ROMEO",
+    "JULIET",
+    "MENENIUS",
+    "KING RICHARD III",
+    "First Citizen",
+    "DUKE VINCENTIO",
+    "LEONTES",
+    "KATHARINA",
+)
 STATIC = {"remasking_strategy": "low_confidence_static", "temperature": 0.0, "return_dict_in_generate": True}
 
 
@@ -86,7 +97,9 @@ def shakespeare(family: str, drafts: int, tokens: int, device: str, **options) -
     with replaced(noting(steps)):
         for speaker in SPEAKERS:
             ids = tokenizer(f"{speaker}:\n", return_tensors="pt").input_ids.to(device)
-            output = model.diffusion_generate(ids, draft_steps=drafts, disable_compile=True, **pace, **STATIC, **options)
+            output = model.diffusion_generate(
+                ids, draft_steps=drafts, disable_compile=True, **pace, **STATIC, **options
+            )
             passes += output.num_forward_passes
             texts.append(output.sequences.tolist())
     return passes, time.process_time() - began, steps, texts
@@ -95,7 +108,7 @@ def shakespeare(family: str, drafts: int, tokens: int, device: str, **options) -
 def measure_passes(args) -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} thread")
     for family in args.checkpoints:
-        for policy in ("block",) if family == "sdar" else ("none", "dual"):
+        for policy in args.policies or (("block",) if family == "sdar" else ("dual",)):
             for tokens in args.tokens:
                 same = {"tokens": tokens, "device": "cpu", "cache_policy": policy, "block_length": args.block_length}
                 alone, seconds, _, texts = shakespeare(family, 0, **same)
@@ -104,45 +117,50 @@ def measure_passes(args) -> None:
                     passes, seconds, _, drafted = shakespeare(family, drafts, **same)
                     if drafted != texts:
                         sys.exit(f"{family}: {drafts} drafts have changed the text")
-                    print(f"  {drafts} drafts: {passes} passes, {alone / passes:.2f} times fewer, {seconds:.1f} s", flush=True)
+                    print(
+                        f"  {drafts} drafts: {passes} passes, {alone / passes:.2f} times fewer, {seconds:.1f} s",
+                        flush=True,
+                    )
+
+
+def rows_of(model, name: str, batch: int, block: int, numbers: list[int]) -> Iterator[dict]:
+    """A row of the result for each number of drafts."""
+    from generate import prompts, timed  # beside this file
+
+    ids, end = prompts(model.config.vocab_size, batch, 512), model.generation_config.eos_token_id
+    policy = {"cache_policy": "block" if name == "sdar" else "dual", "block_length": block}
+    options = {**STATIC, **policy, "max_new_tokens": 256, "eos_token_id": []}
+    options["suppress_tokens"] = end if isinstance(end, list) else [end]
+    alone = None
+    for drafts in numbers:
+        pattern = shakespeare(name, drafts, 1, "cuda", **policy)[2] if drafts else [1]
+        call = partial(model.diffusion_generate, ids, draft_steps=drafts, **options)
+        with replaced(imposing(pattern, "cuda") if drafts else step.confirmed):
+            for _ in range(3):  # compiles, captures
+                call()
+            seconds, output = sorted((timed(call) for _ in range(5)), key=lambda each: each[0])[2]
+        model.release_graphs()
+        passes = output.num_forward_passes
+        alone = alone or (seconds, passes)
+        yield {
+            "model": name, "batch": batch, "block": block, "drafts": drafts, "passes": passes,
+            "steps a pass": sum(pattern) / len(pattern), "ms a pass": 1000 * seconds / passes,
+            "tokens a second": 256 * batch / seconds, "fewer passes": alone[1] / passes, "less time": alone[0] / seconds,
+            "ratio": alone[0] / seconds / (alone[1] / passes),
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%F"),
+        }  # fmt: skip
 
 
 def measure_gpu(args) -> None:
-    from generate import build, prompts, timed  # beside this file
+    from generate import build  # beside this file
 
     for name in args.models:
-        model, family = build(name), name
-        for batch in args.batches:
-            ids = prompts(model.config.vocab_size, batch, 512)
-            end = model.generation_config.eos_token_id
-            for block in (4, 32) if name == "sdar" else (32,):
-                options = {**STATIC, "block_length": block, "cache_policy": "block" if name == "sdar" else "dual"}
-                options |= {"max_new_tokens": 256, "eos_token_id": [], "suppress_tokens": end if isinstance(end, list) else [end]}
-                alone = None
-                for drafts in (0, *args.drafts):
-                    call = lambda options=options, drafts=drafts: model.diffusion_generate(ids, draft_steps=drafts, **options)
-                    pattern = [1]
-                    if drafts:
-                        policy = {"cache_policy": options["cache_policy"], "block_length": block}
-                        pattern = shakespeare(family, drafts, 1, "cuda", **policy)[2]
-                    with replaced(imposing(pattern, "cuda") if drafts else step.confirmed):
-                        for _ in range(3):  # compiles, captures
-                            call()
-                        every = sorted((timed(call) for _ in range(5)), key=lambda each: each[0])
-                    seconds, output = every[2]
-                    model.release_graphs()
-                    alone = alone or (seconds, output.num_forward_passes)
-                    row = {
-                        "model": name, "batch": batch, "block": block, "drafts": drafts, "passes": output.num_forward_passes,
-                        "steps a pass": sum(pattern) / len(pattern), "ms a pass": 1000 * seconds / output.num_forward_passes,
-                        "tokens a second": 256 * batch / seconds, "fewer passes": alone[1] / output.num_forward_passes,
-                        "less time": alone[0] / seconds,
-                    }  # fmt: skip
-                    row["ratio"] = row["less time"] / row["fewer passes"]
-                    row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%F")}
-                    print(json.dumps(row), flush=True)
-                    with open(args.out, "a") as file:
-                        file.write(json.dumps(row) + "\n")
+        model = build(name)
+        for batch, block in itertools.product(args.batches, (4, 32) if name == "sdar" else (32,)):
+            for row in rows_of(model, name, batch, block, [0, *args.drafts]):
+                print(json.dumps(row), flush=True)
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(row) + "\n")
         del model
         torch.cuda.empty_cache()
 
@@ -154,6 +172,7 @@ def main() -> None:
     passes.add_argument("--checkpoints", nargs="+", default=["llada", "dream", "sdar"])
     passes.add_argument("--drafts", nargs="+", type=int, default=[1, 2, 3, 4, 8])
     passes.add_argument("--tokens", nargs="+", type=int, default=[1], help="tokens a step")
+    passes.add_argument("--policies", nargs="+", help="by default dual, of sdar block")
     passes.add_argument("--block-length", type=int, help="by default 32")
     gpu = commands.add_parser("gpu", help="milliseconds of the published models' shapes, on a GPU")
     gpu.add_argument("--models", nargs="+", default=["llada", "dream", "sdar"])

@@ -50,9 +50,7 @@ def test_history_and_log_probabilities_are_those_of_one_step_at_a_time(pair):
     family, policy = pair
     rows = [[5, 6, 7, 8, 9], [12, 13]]
     options = {"max_new_tokens": 8, "block_length": 4, "remasking_strategy": "maskgit_plus", "steps": 12}
-    alone, drafted = both(
-        tiny_model(family), rows, 3, cache_policy=policy, output_history=True, logprobs=2, **options
-    )
+    alone, drafted = both(tiny_model(family), rows, 3, cache_policy=policy, output_history=True, logprobs=2, **options)
     assert [each.tolist() for each in drafted.history] == [each.tolist() for each in alone.history]
     for name in ("logprobs", "top_logprobs"):
         torch.testing.assert_close(drafted[name], alone[name], equal_nan=True)

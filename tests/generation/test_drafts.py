@@ -135,7 +135,9 @@ def test_a_streamer_shows_each_step():
     assert found[0] == found[1] and len(found[0]) > 8
 
 
-@pytest.mark.parametrize("family, policy", [("dream", "prefix"), ("dream", "dual"), ("sdar", "block"), ("gla_dream", "block")])
+@pytest.mark.parametrize(
+    "family, policy", [("dream", "prefix"), ("dream", "dual"), ("sdar", "block"), ("gla_dream", "block")]
+)
 def test_the_fast_path_takes_drafts_too(family, policy, captured):
     """The accepted steps are chosen within the graph."""
     options = {"max_new_tokens": 12, "block_length": 4, "remasking_strategy": "sequential", "cache_policy": policy}
@@ -200,7 +202,11 @@ def test_drafts_are_refused_where_tokens_are_edited_and_where_steps_read_what_ot
 
 @pytest.mark.parametrize("number", [-1, 65, 1.5, True, "many"])
 def test_a_wrong_number_of_drafts_is_refused(number):
-    refused(RefusesToRun(script([1], prompt=3)), "`draft_steps` must be an integer from 0 to 64 or 'auto'", draft_steps=number)
+    refused(
+        RefusesToRun(script([1], prompt=3)),
+        "`draft_steps` must be an integer from 0 to 64 or 'auto'",
+        draft_steps=number,
+    )
 
 
 def test_rows_of_a_batch_go_on_at_their_own_pace():

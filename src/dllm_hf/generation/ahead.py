@@ -29,7 +29,10 @@ class Ahead:
         same = (self._texts == canvas.tokens[window.slots[window.copies[:, :1]], : canvas.capacity]).all(-1)
         if not bool(same.any(-1).all()):
             return None
-        rows = window.copies.gather(1, same.long().argmax(-1, keepdim=True))[:, 0]
+        return self.logits_of(window, window.copies.gather(1, same.long().argmax(-1, keepdim=True))[:, 0])
+
+    def logits_of(self, window: Window, rows: torch.Tensor) -> torch.Tensor:
+        """Those of some rows of the pass over a window, `(rows, block, vocab)`."""
         return self._buffers[window.block.shape][rows]
 
     def note(self, window: Window, canvas: Canvas) -> None:

@@ -298,9 +298,7 @@ class CanvasCache(Cache):
         for layer in self.layers:
             layer.window, layer.arena = window, arena
 
-    def locate(
-        self, window: Window
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    def locate(self, window: Window) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """Where in the arena the canvases of a window's rows are, in a list those of its runs; and which column of the arena
         each token has. The last column of an extent is its scratch column.
 

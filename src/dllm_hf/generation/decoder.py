@@ -326,16 +326,19 @@ class Decoder:
 
     def _step_ahead(self, window: Window, wide: Window, features: Features, may_capture: bool) -> None:
         """A step that somebody watches, whose logits the last pass may have given. `wide`: the window with drafts."""
-        ahead = self.workspace.ahead
-        logits = ahead.find(wide, self.canvas)
+        canvas, ahead = self.canvas, self.workspace.ahead
+
+        def compute(window: Window, noise: dict) -> None:
+            ahead.keep(self._forward(canvas.tokens[window.texts, window.columns], window, features))
+
+        logits = ahead.find(wide, canvas)
         if logits is None:
-            ahead.note(wide, self.canvas)
-            tokens = lambda window: self.canvas.tokens[window.texts, window.columns]
-            compute = lambda window, noise: ahead.keep(self._forward(tokens(window), window, features))
+            ahead.note(wide, canvas)
             self._compute((features, "ahead"), compute, wide, {}, may_capture)
             self.num_forward_passes += 1
-            logits = ahead.find(wide, self.canvas)
-        self._denoise(window, lambda tokens, window: self._process(logits, window), {}, features)
+            logits = ahead.logits_of(wide, wide.copies[:, 0])
+        found = logits
+        self._denoise(window, lambda tokens, window: self._process(found, window), {}, features)
 
     def _forward(self, tokens: torch.Tensor, window: Window, features: Features) -> torch.Tensor:
         guidance = {}
@@ -368,12 +371,18 @@ class Decoder:
         if has_drafts not in self._windows or self._windows[has_drafts][0] != key:
             backend, capacity, numbers = self.backend, self.canvas.capacity, None
             if drafts:
-                copies = [(frame, slot, 1 + index) for frame, slot, number in zip(frames, slots, drafts) for index in range(number)]
+                copies = [
+                    (frame, slot, 1 + index)
+                    for frame, slot, number in zip(frames, slots, drafts)
+                    for index in range(number)
+                ]
                 numbers = [0] * len(slots) + [number for *_, number in copies]
                 frames, slots = frames + [frame for frame, *_ in copies], slots + [slot for _, slot, _ in copies]
             every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift)
             if backend.takes_lists:
-                window = make_list(*every, drafts=numbers, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0)
+                window = make_list(
+                    *every, drafts=numbers, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0
+                )
             else:
                 # A seed is not decided by the hidden state before its block, which only a recurrent cache keeps.
                 has_hidden = backend.sees_earlier_blocks and not self.seats.seeds_blocks

@@ -63,7 +63,9 @@ def why_not(options: DiffusionGenerationConfig) -> str | None:
     named = f"`remasking_strategy={options.remasking_strategy!r}`"
     if strategy.is_adaptive:
         static = [name for name, each in STRATEGIES.items() if not each.is_adaptive and each.confidence != "random"]
-        return f"with {named} it depends on the logits how many tokens a step transfers: choose one of {', '.join(static)}"
+        return (
+            f"with {named} it depends on the logits how many tokens a step transfers: choose one of {', '.join(static)}"
+        )
     if strategy.confidence == "random" or options.alg_temp:
         asked = named if strategy.confidence == "random" else f"`alg_temp={options.alg_temp}`"
         return f"with {asked} each step draws the positions that receive a token: choose another strategy, without `alg_temp`"

@@ -132,7 +132,9 @@ def denoise(
     most = min(MAX_LOGPROBS, logits.shape[-1]) if "top_logprobs" in features.needs else 0
     # Before `decide` changes the logits of tokens that it may not propose.
     raw = distribution(logits, most) if "logprobs" in features.needs else None
-    proposals, scores, transfers = decide(canvas, window, logits, masked, quota, noise, features, reads_raw_logits, part)
+    proposals, scores, transfers = decide(
+        canvas, window, logits, masked, quota, noise, features, reads_raw_logits, part
+    )
     transferred, goes_on = transfers[:, 0].sum(-1), None
     if edits:
         replaced, goes_on = edit(canvas, window, now, masked[:, 0], proposals, scores, inside.any(-1, keepdim=True))
@@ -147,7 +149,9 @@ def denoise(
         chosen = logits.gather(-1, proposals[..., None]).squeeze(-1)
         for copy, is_taken in zip(copies.unbind(1), taken.unbind(1)):
             of_copy = (each[copy] for each in (chosen, *raw))
-            keep_logprobs(canvas, window.slots[copy, None], window.block[copy], transfers[copy, 0] & is_taken[:, None], *of_copy)
+            keep_logprobs(
+                canvas, window.slots[copy, None], window.block[copy], transfers[copy, 0] & is_taken[:, None], *of_copy
+            )
     finish(canvas, window, features, copies, taken, level, nexts, transferred, shown, goes_on)
 
 
@@ -306,12 +310,15 @@ def decide(
     is_nan = is_nan | score.isnan()
     canvas.saw_nan |= (is_nan & masked[:, 0]).any()
     score = score.nan_to_num(nan=lowest)
-    each = (rule, score, score_index == SCORES.index("probability"))
-    numbers = (threshold, entropy_bound, factor, alg_temp, noise.get("positions"))
-    if (steps := quota.shape[1]) > 1:
-        each, numbers = (
-            [None if x is None else x[:, None].expand(-1, steps, -1).flatten(0, 1) for x in values]
-            for values in (each, numbers)
-        )
-    transfers = select(features.rules, *each, masked.flatten(0, 1), quota.reshape(-1, 1), *numbers)
+    steps = quota.shape[1]
+    repeated = lambda x: x if x is None or steps == 1 else x[:, None].expand(-1, steps, -1).flatten(0, 1)
+    transfers = select(
+        features.rules,
+        repeated(rule),
+        repeated(score),
+        repeated(score_index == SCORES.index("probability")),
+        masked.flatten(0, 1),
+        quota.reshape(-1, 1),
+        *map(repeated, (threshold, entropy_bound, factor, alg_temp, noise.get("positions"))),
+    )
     return proposals, score, transfers.unflatten(0, (-1, steps))

@@ -124,7 +124,9 @@ class Window:
             final=together(self.final, 0),
             runs=torch.stack([together(slot, slots), together(first, tokens), together(number, 0)], dim=1),
             aside=torch.cat(list(moved)),
-            own=torch.stack([together(own_first, 0), together(own_last, 0), together(begin, self.draft_columns)], dim=1),
+            own=torch.stack(
+                [together(own_first, 0), together(own_last, 0), together(begin, self.draft_columns)], dim=1
+            ),
         )
 
 

@@ -32,7 +32,9 @@ def canvas_attention_torch(
         index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
         padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
         padded[:tokens], seen[:tokens] = query[0], lengths[0]
-        rows = canvas_attention_torch(padded[index], keys, values, seen[index], base, width, scale, shared=shared, own=own)
+        rows = canvas_attention_torch(
+            padded[index], keys, values, seen[index], base, width, scale, shared=shared, own=own
+        )
         return padded.zero_().index_put_((index,), rows)[None, :tokens]
     columns = torch.arange(width, device=keys.device)
     shared, own = (None if each is None else each[..., None] for each in (shared, own))
