@@ -60,6 +60,7 @@ for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     canvas_attention(query, keys, keys, lengths, base, 768, 0.1)
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window)
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window, base.repeat(2, 2))
+    canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window, own=base.repeat(3, 2))
 copy_columns(keys, new(2, 3, dtype=torch.long), 40)
 for residual, rounds_once in ((None, True), (x, False)):
     add_rms_norm(x, residual, new(4096), 1e-6, rounds_once)
