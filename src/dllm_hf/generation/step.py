@@ -125,7 +125,7 @@ def denoise(
     if edits:
         # What stands behind the cut may change a token before it that is edited.
         shown = (shown | (editing_numbers(canvas, window)[0] < 1)) & inside
-    level, held = levels(canvas, window) if canvas.drafts else (0, None)
+    level, held = levels(canvas, window) if canvas.drafts else (None, None)
     quota, masked = upcoming(canvas, window, level, is_mask, shown, features)
     if part is not None and features.needs & WHOLE_ROWS:
         logits, part = part.gather(logits), None
@@ -175,9 +175,14 @@ def upcoming(
         level: see [`levels`].
         is_mask, shown: `(rows, block)` bool, the masks of the block, and the positions that decide when it is done.
     """
-    done = (canvas.steps[window.slots] + level)[:, None]
-    step, last = done + torch.arange(1 + canvas.draft_steps.shape[2], device=done.device), canvas.schedule.shape[1] - 1
-    total = lambda steps: canvas.schedule[window.slots[:, None], steps.clamp(max=last)]
+    done = canvas.steps[window.slots, None]
+    step = done
+    if canvas.drafts:
+        done = done + level[:, None]
+        step = done + torch.arange(1 + canvas.draft_steps.shape[2], device=done.device)
+    # Drafts, and the steps of editing, come to the end of the schedule.
+    last = canvas.schedule.shape[1] - 1 if canvas.drafts or "edits" in features.needs else None
+    total = lambda steps: canvas.schedule[window.slots[:, None], steps if last is None else steps.clamp(max=last)]
     quota = total(step + 1) - total(done)
     if "edits" in features.needs:  # the steps after the last mask
         quota = quota.clamp(min=1)
@@ -201,9 +206,9 @@ def finish(
         shown, goes_on: `(rows, block)` and `(rows,)` bool, the positions that decide when a block is done; where tokens are
             edited, whether it goes on without masks.
     """
-    slots, block, steps = window.slots, window.block, 1
+    slots, block = window.slots, window.block
     if taken is not None:
-        first, steps = window.copies[:, 0], taken.sum(-1)
+        first = window.copies[:, 0]
         last = window.copies.gather(1, (taken * (1 + level[window.copies])).argmax(-1, keepdim=True))[:, 0]
         slots, block, nexts, shown = slots[first], block[first], nexts[last], shown[last]
         transferred = (transferred[window.copies] * taken).sum(-1)
@@ -216,7 +221,7 @@ def finish(
         canvas.tokens.index_put_((lines[..., None], block[:, None].expand_as(nexts)), nexts)
     else:
         canvas.tokens.index_put_((slots[:, None], block), nexts[:, 0])
-    canvas.steps.index_add_(0, slots, inside.long() * steps)
+    canvas.steps.index_add_(0, slots, inside.long() if taken is None else inside * taken.sum(-1))
     passes = transferred > 0
     if "edits" in features.needs:
         passes |= (canvas.numbers[slots, NUMBERS.index("editing_threshold")] < 1) & inside
