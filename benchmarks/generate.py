@@ -11,7 +11,8 @@ Nemotron-Labs-Diffusion-8B, Fast-dLLM v2 7B and a GLADream of 1B; a prompt of 51
 does the same work. `qwen3`, for comparison: an autoregressive Qwen3-8B in the `generate` of transformers, compiled, with a
 static cache.
 
-Floor: the model's matrix products alone, at as many rows as a step has, in a CUDA graph. `step`: milliseconds of one step
+Floor: the model's matrix products alone, at as many rows as a step has, in a CUDA graph; of experts those that the steps
+reach (`experts`: how many in a layer, counted in a call on the plain path). `step`: milliseconds of one step
 more, from two calls that differ in the number of steps alone, so that the fixed cost of a block or a call is left out;
 `mean`: milliseconds of a call divided by its forward passes. `first`: seconds by which a first call is longer than the
 next.
@@ -64,18 +65,38 @@ def build(name: str):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
+def experts_of(model) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if getattr(module, "gate_up_proj", torch.empty(0)).ndim == 3]
+
+
+def reached_experts(model, rows: int, call) -> int:
+    """How many experts of a layer a step reaches, the mean over the layers and the steps of a call on the plain path."""
+    counts = []
+
+    def count(_, inputs):
+        states, chosen = inputs[:2]
+        if len(states) == rows:
+            counts.append(len(chosen.unique()))
+
+    handles = [module.register_forward_pre_hook(count) for module in experts_of(model)]
+    call()
+    for handle in handles:
+        handle.remove()
+    return round(sum(counts) / len(counts))
+
+
 @torch.no_grad()
-def floor(model, rows: int) -> float:
-    """Milliseconds of the model's matrix products at `rows` rows, with as many experts as these rows can activate."""
+def floor(model, rows: int, reached: int = 0) -> float:
+    """Milliseconds of the model's matrix products at `rows` rows, of experts `reached` in each layer."""
     products = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     inputs = {
         width: torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for width in {w.shape[1] for w in products}
     }
-    experts = [module for module in model.modules() if getattr(module, "gate_up_proj", torch.empty(0)).ndim == 3]
+    experts = experts_of(model)
     if experts:
         number, chosen = len(experts[0].gate_up_proj), rows * model.config.num_experts_per_tok
-        # The end of each expert's rows, which are spread evenly, so that as many experts as possible are read.
-        ends = (torch.arange(1, number + 1, device="cuda") * chosen // number).to(torch.int32)
+        # The end of each expert's rows, which are spread evenly over those that are reached.
+        ends = (torch.arange(1, number + 1, device="cuda").clamp(max=reached) * chosen // reached).to(torch.int32)
         grouped = [weight for module in experts for weight in (module.gate_up_proj, module.down_proj)]
         rows_of = {
             weight.shape[2]: torch.randn(chosen, weight.shape[2], device="cuda", dtype=torch.bfloat16)
@@ -133,6 +154,7 @@ def measure_family(name: str, args):
     fixed |= {"suppress_tokens": end if isinstance(end, list) else [] if end is None else [end]}
     fixed |= {"remasking_strategy": args.strategy, "confidence_threshold": 1.0}
     floors: dict[int, float] = {}
+    reached: dict[int, int] = {}
     for block in args.blocks or blocks:
         for batch in args.batches:
             ids = prompts(model.config.vocab_size, batch, args.prompt)
@@ -150,7 +172,12 @@ def measure_family(name: str, args):
                     first, found = run_setting(model, ids, options, block, args.quotas)
                     rows = batch * (args.prompt + args.new if policy == "none" else block)
                     if rows not in floors:
-                        floors[rows] = floor(model, rows)
+                        plain = {**options, "disable_compile": True, "torch_compile": False, "denoising_steps": block}
+                        if experts_of(model):
+                            reached[rows] = reached_experts(
+                                model, rows, lambda ids=ids, plain=plain: model.diffusion_generate(ids, **plain)
+                            )
+                        floors[rows] = floor(model, rows, reached.get(rows, 0))
                     few, many = max(found), min(found)
                     step = None
                     if found[many][1] > found[few][1]:
@@ -167,6 +194,7 @@ def measure_family(name: str, args):
                             "mean": 1000 * seconds / passes,
                             "step": step,
                             "floor": floors[rows],
+                            "experts": reached.get(rows),
                             "tokens_per_second": batch * args.new / seconds,
                             "first": first,
                             "memory": (torch.cuda.max_memory_allocated() - weights) / 2**30,

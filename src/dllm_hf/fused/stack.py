@@ -1,8 +1,6 @@
 """The forward pass of a decoder of transformers on our kernels, for decoding on a GPU."""
 
-from collections import Counter, OrderedDict
-from collections.abc import Collection
-from copy import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from ..kernels.layers import (
     swiglu,
     swiglu_torch,
 )
+from .experts import on_kernels
 from .joint_products import JointProducts
 from .shared_sums import SharedSums
 
@@ -54,24 +53,6 @@ def can_be_captured(model: nn.Module) -> bool:
     return not any(
         module._forward_hooks or module._forward_pre_hooks for module in model.modules() if module not in divided
     )
-
-
-def _without_sum(mlp: nn.Module, divided: Collection[nn.Module]) -> nn.Module | None:
-    """A feed-forward network of nothing but experts that are divided between processes, without the sum over these; None for
-    others. It is a copy with the same weights: the library has replaced the forward pass of the module's own experts by one
-    that sums."""
-    experts: Any = getattr(mlp, "experts", None)
-    if experts is None or experts not in divided or mlp._modules.keys() != {"gate", "experts"}:
-        return None
-    mlp, experts = copy(mlp), copy(experts)
-    vars(experts).pop("forward", None)
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        vars(experts)[name] = OrderedDict()
-    vars(experts)["_parameters"] = {
-        name: nn.Parameter(local(each), requires_grad=False) for name, each in experts._parameters.items()
-    }
-    vars(mlp)["_modules"] = {**mlp._modules, "experts": experts}
-    return mlp
 
 
 def _is_plain(linear: nn.Linear) -> bool:
@@ -107,7 +88,9 @@ class FusedStack:
         self.config, self.dtype = stack.config, stack.dtype
         self.ranks, self.divided = ranks_of(model), divided_modules(model)
         self.part = None if self.ranks is None else VocabularyPart(self.ranks, self.config.vocab_size)
-        self.partial = [_without_sum(layer.mlp, self.divided) for layer in self.layers]
+        # Tests on a CPU run the torch twins.
+        self.is_fused = self._lm_head.weight.is_cuda
+        self.mixtures = [on_kernels(layer.mlp, self.divided, self.is_fused) for layer in self.layers]
         inputs = [self.inputs_of(layer.self_attn) for layer in self.layers]
         gates = [[layer.mlp.gate_proj, layer.mlp.up_proj] if self._is_gated(layer.mlp) else [] for layer in self.layers]
         groups = [group for of_layer in inputs for group in of_layer] + gates
@@ -119,8 +102,6 @@ class FusedStack:
 
         self.inputs = [[join(group) for group in of_layer] for of_layer in inputs]
         self.gates = [join(group) if group else None for group in gates]
-        # Tests on a CPU run the torch twins.
-        self.is_fused = self._lm_head.weight.is_cuda
         self.add_norm = add_rms_norm if self.is_fused else add_rms_norm_torch
         self.rotate = rotate_and_store if self.is_fused else rotate_and_store_torch
         self.attend_to = canvas_attention if self.is_fused else canvas_attention_torch
@@ -278,10 +259,10 @@ class FusedStack:
         """Add what a feed-forward network makes of `normed` to `total`: the norm of the sum, and the sum."""
         mlp, gates, sums = self.layers[index].mlp, self.gates[index], self.sums
         if gates is None:
-            partial = self.partial[index]
-            out = (partial or mlp)(normed)
+            mixture = self.mixtures[index]
+            out = (mixture or mlp)(normed)
             out = out[0] if isinstance(out, tuple) else out
-            if partial is None or self.ranks is None:
+            if mixture is None or self.ranks is None:
                 return self._add_norm(out, total, norm)
             if sums is not None and sums.covers(total):
                 return sums.sum_and_norm(out, total, norm, *self._norm_options(norm))

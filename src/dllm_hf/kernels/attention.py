@@ -162,6 +162,9 @@ if triton is not None:
         if IS_SHARED:
             shared_begin = tl.load(shared + reader)
             number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader)
+        else:  # places inside of a canvas fit 32 bits, which are faster
+            keys += begin * key_column
+            values += begin * value_column
         keys += kv_head.to(tl.int64) * key_head
         values += kv_head.to(tl.int64) * value_head
 
@@ -175,7 +178,7 @@ if triton is not None:
         for start in range(split * chunk, end, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             inside = (column < end)[:, None] & real
-            place = begin + column
+            place = column
             if IS_SHARED:
                 place = tl.where(column < number_shared, shared_begin, begin) + column
             key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
