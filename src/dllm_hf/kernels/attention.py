@@ -159,14 +159,12 @@ if triton is not None:
         start_of_row += token * query_token + head * query_head
         tile = tl.load(query + start_of_row[:, None] + dims, mask=exists[:, None] & real, other=0.0)
         begin = tl.load(base + reader)
+        # From here on places are counted from the row's base: 32 bits, which are faster, have room for their distance.
+        keys += begin * key_column + kv_head.to(tl.int64) * key_head
+        values += begin * value_column + kv_head.to(tl.int64) * value_head
         if IS_SHARED:
-            shared_begin = tl.load(shared + reader)
-            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader)
-        else:  # places inside of a canvas fit 32 bits, which are faster
-            keys += begin * key_column
-            values += begin * value_column
-        keys += kv_head.to(tl.int64) * key_head
-        values += kv_head.to(tl.int64) * value_head
+            away = (tl.load(shared + reader) - begin).to(tl.int32)
+            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader).to(tl.int32)
 
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
         longest = tl.max(length, 0)
@@ -180,7 +178,7 @@ if triton is not None:
             inside = (column < end)[:, None] & real
             place = column
             if IS_SHARED:
-                place = tl.where(column < number_shared, shared_begin, begin) + column
+                place += tl.where(column < number_shared, away, 0)
             key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
             # Inductor passes Python floats as fp64; cast back.
             score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
