@@ -17,3 +17,14 @@ if interpreter is not None and not torch.cuda.is_available():
         set_attribute(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
+    converted = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        """The interpreter loses the carry of a number that is rounded up to the next power of two, and cuts off subnormal
+        ones."""
+        if target.name != "fp8e4nv" or source.name != "fp32":
+            return converted(data, source, target, mode)
+        in_eight_bits = torch.from_numpy(data.copy()).clamp(-448, 448).to(torch.float8_e4m3fn)  # as the GPU: saturated
+        return in_eight_bits.view(torch.uint8).numpy()
+
+    interpreter._convert_float = rounded
