@@ -367,7 +367,14 @@ def main() -> None:
                 row = static(model, some if mode == "static" else means, options, args, block, policy, mode)
             card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
             memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
-            row |= {"cache_dtype": args.cache_dtype, "model": args.model, kind: value, "slots": args.slots, "requests": args.requests, "GiB": memory}
+            row |= {
+                "cache_dtype": args.cache_dtype,
+                "model": args.model,
+                kind: value,
+                "slots": args.slots,
+                "requests": args.requests,
+                "GiB": memory,
+            }
             row |= {
                 "dtype": args.dtype,
                 "card": card,

@@ -117,7 +117,9 @@ class CanvasCacheLayer(CacheLayerMixin):
         run = rotate_and_store if self._on_kernels else rotate_and_store_torch
         return run(query, key, value, cos, sin, columns, keys, values, *(norms or (None, None, 0.0)), *scales)
 
-    def attend(self, query: torch.Tensor, lengths, base, width, scale, runs=None, longest=0, shared=None) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, lengths, base, width, scale, runs=None, longest=0, shared=None
+    ) -> torch.Tensor:
         """Attention to what is written. The arguments and the result are those of [`canvas_attention`]."""
         keys, values, *scales = self.arenas()
         run = canvas_attention if self._on_kernels else canvas_attention_torch

@@ -343,7 +343,9 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                 "keys and values as tensors of PyTorch: leave it out."
             )
         if config.cache_dtype and config.cache_policy == "none":
-            raise ValueError(f"`cache_dtype={config.cache_dtype!r}` needs a cache: choose another `cache_policy` than 'none'.")
+            raise ValueError(
+                f"`cache_dtype={config.cache_dtype!r}` needs a cache: choose another `cache_policy` than 'none'."
+            )
         if config.use_block_cache and config.cache_policy != "block":
             raise ValueError("`use_block_cache=True` needs the keys of the block: choose `cache_policy='block'`.")
         return config
