@@ -178,8 +178,9 @@ if triton is not None:
         keys += kv_head.to(tl.int64) * key_head
         values += kv_head.to(tl.int64) * value_head
         if IN_EIGHT_BITS:
-            # A GPU makes two float16 of two 8-bit floats at once, and bfloat16 in three steps. Float16 has room for the
-            # queries as fractions of their largest number, and for the values' weights times what the values are multiples of.
+            # A GPU makes two float16 of two 8-bit floats at once, and bfloat16 in three steps. What 8-bit numbers are
+            # multiplied with has room in float16: the queries as fractions of their largest number, and the weights of values
+            # times the scales of these, as fractions of the largest such product.
             pairs += kv_head.to(tl.int64) * pair_head
             largest = tl.max(tl.abs(tile.to(tl.float32)), 1)
             largest = tl.where(largest > 0, largest, 1.0)
@@ -208,25 +209,26 @@ if triton is not None:
             # Inductor passes Python floats as fp64; cast back.
             score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
             if IN_EIGHT_BITS:
-                score *= (pair << 16).to(tl.float32, bitcast=True)
+                exponent = (pair >> 23) & 255  # of the value's scale, a power of two
+                score = score * (pair << 16).to(tl.float32, bitcast=True) + (exponent - 127).to(tl.float32)
             score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
             higher = tl.maximum(highest, tl.max(score, 1))
             # A row may see none of these keys: -inf - -inf would be NaN.
             lowest = tl.where(higher == -float("inf"), 0.0, higher)
             prob = tl.exp2(score - lowest[:, None])
             fade = tl.exp2(highest - lowest)
-            total = total * fade + tl.sum(prob, 1)
+            if IN_EIGHT_BITS:
+                total = total * fade + tl.sum(prob * ((254 - exponent) << 23).to(tl.float32, bitcast=True), 1)
+            else:
+                total = total * fade + tl.sum(prob, 1)
             value = tl.load(values + place[:, None] * value_column + dims, mask=inside, other=0.0)
             result = result * fade[:, None]
             if IN_EIGHT_BITS:
-                prob *= (pair & -65536).to(tl.float32, bitcast=True) * 256
                 value = value.to(tile.dtype)
             result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
             highest = higher
 
         sees = total > 0
-        if IN_EIGHT_BITS:
-            result *= 1 / 256
         result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
         heads = kv_heads * GROUPS
         row = (first + token).to(tl.int64) * heads + head

@@ -9,6 +9,8 @@ import torch
 
 # Of float8_e4m3fn.
 LARGEST = 448.0
+# The bits of the smallest scale, 2**-100, as float32. It is above 0, so that it can be divided by.
+SMALLEST = 27 << 23
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,9 +19,9 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = x.float()
     scales = wide.abs().amax(-1) / LARGEST
     # The next power of two: the exponent is one more, unless the rest is 0.
-    scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    divisor = torch.where(scales > 0, scales, 1.0)
-    return (wide / divisor[..., None]).to(torch.float8_e4m3fn).view(torch.uint8), scales.to(torch.bfloat16)
+    bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    scales = bits.clamp(min=SMALLEST).view(torch.float32)
+    return (wide / scales[..., None]).to(torch.float8_e4m3fn).view(torch.uint8), scales.to(torch.bfloat16)
 
 
 def dequantised(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
