@@ -84,7 +84,9 @@ def test_rotated_keys_and_values_are_stored_in_8_bits(sizes, part, has_norm, dty
         assert scales[:, unwritten].isnan().all() and (keys[:, unwritten] == NAN).all()
     (_, keys, values, scales), (_, twins_keys, twins_values, twins_scales) = results
     assert torch.equal(values, twins_values) and torch.equal(scales[..., 1], twins_scales[..., 1])  # to the last bit
-    of_keys = (dequantised(*each, torch.float32) for each in ((keys, scales[..., 0]), (twins_keys, twins_scales[..., 0])))
+    of_keys = (
+        dequantised(*each, torch.float32) for each in ((keys, scales[..., 0]), (twins_keys, twins_scales[..., 0]))
+    )
     # Where rotations are rounded otherwise, a number may fall on the other side, one of 16 away.
     torch.testing.assert_close(*of_keys, rtol=0.15, atol=0.02)
 
@@ -113,7 +115,10 @@ def test_numbers_that_float16_does_not_hold_are_read_too(has_large_queries):
     values[:, ::7] = 0  # as of columns that attention goes to where it has nothing to look for
     query = (1e6 if has_large_queries else 1e-9) * random(1, 3, 2, 64, dtype=torch.bfloat16, seed=2)
     (keys, of_keys), (values, of_values) = quantised(keys), quantised(values)
-    lengths, base = torch.full((1, 3), 90, dtype=torch.int32, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)
+    lengths, base = (
+        torch.full((1, 3), 90, dtype=torch.int32, device=DEVICE),
+        torch.zeros(1, dtype=torch.long, device=DEVICE),
+    )
     arguments = (keys, values, lengths, base, 90, 1e-11 if has_large_queries else 1e3)
     scales = torch.stack([of_keys, of_values], dim=-1)
     got = canvas_attention(query, *arguments, scales=scales)
