@@ -2,7 +2,7 @@
 
 usage: generate.py measure --out results.jsonl [--models llada dream sdar sdar_moe llada2 llada_moe nemotron
                    fast_dllm_v2 gladream qwen3]
-                   [--batches 1 8 32] [--strategy low_confidence_dynamic]
+                   [--batches 1 8 32] [--strategy low_confidence_dynamic] [--cache-dtype fp8]
        generate.py table results.jsonl
 
 Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B, LLaDA2.0-mini (16B-A1B), LLaDA-MoE-7B-A1B,
@@ -168,6 +168,7 @@ def measure_family(name: str, args):
                         "cache_policy": policy,
                         "disable_compile": path == "plain",
                         "torch_compile": path == "compiled",
+                        "cache_dtype": None if policy == "none" else args.cache_dtype,
                     }
                     first, found = run_setting(model, ids, options, block, args.quotas)
                     rows = batch * (args.prompt + args.new if policy == "none" else block)
@@ -188,6 +189,7 @@ def measure_family(name: str, args):
                             "batch": batch,
                             "block": block,
                             "policy": policy,
+                            "cache_dtype": options["cache_dtype"],
                             "path": path,
                             "quota": quota,
                             "passes": passes,
@@ -283,6 +285,8 @@ def line(row: dict) -> str:
     if step is None and row["policy"] in ("none", "static"):
         step = row["mean"]  # without a policy all forward passes are alike
     cells = [row["model"], f"{row['prompt']} + {row['new']}", *(row[name] for name in COLUMNS[2:7])]
+    if row.get("cache_dtype"):
+        cells[4] += f", {row['cache_dtype']}"
     # With `prefix` the number of rows changes from block to block: no floor holds for all steps.
     least = None if row["policy"] == "prefix" else row["floor"]
     known = [row["mean"], step, least]
@@ -312,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--blocks", nargs="+", type=int, help="block lengths; the model's own if not given")
     measuring.add_argument("--policies", nargs="+", help="cache policies; all of the model's if not given")
     measuring.add_argument("--paths", nargs="+", choices=["fast", "plain", "compiled"], default=["fast", "plain"])
+    measuring.add_argument("--cache-dtype", choices=["fp8"], help="of keys and values; the model's own if not given")
     strategies = ["low_confidence_static", "low_confidence_dynamic"]
     measuring.add_argument("--strategy", choices=strategies, default=strategies[0])
     measuring.add_argument("--prompt", type=int, default=512)

@@ -44,6 +44,7 @@ class LLM:
         generation_config: in the place of the model's own.
         mask_token_id, block_length, cache_policy: for every request; by default those of the model. Where the model offers
             `cache_policy="block"`, that is the default.
+        cache_dtype: `"fp8"` keeps keys and values in 8 bits, so that about twice as many columns fit.
         dtype, trust_remote_code: as in `from_pretrained`.
         device: by default a GPU if there is one. Replicas take the GPUs of `CUDA_VISIBLE_DEVICES` in their order.
         max_num_seqs: completions that are decoded together, as long as there is room in the cache.
@@ -76,6 +77,7 @@ class LLM:
         mask_token_id: int | None = None,
         block_length: int | None = None,
         cache_policy: str | None = None,
+        cache_dtype: str | None = None,
         dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
@@ -124,12 +126,13 @@ class LLM:
 
     def _make_engine(self, capacity: int, arguments: dict[str, Any]) -> Engine:
         """That of this process. `capacity`: columns of a canvas."""
-        options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy")}
+        options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy", "cache_dtype")}
         if options["cache_policy"] is None and self.model.generation_config.cache_policy is None:
             options["cache_policy"] = "block" if "block" in self.model.cache_policies else None
         slots, columns = arguments["max_num_seqs"], arguments["num_cache_tokens"]
         if columns is None:
-            columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"])
+            cache_dtype = options["cache_dtype"] or self.model.generation_config.cache_dtype
+            columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"], cache_dtype)
         return Engine(
             self.model,
             self.tokenizer,
@@ -157,13 +160,13 @@ class LLM:
         # Without files some classes make a tokenizer that knows its special tokens alone.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
-    def _cache_columns(self, slots: int, capacity: int, part: float) -> int:
+    def _cache_columns(self, slots: int, capacity: int, part: float, cache_dtype: str | None) -> int:
         """As many columns of the cache as there is memory for, and no more than all slots could use."""
         device = self.model.device
         if device.type != "cuda":
             return min(slots, 4) * (capacity + 1) + 1
         free, total = torch.cuda.mem_get_info(device)
-        columns = int(free - (1 - part) * total) // column_bytes_of(self.model)
+        columns = int(free - (1 - part) * total) // column_bytes_of(self.model, cache_dtype)
         if (ranks := ranks_of(self.model)) is not None:
             columns = ranks.least(columns, device)
         if columns < capacity + 2:

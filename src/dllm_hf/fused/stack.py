@@ -17,15 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from ..generation.divided_head import VocabularyPart
 from ..generation.ranks import divided_modules, local, ranks_of
 from ..generation.window import Window
-from ..kernels.attention import canvas_attention, canvas_attention_torch
-from ..kernels.layers import (
-    add_rms_norm,
-    add_rms_norm_torch,
-    rotate_and_store,
-    rotate_and_store_torch,
-    swiglu,
-    swiglu_torch,
-)
+from ..kernels.layers import add_rms_norm, add_rms_norm_torch, swiglu, swiglu_torch
 from .experts import on_kernels
 from .joint_products import JointProducts
 from .shared_sums import SharedSums
@@ -103,8 +95,6 @@ class FusedStack:
         self.inputs = [[join(group) for group in of_layer] for of_layer in inputs]
         self.gates = [join(group) if group else None for group in gates]
         self.add_norm = add_rms_norm if self.is_fused else add_rms_norm_torch
-        self.rotate = rotate_and_store if self.is_fused else rotate_and_store_torch
-        self.attend_to = canvas_attention if self.is_fused else canvas_attention_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
         self.sums: SharedSums | None = None
         if self.ranks is not None and self.is_fused:
@@ -231,11 +221,10 @@ class FusedStack:
         norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-        (base, lengths, columns, *runs), (keys, values), (cos, sin, scales) = sees, slot.arenas(), angles
-        query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
+        (base, lengths, columns, *runs), (cos, sin, scales) = sees, angles
+        query = slot.rotate_and_write(query, key, value, cos, sin, columns, *norms)
         query = query if scales is None else query * scales
-        width, scale = cache.longest_extent, attention.scaling
-        return self.attend_to(query, keys, values, lengths, base, width, scale, *runs).flatten(2)
+        return slot.attend(query, lengths, base, cache.longest_extent, attention.scaling, *runs).flatten(2)
 
     def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
         return self.add_norm(x, residual, norm.weight, *self._norm_options(norm))

@@ -62,6 +62,7 @@ class ModelBackend:
         compiles: whether its small passes go through `torch.compile`.
         arena_columns: of an arena for keys and values in which each row has as many columns as it needs; None gives every
             slot the same number.
+        cache_dtype: of keys and values, see [`DiffusionGenerationConfig`].
         cfg_scale: of guidance. Above 0 every row has a second slot, `slots` further on, for the pass with its prompt masked.
     """
 
@@ -73,8 +74,9 @@ class ModelBackend:
         cfg_scale: float = 0.0,
         compiles: bool = False,
         arena_columns: int | None = None,
+        cache_dtype: str | None = None,
     ):
-        self.arena_columns = arena_columns
+        self.arena_columns, self.cache_dtype = arena_columns, cache_dtype
         self.model, self.has_cache, self.fused, self.cfg_scale = model, has_cache, fused, cfg_scale
         self.compiled = torch.compile(fused.__call__, dynamic=False) if fused and compiles else None
         self.device, self.vocab_size = model.device, model.config.vocab_size
@@ -89,6 +91,8 @@ class ModelBackend:
         if not self.has_cache:
             return None
         cache = self.model.make_cache(width)
+        if self.cache_dtype is not None:
+            cache.use_dtype(self.cache_dtype)
         cache.reserve(slots * self.guidance_copies)
         if self.arena_columns is not None:
             cache.use_arena(slots, self.arena_columns, self.device)

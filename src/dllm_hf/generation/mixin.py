@@ -24,6 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, logging
 
 from .backend import ModelBackend
 from .cache import CanvasCache, identity_of
+from .cache_layers import CACHE_LAYERS
 from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .contract import DenoisingModel, models_with
@@ -177,10 +178,15 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """Decode a batch whose arguments are right. `texts`: the canvas of each row."""
         config, device, columns = requests[0].options, self.device, max(map(len, texts))
         fused, fingerprint = None, ()
-        if are_possible(device) and not (config.disable_compile or config.cache_policy == "none" or hooks.sees_logits):
+        is_plain = config.disable_compile or config.cache_policy == "none" or hooks.sees_logits
+        if not is_plain and are_possible(device) and CACHE_LAYERS[config.cache_dtype].has_kernels(device):
             fused, fingerprint = fused_of(self)
         backend = self.make_backend(
-            config.cache_policy != "none", fused=fused, cfg_scale=config.cfg_scale, compiles=config.torch_compile
+            config.cache_policy != "none",
+            fused=fused,
+            cfg_scale=config.cfg_scale,
+            compiles=config.torch_compile,
+            cache_dtype=config.cache_dtype,
         )
         workspace, final_lengths = self._open(backend, config, texts, fingerprint, past)
         decoder = Decoder(backend, workspace, fused is not None, is_hooked=hooks.tokens is not None)
@@ -234,8 +240,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final."""
         slots, columns = len(texts), max(map(len, texts))
         has_graphs = backend.fused is not None
-        capacity = capacity_for(self, slots, columns) if has_graphs else columns
-        key = (fingerprint, slots, capacity, backend.guidance_copies)
+        capacity = capacity_for(self, slots, columns, options.cache_dtype) if has_graphs else columns
+        key = (fingerprint, slots, capacity, backend.guidance_copies, options.cache_dtype)
 
         def make() -> Workspace:
             # + 1: the scratch column.
@@ -330,6 +336,15 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             raise ValueError(
                 f"`cache_policy={config.cache_policy!r}` is not possible with {type(self).__name__}: "
                 f"choose one of {', '.join(self.cache_policies)}."
+            )
+        if config.cache_dtype not in (None, *self.cache_dtypes):
+            raise ValueError(
+                f"`cache_dtype={config.cache_dtype!r}` is not possible with {type(self).__name__}, whose cache does not hold "
+                "keys and values as tensors of PyTorch: leave it out."
+            )
+        if config.cache_dtype and config.cache_policy == "none":
+            raise ValueError(
+                f"`cache_dtype={config.cache_dtype!r}` needs a cache: choose another `cache_policy` than 'none'."
             )
         if config.use_block_cache and config.cache_policy != "block":
             raise ValueError("`use_block_cache=True` needs the keys of the block: choose `cache_policy='block'`.")

@@ -32,7 +32,8 @@ class Workspace:
 
     Args:
         state: the backend's, a cache of the canvas' columns and the scratch column.
-        key: what calls that share it must have in common: the model's fingerprint, slots, capacity, copies for guidance.
+        key: what calls that share it must have in common: the model's fingerprint, slots, capacity, copies for guidance, type of
+            keys and values.
 
     Attributes:
         pointers: see [`pointers_of`], when a call last left the cache to a conversation.
@@ -51,11 +52,11 @@ class Workspace:
         return type(None), ()
 
 
-def capacity_for(model: DenoisingModel, slots: int, width: int) -> int:
+def capacity_for(model: DenoisingModel, slots: int, width: int, cache_dtype: str | None = None) -> int:
     """The columns to allocate for rows of `width` columns, in steps of `capacity_step` or of what [`SPARE`] of the weights'
     memory holds, so that calls of about the same length, and the turns of a conversation, share their graphs."""
     spare = sum(parameter.nbytes for parameter in model.parameters()) * SPARE
-    step = max(int(spare / (slots * column_bytes_of(model))), 1)
+    step = max(int(spare / (slots * column_bytes_of(model, cache_dtype))), 1)
     step = -(-step // model.capacity_step) * model.capacity_step
     return -(-width // step) * step
 

@@ -6,6 +6,7 @@ only the rotation is rounded once instead of three times.
 
 import torch
 
+from .eight_bits import quantised
 from .triton import tl, triton
 
 HEADS_PER_PROGRAM = 8
@@ -85,7 +86,7 @@ def rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def rotate_and_store_torch(
-    query, key, value, cos, sin, columns, keys, values, query_norm=None, key_norm=None, eps=0.0
+    query, key, value, cos, sin, columns, keys, values, query_norm=None, key_norm=None, eps=0.0, scales=None
 ) -> torch.Tensor:
     """The twin of [`rotate_and_store`]."""
     batch, window = query.shape[:2]
@@ -97,8 +98,12 @@ def rotate_and_store_torch(
             x = add_rms_norm_torch(x, None, weight, eps)[0]
         return rotate_torch(x, cos, sin)
 
-    for arena, states in ((keys, rotated(key, key_norm)), (values, value.view(batch, window, -1, head_dim))):
-        arena[:, columns] = states.permute(2, 0, 1, 3)
+    both = (keys, rotated(key, key_norm)), (values, value.view(batch, window, -1, head_dim))
+    for number, (arena, states) in enumerate(both):
+        states = states.permute(2, 0, 1, 3)
+        if scales is not None:
+            states, scales[:, columns, number] = quantised(states)
+        arena[:, columns] = states
     return rotated(query, query_norm)
 
 
@@ -114,6 +119,7 @@ def rotate_and_store(
     query_norm: torch.Tensor | None = None,
     key_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm (where there is one) and rotary position of queries and keys, see [`rotate_torch`]; keys and values go into
     their columns of the cache.
@@ -125,6 +131,8 @@ def rotate_and_store(
         columns: `(batch, window)` int64, of the arena. Where one repeats, so must its key and value.
         keys, values: `(kv_heads, columns, head_dim)`, the arena, written in place.
         query_norm, key_norm: `(head_dim,)`, the weights of norms over each head; `eps` is theirs.
+        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values, written in place where these are in 8
+            bits (uint8), see [`eight_bits.quantised`].
 
     Returns:
         The queries, `(batch, window, heads, head_dim)`.
@@ -134,14 +142,18 @@ def rotate_and_store(
     heads = query.shape[2] // head_dim
     columns = columns.contiguous()  # may be one row, expanded to the batch
     rotated = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
+    if scales is not None:
+        keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
     together = min(HEADS_PER_PROGRAM, triton.next_power_of_2(kv_heads))
     programs = triton.cdiv(heads, together) + 2 * triton.cdiv(kv_heads, together)
     _rotate_and_store[(batch * window, programs)](
         query, key, value, cos, sin, columns, rotated, keys, values,
+        keys if scales is None else scales,
         query if query_norm is None else query_norm, key if key_norm is None else key_norm, eps,
         heads, kv_heads, query.stride(1), key.stride(1), value.stride(1), *keys.stride()[:2], *values.stride()[:2],
+        keys.shape[1],
         HALF=head_dim // 2, ROTATED=cos.shape[-1] // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=together,
-        HAS_NORM=query_norm is not None, num_warps=4,
+        HAS_NORM=query_norm is not None, IN_EIGHT_BITS=scales is not None, num_warps=4,
     )  # fmt: skip
     return rotated
 
@@ -183,11 +195,29 @@ if triton is not None:
         tl.store(out + token * size + index, (activated * right).to(left.dtype), mask=inside)
 
     @triton.jit
+    def _store_heads(
+        target, head_stride, column_stride, scales, column, columns, head, exists, one, two, first, second, inside,
+        IN_EIGHT_BITS: tl.constexpr,
+    ):  # fmt: skip
+        """Two halves of a column's heads, `(HEADS, BLOCK)` each, as they are, or in 8 bits: see [`eight_bits.quantised`]."""
+        if IN_EIGHT_BITS:
+            first, second = first.to(tl.float32), second.to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+            bits = ((largest / 448.0).to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+            scale = tl.maximum(bits, 226492416).to(tl.float32, bitcast=True)  # `SMALLEST`
+            tl.store(scales + (head.to(tl.int64) * columns + column) * 2, scale.to(tl.bfloat16), mask=exists)
+            first, second = first / scale[:, None], second / scale[:, None]
+        target += column * column_stride + head[:, None].to(tl.int64) * head_stride
+        tl.store(target + one, first.to(target.dtype.element_ty), mask=inside)
+        tl.store(target + two, second.to(target.dtype.element_ty), mask=inside)
+
+    @triton.jit
     def _rotate_and_store(
-        query, key, value, cos, sin, columns, rotated, keys, values, query_norm, key_norm, eps,
+        query, key, value, cos, sin, columns, rotated, keys, values, scales, query_norm, key_norm, eps,
         heads, kv_heads, query_token, key_token, value_token,
-        key_head, key_column, value_head, value_column,
+        key_head, key_column, value_head, value_column, number_of_columns,
         HALF: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
+        IN_EIGHT_BITS: tl.constexpr,
     ):  # fmt: skip
         """A few heads of one token: of the queries, then of the keys, then of the values."""
         token, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -202,22 +232,23 @@ if triton is not None:
             inside = (head < kv_heads)[:, None] & (index < HALF)
             # Of the same shapes as below: Triton takes a variable of two branches for one.
             source = value + token * value_token + head[:, None] * 2 * HALF
-            target = values + column * value_column + head[:, None].to(tl.int64) * value_head
-            tl.store(target + index, tl.load(source + index, mask=inside), mask=inside)
-            tl.store(target + index + HALF, tl.load(source + index + HALF, mask=inside), mask=inside)
+            first = tl.load(source + index, mask=inside, other=0.0)
+            second = tl.load(source + index + HALF, mask=inside, other=0.0)
+            _store_heads(
+                values, value_head, value_column, scales + 1, column, number_of_columns, head, head < kv_heads,
+                index, index + HALF, first, second, inside, IN_EIGHT_BITS,
+            )  # fmt: skip
         else:
             if number < of_queries:
                 head = number * HEADS + each
                 inside = (head < heads)[:, None] & (index < HALF)
                 source = query + token * query_token + head[:, None] * 2 * HALF
                 weight = query_norm
-                target = rotated + token * heads * 2 * HALF + head[:, None] * 2 * HALF
             else:
                 head = (number - of_queries) * HEADS + each
                 inside = (head < kv_heads)[:, None] & (index < HALF)
                 source = key + token * key_token + head[:, None] * 2 * HALF
                 weight = key_norm
-                target = keys + column * key_column + head[:, None].to(tl.int64) * key_head
             first = tl.load(source + one, mask=inside, other=0.0)
             second = tl.load(source + two, mask=inside, other=0.0)
             dtype = first.dtype
@@ -235,5 +266,13 @@ if triton is not None:
             cos2 = tl.load(cos + ROTATED + angle, mask=turns, other=1.0).to(tl.float32)
             sin1 = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
             sin2 = tl.load(sin + ROTATED + angle, mask=turns, other=0.0).to(tl.float32)
-            tl.store(target + one, (first * cos1 - second * sin1).to(dtype), mask=inside)
-            tl.store(target + two, (second * cos2 + first * sin2).to(dtype), mask=inside)
+            turned1, turned2 = (first * cos1 - second * sin1).to(dtype), (second * cos2 + first * sin2).to(dtype)
+            if number < of_queries:
+                target = rotated + token * heads * 2 * HALF + head[:, None] * 2 * HALF
+                tl.store(target + one, turned1, mask=inside)
+                tl.store(target + two, turned2, mask=inside)
+            else:
+                _store_heads(
+                    keys, key_head, key_column, scales, column, number_of_columns, head, head < kv_heads,
+                    one, two, turned1, turned2, inside, IN_EIGHT_BITS,
+                )  # fmt: skip
