@@ -24,8 +24,8 @@ class QuantizedProducts:
         """`tensors`: what the weights consist of, side by side."""
         weight: Any = linears[0].weight
         self.sizes, self.bias, self.dtype = [len(linear.weight) for linear in linears], bias, weight.dtype
-        self.is_on_gpu = tensors[0].is_cuda
-        self.weight = self.joint(weight, tensors)
+        self.tensors, self.is_on_gpu = tensors, tensors[0].is_cuda
+        self.weight = self.joint(weight)
 
     @staticmethod
     def covers(weight: Any) -> bool:
@@ -38,9 +38,9 @@ class QuantizedProducts:
         parts = lambda name: [getattr(linear.weight, name) for linear in linears]
         return [side_by_side(parts(name), linears[0], name) for name in ("qdata", "scale")]
 
-    def joint(self, weight: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
-        """A weight as torchao's of `tensors`, of the kind of `weight`."""
-        return type(weight)(*tensors, list(weight.block_size), dtype=weight.dtype)
+    def joint(self, weight: Any) -> Any:
+        """All weights as one of torchao's, of the kind of `weight`."""
+        return type(weight)(*self.tensors, list(weight.block_size), dtype=weight.dtype)
 
     @staticmethod
     def of(linears: list[nn.Module]) -> "QuantizedProducts | None":
@@ -77,6 +77,7 @@ class Float8Products(QuantizedProducts):
 
     def __init__(self, linears: list[nn.Linear], bias: torch.Tensor | None, *tensors: torch.Tensor):
         super().__init__(linears, bias, *tensors)
+        self.is_fast = self.weight.mm_config.use_fast_accum
         if self.is_on_gpu and torch.cuda.get_device_capability(tensors[0].device) < (8, 9):
             raise ValueError(
                 f"The model's weights are in float8, and {torch.cuda.get_device_name(tensors[0].device)} cannot multiply "
@@ -95,12 +96,11 @@ class Float8Products(QuantizedProducts):
             and _has_a_scale_for_each_row(weight)
         )
 
-    def joint(self, weight: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
-        self.fast = weight.mm_config.use_fast_accum
-        return tensors
+    def joint(self, weight: Any) -> Any:
+        return weight
 
     def product(self, x: torch.Tensor | Float8Rows) -> torch.Tensor:
-        weight, scales = self.weight
+        weight, scales = self.tensors
         if not self.is_on_gpu:
             rows = x if isinstance(x, Float8Rows) else quantize_rows_torch(x)
             return few_rows_product_torch(rows, weight, scales, self.bias, self.dtype)
@@ -110,7 +110,7 @@ class Float8Products(QuantizedProducts):
             return few_rows_product(rows, weight, scales, self.bias, self.dtype)
         values, of_rows = (each.flatten(0, -2) for each in rows)
         out = torch._scaled_mm(
-            values, weight.t(), of_rows, scales.t(), self.bias, out_dtype=self.dtype, use_fast_accum=self.fast
+            values, weight.t(), of_rows, scales.t(), self.bias, out_dtype=self.dtype, use_fast_accum=self.is_fast
         )
         return out.view(*shape, -1)
 
@@ -126,7 +126,7 @@ class Int8Products(QuantizedProducts):
         is_few = x.shape[:-1].numel() <= MAX_ROWS[torch.int8] and x.dtype in (torch.bfloat16, torch.float16)
         if not (is_few and self.is_on_gpu):
             return super().product(x)
-        return few_rows_product(x.contiguous(), self.weight.qdata, self.weight.scale, self.bias, self.dtype)
+        return few_rows_product(x.contiguous(), *self.tensors, self.bias, self.dtype)
 
 
 class Int4Products(QuantizedProducts):
@@ -145,8 +145,8 @@ class Int4Products(QuantizedProducts):
         tiles = side_by_side([each.qdata for each in weights], linears[0], "qdata")
         return [tiles, torch.cat([each.scale_and_zero for each in weights], dim=1)]
 
-    def joint(self, weight: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
-        return type(weight)(*tensors, list(weight.block_size), torch.Size([sum(self.sizes), weight.shape[1]]))
+    def joint(self, weight: Any) -> Any:
+        return type(weight)(*self.tensors, list(weight.block_size), torch.Size([sum(self.sizes), weight.shape[1]]))
 
 
 def _has_a_scale_for_each_row(weight: Any) -> bool:

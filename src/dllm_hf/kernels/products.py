@@ -23,8 +23,8 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(rows: int, outputs: int, weight: torch.dtype) -> Tiles:
-    """The tiles that were measured to be fastest. Their inner size is the same for any number of rows, so that a row's sums
-    do not depend on the others."""
+    """The tiles that were measured to be fastest. Their inner size is the same for any number of rows, so that a row is summed
+    in the same order in any company."""
     block = max(16, min(64, triton.next_power_of_2(rows)))
     return Tiles(block, 32 if outputs < 16384 else 64, 256, 4, 4 if block < 64 else 3)
 
