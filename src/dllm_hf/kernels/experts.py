@@ -102,21 +102,22 @@ def routed_experts(
     outputs = torch.empty(pairs, hidden, dtype=x.dtype, device=device)
     block_m = max(16, min(MOST_ROWS, triton.next_power_of_2(pairs // experts)))
     tiles = min(pairs, experts + pairs // block_m)
-    most = 128 if x.element_size() < 4 else 32  # float32 tiles, which serve comparisons, stay in registers
+    # Tiles of an H100. Float32, which serves comparisons, stays in registers.
+    columns, inner, warps, stages = (128, 64, 4, 4) if block_m == MOST_ROWS else (64, 128, 2, 3)
+    if x.dtype == torch.float32:
+        columns, inner = 32, 32
 
     def product(source, weight, out, sharers: int, width: int, size: int, columns: int):
-        block_n, block_k = (
-            max(16, min(each, triton.next_power_of_2(n))) for each, n in ((columns, size), (most, width))
-        )
+        block_n, block_k = (max(16, min(each, triton.next_power_of_2(n))) for each, n in ((columns, size), (inner, width)))
         _product[(triton.cdiv(size, block_n), tiles)](
             source, weight, counts, table, out, tokens, *weight.stride()[:2],
             EXPERTS=experts, SHARERS=sharers, WIDTH=width, SIZE=size, IS_GATED=weight is gate_up,
             BLOCK_E=triton.next_power_of_2(experts), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
-    product(x, gate_up, within, number, hidden, inside, min(most, 64) // 2)
-    product(within, down, outputs, 1, inside, hidden, min(most, 64))
+    product(x, gate_up, within, number, hidden, inside, columns // 2)
+    product(within, down, outputs, 1, inside, hidden, columns)
     out = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(hidden))
     _weighted_sum[(tokens, triton.cdiv(hidden, block))](
