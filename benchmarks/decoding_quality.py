@@ -69,9 +69,9 @@ def text_settings(policies: tuple[str, ...]) -> list[dict]:
     return settings
 
 
-def cache_settings(policies: tuple[str, ...], fixed: dict, cache_dtype: str) -> list[dict]:
+def cache_settings(policies: tuple[str, ...], fixed: dict, threshold: float, cache_dtype: str) -> list[dict]:
     """Pairs of settings. `fixed`: what all of them have in common."""
-    greedy = [{"remasking_strategy": STATIC}, {"remasking_strategy": DYNAMIC, "confidence_threshold": 0.9}]
+    greedy = [{"remasking_strategy": STATIC}, {"remasking_strategy": DYNAMIC, "confidence_threshold": threshold}]
     sampled = [{"remasking_strategy": STATIC, "temperature": 0.5, "seed": seed} for seed in range(3)]
     settings = [{**fixed, **each, "cache_policy": policy} for policy in policies for each in greedy + sampled]
     of_keys = [each for each in settings if each["cache_policy"] != "none"]
@@ -127,7 +127,7 @@ def measure_sudoku(model, tokenizer, args):
         fixed = {"block_length": 27} if "dual" in model.cache_policies else {}
         settings, before = sudoku_settings(model.cache_policies), None
         if args.cache_dtype is not None:
-            settings = cache_settings(model.cache_policies, fixed, args.cache_dtype)
+            settings = cache_settings(model.cache_policies, fixed, 0.9999, args.cache_dtype)
         for setting in settings if level in args.levels else ():
             began = time.perf_counter()
             output = decode(model, ids, 0, setting)
@@ -148,7 +148,7 @@ def measure_text(model, tokenizer, args):
     windows = tokens[: len(tokens) // (PROMPT + NEW) * (PROMPT + NEW)].view(-1, PROMPT + NEW)[: args.rows]
     settings = text_settings(model.cache_policies)
     if args.cache_dtype is not None:  # the order of a greedy step and the true tokens: nothing is drawn
-        every = cache_settings(model.cache_policies, {}, args.cache_dtype)
+        every = cache_settings(model.cache_policies, {}, 0.9, args.cache_dtype)
         settings = [setting for setting in every if "seed" not in setting]
     for setting in settings:
         forcing = TeacherForcing(windows, tokenizer.mask_token_id, 32)

@@ -23,6 +23,7 @@ from dllm_hf.kernels.reduce import reduce_add_rms_norm
 
 DTYPE, FLOATS = getattr(torch, sys.argv[1]), sys.argv[2]
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS |= {torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
 NUMBERS = {bool: "i1", int: "i32", float: FLOATS}
 found: dict[str, int] = {}
 
@@ -61,7 +62,10 @@ for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     canvas_attention(query, keys, keys, lengths, base, 768, 0.1)
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window)
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window, base.repeat(2, 2))
-copy_columns(keys, new(2, 3, dtype=torch.long), 40)
+    small, scales = new(kv_heads, 768, 128, dtype=torch.uint8), new(kv_heads, 768, 2, dtype=torch.bfloat16)
+    canvas_attention(query, small, small, lengths, base.repeat(2), 768, 0.1, runs, window, base.repeat(2, 2), scales)
+for each in (keys, small, scales):
+    copy_columns(each, new(2, 3, dtype=torch.long), 40)
 for residual, rounds_once in ((None, True), (x, False)):
     add_rms_norm(x, residual, new(4096), 1e-6, rounds_once)
 for ranks in (2, 8):
@@ -70,6 +74,8 @@ swiglu(x, x)
 keys = new(8, 64, 128)
 for norms in ((), (new(128), new(128), 1e-6)):
     rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, keys, keys, *norms)
+small, scales = new(8, 64, 128, dtype=torch.uint8), new(8, 64, 2, dtype=torch.bfloat16)
+rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, small, small, *norms, scales)
 best_tokens(new(1, 32, 126464), 5)
 logits = new(32, 256, dtype=torch.float32)
 weights, chosen = choose_experts(logits, 8, True, logits[0], 8, 4, 2.5)

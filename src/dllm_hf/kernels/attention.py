@@ -141,7 +141,7 @@ def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device)
 
 if triton is not None:
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
-    @triton.jit(do_not_specialize=["window", "number", "splits"])
+    @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
     def _attend(
         query, keys, values, lengths, base, runs, shared, pairs, out, parts, sums, scale,
         window, kv_heads, number, splits,

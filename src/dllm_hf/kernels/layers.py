@@ -304,7 +304,8 @@ if triton is not None:
         tl.store(target + one, first.to(target.dtype.element_ty), mask=inside)
         tl.store(target + two, second.to(target.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    # Not specialised: another number of columns must not compile it again.
+    @triton.jit(do_not_specialize=["number_of_columns"])
     def _rotate_and_store(
         query, key, value, cos, sin, columns, rotated, keys, values, scales, query_norm, key_norm, eps,
         heads, kv_heads, query_token, key_token, value_token,
@@ -323,13 +324,13 @@ if triton is not None:
         if number >= of_queries + of_keys:
             head = (number - of_queries - of_keys) * HEADS + each
             inside = (head < kv_heads)[:, None] & (index < HALF)
-            # Of the same shapes as below: Triton takes a variable of two branches for one.
+            # Triton takes a variable of two branches for one: of the same shapes and types as below.
             source = value + token * value_token + head[:, None] * 2 * HALF
-            first = tl.load(source + index, mask=inside, other=0.0)
-            second = tl.load(source + index + HALF, mask=inside, other=0.0)
+            low = tl.load(source + index, mask=inside, other=0.0)
+            high = tl.load(source + index + HALF, mask=inside, other=0.0)
             _store_heads(
                 values, value_head, value_column, scales + 1, column, number_of_columns, head, head < kv_heads,
-                index, index + HALF, first, second, inside, IN_EIGHT_BITS,
+                index, index + HALF, low, high, inside, IN_EIGHT_BITS,
             )  # fmt: skip
         else:
             if number < of_queries:
