@@ -108,7 +108,9 @@ def routed_experts(
         columns, inner = 32, 32
 
     def product(source, weight, out, sharers: int, width: int, size: int, columns: int):
-        block_n, block_k = (max(16, min(each, triton.next_power_of_2(n))) for each, n in ((columns, size), (inner, width)))
+        block_n, block_k = (
+            max(16, min(each, triton.next_power_of_2(n))) for each, n in ((columns, size), (inner, width))
+        )
         _product[(triton.cdiv(size, block_n), tiles)](
             source, weight, counts, table, out, tokens, *weight.stride()[:2],
             EXPERTS=experts, SHARERS=sharers, WIDTH=width, SIZE=size, IS_GATED=weight is gate_up,
