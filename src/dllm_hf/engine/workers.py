@@ -21,7 +21,8 @@ from .worker import Beat, Command, Stepped, run_worker
 
 logger = logging.get_logger(__name__)
 
-# A process that says nothing for so long, or stands at one instruction, is taken for dead.
+# A process that says nothing for so long is taken for dead, and a group all of whose processes stand at one instruction: one that
+# is at work, at a compilation for example, may keep the others waiting.
 HANG_SECONDS = 7.0
 # One that has failed alone has left the others waiting for it.
 FAILED_SECONDS = 2.0
@@ -190,13 +191,17 @@ class Workers:
             self._receive(self._sent)  # says how it has ended
             raise WorkersError(f"{self._name(self._sent)} takes no commands") from None
         heard, failed_at = dict.fromkeys(range(self._size), time.monotonic()), None
+        stuck = dict.fromkeys(range(self._size), 0.0)
         while left := [rank for rank in range(self._size) if rank not in self._replies]:
             for rank in self._readable(left, POLL_SECONDS):
                 message, heard[rank] = self._receive(rank), time.monotonic()
                 if isinstance(message, Stepped):
                     self._replies[rank] = message
-                elif isinstance(message, Beat) and message.stuck >= HANG_SECONDS:
-                    raise WorkersError(f"{self._name(rank)} has not moved for {message.stuck:.0f} s")
+                    stuck = dict.fromkeys(stuck, 0.0)  # those that waited for it move now
+                elif isinstance(message, Beat):
+                    stuck[rank] = message.stuck
+            if min(stuck[rank] for rank in left) >= HANG_SECONDS:
+                raise WorkersError(f"{' and '.join(map(self._name, left))} have not moved for {HANG_SECONDS:.0f} s")
             now = time.monotonic()
             for rank in left:
                 if rank not in self._replies and now - heard[rank] > HANG_SECONDS:
