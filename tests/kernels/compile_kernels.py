@@ -17,6 +17,7 @@ from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states,
 from dllm_hf.kernels.attention import canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens
 from dllm_hf.kernels.columns import copy_columns
+from dllm_hf.kernels.experts import choose_experts, routed_experts
 from dllm_hf.kernels.layers import add_rms_norm, rotate_and_store, swiglu
 from dllm_hf.kernels.reduce import reduce_add_rms_norm
 
@@ -76,6 +77,17 @@ for norms in ((), (new(128), new(128), 1e-6)):
 small, scales = new(8, 64, 128, dtype=torch.uint8), new(8, 64, 2, dtype=torch.bfloat16)
 rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, small, small, *norms, scales)
 best_tokens(new(1, 32, 126464), 5)
+logits = new(32, 256, dtype=torch.float32)
+weights, chosen = choose_experts(logits, 8, True, logits[0], 8, 4, 2.5)
+choose_experts(new(32, 96), 8, False)
+for inside, number in ((512, 2), (768, 256)):
+    routed_experts(
+        new(512, 2048),
+        chosen.repeat(16, 1),
+        weights.repeat(16, 1),
+        new(number, 2 * inside, 2048),
+        new(number, 2048, inside),
+    )
 state = new(1, 16, 128, 128, dtype=torch.float32)
 # The largest block takes the most memory where its numbers do too: in float32.
 size, rank = (LARGEST[0], LARGEST[3]) if DTYPE == torch.float32 else (32, 16)

@@ -24,6 +24,7 @@ KERNELS = {
     "_merge",
     "_copy_columns",
 }
+KERNELS |= {"_choose", "_assign", "_product", "_weighted_sum"}
 KERNELS |= {"_short_convolutions", "_read_block", "_move_states", "_mix_scans"}
 
 

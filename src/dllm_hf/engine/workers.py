@@ -15,7 +15,7 @@ from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.ranks import divides_heads
 from .intake import Intake
 from .outputs import Event, Load
-from .remote import CONTEXT, Remote, Submission
+from .remote import CONTEXT, Remote, Submission, start
 from .sequence import Sequence
 from .worker import Beat, Command, Stepped, run_worker
 
@@ -88,7 +88,8 @@ class Workers:
         self._end = weakref.finalize(self, _kill, self._processes, self._connections)
         try:
             for process, (_, inner) in zip(self._processes, pipes, strict=True):
-                process.start()
+                # On CPUs the library would take GPUs where it sees some.
+                start(process, {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
                 inner.close()  # of this process: the pipe ends with the other's
             port = self._first_message([0])[0]
             for connection in self._connections[1:]:

@@ -120,9 +120,18 @@ def fingerprint_of(model: DenoisingModel) -> tuple:
         hooks = (bool(held["_forward_hooks"]), bool(held["_forward_pre_hooks"]), "forward" in held)
         found.append((type(module), len(held), *hooks))
         weights = (each for each in held["_parameters"].values() if each is not None)
-        found.extend(getattr(each, "_local_tensor", each).data_ptr() for each in weights)
+        found.extend(part.data_ptr() for each in weights for part in _parts_of(each))
         found.extend(each.data_ptr() for each in held["_buffers"].values() if each is not None)
     return tuple(found)
+
+
+def _parts_of(weight: Any) -> list[torch.Tensor]:
+    """The tensors whose memory a weight stands in: a quantised one consists of several."""
+    if hasattr(weight, "_local_tensor"):
+        return [weight._local_tensor]
+    if hasattr(weight, "__tensor_flatten__"):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight]
 
 
 def fused_of(model: DenoisingModel) -> tuple[StepForward | None, tuple]:

@@ -172,16 +172,17 @@ if triton is not None:
         start_of_row += token * query_token + head * query_head
         tile = tl.load(query + start_of_row[:, None] + dims, mask=exists[:, None] & real, other=0.0)
         begin = tl.load(base + reader)
+        # From here on places are counted from the row's base: 32 bits, which are faster, have room for their distance.
+        keys += begin * key_column + kv_head.to(tl.int64) * key_head
+        values += begin * value_column + kv_head.to(tl.int64) * value_head
         if IS_SHARED:
-            shared_begin = tl.load(shared + reader)
-            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader)
-        keys += kv_head.to(tl.int64) * key_head
-        values += kv_head.to(tl.int64) * value_head
+            away = (tl.load(shared + reader) - begin).to(tl.int32)
+            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader).to(tl.int32)
         if IN_EIGHT_BITS:
             # A GPU makes two float16 of two 8-bit floats at once, and bfloat16 in three steps. What 8-bit numbers are
             # multiplied with has room in float16: the queries as fractions of their largest number, and the weights of values
             # times the scales of these, as fractions of the largest such product.
-            pairs += kv_head.to(tl.int64) * pair_head
+            pairs += begin + kv_head.to(tl.int64) * pair_head
             largest = tl.max(tl.abs(tile.to(tl.float32)), 1)
             largest = tl.where(largest > 0, largest, 1.0)
             scale = (largest * scale).to(tl.float32)[:, None]
@@ -199,9 +200,9 @@ if triton is not None:
         for start in range(split * chunk, end, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             inside = (column < end)[:, None] & real
-            place = begin + column
+            place = column
             if IS_SHARED:
-                place = tl.where(column < number_shared, shared_begin, begin) + column
+                place += tl.where(column < number_shared, away, 0)
             key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
             if IN_EIGHT_BITS:
                 pair = tl.load(pairs + place, mask=column < end, other=0)

@@ -1,8 +1,11 @@
-"""What a layer computes between its matrix products: norms, rotary positions, the writes to the cache, the gate.
+"""What a layer computes between its matrix products: norms, rotary positions, the writes to the cache, the gate; each row in 8
+bits where the next product takes it so.
 
 The kernels round where the layers of `transformers` (and PyTorch's norm) round, so that both paths agree in bfloat16 too;
 only the rotation is rounded once instead of three times.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -10,59 +13,117 @@ from .eight_bits import quantised
 from .triton import tl, triton
 
 HEADS_PER_PROGRAM = 8
+LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
+
+
+class Float8Rows(NamedTuple):
+    """Rows in 8 bits: `values * scales` is what they stand for.
+
+    Attributes:
+        values: `(..., size)` float8_e4m3fn, contiguous.
+        scales: `(..., 1)` float32, of each row, so that a row does not depend on the others.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: torch.Size, device: torch.device) -> "Float8Rows":
+        scales = torch.empty(*shape[:-1], 1, dtype=torch.float32, device=device)
+        return cls(torch.empty(shape, dtype=torch.float8_e4m3fn, device=device), scales)
+
+
+def quantize_rows_torch(x: torch.Tensor) -> Float8Rows:
+    """The twin of [`quantize_rows`]."""
+    # As torchao's, the scale is rounded to the type of `x`. It divides zeros by a scale of zero.
+    scales = (x.abs().amax(-1, keepdim=True) / LARGEST_FLOAT8).float()
+    wide = x.float() / scales.where(scales > 0, 1.0)
+    return Float8Rows(wide.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn), scales)
+
+
+def quantize_rows(x: torch.Tensor) -> Float8Rows:
+    """Rows in 8 bits, each with the scale that makes its largest value the largest of 8 bits, as torchao quantises the input
+    of a product.
+
+    Args:
+        x: `(..., size)`, contiguous.
+    """
+    rows, size = Float8Rows.empty(x.shape, x.device), x.shape[-1]
+    block = triton.next_power_of_2(size)
+    _quantize_rows[(x.numel() // size,)](x, *rows, size, BLOCK=block, num_warps=16 if block > 8192 else 8)
+    return rows
 
 
 def add_rms_norm_torch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds_once: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    rounds_once: bool = False,
+    quantizes: bool = False,
+) -> tuple[torch.Tensor | Float8Rows, torch.Tensor]:
     """The twin of [`add_rms_norm`]."""
     total = x if residual is None else residual + x
     wide = total.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if rounds_once:
-        return (weight.float() * normed).to(x.dtype), total
-    return weight * normed.to(x.dtype), total
+    normed = (weight.float() * normed).to(x.dtype) if rounds_once else weight * normed.to(x.dtype)
+    return quantize_rows_torch(normed) if quantizes else normed, total
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds_once: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    rounds_once: bool = False,
+    quantizes: bool = False,
+) -> tuple[torch.Tensor | Float8Rows, torch.Tensor]:
     """`total = x + residual` and its RMS norm (arXiv:1910.07467).
 
     Args:
         x, residual: `(..., size)`, contiguous; without a residual the total is `x` itself.
         weight: `(size,)`.
         rounds_once: whether to round after the weight only, as `torch.nn.RMSNorm`, or before it too, as `transformers`.
+        quantizes: whether the norm is given in 8 bits, see [`quantize_rows`].
 
     Returns:
         The norm times `weight`, and the total.
     """
     size = x.shape[-1]
-    normed = torch.empty_like(x)
+    rows = Float8Rows.empty(x.shape, x.device) if quantizes else None
+    normed, scales = (torch.empty_like(x), x) if rows is None else rows  # unused scales
     total = x if residual is None else torch.empty_like(x)
     _add_rms_norm[(x.numel() // size,)](
-        x, x if residual is None else residual, weight, normed, total, size, eps,
-        HAS_RESIDUAL=residual is not None, ROUNDS_ONCE=rounds_once, BLOCK=triton.next_power_of_2(size),
-        num_warps=8 if size > 1024 else 4,
+        x, x if residual is None else residual, weight, normed, scales, total, size, eps,
+        HAS_RESIDUAL=residual is not None, ROUNDS_ONCE=rounds_once, QUANTIZES=quantizes,
+        BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4,
     )  # fmt: skip
-    return normed, total
+    return normed if rows is None else rows, total
 
 
-def swiglu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu_torch(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> torch.Tensor | Float8Rows:
     """The twin of [`swiglu`]."""
-    return torch.nn.functional.silu(gate) * up
+    activated = torch.nn.functional.silu(gate) * up
+    return quantize_rows_torch(activated) if quantizes else activated
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> torch.Tensor | Float8Rows:
     """`silu(gate) * up` (arXiv:2002.05202).
 
     Args:
         gate, up: `(batch, window, size)`, the last dimension contiguous, tokens at equal distances.
+        quantizes: whether it is given in 8 bits, see [`quantize_rows`].
 
     Returns:
         The same shape, contiguous.
     """
     batch, window, size = gate.shape
+    if quantizes:  # a program for each row, which must know all of it
+        rows, block = Float8Rows.empty(gate.shape, gate.device), triton.next_power_of_2(size)
+        _swiglu_float8[(batch * window,)](
+            gate, up, *rows, size, gate.stride(1), up.stride(1), BLOCK=block, num_warps=16 if block > 8192 else 8
+        )
+        return rows
     out = torch.empty(batch, window, size, dtype=gate.dtype, device=gate.device)
     block = 1024
     _swiglu[(batch * window, triton.cdiv(size, block))](
@@ -161,9 +222,26 @@ def rotate_and_store(
 if triton is not None:
 
     @triton.jit
+    def _store_float8(row, dtype: tl.constexpr, values, scales, index, inside, size):
+        """Store a row in 8 bits, and its scale. `row`: float32, rounded to `dtype`."""
+        scale = (tl.max(tl.abs(row), 0) / 448.0).to(dtype).to(tl.float32)
+        token = tl.program_id(0).to(tl.int64)
+        # The scale may be rounded down: the largest value is kept from becoming none.
+        row = tl.clamp(tl.div_rn(row, tl.where(scale > 0, scale, 1.0)), -448.0, 448.0)
+        tl.store(values + token * size + index, row.to(tl.float8e4nv), mask=inside)
+        tl.store(scales + token, scale)
+
+    @triton.jit
+    def _quantize_rows(x, values, scales, size, BLOCK: tl.constexpr):
+        index = tl.arange(0, BLOCK)
+        inside = index < size
+        row = tl.load(x + tl.program_id(0).to(tl.int64) * size + index, mask=inside, other=0.0)
+        _store_float8(row.to(tl.float32), row.dtype, values, scales, index, inside, size)
+
+    @triton.jit
     def _add_rms_norm(
-        x, residual, weight, normed, total, size, eps,
-        HAS_RESIDUAL: tl.constexpr, ROUNDS_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+        x, residual, weight, normed, scales, total, size, eps,
+        HAS_RESIDUAL: tl.constexpr, ROUNDS_ONCE: tl.constexpr, QUANTIZES: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * size
         index = tl.arange(0, BLOCK)
@@ -181,7 +259,22 @@ if triton is not None:
         if not ROUNDS_ONCE:
             result = result.to(dtype).to(tl.float32)
         result *= factor
-        tl.store(normed + row + index, result.to(dtype), mask=inside)
+        if QUANTIZES:
+            _store_float8(result.to(dtype).to(tl.float32), dtype, normed, scales, index, inside, size)
+        else:
+            tl.store(normed + row + index, result.to(dtype), mask=inside)
+
+    @triton.jit
+    def _swiglu_float8(gate, up, values, scales, size, gate_token, up_token, BLOCK: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        index = tl.arange(0, BLOCK)
+        inside = index < size
+        left = tl.load(gate + token * gate_token + index, mask=inside, other=0.0)
+        right = tl.load(up + token * up_token + index, mask=inside, other=0.0).to(tl.float32)
+        wide = left.to(tl.float32)
+        activated = (wide / (1.0 + tl.exp(-wide))).to(left.dtype).to(tl.float32)
+        row = (activated * right).to(left.dtype).to(tl.float32)
+        _store_float8(row, left.dtype, values, scales, index, inside, size)
 
     @triton.jit
     def _swiglu(gate, up, out, size, gate_token, up_token, BLOCK: tl.constexpr):
