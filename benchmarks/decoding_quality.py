@@ -9,8 +9,8 @@ written, and its negative log-probability under the model at that step is added 
 positions from the model's own confidences. So the loss is that of the held-out text in the decoder's order and with its
 parallelism: tokens transferred together count as independent.
 
-With `--cache-dtype` every setting that keeps keys and values is one of a pair: with the model's type, and with this one. Pairs
-are decoded greedily, and with three seeds of sampling; `same` is the share of a row's tokens that are those of the other.
+With `--cache-dtype` every setting that keeps keys and values is one of a pair: with the model's type, and with this one. Puzzles
+are solved greedily, and with three seeds of sampling; `same` is the share of cells that are as in the pair's first setting.
 
 `measure` appends a JSON line for each setting; `report` writes the tables of docs/decoding_quality.md and its plots
 (with matplotlib). docs/decoding_quality.jsonl holds the results of such runs.
@@ -69,13 +69,16 @@ def text_settings(policies: tuple[str, ...]) -> list[dict]:
     return settings
 
 
-def cache_settings(policies: tuple[str, ...], fixed: dict, threshold: float, cache_dtype: str) -> list[dict]:
-    """Pairs of settings. `fixed`: what all of them have in common."""
-    greedy = [{"remasking_strategy": STATIC}, {"remasking_strategy": DYNAMIC, "confidence_threshold": threshold}]
-    sampled = [{"remasking_strategy": STATIC, "temperature": 0.5, "seed": seed} for seed in range(3)]
-    settings = [{**fixed, **each, "cache_policy": policy} for policy in policies for each in greedy + sampled]
-    of_keys = [each for each in settings if each["cache_policy"] != "none"]
-    return [{**each, "cache_dtype": kind} for each in of_keys for kind in (None, cache_dtype)]
+def cache_settings(policies: tuple[str, ...], settings: list[dict], cache_dtype: str) -> list[dict]:
+    """Each of the settings with each cache, in pairs: keys and values of the model's type, and of another one."""
+    cached = [policy for policy in policies if policy != "none"]
+    kinds = (None, cache_dtype)
+    return [
+        {**each, "cache_policy": policy, "cache_dtype": kind}
+        for policy in cached
+        for each in settings
+        for kind in kinds
+    ]
 
 
 class TeacherForcing:
@@ -123,11 +126,14 @@ def measure_sudoku(model, tokenizer, args):
             torch.tensor(tokenizer([write(row) for row in part.tolist()]).input_ids, device=args.device)
             for part in (puzzles, grids)
         )
-        # In blocks of three rows, so that something stands before and after a block.
-        fixed = {"block_length": 27} if "dual" in model.cache_policies else {}
         settings, before = sudoku_settings(model.cache_policies), None
         if args.cache_dtype is not None:
-            settings = cache_settings(model.cache_policies, fixed, 0.9999, args.cache_dtype)
+            greedy = [{"remasking_strategy": STATIC}, {"remasking_strategy": DYNAMIC, "confidence_threshold": 0.9999}]
+            sampled = [{"remasking_strategy": STATIC, "temperature": 0.5, "seed": seed} for seed in range(3)]
+            # In blocks of three rows, so that something stands before and after a block.
+            fixed = {"block_length": 27} if "dual" in model.cache_policies else {}
+            pairs = [{**fixed, **each} for each in greedy + sampled]
+            settings = cache_settings(model.cache_policies, pairs, args.cache_dtype)
         for setting in settings if level in args.levels else ():
             began = time.perf_counter()
             output = decode(model, ids, 0, setting)
@@ -147,9 +153,9 @@ def measure_text(model, tokenizer, args):
     tokens = torch.tensor(tokenizer(text[len(text) * 9 // 10 :], verbose=False).input_ids, device=args.device)
     windows = tokens[: len(tokens) // (PROMPT + NEW) * (PROMPT + NEW)].view(-1, PROMPT + NEW)[: args.rows]
     settings = text_settings(model.cache_policies)
-    if args.cache_dtype is not None:  # the order of a greedy step and the true tokens: nothing is drawn
-        every = cache_settings(model.cache_policies, {}, 0.9, args.cache_dtype)
-        settings = [setting for setting in every if "seed" not in setting]
+    if args.cache_dtype is not None:
+        pairs = [{"remasking_strategy": STATIC, "denoising_steps": number} for number in (32, 16)]
+        settings = cache_settings(model.cache_policies, pairs, args.cache_dtype)
     for setting in settings:
         forcing = TeacherForcing(windows, tokenizer.mask_token_id, 32)
         began = time.perf_counter()

@@ -225,7 +225,10 @@ if triton is not None:
             value = tl.load(values + place[:, None] * value_column + dims, mask=inside, other=0.0)
             result = result * fade[:, None]
             if IN_EIGHT_BITS:
-                value = value.to(tile.dtype)
+                # No instruction transposes bytes of shared memory, so that the compiler would read this operand byte by byte.
+                # It does not move the conversion behind that memory across a tile that is taken apart and put together.
+                even, odd = tl.split(tl.reshape(value.to(tile.dtype), (BLOCK_N, BLOCK_D // 2, 2)))
+                value = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_D))
             result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
             highest = higher
 
