@@ -307,13 +307,15 @@ class FusedStack:
             return self._add_norm(self.ranks.all_reduce(out.contiguous()), total, norm)
         if total.shape[:-1].numel() <= MLP_CHUNK:
             down = self.quantized.get(mlp.down_proj)
-            inside = self.gate(*gates(normed), down is not None and down.takes_float8)
+            gate, up = gates(normed)
+            inside = self.gate(gate, up, down is not None and down.takes_float8)
             return self._project(mlp.down_proj, inside, total, norm, is_float8)
         tokens = normed.flatten(0, 1)
         pieces = (each[None] for each in tokens.split(MLP_CHUNK))
         out = torch.empty_like(tokens)
         for piece, result in zip(pieces, out.split(MLP_CHUNK), strict=True):
-            inside = self.gate(*gates(piece))
+            gate, up = gates(piece)
+            inside = self.gate(gate, up)
             if self.ranks is None:
                 result.copy_(self._product(mlp.down_proj, inside)[0])
             else:
