@@ -19,7 +19,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from ..generation.divided_head import VocabularyPart
 from ..generation.ranks import divided_modules, local, ranks_of
 from ..generation.window import Window
+from ..kernels.ahead import compiled_ahead
 from ..kernels.attention import canvas_attention, canvas_attention_torch
+from ..kernels.best_tokens import best_tokens
 from ..kernels.layers import (
     add_rms_norm,
     add_rms_norm_torch,
@@ -133,6 +135,7 @@ class FusedStack:
         self.rotate = rotate_and_store if self.is_fused else rotate_and_store_torch
         self.attend_to = canvas_attention if self.is_fused else canvas_attention_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
+        self.seen: set[tuple] = set()  # shapes of passes whose kernels are compiled
         self.sums: SharedSums | None = None
         if self.ranks is not None and self.is_fused:
             self.sums = SharedSums.of(
@@ -189,11 +192,27 @@ class FusedStack:
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window, a list, into the cache: `(tokens,)` tokens ->
         `(rows, kept, vocab)` logits."""
+        if self.is_fused and self.ranks is None and not torch.compiler.is_compiling():
+            self._compile_for(tokens, window, cache)
         base, shared, columns = cache.locate(window)
         sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared)
         keep = window.keep.reshape(1, window.keep.numel())
         hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
         return self.head(hidden_states).unflatten(0, window.keep.shape)
+
+    def _compile_for(self, tokens: torch.Tensor, window: Window, cache: Any) -> None:
+        """Compile the kernels of a pass of these shapes side by side: one after the other, as they are launched, they take
+        seconds where none is in Triton's cache."""
+        shapes = (tokens.shape, window.keep.shape, window.runs.shape, window.longest, cache.longest_extent)
+        if shapes in self.seen:
+            return
+        self.seen.add(shapes)
+        first = copy(self)
+        first.layers = self.layers[:2]  # which launch all that the others do; what they write, the pass overwrites
+        with compiled_ahead():
+            logits = first(tokens, window, cache)
+            if logits.numel():
+                best_tokens(logits, 0)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(rows, window)` -> `(rows, window, hidden)`."""
