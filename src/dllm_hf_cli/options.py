@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "converse",
     "batch": "decode a file of prompts into a file of results",
     "serve": "answer requests over HTTP, as OpenAI's API does, and show a page",
+    "warmup": "compile a model's kernels ahead of its first call",
     "export": "write a repository that runs without dllm_hf",
     "quantize": "write a repository with weights in 8 or 4 bits",
     "export-gguf": "write a model for llama.cpp",
@@ -160,6 +161,15 @@ def command_parser(command: str) -> Parser:
         _add_batch_options(parser)
     elif command == "serve":
         _add_serve_options(parser)
+        return parser
+    elif command == "warmup":
+        parser.usage = f"{parser.prog} MODEL [options]"
+        parser.description = (
+            "Compile the kernels that decoding with a model launches on this GPU into Triton's cache (TRITON_CACHE_DIR), so that "
+            "the first call need not. The weights are not read."
+        )
+        parser.add_argument("--block-length", type=integer, metavar="INT", help="default: the model's, or 32")
+        _add_model_options(parser)
         return parser
     else:
         parser.usage = f"{parser.prog} MODEL [options]"
