@@ -15,6 +15,7 @@ from transformers.utils import logging
 from dllm_hf.families import stranger
 from dllm_hf.generation.configuration import as_token_list
 from dllm_hf.hub import checkpoint
+from dllm_hf.quantization import check_runs
 
 from .options import generation_options
 from .output import show, tell
@@ -89,6 +90,7 @@ class Session:
             )
             model, info = loaded
             self.model = model.to(self.device)
+            check_runs(self.model)
         checkpoint.refuse_gaps(self.folder, info["missing_keys"], info["mismatched_keys"])
         return self.model
 

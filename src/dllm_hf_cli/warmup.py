@@ -34,7 +34,7 @@ def warmup(arguments: argparse.Namespace) -> int:
     model = two_layers(folder, arguments, device)
     block = arguments.block_length or model.default_block_length or 32
     longest = model.config.max_position_embeddings
-    prompts = [[0] * length for length in PROMPTS if length + 2 * block < longest]
+    prompts: list[Any] = [[0] * length for length in PROMPTS if length + 2 * block < longest]
     for policy in model.cache_policies:
         for rows in BATCHES if policy != "none" else ():
             for prompt in prompts:
