@@ -127,7 +127,7 @@ class Int8Products(QuantizedProducts):
         if not (is_few and self.is_on_gpu):
             return super().product(x)
         weight, scales = self.tensors
-        return few_rows_product(x.contiguous(), weight, scales, self.bias, self.dtype)
+        return few_rows_product(x.contiguous(), weight, scales, self.bias, x.dtype)
 
 
 class Int4Products(QuantizedProducts):

@@ -204,7 +204,7 @@ class FusedStack:
         """Compile the kernels of a pass of these shapes side by side: one after the other, as they are launched, they take
         seconds where none is in Triton's cache."""
         shapes = (tokens.shape, window.keep.shape, window.runs.shape, window.longest, cache.longest_extent)
-        if shapes in self.seen:
+        if shapes in self.seen or torch.cuda.is_current_stream_capturing():
             return
         self.seen.add(shapes)
         first = copy(self)
