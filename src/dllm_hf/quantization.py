@@ -1,9 +1,11 @@
 """Weights in 8 and 4 bits: what torchao is asked for, and where it runs."""
 
 import torch
+from torch import nn
 from transformers import TorchAoConfig
 
 FORMATS = ("fp8", "int8", "int4")
+KINDS = {"Float8Tensor": "fp8", "Int8Tensor": "int8", "Int4TilePackedTo4dTensor": "int4"}  # by torchao's class
 
 
 def quantization_config(weights: str, device: torch.device | str | None = None) -> TorchAoConfig:
@@ -48,7 +50,7 @@ def quantization_config(weights: str, device: torch.device | str | None = None) 
 
 
 def check_device(weights: str, device: torch.device) -> None:
-    """Raises a `ValueError` where the device cannot multiply with weights of a format."""
+    """Raises a `ValueError` where weights of a format cannot be made, or multiplied with, on the device."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     needed = {"fp8": (8, 9), "int4": (8, 0)}.get(weights)
     if needed is not None and (capability is None or capability < needed):
@@ -57,3 +59,12 @@ def check_device(weights: str, device: torch.device) -> None:
             f"{weights} weights need an NVIDIA GPU of compute capability {needed[0]}.{needed[1]} or more, and this is {found}: "
             "take int8, which runs anywhere."
         )
+
+
+def check_runs(model: nn.Module) -> None:
+    """Raises a `ValueError` where a model has weights that its device cannot multiply with. (In fp8, which it cannot make, a CPU
+    can.)"""
+    found = {(KINDS.get(type(each).__name__, ""), each.device) for each in model.parameters()}
+    for weights, device in found:
+        if (weights, device.type) != ("fp8", "cpu"):
+            check_device(weights, device)

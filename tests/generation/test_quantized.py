@@ -37,7 +37,7 @@ FAMILIES = ("llada", "dream", "sdar", "nemotron_diffusion", "fast_dllm_v2")
 def quantize(module: nn.Module, weights: str) -> nn.Module:
     """The linear layers as torchao quantises them; in fp8 it would ask for a GPU, though CPUs can multiply."""
     if weights == "int8":
-        quantize_(module, Int8WeightOnlyConfig())
+        quantize_(module, Int8WeightOnlyConfig(), lambda each, name: type(each) is nn.Linear)
     for linear in module.modules() if weights == "fp8" else ():
         if type(linear) is nn.Linear:
             how = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow())

@@ -18,6 +18,7 @@ from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.ranks import ranks_of
 from ..hub.checkpoint import empty_model, fetch, read_generation_config
+from ..quantization import check_runs
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
 from .engine import Engine, QueueFullError
@@ -108,6 +109,7 @@ class LLM:
             hint = stranger(getattr(config, "model_type", ""), getattr(config, "auto_map", None))
             raise ValueError(f"`model` is a {type(loaded).__name__}, which does not decode by diffusion{hint}")
         self.model: DiffusionGenerationMixin = loaded if device is None else loaded.to(device)
+        check_runs(loaded)
         if generation_config is not None:
             self.model.generation_config = generation_config
         self.tokenizer = self._load_tokenizer(tokenizer, source, trust_remote_code)

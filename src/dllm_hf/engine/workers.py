@@ -231,6 +231,11 @@ class Workers:
 def _check_divides(size: int, model: Any) -> None:
     """Refuse a number of processes that do not all get as many heads."""
     config, asked = model.config, f"`tensor_parallel_size={size}`"
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{asked}: the model's weights are quantised, and those are not divided: take `data_parallel_size`, or weights "
+            "without `quantization_config`."
+        )
     if not model.tp_plan:
         raise ValueError(f"{asked}: {type(model).__name__} has no `tp_plan`, which says how a model is divided.")
     if not divides_heads(model.tp_plan):

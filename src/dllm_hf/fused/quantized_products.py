@@ -126,7 +126,8 @@ class Int8Products(QuantizedProducts):
         is_few = x.shape[:-1].numel() <= MAX_ROWS[torch.int8] and x.dtype in (torch.bfloat16, torch.float16)
         if not (is_few and self.is_on_gpu):
             return super().product(x)
-        return few_rows_product(x.contiguous(), *self.tensors, self.bias, self.dtype)
+        weight, scales = self.tensors
+        return few_rows_product(x.contiguous(), weight, scales, self.bias, x.dtype)
 
 
 class Int4Products(QuantizedProducts):

@@ -17,6 +17,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from ..generation.divided_head import VocabularyPart
 from ..generation.ranks import divided_modules, local, ranks_of
 from ..generation.window import Window
+from ..kernels.ahead import compiled_ahead
+from ..kernels.best_tokens import best_tokens
 from ..kernels.layers import add_rms_norm, add_rms_norm_torch, swiglu, swiglu_torch
 from .experts import on_kernels
 from .joint_products import JointProducts
@@ -104,6 +106,7 @@ class FusedStack:
         self.quantized = {linear: product for linear, product in products.items() if product is not None}
         self.add_norm = add_rms_norm if self.is_fused else add_rms_norm_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
+        self.seen: set[tuple] = set()  # shapes of passes whose kernels are compiled
         self.sums: SharedSums | None = None
         if self.ranks is not None and self.is_fused:
             self.sums = SharedSums.of(
@@ -160,11 +163,27 @@ class FusedStack:
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window, a list, into the cache: `(tokens,)` tokens ->
         `(rows, kept, vocab)` logits."""
+        if self.is_fused and self.ranks is None and not torch.compiler.is_compiling():
+            self._compile_for(tokens, window, cache)
         base, shared, columns = cache.locate(window)
         sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared)
         keep = window.keep.reshape(1, window.keep.numel())
         hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
         return self.head(hidden_states).unflatten(0, window.keep.shape)
+
+    def _compile_for(self, tokens: torch.Tensor, window: Window, cache: Any) -> None:
+        """Compile the kernels of a pass of these shapes side by side: one after the other, as they are launched, they take
+        seconds where none is in Triton's cache."""
+        shapes = (tokens.shape, window.keep.shape, window.runs.shape, window.longest, cache.longest_extent)
+        if shapes in self.seen or torch.cuda.is_current_stream_capturing():
+            return
+        self.seen.add(shapes)
+        first = copy(self)
+        first.layers = self.layers[:2]  # which launch all that the others do; what they write, the pass overwrites
+        with compiled_ahead():
+            logits = first(tokens, window, cache)
+            if logits.numel():
+                best_tokens(logits, 0)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(rows, window)` -> `(rows, window, hidden)`."""
@@ -277,13 +296,15 @@ class FusedStack:
             return self._add_norm(self.ranks.all_reduce(out.contiguous()), total, norm)
         if total.shape[:-1].numel() <= MLP_CHUNK:
             down = self.quantized.get(mlp.down_proj)
-            inside = self.gate(*gates(normed), down is not None and down.takes_float8)
+            gate, up = gates(normed)
+            inside = self.gate(gate, up, down is not None and down.takes_float8)
             return self._project(mlp.down_proj, inside, total, norm, is_float8)
         tokens = normed.flatten(0, 1)
         pieces = (each[None] for each in tokens.split(MLP_CHUNK))
         out = torch.empty_like(tokens)
         for piece, result in zip(pieces, out.split(MLP_CHUNK), strict=True):
-            inside = self.gate(*gates(piece))
+            gate, up = gates(piece)
+            inside = self.gate(gate, up)
             if self.ranks is None:
                 result.copy_(self._product(mlp.down_proj, inside)[0])
             else:

@@ -5,7 +5,7 @@ The kernels round where the layers of `transformers` (and PyTorch's norm) round,
 only the rotation is rounded once instead of three times.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,13 +61,13 @@ def add_rms_norm_torch(
     eps: float,
     rounds_once: bool = False,
     quantizes: bool = False,
-) -> tuple[torch.Tensor | Float8Rows, torch.Tensor]:
+) -> tuple[Any, torch.Tensor]:
     """The twin of [`add_rms_norm`]."""
     total = x if residual is None else residual + x
     wide = total.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     normed = (weight.float() * normed).to(x.dtype) if rounds_once else weight * normed.to(x.dtype)
-    return quantize_rows_torch(normed) if quantizes else normed, total
+    return (quantize_rows_torch(normed) if quantizes else normed), total
 
 
 def add_rms_norm(
@@ -77,7 +77,7 @@ def add_rms_norm(
     eps: float,
     rounds_once: bool = False,
     quantizes: bool = False,
-) -> tuple[torch.Tensor | Float8Rows, torch.Tensor]:
+) -> tuple[Any, torch.Tensor]:
     """`total = x + residual` and its RMS norm (arXiv:1910.07467).
 
     Args:
@@ -101,13 +101,13 @@ def add_rms_norm(
     return normed if rows is None else rows, total
 
 
-def swiglu_torch(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> torch.Tensor | Float8Rows:
+def swiglu_torch(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> Any:
     """The twin of [`swiglu`]."""
     activated = torch.nn.functional.silu(gate) * up
     return quantize_rows_torch(activated) if quantizes else activated
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> torch.Tensor | Float8Rows:
+def swiglu(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> Any:
     """`silu(gate) * up` (arXiv:2002.05202).
 
     Args:

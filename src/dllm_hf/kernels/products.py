@@ -26,7 +26,8 @@ def tiles_of(rows: int, outputs: int, weight: torch.dtype) -> Tiles:
     """The tiles that were measured to be fastest. Their inner size is the same for any number of rows, so that a row is summed
     in the same order in any company."""
     block = max(16, min(64, triton.next_power_of_2(rows)))
-    return Tiles(block, 32 if outputs < 16384 else 64, 256, 4, 4 if block < 64 else 3)
+    size = 256 if weight == torch.float8_e4m3fn else 128  # the inputs of int8 have 16 bits
+    return Tiles(block, 32 if outputs < 16384 else 64, size, 4, 4 if block < 64 else 3)
 
 
 def few_rows_product_torch(
