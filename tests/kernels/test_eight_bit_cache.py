@@ -133,7 +133,7 @@ def test_runs_of_a_list_read_8_bits_and_the_beginning_that_they_share(groups):
     base = torch.tensor([333, 0, 5, 333, 600], device=DEVICE)
     runs = torch.tensor([[9, 40, 3], [9, 0, 0], [9, 0, 40], [9, 43, 1], [9, 44, 16]], device=DEVICE)
     shared = torch.tensor([[33, 0, 500, 33, 0], [100, 0, 37, 100, 0]], device=DEVICE)
-    arguments = (keys, values, lengths, base, 300, 0.1, runs, 64, shared, scales)
+    arguments = (keys, values, lengths, base, 300, 0.1, runs, 64, shared, None, scales)
     close(canvas_attention(query, *arguments), canvas_attention_torch(query, *arguments), torch.float32)
 
 
