@@ -1,6 +1,6 @@
 """What parallel decoding and caches cost in quality: strategies, thresholds, quotas and cache policies side by side.
 
-usage: decoding_quality.py measure CHECKPOINT ... --out results.jsonl [--text tinyshakespeare.txt]
+usage: decoding_quality.py measure CHECKPOINT ... --out results.jsonl [--text tinyshakespeare.txt] [--cache-dtype fp8]
        decoding_quality.py report results.jsonl --docs docs
 
 A Sudoku checkpoint solves 1,000 held-out puzzles at each of three levels; the share solved is counted. A text checkpoint
@@ -8,6 +8,9 @@ decodes held-out text, 192 characters after 64, with teacher forcing: where a st
 written, and its negative log-probability under the model at that step is added to the loss. The strategy chooses the
 positions from the model's own confidences. So the loss is that of the held-out text in the decoder's order and with its
 parallelism: tokens transferred together count as independent.
+
+With `--cache-dtype` every setting that keeps keys and values is one of a pair: with the model's type, and with this one. Puzzles
+are solved greedily, and with three seeds of sampling; `same` is the share of cells that are as in the pair's first setting.
 
 `measure` appends a JSON line for each setting; `report` writes the tables of docs/decoding_quality.md and its plots
 (with matplotlib). docs/decoding_quality.jsonl holds the results of such runs.
@@ -66,6 +69,18 @@ def text_settings(policies: tuple[str, ...]) -> list[dict]:
     return settings
 
 
+def cache_settings(policies: tuple[str, ...], settings: list[dict], cache_dtype: str) -> list[dict]:
+    """Each of the settings with each cache, in pairs: keys and values of the model's type, and of another one."""
+    cached = [policy for policy in policies if policy != "none"]
+    kinds = (None, cache_dtype)
+    return [
+        {**each, "cache_policy": policy, "cache_dtype": kind}
+        for policy in cached
+        for each in settings
+        for kind in kinds
+    ]
+
+
 class TeacherForcing:
     """A `generation_logits_hook_func` that makes the true token each position's proposal, with the confidence of the
     model's own one, and sums the negative log-probabilities of the true tokens that are transferred.
@@ -111,13 +126,24 @@ def measure_sudoku(model, tokenizer, args):
             torch.tensor(tokenizer([write(row) for row in part.tolist()]).input_ids, device=args.device)
             for part in (puzzles, grids)
         )
-        for setting in sudoku_settings(model.cache_policies):
+        settings, before = sudoku_settings(model.cache_policies), None
+        if args.cache_dtype is not None:
+            greedy = [{"remasking_strategy": STATIC}, {"remasking_strategy": DYNAMIC, "confidence_threshold": 0.9999}]
+            sampled = [{"remasking_strategy": STATIC, "temperature": 0.5, "seed": seed} for seed in range(3)]
+            # In blocks of three rows, so that something stands before and after a block.
+            fixed = {"block_length": 27} if "dual" in model.cache_policies else {}
+            pairs = [{**fixed, **each} for each in greedy + sampled]
+            settings = cache_settings(model.cache_policies, pairs, args.cache_dtype)
+        for setting in settings if level in args.levels else ():
             began = time.perf_counter()
             output = decode(model, ids, 0, setting)
             seconds = time.perf_counter() - began
             blanks = ids == tokenizer.mask_token_id
             right = output.sequences == solutions
             found = {"solved": right.all(1).float().mean().item(), "cells": right[blanks].float().mean().item()}
+            if setting.get("cache_dtype") is not None:
+                found["same"] = (output.sequences == before)[blanks].float().mean().item()
+            before = output.sequences
             yield {"task": level, **setting, **found, **costs(output, blanks.sum(1), seconds)}
 
 
@@ -126,7 +152,11 @@ def measure_text(model, tokenizer, args):
     text = args.text.read_text(encoding="utf-8")
     tokens = torch.tensor(tokenizer(text[len(text) * 9 // 10 :], verbose=False).input_ids, device=args.device)
     windows = tokens[: len(tokens) // (PROMPT + NEW) * (PROMPT + NEW)].view(-1, PROMPT + NEW)[: args.rows]
-    for setting in text_settings(model.cache_policies):
+    settings = text_settings(model.cache_policies)
+    if args.cache_dtype is not None:
+        pairs = [{"remasking_strategy": STATIC, "denoising_steps": number} for number in (32, 16)]
+        settings = cache_settings(model.cache_policies, pairs, args.cache_dtype)
+    for setting in settings:
         forcing = TeacherForcing(windows, tokenizer.mask_token_id, 32)
         began = time.perf_counter()
         output = decode(model, windows[:, :PROMPT], NEW, setting, generation_logits_hook_func=forcing)
@@ -141,13 +171,13 @@ def measure_text(model, tokenizer, args):
 
 def decode(model, ids: torch.Tensor, new_tokens: int, setting: dict, **kwargs):
     options = {name: value for name, value in setting.items() if value is not None}
-    generator = torch.Generator(ids.device).manual_seed(0)
+    generator = torch.Generator(ids.device).manual_seed(options.pop("seed", 0))
     fixed = {"temperature": 0.0, "eos_token_id": [], "return_dict_in_generate": True, "generator": generator}
     # The threshold that the checkpoint recommends is meant for its own strategy.
     strategy = setting["remasking_strategy"]
     if strategy != DYNAMIC:
         fixed["confidence_threshold"] = 0.9
-    return model.diffusion_generate(ids, max_new_tokens=new_tokens, **fixed, **options, **kwargs)
+    return model.diffusion_generate(ids, max_new_tokens=new_tokens, **{**fixed, **options}, **kwargs)
 
 
 def costs(output, tokens: torch.Tensor, seconds: float) -> dict:
@@ -162,12 +192,12 @@ def measure(args: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     for folder in args.checkpoints:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device).eval()
         is_sudoku = tokenizer.mask_token == MASK
         if not is_sudoku and args.text is None:
             sys.exit(f"{folder} is a text checkpoint: --text must name the text that it was trained on.")
         run = {"checkpoint": folder.name, "device": device, "torch": torch.__version__}
-        run |= {"transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}
+        run |= {"transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d"), "dtype": args.dtype}
         for found in (measure_sudoku if is_sudoku else measure_text)(model, tokenizer, args):
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**run, **found}) + "\n")
@@ -178,6 +208,7 @@ def describe(row: dict) -> str:
     """A setting in a few words."""
     names = {"steps": "steps", "denoising_steps": "steps a block", "confidence_threshold": "threshold"}
     names |= {"entropy_bound": "bound", "factor": "factor", "block_length": "blocks of", "cache_policy": "cache"}
+    names |= {"temperature": "temperature", "seed": "seed", "cache_dtype": "keys and values"}
     parts = [f"{names[key]} {row[key]}" for key in names if row.get(key) is not None]
     return ", ".join([f"`{row['remasking_strategy']}`", *parts])
 
@@ -286,6 +317,9 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--out", type=Path, required=True, help="a .jsonl file, which is appended to")
     measuring.add_argument("--text", type=Path, help="the training text; its last tenth is held out")
     measuring.add_argument("--rows", type=int, default=1000, help="puzzles of a level, or windows of text, at most")
+    measuring.add_argument("--cache-dtype", choices=["fp8"], help="compare it with keys and values of the model's type")
+    measuring.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="of puzzles")
+    measuring.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     measuring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     measuring.set_defaults(run=measure)
     reporting = commands.add_parser("report", help="write tables and plots")

@@ -1,8 +1,8 @@
 """What a denoising step and a generated token cost on a GPU: every family, cache policy, batch and quota, beside the floor.
 
-usage: generate.py measure --out results.jsonl [--models llada dream sdar sdar_moe llada2 llada_moe nemotron
+usage: generate.py measure --out results.jsonl [--weights fp8] [--models llada dream sdar sdar_moe llada2 llada_moe nemotron
                    fast_dllm_v2 gladream qwen3]
-                   [--batches 1 8 32] [--strategy low_confidence_dynamic]
+                   [--batches 1 8 32] [--strategy low_confidence_dynamic] [--cache-dtype fp8]
        generate.py table results.jsonl
 
 Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B, LLaDA2.0-mini (16B-A1B), LLaDA-MoE-7B-A1B,
@@ -11,7 +11,8 @@ Nemotron-Labs-Diffusion-8B, Fast-dLLM v2 7B and a GLADream of 1B; a prompt of 51
 does the same work. `qwen3`, for comparison: an autoregressive Qwen3-8B in the `generate` of transformers, compiled, with a
 static cache.
 
-Floor: the model's matrix products alone, at as many rows as a step has, in a CUDA graph. `step`: milliseconds of one step
+Floor: the model's matrix products alone, at as many rows as a step has, in a CUDA graph; of experts those that the steps
+reach (`experts`: how many in a layer, counted in a call on the plain path). `step`: milliseconds of one step
 more, from two calls that differ in the number of steps alone, so that the fixed cost of a block or a call is left out;
 `mean`: milliseconds of a call divided by its forward passes. `first`: seconds by which a first call is longer than the
 next.
@@ -28,8 +29,12 @@ import torch
 import transformers
 from timing import captured, milliseconds
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import dllm_hf  # noqa: F401  registers the models
+from dllm_hf.kernels.layers import quantize_rows
+from dllm_hf.kernels.products import MAX_ROWS, few_rows_product
+from dllm_hf.quantization import FORMATS, quantization_config
 
 CONFIGS = Path(__file__).parents[1] / "hub_configs"
 # Folder, changes to its configuration, block lengths.
@@ -56,26 +61,70 @@ MODELS = {
 }
 
 
-def build(name: str):
+def build(name: str, weights: str = "bf16"):
     folder, changes, _ = MODELS[name]
     config = AutoConfig.from_pretrained(CONFIGS / folder, **changes)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    if weights != "bf16":
+        from torchao.quantization import quantize_
+
+        asked = quantization_config(weights)
+        converts = lambda module, name: (
+            isinstance(module, torch.nn.Linear) and should_convert_module(name, asked.modules_to_not_convert)
+        )
+        quantize_(model, asked.quant_type, converts)
+    return model
+
+
+def product_of(weight, inputs: dict[int, torch.Tensor]):
+    """A product with a weight as a function: in fp8 of inputs that are in fp8 already, in int8 by our kernel where it can."""
+    x = inputs[weight.shape[1]]
+    if type(weight).__name__ == "Float8Tensor":
+        values, scales = quantize_rows(x)
+        return lambda: torch._scaled_mm(
+            values, weight.qdata.t(), scales, weight.scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    if type(weight).__name__ == "Int8Tensor" and len(x) <= MAX_ROWS[torch.int8]:
+        return lambda: few_rows_product(x, weight.qdata, weight.scale, None, torch.bfloat16)
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def experts_of(model) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if getattr(module, "gate_up_proj", torch.empty(0)).ndim == 3]
+
+
+def reached_experts(model, rows: int, call) -> int:
+    """How many experts of a layer a step reaches, the mean over the layers and the steps of a call on the plain path."""
+    counts = []
+
+    def count(_, inputs):
+        states, chosen = inputs[:2]
+        if len(states) == rows:
+            counts.append(len(chosen.unique()))
+
+    handles = [module.register_forward_pre_hook(count) for module in experts_of(model)]
+    call()
+    for handle in handles:
+        handle.remove()
+    return round(sum(counts) / len(counts))
 
 
 @torch.no_grad()
-def floor(model, rows: int) -> float:
-    """Milliseconds of the model's matrix products at `rows` rows, with as many experts as these rows can activate."""
+def floor(model, rows: int, reached: int = 0) -> float:
+    """Milliseconds of the model's matrix products at `rows` rows, of experts `reached` in each layer; quantised weights by
+    [`product_of`]."""
     products = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     inputs = {
         width: torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for width in {w.shape[1] for w in products}
     }
-    experts = [module for module in model.modules() if getattr(module, "gate_up_proj", torch.empty(0)).ndim == 3]
+    multiply = [product_of(weight, inputs) for weight in products]
+    experts = experts_of(model)
     if experts:
         number, chosen = len(experts[0].gate_up_proj), rows * model.config.num_experts_per_tok
-        # The end of each expert's rows, which are spread evenly, so that as many experts as possible are read.
-        ends = (torch.arange(1, number + 1, device="cuda") * chosen // number).to(torch.int32)
+        # The end of each expert's rows, which are spread evenly over those that are reached.
+        ends = (torch.arange(1, number + 1, device="cuda").clamp(max=reached) * chosen // reached).to(torch.int32)
         grouped = [weight for module in experts for weight in (module.gate_up_proj, module.down_proj)]
         rows_of = {
             weight.shape[2]: torch.randn(chosen, weight.shape[2], device="cuda", dtype=torch.bfloat16)
@@ -83,8 +132,8 @@ def floor(model, rows: int) -> float:
         }
 
     def run():
-        for weight in products:
-            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        for product in multiply:
+            product()
         if experts:
             for weight in grouped:
                 torch._grouped_mm(rows_of[weight.shape[2]], weight.transpose(1, 2), offs=ends)
@@ -126,13 +175,14 @@ def run_setting(model, ids, options: dict, block: int, quotas: list[int]) -> tup
 
 def measure_family(name: str, args):
     """Yields a dict for each setting."""
-    model, blocks = build(name), MODELS[name][2]
+    model, blocks = build(name, args.weights), MODELS[name][2]
     weights = torch.cuda.memory_allocated()
     end = model.generation_config.eos_token_id
     fixed = {"max_new_tokens": args.new, "eos_token_id": [], "return_dict_in_generate": True, "temperature": 0.0}
     fixed |= {"suppress_tokens": end if isinstance(end, list) else [] if end is None else [end]}
     fixed |= {"remasking_strategy": args.strategy, "confidence_threshold": 1.0}
     floors: dict[int, float] = {}
+    reached: dict[int, int] = {}
     for block in args.blocks or blocks:
         for batch in args.batches:
             ids = prompts(model.config.vocab_size, batch, args.prompt)
@@ -146,11 +196,17 @@ def measure_family(name: str, args):
                         "cache_policy": policy,
                         "disable_compile": path == "plain",
                         "torch_compile": path == "compiled",
+                        "cache_dtype": None if policy == "none" else args.cache_dtype,
                     }
                     first, found = run_setting(model, ids, options, block, args.quotas)
                     rows = batch * (args.prompt + args.new if policy == "none" else block)
                     if rows not in floors:
-                        floors[rows] = floor(model, rows)
+                        plain = {**options, "disable_compile": True, "torch_compile": False, "denoising_steps": block}
+                        if experts_of(model):
+                            reached[rows] = reached_experts(
+                                model, rows, lambda ids=ids, plain=plain: model.diffusion_generate(ids, **plain)
+                            )
+                        floors[rows] = floor(model, rows, reached.get(rows, 0))
                     few, many = max(found), min(found)
                     step = None
                     if found[many][1] > found[few][1]:
@@ -158,15 +214,18 @@ def measure_family(name: str, args):
                     for quota, (seconds, passes) in found.items():
                         yield {
                             "model": name,
+                            "weights": args.weights,
                             "batch": batch,
                             "block": block,
                             "policy": policy,
+                            "cache_dtype": options["cache_dtype"],
                             "path": path,
                             "quota": quota,
                             "passes": passes,
                             "mean": 1000 * seconds / passes,
                             "step": step,
                             "floor": floors[rows],
+                            "experts": reached.get(rows),
                             "tokens_per_second": batch * args.new / seconds,
                             "first": first,
                             "memory": (torch.cuda.max_memory_allocated() - weights) / 2**30,
@@ -254,7 +313,14 @@ def line(row: dict) -> str:
     step = row["step"]
     if step is None and row["policy"] in ("none", "static"):
         step = row["mean"]  # without a policy all forward passes are alike
-    cells = [row["model"], f"{row['prompt']} + {row['new']}", *(row[name] for name in COLUMNS[2:7])]
+    weights = row.get("weights", "bf16")
+    cells = [
+        row["model"] if weights == "bf16" else f"{row['model']} {weights}",
+        f"{row['prompt']} + {row['new']}",
+        *(row[name] for name in COLUMNS[2:7]),
+    ]
+    if row.get("cache_dtype"):
+        cells[4] += f", {row['cache_dtype']}"
     # With `prefix` the number of rows changes from block to block: no floor holds for all steps.
     least = None if row["policy"] == "prefix" else row["floor"]
     known = [row["mean"], step, least]
@@ -284,8 +350,11 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--blocks", nargs="+", type=int, help="block lengths; the model's own if not given")
     measuring.add_argument("--policies", nargs="+", help="cache policies; all of the model's if not given")
     measuring.add_argument("--paths", nargs="+", choices=["fast", "plain", "compiled"], default=["fast", "plain"])
+    measuring.add_argument("--cache-dtype", choices=["fp8"], help="of keys and values; the model's own if not given")
     strategies = ["low_confidence_static", "low_confidence_dynamic"]
     measuring.add_argument("--strategy", choices=strategies, default=strategies[0])
+    formats = ["bf16", *FORMATS]
+    measuring.add_argument("--weights", choices=formats, default="bf16", help="as `dllm-hf quantize` makes them")
     measuring.add_argument("--prompt", type=int, default=512)
     measuring.add_argument("--new", type=int, default=256)
     measuring.set_defaults(run=measure)

@@ -93,8 +93,8 @@ class Floor:
     SIZES = (8, 16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1536, 2048, 3072, 4096, 6144)
 
     @torch.no_grad()
-    def __init__(self, model):
-        self.column = column_bytes_of(model)
+    def __init__(self, model, cache_dtype: str | None):
+        self.column = column_bytes_of(model, cache_dtype)
         head = model.lm_head.weight
         layers = [
             each.weight for each in model.modules() if isinstance(each, torch.nn.Linear) and each.weight is not head
@@ -185,6 +185,7 @@ def engine_for(model, work, args, block, policy, **more) -> LLM:
         model,
         block_length=block,
         cache_policy=policy,
+        cache_dtype=args.cache_dtype,
         max_num_seqs=args.slots,
         max_model_len=longest,
         max_num_batched_tokens=args.budget,
@@ -214,7 +215,8 @@ def in_flight(model, work, options: dict, args, block, policy, floor: Floor | No
     seconds = time.perf_counter() - began
     texts = [outputs[name] for name in sorted(outputs, key=lambda name: int(name.split("-")[1]))]
     sample = range(0, len(work), max(len(work) // 16, 1)) if model.dtype == torch.float32 else ()
-    agrees = sum(alone(model, work[index], options, block, policy) == texts[index] for index in sample)
+    typed = {**options, "cache_dtype": args.cache_dtype}
+    agrees = sum(alone(model, work[index], typed, block, policy) == texts[index] for index in sample)
     return {
         "mode": "flight",
         "logprobs": args.logprobs,
@@ -270,6 +272,7 @@ def static(model, work, options: dict, args, block, policy, mode: str) -> dict:
             max_new_tokens=new,
             block_length=block,
             cache_policy=policy,
+            cache_dtype=args.cache_dtype,
             **options,
         )
         rows = output[:, width:].tolist()
@@ -327,13 +330,14 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, help="of low_confidence_dynamic, in the place of a fixed number")
     parser.add_argument("--logprobs", type=int, help="flight: so many of each token, and its own")
     parser.add_argument("--modes", nargs="+", default=["flight", "static", "equal", "autoregressive"])
+    parser.add_argument("--cache-dtype", choices=["fp8"], help="of keys and values; the model's own if not given")
     parser.add_argument("--attention", default="sdpa", help="of the autoregressive model")
     parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, block, policy = build(args.model, getattr(torch, args.dtype))
     work = workload(args, model.config.vocab_size)
-    floor = Floor(model) if DEVICE == "cuda" and "flight" in args.modes else None
+    floor = Floor(model, args.cache_dtype) if DEVICE == "cuda" and "flight" in args.modes else None
     size = block or model.default_block_length or 32
     settings = (
         [("threshold", args.threshold)] if args.threshold else [("tokens", each) for each in args.tokens_per_step]
@@ -363,7 +367,14 @@ def main() -> None:
                 row = static(model, some if mode == "static" else means, options, args, block, policy, mode)
             card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
             memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
-            row |= {"model": args.model, kind: value, "slots": args.slots, "requests": args.requests, "GiB": memory}
+            row |= {
+                "cache_dtype": args.cache_dtype,
+                "model": args.model,
+                kind: value,
+                "slots": args.slots,
+                "requests": args.requests,
+                "GiB": memory,
+            }
             row |= {
                 "dtype": args.dtype,
                 "card": card,

@@ -181,7 +181,8 @@ def block_diffusion_mask(
         query_block, key_block = blocks[batch_index, query_index], blocks[batch_index, key_index]
         query_half, key_half = halves[query_index], halves[key_index]
         own = (query_block == key_block) & (query_half == key_half)
-        own &= positions[batch_index, key_index] <= ends[batch_index, query_index]
+        # Not in place, which flex attention's compiler cannot.
+        own = own & (positions[batch_index, key_index] <= ends[batch_index, query_index])
         earlier = (key_block < query_block) & (key_half == 1)
         return (own | earlier) & (samples[batch_index, query_index] == samples[batch_index, key_index])
 

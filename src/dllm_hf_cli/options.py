@@ -13,7 +13,9 @@ COMMANDS = {
     "chat": "converse",
     "batch": "decode a file of prompts into a file of results",
     "serve": "answer requests over HTTP, as OpenAI's API does, and show a page",
+    "warmup": "compile a model's kernels ahead of its first call",
     "export": "write a repository that runs without dllm_hf",
+    "quantize": "write a repository with weights in 8 or 4 bits",
     "export-gguf": "write a model for llama.cpp",
     "export-edge": "write a file for ExecuTorch",
 }
@@ -51,6 +53,7 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "eps": (float, "last timestep of Dream's schedule", ()),
     "cfg_scale": (float, "classifier-free guidance; doubles the batch", ()),
     "cache_policy": (str, "none, prefix, dual or block, where the model offers it", ()),
+    "cache_dtype": (str, "fp8 keeps keys and values in 8 bits", ()),
     "prefill_chunk_size": (int, "cache policy block: a longer prompt is computed in pieces", ()),
     "suppress_tokens": (list, "token ids that are never proposed", ()),
     "bad_words_ids": (list, "words of one token each that are never proposed", ()),
@@ -142,6 +145,9 @@ def command_parser(command: str) -> Parser:
     if command == "export-gguf":
         _add_export_gguf_options(parser)
         return parser
+    if command == "quantize":
+        _add_quantize_options(parser)
+        return parser
     if command == "export-edge":
         _add_export_edge_options(parser)
         return parser
@@ -157,6 +163,15 @@ def command_parser(command: str) -> Parser:
         _add_batch_options(parser)
     elif command == "serve":
         _add_serve_options(parser)
+        return parser
+    elif command == "warmup":
+        parser.usage = f"{parser.prog} MODEL [options]"
+        parser.description = (
+            "Compile the kernels that decoding with a model launches on this GPU into Triton's cache (TRITON_CACHE_DIR), so that "
+            "the first call need not. The weights are not read."
+        )
+        parser.add_argument("--block-length", type=integer, metavar="INT", help="default: the model's, or 32")
+        _add_model_options(parser)
         return parser
     else:
         parser.usage = f"{parser.prog} MODEL [options]"
@@ -321,6 +336,21 @@ def _add_export_gguf_options(parser: Parser) -> None:
     parser.add_argument(
         "--type", default="q8_0", choices=("f32", "f16", "q8_0", "q4_k_m"), help="of the weights (default: q8_0)"
     )
+
+
+def _add_quantize_options(parser: Parser) -> None:
+    parser.description = (
+        "Write a checkpoint, ours or an original, with quantised weights, as a repository that loads wherever torchao is: "
+        'weights, configuration, tokenizer, code and a card. Needs `pip install "dllm-hf[quantize]"`.'
+    )
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist, or be empty")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        choices=("fp8", "int8", "int4"),
+        help="fp8: and their inputs, on GPUs of compute capability 8.9; int8: anywhere; int4: on GPUs of 8.0",
+    )
+    parser.add_argument("--device", help="where weights are quantised (default: cuda if there is one, else cpu)")
 
 
 def _add_export_edge_options(parser: Parser) -> None:

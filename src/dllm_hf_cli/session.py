@@ -15,6 +15,7 @@ from transformers.utils import logging
 from dllm_hf.families import stranger
 from dllm_hf.generation.configuration import as_token_list
 from dllm_hf.hub import checkpoint
+from dllm_hf.quantization import check_runs
 
 from .options import generation_options
 from .output import show, tell
@@ -35,7 +36,7 @@ class Session:
         name, trust = arguments.model, arguments.trust_remote_code
         if os.path.isdir(name):  # only downloads may show their progress
             logging.disable_progress_bar()
-        self.device = _checked_device(arguments.device)
+        self.device = checked_device(arguments.device)
         self.folder = folder = checkpoint.fetch(name, code=trust)
         if (folder / "adapter_config.json").is_file():  # the library would load another model, the one it names
             raise ValueError(
@@ -89,6 +90,7 @@ class Session:
             )
             model, info = loaded
             self.model = model.to(self.device)
+            check_runs(self.model)
         checkpoint.refuse_gaps(self.folder, info["missing_keys"], info["mismatched_keys"])
         return self.model
 
@@ -170,7 +172,7 @@ def _up_to_end(row: list[int], prompt_length: int, ends: list[int]) -> list[int]
     return row
 
 
-def _checked_device(name: str | None) -> torch.device:
+def checked_device(name: str | None) -> torch.device:
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device

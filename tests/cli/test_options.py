@@ -5,7 +5,7 @@ from importlib.metadata import version
 import pytest
 
 from dllm_hf import STRATEGIES, DiffusionGenerationConfig, __version__
-from dllm_hf.generation.configuration import ALIASES, CACHE_POLICIES
+from dllm_hf.generation.configuration import ALIASES, CACHE_DTYPES, CACHE_POLICIES
 from dllm_hf_cli.options import GENERATION_OPTIONS
 
 from .conftest import PYPROJECT, ROOT
@@ -19,7 +19,10 @@ def test_the_originals_names_are_there():
     assert {other: name for name, (_, _, others) in GENERATION_OPTIONS.items() for other in others} == ALIASES
 
 
-@pytest.mark.parametrize("option, values", [("remasking_strategy", STRATEGIES), ("cache_policy", CACHE_POLICIES)])
+@pytest.mark.parametrize(
+    "option, values",
+    [("remasking_strategy", STRATEGIES), ("cache_policy", CACHE_POLICIES), ("cache_dtype", CACHE_DTYPES)],
+)
 def test_the_help_lists_every_value_of_a_choice(option, values):
     assert all(value in GENERATION_OPTIONS[option][1] for value in values)
 

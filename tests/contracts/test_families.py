@@ -32,6 +32,7 @@ def test_the_attributes_are_those_of_the_documentation(family):
     for name in (*switches, "has_fixed_block_length"):
         assert {"yes": True, "no": False}[said_of(name, family)] is getattr(model, name), name
     assert said_of("cache_policies", family).split(", ") == list(model.cache_policies) == list(POLICIES[family])
+    assert said_of("cache_dtypes", family) == (", ".join(model.cache_dtypes) or "none")
     for name in ("block_grid", "default_remasking_strategy", "confidence_source", "quota_source"):
         assert said_of(name, family).strip("`") == getattr(model, name), name
     shift = said_of("logits_shift", family)

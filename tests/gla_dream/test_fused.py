@@ -106,6 +106,34 @@ def test_in_bfloat16_the_logits_are_as_near_to_float64_as_the_model_s_own():
     assert 0 < errors["kernel"] <= 1.05 * errors["own"], errors
 
 
+@pytest.mark.parametrize("weights", ["fp8", "int8"])
+@torch.no_grad()
+def test_quantised_weights_run_on_the_kernels(weights):
+    """All but the projections to the decays, which the kernels read themselves."""
+    pytest.importorskip("torchao")
+    from ..generation.test_quantized import KINDS, quantize
+
+    model = new_model("gla_dream", hidden_size=128, intermediate_size=192, block_size=32, gate_low_rank_dim=16)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0, 0.08)
+    model = model.to(DEVICE).bfloat16()
+    precise = copy.deepcopy(model).double()
+    quantize(model, weights)
+    fused = FusedGLADream.of(model)
+    assert {type(each) for products in fused.inputs for each in products} == {KINDS[weights]}
+    tokens, columns = torch.randint(60, (2, 64), device=DEVICE), torch.arange(64, device=DEVICE).expand(2, 64)
+    starts, errors = torch.full((2, 1), 32, device=DEVICE), []
+    step = lambda forward, cache: forward(tokens, window_of(columns, columns[:, 32:], starts), cache)
+    cache = precise.make_cache(96)
+    exact = step(EagerStep(precise), cache)
+    for forward in (fused, EagerStep(model)):
+        cache = model.make_cache(96)
+        forward.prepare(cache, 2)
+        errors.append(float((step(forward, cache).double() - exact).norm() / exact.norm()))
+    assert 0 < errors[0] < 1.15 * errors[1] < 0.5, errors
+
+
 REFUSED = [{"attn_mode": "torch"}, {"block_size": 65}, {"gate_low_rank_dim": 65}, {"hidden_size": 576}]
 
 

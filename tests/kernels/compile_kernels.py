@@ -17,11 +17,14 @@ from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states,
 from dllm_hf.kernels.attention import canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens
 from dllm_hf.kernels.columns import copy_columns
-from dllm_hf.kernels.layers import add_rms_norm, rotate_and_store, swiglu
+from dllm_hf.kernels.experts import choose_experts, routed_experts
+from dllm_hf.kernels.layers import Float8Rows, add_rms_norm, quantize_rows, rotate_and_store, swiglu
+from dllm_hf.kernels.products import few_rows_product
 from dllm_hf.kernels.reduce import reduce_add_rms_norm
 
 DTYPE, FLOATS = getattr(torch, sys.argv[1]), sys.argv[2]
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS |= {torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8"}
 NUMBERS = {bool: "i1", int: "i32", float: FLOATS}
 found: dict[str, int] = {}
 
@@ -61,16 +64,43 @@ for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window)
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window, base.repeat(2, 2))
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window, own=base.repeat(3, 2))
-copy_columns(keys, new(2, 3, dtype=torch.long), 40)
+    small, scales = new(kv_heads, 768, 128, dtype=torch.uint8), new(kv_heads, 768, 2, dtype=torch.bfloat16)
+    places = (base.repeat(2, 2), base.repeat(3, 2))
+    canvas_attention(query, small, small, lengths, base.repeat(2), 768, 0.1, runs, window, *places, scales)
+for each in (keys, small, scales):
+    copy_columns(each, new(2, 3, dtype=torch.long), 40)
 for residual, rounds_once in ((None, True), (x, False)):
-    add_rms_norm(x, residual, new(4096), 1e-6, rounds_once)
+    for quantizes in (False, True):
+        add_rms_norm(x, residual, new(4096), 1e-6, rounds_once, quantizes)
 for ranks in (2, 8):
     reduce_add_rms_norm(new(ranks, dtype=torch.long), new(ranks, dtype=torch.long), 0, x, new(4096), 1e-6)
-swiglu(x, x)
+for quantizes in (False, True):
+    swiglu(x, x, quantizes)
+quantize_rows(x)
+scales = new(6144, 1, dtype=torch.float32)
+for number in (4, 32, 64):
+    few_rows_product(
+        Float8Rows.empty((number, 4096), x.device), new(6144, 4096, dtype=torch.float8_e4m3fn), scales, new(6144), DTYPE
+    )
+    if DTYPE != torch.float32:
+        few_rows_product(new(number, 4096), new(6144, 4096, dtype=torch.int8), scales, None, DTYPE)
 keys = new(8, 64, 128)
 for norms in ((), (new(128), new(128), 1e-6)):
     rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, keys, keys, *norms)
+small, scales = new(8, 64, 128, dtype=torch.uint8), new(8, 64, 2, dtype=torch.bfloat16)
+rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, small, small, *norms, scales)
 best_tokens(new(1, 32, 126464), 5)
+logits = new(32, 256, dtype=torch.float32)
+weights, chosen = choose_experts(logits, 8, True, logits[0], 8, 4, 2.5)
+choose_experts(new(32, 96), 8, False)
+for inside, number in ((512, 2), (768, 256)):
+    routed_experts(
+        new(512, 2048),
+        chosen.repeat(16, 1),
+        weights.repeat(16, 1),
+        new(number, 2 * inside, 2048),
+        new(number, 2048, inside),
+    )
 state = new(1, 16, 128, 128, dtype=torch.float32)
 # The largest block takes the most memory where its numbers do too: in float32.
 size, rank = (LARGEST[0], LARGEST[3]) if DTYPE == torch.float32 else (32, 16)

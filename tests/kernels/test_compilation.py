@@ -23,7 +23,11 @@ KERNELS = {
     "_scan",
     "_merge",
     "_copy_columns",
+    "_quantize_rows",
+    "_swiglu_float8",
+    "_few_rows_product",
 }
+KERNELS |= {"_choose", "_assign", "_product", "_weighted_sum"}
 KERNELS |= {"_short_convolutions", "_read_block", "_move_states", "_mix_scans"}
 
 

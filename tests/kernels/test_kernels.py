@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from dllm_hf.fused import stack as fused
+from dllm_hf.generation import cache_layers
 from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch, number_of_stages
 from dllm_hf.kernels.best_tokens import BLOCK, best_tokens, best_tokens_torch
 from dllm_hf.kernels.columns import copy_columns, copy_columns_torch
@@ -312,8 +313,13 @@ def test_a_vocabulary_of_the_real_size():
 )
 def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_time, monkeypatch):
     monkeypatch.setattr(fused, "MLP_CHUNK", tokens_at_a_time)
-    for name in ("add_rms_norm", "rotate_and_store", "canvas_attention", "swiglu"):
-        monkeypatch.setattr(fused, f"{name}_torch", getattr(fused, name))
+    for module, name in (
+        (fused, "add_rms_norm"),
+        (fused, "swiglu"),
+        (cache_layers, "rotate_and_store"),
+        (cache_layers, "canvas_attention"),
+    ):
+        monkeypatch.setattr(module, f"{name}_torch", getattr(module, name))
     model = new_model(family).to(DEVICE)
     tokens = torch.randint(60, (2, 8), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     columns = torch.arange(8, device=DEVICE).expand(2, 8)

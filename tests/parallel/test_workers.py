@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import signal
 import threading
 import time
@@ -92,6 +93,20 @@ def test_a_process_that_fails_alone_ends_the_group(new_pair, monkeypatch):
     assert all("OutOfMemory: of rank 1" in output.outputs[0].error for output in outputs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_at_work", [True, False])
+def test_only_a_group_in_which_nobody_moves_hangs(is_at_work, new_pair, monkeypatch):
+    """One that compiles for long keeps the other waiting."""
+    monkeypatch.setattr(workers, "HANG_SECONDS", 5.0)
+    with new_pair() as llm:
+        llm._driver.engine._changes.append(TakesLong(is_at_work))
+        outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
+    if is_at_work:
+        assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 3
+    else:
+        assert all("have not moved" in output.outputs[0].error for output in outputs)
+
+
 def test_closing_ends_processes_and_requests_also_in_another_thread(new_pair):
     llm = new_pair()
     events = llm.generate_streaming(PROMPTS, LONG)
@@ -173,6 +188,37 @@ def fail_in_one() -> set:
 
     def launch(self):
         raise OutOfMemory("of rank 1")
+
+    if os.environ["RANK"] == "1":
+        Decoder.launch = launch
+    return set()
+
+
+class TakesLong(set):
+    """A change that no engine knows. Where it is unpacked, the next pass of one process takes nine seconds."""
+
+    def __init__(self, is_at_work: bool):
+        super().__init__()
+        self.is_at_work = is_at_work
+
+    def __reduce__(self):
+        return take_long, (self.is_at_work,)
+
+
+def take_long(is_at_work: bool) -> set:
+    from dllm_hf.generation.decoder import Decoder
+
+    plain = Decoder.launch
+
+    def dig(depth: int) -> int:
+        return depth and dig(depth - 1)
+
+    def launch(self):
+        Decoder.launch, end = plain, time.monotonic() + 9
+        while is_at_work and time.monotonic() < end:
+            dig(random.randrange(100))  # now here, now there
+        time.sleep(0 if is_at_work else 9)
+        return plain(self)
 
     if os.environ["RANK"] == "1":
         Decoder.launch = launch

@@ -12,6 +12,7 @@ import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..generation.cache_layers import CACHE_LAYERS
 from ..generation.decoder import Decoder
 from ..generation.drafts import FREE_TOKENS, number_of_drafts
 from ..generation.evaluation_mode import evaluating
@@ -81,11 +82,15 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Row, Sequence] = {}
         self._admitting: list[Sequence] = []
-        has_cache = model.diffusion_request([0], **options, max_new_tokens=1).options.cache_policy != "none"
-        fused = fused_of(model)[0] if uses_graphs and has_cache and are_possible(model.device) else None
+        resolved = model.diffusion_request([0], **options, max_new_tokens=1).options
+        has_cache, cache_dtype = resolved.cache_policy != "none", resolved.cache_dtype
+        has_kernels = are_possible(model.device) and CACHE_LAYERS[cache_dtype].has_kernels(model.device)
+        fused = fused_of(model)[0] if uses_graphs and has_cache and has_kernels else None
         drafts = number_of_drafts(draft_steps, model.device)
         room = {"draft_columns": FREE_TOKENS} if drafts and has_cache else {}
-        backend = model.make_backend(has_cache, fused=fused, arena_columns=cache_columns, **room)
+        backend = model.make_backend(
+            has_cache, fused=fused, arena_columns=cache_columns, cache_dtype=cache_dtype, **room
+        )
         self._decoder = Decoder.open(
             backend,
             slots,

@@ -18,6 +18,7 @@ from ..generation.inputs import TooLongError
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.ranks import ranks_of
 from ..hub.checkpoint import empty_model, fetch, read_generation_config
+from ..quantization import check_runs
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
 from .engine import Engine, QueueFullError
@@ -44,6 +45,7 @@ class LLM:
         generation_config: in the place of the model's own.
         mask_token_id, block_length, cache_policy: for every request; by default those of the model. Where the model offers
             `cache_policy="block"`, that is the default.
+        cache_dtype: `"fp8"` keeps keys and values in 8 bits, so that about twice as many columns fit.
         dtype, trust_remote_code: as in `from_pretrained`.
         device: by default a GPU if there is one. Replicas take the GPUs of `CUDA_VISIBLE_DEVICES` in their order.
         max_num_seqs: completions that are decoded together, as long as there is room in the cache.
@@ -80,6 +82,7 @@ class LLM:
         mask_token_id: int | None = None,
         block_length: int | None = None,
         cache_policy: str | None = None,
+        cache_dtype: str | None = None,
         dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
@@ -111,6 +114,7 @@ class LLM:
             hint = stranger(getattr(config, "model_type", ""), getattr(config, "auto_map", None))
             raise ValueError(f"`model` is a {type(loaded).__name__}, which does not decode by diffusion{hint}")
         self.model: DiffusionGenerationMixin = loaded if device is None else loaded.to(device)
+        check_runs(loaded)
         if generation_config is not None:
             self.model.generation_config = generation_config
         self.tokenizer = self._load_tokenizer(tokenizer, source, trust_remote_code)
@@ -129,12 +133,13 @@ class LLM:
 
     def _make_engine(self, capacity: int, arguments: dict[str, Any]) -> Engine:
         """That of this process. `capacity`: columns of a canvas."""
-        options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy")}
+        options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy", "cache_dtype")}
         if options["cache_policy"] is None and self.model.generation_config.cache_policy is None:
             options["cache_policy"] = "block" if "block" in self.model.cache_policies else None
         slots, columns, drafts = (arguments[name] for name in ("max_num_seqs", "num_cache_tokens", "draft_steps"))
         if columns is None:
-            columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"])
+            cache_dtype = options["cache_dtype"] or self.model.generation_config.cache_dtype
+            columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"], cache_dtype)
         return Engine(
             self.model,
             self.tokenizer,
@@ -163,13 +168,13 @@ class LLM:
         # Without files some classes make a tokenizer that knows its special tokens alone.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
-    def _cache_columns(self, slots: int, capacity: int, part: float) -> int:
+    def _cache_columns(self, slots: int, capacity: int, part: float, cache_dtype: str | None) -> int:
         """As many columns of the cache as there is memory for, and no more than all slots could use."""
         device = self.model.device
         if device.type != "cuda":
             return min(slots, 4) * (capacity + 1) + 1
         free, total = torch.cuda.mem_get_info(device)
-        columns = int(free - (1 - part) * total) // column_bytes_of(self.model)
+        columns = int(free - (1 - part) * total) // column_bytes_of(self.model, cache_dtype)
         if (ranks := ranks_of(self.model)) is not None:
             columns = ranks.least(columns, device)
         if columns < capacity + 2:

@@ -1,7 +1,9 @@
 """Requests that another process decodes: how they get there, and what is known of them here."""
 
 import multiprocessing
+import os
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from .intake import Intake
@@ -11,6 +13,21 @@ from .sequence import Sequence
 
 # A fork of a process that has used a GPU, or has threads, cannot go on.
 CONTEXT: Any = multiprocessing.get_context("spawn")
+
+
+def start(process: BaseProcess, environment: dict[str, str]) -> None:
+    """Start a process with these variables. It must have them before it imports anything: CUDA reads CUDA_VISIBLE_DEVICES when
+    it is first asked for a GPU, and imports ask."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        process.start()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @dataclass(frozen=True)

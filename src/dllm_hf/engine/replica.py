@@ -1,6 +1,5 @@
 """`Replica`: an `LLM` in a process of its own, seen from both sides of its pipes."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -78,14 +77,12 @@ def run_replica(
     make: Callable[..., Any],
     requests: Connection,
     events: Connection,
-    environment: dict[str, str],
     threads: int,
     source: str,
     arguments: dict[str, Any],
 ) -> None:
     """Decode what comes out of one pipe, and put events into the other, until the first one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
-    os.environ.update(environment)
     torch.set_num_threads(threads)
     try:
         llm = make(source, **arguments)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..generation.mixin import DiffusionGenerationMixin
 from .intake import Intake
 from .outputs import Event, Load
-from .remote import CONTEXT, Remote, Submission
+from .remote import CONTEXT, Remote, Submission, start
 from .replica import CLOSING_SECONDS, Replica, run_replica
 from .sequence import Sequence
 
@@ -74,9 +74,9 @@ class Replicas:
             for index in range(count):
                 environment = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[index]}
                 (receiver, requests), (events, sender) = CONTEXT.Pipe(False), CONTEXT.Pipe(False)
-                inside = (make, receiver, sender, environment, threads, source, arguments)
+                inside = (make, receiver, sender, threads, source, arguments)
                 process = CONTEXT.Process(target=run_replica, args=inside, name=f"replica-{index}")
-                process.start()
+                start(process, environment)
                 receiver.close()
                 sender.close()  # of this process: the pipe ends with the other's
                 self._replicas.append(Replica(index, process, requests, events))

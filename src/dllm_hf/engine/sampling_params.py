@@ -18,6 +18,7 @@ _REMEDIES = {
     "logprobs": "it is an argument of its own",
     "max_time": "the argument is called `timeout`",
     "cache_policy": "it is one for all requests: pass it to `LLM`",
+    "cache_dtype": "it is one for all requests: pass it to `LLM`",
     "mask_token_id": "it is one for all requests: pass it to `LLM`",
     "draft_steps": "it is one for all requests: pass it to `LLM`",
     **dict.fromkeys(("disable_compile", "torch_compile"), "it is one for all requests: pass `enforce_eager` to `LLM`"),

@@ -95,8 +95,6 @@ def run_worker(
     """Do what comes out of the connection until it ends. `make`, `source`, `arguments`: of [`Workers`]."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)})
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the library takes GPUs where it sees some
     if rank:
         logging.set_verbosity_error()  # the first process says the same
         logging.disable_progress_bar()

@@ -15,13 +15,14 @@ from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.ranks import divides_heads
 from .intake import Intake
 from .outputs import Event, Load
-from .remote import CONTEXT, Remote, Submission
+from .remote import CONTEXT, Remote, Submission, start
 from .sequence import Sequence
 from .worker import Beat, Command, Stepped, run_worker
 
 logger = logging.get_logger(__name__)
 
-# A process that says nothing for so long, or stands at one instruction, is taken for dead.
+# A process that says nothing for so long is taken for dead, and a group all of whose processes stand at one instruction: one that
+# is at work, at a compilation for example, may keep the others waiting.
 HANG_SECONDS = 7.0
 # One that has failed alone has left the others waiting for it.
 FAILED_SECONDS = 2.0
@@ -88,7 +89,8 @@ class Workers:
         self._end = weakref.finalize(self, _kill, self._processes, self._connections)
         try:
             for process, (_, inner) in zip(self._processes, pipes, strict=True):
-                process.start()
+                # On CPUs the library would take GPUs where it sees some.
+                start(process, {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
                 inner.close()  # of this process: the pipe ends with the other's
             port = self._first_message([0])[0]
             for connection in self._connections[1:]:
@@ -189,13 +191,17 @@ class Workers:
             self._receive(self._sent)  # says how it has ended
             raise WorkersError(f"{self._name(self._sent)} takes no commands") from None
         heard, failed_at = dict.fromkeys(range(self._size), time.monotonic()), None
+        stuck = dict.fromkeys(range(self._size), 0.0)
         while left := [rank for rank in range(self._size) if rank not in self._replies]:
             for rank in self._readable(left, POLL_SECONDS):
                 message, heard[rank] = self._receive(rank), time.monotonic()
                 if isinstance(message, Stepped):
                     self._replies[rank] = message
-                elif isinstance(message, Beat) and message.stuck >= HANG_SECONDS:
-                    raise WorkersError(f"{self._name(rank)} has not moved for {message.stuck:.0f} s")
+                    stuck = dict.fromkeys(stuck, 0.0)  # those that waited for it move now
+                elif isinstance(message, Beat):
+                    stuck[rank] = message.stuck
+            if min(stuck[rank] for rank in left) >= HANG_SECONDS:
+                raise WorkersError(f"{' and '.join(map(self._name, left))} have not moved for {HANG_SECONDS:.0f} s")
             now = time.monotonic()
             for rank in left:
                 if rank not in self._replies and now - heard[rank] > HANG_SECONDS:
@@ -225,6 +231,11 @@ class Workers:
 def _check_divides(size: int, model: Any) -> None:
     """Refuse a number of processes that do not all get as many heads."""
     config, asked = model.config, f"`tensor_parallel_size={size}`"
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{asked}: the model's weights are quantised, and those are not divided: take `data_parallel_size`, or weights "
+            "without `quantization_config`."
+        )
     if not model.tp_plan:
         raise ValueError(f"{asked}: {type(model).__name__} has no `tp_plan`, which says how a model is divided.")
     if not divides_heads(model.tp_plan):

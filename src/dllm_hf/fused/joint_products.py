@@ -23,6 +23,8 @@ class JointProducts:
     gradients, storages that something else shares.
     """
 
+    takes_float8 = False  # see [`QuantizedProducts`]
+
     def __init__(self, linears: list[nn.Module], is_shared: bool = False, divided: Collection[nn.Module] = ()):
         """`is_shared`: whether another joint product has some of the parameters too; `divided`: the modules whose outputs are
         divided between processes: this one computes its part."""
@@ -30,11 +32,12 @@ class JointProducts:
         plain = [
             each for each in linears if type(each) is nn.Linear and (each in divided or "forward" not in vars(each))
         ]
-        if len(plain) == len(linears) and not is_shared and len({linear.bias is None for linear in plain}) == 1:
+        is_plain = len(plain) == len(linears) and all(linear.weight.is_floating_point() for linear in plain)
+        if is_plain and not is_shared and len({linear.bias is None for linear in plain}) == 1:
             self.sizes = [len(local(linear.weight)) for linear in plain]
             names = ["weight"] if plain[0].bias is None else ["weight", "bias"]
             with lock:
-                joint = [_side_by_side(plain, name) for name in names]
+                joint = [side_by_side([getattr(each, name) for each in plain], plain[0], name) for name in names]
             parts = [each for each in joint if each is not None]
             self.joint = parts if len(parts) == len(names) else []
 
@@ -44,34 +47,40 @@ class JointProducts:
         return nn.functional.linear(x, *self.joint).split(self.sizes, dim=-1)
 
 
-# Weak references to the joint storages by parameter name, keyed by the group's first module.
+# Weak references to the joint storages by name, keyed by the group's first module.
 _joined: "weakref.WeakKeyDictionary[nn.Module, dict[str, StorageWeakRef]]" = weakref.WeakKeyDictionary()
 
 
-def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
-    """The joint tensor of the parameters of this name, which become its parts; None where they cannot be joined."""
-    of_modules = [getattr(linear, name) for linear in linears]
-    parameters = [local(each) for each in of_modules]
+def side_by_side(tensors: list[torch.Tensor], owner: nn.Module, name: str) -> torch.Tensor | None:
+    """The joint tensor of `tensors`, which become its parts; None where they cannot be joined.
+
+    Args:
+        tensors: parameters, or what quantised ones consist of.
+        owner: the module of the first, and `name`, what it is there.
+    """
+    parameters = [local(each) for each in tensors]
     first = parameters[0]
     if any(type(each) not in (nn.Parameter, torch.Tensor) for each in parameters):
         return None
+    if len(parameters) == 1:
+        return first.data
     if any(not each.is_contiguous() or each.is_inference() for each in parameters):
         return None
     if len({(each.dtype, each.device, each.shape[1:]) for each in parameters}) > 1:
         return None
-    if not first.is_floating_point() or len({each.data_ptr() for each in parameters}) < len(parameters):
+    if len({each.data_ptr() for each in parameters}) < len(parameters):
         return None
     sizes = [each.shape[0] for each in parameters]
     shape = (sum(sizes), *first.shape[1:])
 
-    reference = _joined.get(linears[0], {}).get(name)
+    reference = _joined.get(owner, {}).get(name)
     storage = None if reference is None else torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
     if storage is not None and (storage.nbytes(), storage.data_ptr()) == (_bytes(parameters), first.data_ptr()):
         joint = torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape, first.stride())
         if [part.data_ptr() for part in joint.split(sizes)] == [each.data_ptr() for each in parameters]:
             return joint
 
-    if any(each.grad is not None for each in of_modules) or not all(map(_is_alone, parameters)):
+    if any(each.grad is not None for each in tensors) or not all(map(_is_alone, parameters)):
         return None
     if first.is_cuda and torch.cuda.mem_get_info(first.device)[0] < 2 * _bytes(parameters):
         return None
@@ -81,9 +90,10 @@ def _side_by_side(linears: list[nn.Linear], name: str) -> torch.Tensor | None:
         except torch.OutOfMemoryError:
             return None
         for each, part in zip(parameters, joint.split(sizes), strict=True):
-            # Not a view: code that saves weights takes parameters that share a storage for one tensor.
-            each.data = torch.from_dlpack(part)
-    _joined.setdefault(linears[0], {})[name] = StorageWeakRef(joint.untyped_storage())
+            # Not a view: code that saves weights takes parameters that share a storage for one tensor. As bytes, since not
+            # every version of PyTorch passes numbers of 8 bits on.
+            each.data = torch.from_dlpack(part.view(torch.uint8)).view(part.dtype)
+    _joined.setdefault(owner, {})[name] = StorageWeakRef(joint.untyped_storage())
     if first.is_cuda:
         torch.cuda.empty_cache()  # the freed originals fragment the allocator's cache, by up to half of the model's size
     return joint

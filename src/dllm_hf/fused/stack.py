@@ -1,7 +1,6 @@
 """The forward pass of a decoder of transformers on our kernels, for decoding on a GPU."""
 
-from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections import Counter
 from copy import copy
 from typing import Any
 
@@ -19,16 +18,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from ..generation.divided_head import VocabularyPart
 from ..generation.ranks import divided_modules, local, ranks_of
 from ..generation.window import Window
-from ..kernels.attention import canvas_attention, canvas_attention_torch
-from ..kernels.layers import (
-    add_rms_norm,
-    add_rms_norm_torch,
-    rotate_and_store,
-    rotate_and_store_torch,
-    swiglu,
-    swiglu_torch,
-)
+from ..kernels.ahead import compiled_ahead
+from ..kernels.best_tokens import best_tokens
+from ..kernels.layers import add_rms_norm, add_rms_norm_torch, swiglu, swiglu_torch
+from .experts import on_kernels
 from .joint_products import JointProducts
+from .quantized_products import QuantizedProducts
 from .shared_sums import SharedSums
 
 # Tokens in one call of a feed-forward network: limits the intermediate activation, 3 to 5 times the hidden size.
@@ -54,24 +49,6 @@ def can_be_captured(model: nn.Module) -> bool:
     return not any(
         module._forward_hooks or module._forward_pre_hooks for module in model.modules() if module not in divided
     )
-
-
-def _without_sum(mlp: nn.Module, divided: Collection[nn.Module]) -> nn.Module | None:
-    """A feed-forward network of nothing but experts that are divided between processes, without the sum over these; None for
-    others. It is a copy with the same weights: the library has replaced the forward pass of the module's own experts by one
-    that sums."""
-    experts: Any = getattr(mlp, "experts", None)
-    if experts is None or experts not in divided or mlp._modules.keys() != {"gate", "experts"}:
-        return None
-    mlp, experts = copy(mlp), copy(experts)
-    vars(experts).pop("forward", None)
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        vars(experts)[name] = OrderedDict()
-    vars(experts)["_parameters"] = {
-        name: nn.Parameter(local(each), requires_grad=False) for name, each in experts._parameters.items()
-    }
-    vars(mlp)["_modules"] = {**mlp._modules, "experts": experts}
-    return mlp
 
 
 def _is_plain(linear: nn.Linear) -> bool:
@@ -107,24 +84,30 @@ class FusedStack:
         self.config, self.dtype = stack.config, stack.dtype
         self.ranks, self.divided = ranks_of(model), divided_modules(model)
         self.part = None if self.ranks is None else VocabularyPart(self.ranks, self.config.vocab_size)
-        self.partial = [_without_sum(layer.mlp, self.divided) for layer in self.layers]
+        # Tests on a CPU run the torch twins.
+        self.is_fused = self._lm_head.weight.is_cuda
+        self.mixtures = [on_kernels(layer.mlp, self.divided, self.is_fused) for layer in self.layers]
         inputs = [self.inputs_of(layer.self_attn) for layer in self.layers]
         gates = [[layer.mlp.gate_proj, layer.mlp.up_proj] if self._is_gated(layer.mlp) else [] for layer in self.layers]
         groups = [group for of_layer in inputs for group in of_layer] + gates
         uses = Counter(id(parameter) for group in groups for linear in group for parameter in linear.parameters())
 
-        def join(group: list[nn.Module]) -> JointProducts:
+        def join(group: list[nn.Module]) -> JointProducts | QuantizedProducts:
             is_shared = any(uses[id(p)] > 1 for linear in group for p in linear.parameters())
-            return JointProducts(group, is_shared, self.divided)
+            quantized = None if is_shared else QuantizedProducts.of(group)
+            return quantized or JointProducts(group, is_shared, self.divided)
 
         self.inputs = [[join(group) for group in of_layer] for of_layer in inputs]
         self.gates = [join(group) if group else None for group in gates]
-        # Tests on a CPU run the torch twins.
-        self.is_fused = self._lm_head.weight.is_cuda
+        others = [self._lm_head]
+        for layer in self.layers:
+            found = [(layer.self_attn, "query_key_value"), (layer.self_attn, "o_proj"), (layer.mlp, "down_proj")]
+            others += [getattr(module, name) for module, name in found if hasattr(module, name)]
+        products = {linear: QuantizedProducts.of([linear]) for linear in others}
+        self.quantized = {linear: product for linear, product in products.items() if product is not None}
         self.add_norm = add_rms_norm if self.is_fused else add_rms_norm_torch
-        self.rotate = rotate_and_store if self.is_fused else rotate_and_store_torch
-        self.attend_to = canvas_attention if self.is_fused else canvas_attention_torch
         self.gate = swiglu if self.is_fused else swiglu_torch
+        self.seen: set[tuple] = set()  # shapes of passes whose kernels are compiled
         self.sums: SharedSums | None = None
         if self.ranks is not None and self.is_fused:
             self.sums = SharedSums.of(
@@ -139,7 +122,7 @@ class FusedStack:
         """Queries, keys and values of a layer, `(rows, window, heads * head_dim)` each."""
         attention = self.layers[index].self_attn
         if not self.inputs[index]:  # a model whose product is one from the beginning
-            return attention.query_key_value(normed).split(attention.sizes, dim=-1)
+            return self._product(attention.query_key_value, normed).split(attention.sizes, dim=-1)
         return self.inputs[index][0](normed)
 
     @classmethod
@@ -181,11 +164,28 @@ class FusedStack:
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window, a list, into the cache: `(tokens,)` tokens ->
         `(rows, kept, vocab)` logits."""
+        if self.is_fused and self.ranks is None and not torch.compiler.is_compiling():
+            self._compile_for(tokens, window, cache)
         base, shared, own, columns = cache.locate(window)
         sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared, own)
         keep = window.keep.reshape(1, window.keep.numel())
         hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
         return self.head(hidden_states).unflatten(0, window.keep.shape)
+
+    def _compile_for(self, tokens: torch.Tensor, window: Window, cache: Any) -> None:
+        """Compile the kernels of a pass of these shapes side by side: one after the other, as they are launched, they take
+        seconds where none is in Triton's cache."""
+        shapes: tuple = (tokens.shape, window.keep.shape, window.runs.shape, window.longest)
+        shapes += (cache.longest_extent, window.draft_columns)
+        if shapes in self.seen or torch.cuda.is_current_stream_capturing():
+            return
+        self.seen.add(shapes)
+        first = copy(self)
+        first.layers = self.layers[:2]  # which launch all that the others do; what they write, the pass overwrites
+        with compiled_ahead():
+            logits = first(tokens, window, cache)
+            if logits.numel():
+                best_tokens(logits, 0)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(rows, window)` -> `(rows, window, hidden)`."""
@@ -200,7 +200,7 @@ class FusedStack:
         """`(..., hidden)` -> `(..., vocab)`, or the `part` of it."""
         head, part = self._lm_head, self.part
         if part is None:
-            return head(hidden_states)
+            return self._product(head, hidden_states)
         parameters = [local(each) for each in (head.weight, head.bias) if each is not None]
         if len(parameters[0]) == part.vocab_size:  # tied to the embedding, which is whole
             parameters = [each[part.begin : part.end] for each in parameters]
@@ -214,7 +214,7 @@ class FusedStack:
             self.sums.begin()
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
         angles = (cos, sin, self.query_scales(columns, cache))
-        normed, total = self._add_norm(total, None, self.layers[0].input_layernorm)
+        normed, total = self._add_norm(total, None, self.layers[0].input_layernorm, self._reads_float8(0))
         for index, layer in enumerate(self.layers):
             attended = self.attend(index, normed, angles, sees, cache)
             if keep is not None and index + 1 == len(self.layers):
@@ -222,10 +222,17 @@ class FusedStack:
                 attended, total = (x.take_along_dim(keep[..., None], dim=1) for x in (attended, total))
                 if not total.numel():  # none kept: prefill
                     return total
-            normed, total = self._project(layer.self_attn.o_proj, attended, total, layer.post_attention_layernorm)
+            norm, gates = layer.post_attention_layernorm, self.gates[index]
+            is_float8 = gates is not None and gates.takes_float8 and total.shape[:-1].numel() <= MLP_CHUNK
+            normed, total = self._project(layer.self_attn.o_proj, attended, total, norm, is_float8)
             norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
-            normed, total = self._feed_forward(index, normed, total, norm)
+            normed, total = self._feed_forward(index, normed, total, norm, self._reads_float8(index + 1))
         return normed
+
+    def _reads_float8(self, index: int) -> bool:
+        """Whether nothing of a layer's attention needs its input in more than 8 bits."""
+        products = self.inputs[index] if index < len(self.layers) else []
+        return bool(products) and all(product.takes_float8 for product in products)
 
     def query_scales(self, columns: torch.Tensor, cache: Any) -> torch.Tensor | None:
         """`(rows, window, 1, 1)`, what the rotated queries of Ministral 3 are multiplied with; None where that is 1 in every
@@ -250,57 +257,64 @@ class FusedStack:
         norms: tuple = ()
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-        (base, lengths, columns, *runs), (keys, values), (cos, sin, scales) = sees, slot.arenas(), angles
-        query = self.rotate(query, key, value, cos, sin, columns, keys, values, *norms)
+        (base, lengths, columns, *runs), (cos, sin, scales) = sees, angles
+        query = slot.rotate_and_write(query, key, value, cos, sin, columns, *norms)
         query = query if scales is None else query * scales
-        width, scale = cache.longest_extent, attention.scaling
-        return self.attend_to(query, keys, values, lengths, base, width, scale, *runs).flatten(2)
+        return slot.attend(query, lengths, base, cache.longest_extent, attention.scaling, *runs).flatten(2)
 
-    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any):
-        return self.add_norm(x, residual, norm.weight, *self._norm_options(norm))
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor | None, norm: Any, is_float8: bool = False):
+        return self.add_norm(x, residual, norm.weight, *self._norm_options(norm), is_float8)
 
     def _norm_options(self, norm: Any) -> tuple[float, bool]:
         """`eps` and `rounds_once`, see [`add_rms_norm`]."""
         return norm.variance_epsilon, False
 
-    def _project(self, linear: nn.Linear, x: torch.Tensor, total: torch.Tensor, norm: Any):
-        """Add a product to `total`: the norm of the sum, and the sum. Where the input is divided between processes, so is the
-        sum over it."""
+    def _product(self, linear: nn.Linear, x: Any) -> torch.Tensor:
+        quantized = self.quantized.get(linear)
+        return linear(x) if quantized is None else quantized.product(x)
+
+    def _project(self, linear: nn.Linear, x: Any, total: torch.Tensor, norm: Any, is_float8: bool = False):
+        """Add a product to `total`: the norm of the sum, in 8 bits or not, and the sum. Where the input is divided between
+        processes, so is the sum over it."""
         if self.ranks is None or linear not in self.divided:
-            return self._add_norm(linear(x), total, norm)
+            return self._add_norm(self._product(linear, x), total, norm, is_float8)
         weight, sums = local(linear.weight), self.sums
         if sums is not None and sums.covers(total) and linear.bias is None:
             return sums.product_and_norm(weight, x, total, norm, *self._norm_options(norm))
         out = self.ranks.all_reduce(nn.functional.linear(x, weight))
         return self._add_norm(out if linear.bias is None else out + local(linear.bias), total, norm)
 
-    def _feed_forward(self, index: int, normed: torch.Tensor, total: torch.Tensor, norm: Any):
-        """Add what a feed-forward network makes of `normed` to `total`: the norm of the sum, and the sum."""
+    def _feed_forward(self, index: int, normed: Any, total: torch.Tensor, norm: Any, is_float8: bool):
+        """Add what a feed-forward network makes of `normed` to `total`: the norm of the sum, in 8 bits or not, and the sum."""
         mlp, gates, sums = self.layers[index].mlp, self.gates[index], self.sums
         if gates is None:
-            partial = self.partial[index]
-            out = (partial or mlp)(normed)
+            mixture = self.mixtures[index]
+            out = (mixture or mlp)(normed)
             out = out[0] if isinstance(out, tuple) else out
-            if partial is None or self.ranks is None:
-                return self._add_norm(out, total, norm)
+            if mixture is None or self.ranks is None:
+                return self._add_norm(out, total, norm, is_float8)
             if sums is not None and sums.covers(total):
                 return sums.sum_and_norm(out, total, norm, *self._norm_options(norm))
             return self._add_norm(self.ranks.all_reduce(out.contiguous()), total, norm)
+        if total.shape[:-1].numel() <= MLP_CHUNK:
+            down = self.quantized.get(mlp.down_proj)
+            gate, up = gates(normed)
+            inside = self.gate(gate, up, down is not None and down.takes_float8)
+            return self._project(mlp.down_proj, inside, total, norm, is_float8)
         tokens = normed.flatten(0, 1)
-        if len(tokens) <= MLP_CHUNK:
-            return self._project(mlp.down_proj, self.gate(*gates(normed)), total, norm)
         pieces = (each[None] for each in tokens.split(MLP_CHUNK))
         out = torch.empty_like(tokens)
         for piece, result in zip(pieces, out.split(MLP_CHUNK), strict=True):
-            inside = self.gate(*gates(piece))
+            gate, up = gates(piece)
+            inside = self.gate(gate, up)
             if self.ranks is None:
-                result.copy_(mlp.down_proj(inside)[0])
+                result.copy_(self._product(mlp.down_proj, inside)[0])
             else:
                 result.copy_(nn.functional.linear(inside, local(mlp.down_proj.weight))[0])
         if self.ranks is not None:
             out = self.ranks.all_reduce(out)
             out = out if mlp.down_proj.bias is None else out + local(mlp.down_proj.bias)
-        return self._add_norm(out.view_as(normed), total, norm)
+        return self._add_norm(out.view_as(normed), total, norm, is_float8)
 
     def _is_gated(self, mlp: nn.Module) -> bool:
         return hasattr(mlp, "gate_proj") and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))

@@ -65,6 +65,7 @@ class ModelBackend:
         draft_columns: the number of columns that the drafts of a pass may write, see [`Window`].
         arena_columns: of an arena for keys and values in which each row has as many columns as it needs; None gives every
             slot the same number.
+        cache_dtype: of keys and values, see [`DiffusionGenerationConfig`].
         cfg_scale: of guidance. Above 0 every row has a second slot, `slots` further on, for the pass with its prompt masked.
     """
 
@@ -76,9 +77,10 @@ class ModelBackend:
         cfg_scale: float = 0.0,
         compiles: bool = False,
         arena_columns: int | None = None,
+        cache_dtype: str | None = None,
         draft_columns: int = 0,
     ):
-        self.arena_columns, self.draft_columns = arena_columns, draft_columns
+        self.arena_columns, self.cache_dtype, self.draft_columns = arena_columns, cache_dtype, draft_columns
         self.model, self.has_cache, self.fused, self.cfg_scale = model, has_cache, fused, cfg_scale
         self.compiled = torch.compile(fused.__call__, dynamic=False) if fused and compiles else None
         self.device, self.vocab_size = model.device, model.config.vocab_size
@@ -97,6 +99,8 @@ class ModelBackend:
         if not self.has_cache:
             return None
         cache = self.model.make_cache(width)
+        if self.cache_dtype is not None:
+            cache.use_dtype(self.cache_dtype)
         cache.reserve(slots * self.guidance_copies)
         if self.arena_columns is not None:
             cache.use_arena(slots, self.arena_columns, self.device)

@@ -4,18 +4,16 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from ..kernels.attention import place_in_arena
-from ..kernels.columns import copy_columns, copy_columns_torch
-from ..kernels.triton import triton
+from .cache_layers import CACHE_LAYERS, CanvasCacheLayer
 from .configuration import DiffusionGenerationConfig
 from .contract import DenoisingModel
 from .extents import Extents
@@ -44,14 +42,14 @@ def identity_of(model: DenoisingModel) -> str:
     return _identities[model]
 
 
-def column_bytes_of(model: DenoisingModel) -> int:
+def column_bytes_of(model: DenoisingModel, cache_dtype: str | None = None) -> int:
     """Bytes that a column of a row takes in the key-value cache of a model, or of this process' part of it."""
     config, ranks = model.config, ranks_of(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if ranks is not None and divides_heads(model.tp_plan):  # type: ignore[arg-type]  # of `PreTrainedModel`
         heads = max(heads // ranks.size, 1)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * torch.empty((), dtype=model.dtype).element_size()
+    return config.num_hidden_layers * heads * CACHE_LAYERS[cache_dtype].bytes_of(head_dim, model.dtype)
 
 
 class Copy(NamedTuple):
@@ -62,116 +60,6 @@ class Copy(NamedTuple):
     final_length: int
     column: int
     block_length: int
-
-
-class CanvasCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, `(slots, kv_heads, width, head_dim)`, allocated once and written by column. In memory
-    they are one arena, `(kv_heads, slots * width, head_dim)`, in which a slot is the extent that begins at `slot * width`.
-
-    Attributes:
-        window: of the next forward pass; without one, a pass writes the columns from 0 on and sees all.
-        arena: where slots have extents of different lengths (keys and values are `(1, kv_heads, columns, head_dim)` then), or
-            the window has drafts: the columns of the arena that the window writes, `(rows, window)`, and those that its rows
-            see, `(rows, visible)`.
-        slots: the number to allocate; None: as many as the first pass has rows.
-        spare_slots: that are allocated behind them, for draft columns.
-    """
-
-    is_sliding = False
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-        self.window: Window | None = None
-        self.slots: int | None = None
-        self.spare_slots = 0
-        self.arena: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        for name, states in (("keys", key_states), ("values", value_states)):
-            rows, heads, _, head_dim = states.shape
-            zeros = states.new_zeros(heads, (self.slots or rows) + self.spare_slots, self.width, head_dim)
-            setattr(self, name, zeros.transpose(0, 1))
-        self.is_initialized = True
-
-    def arenas(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as `(kv_heads, slots * width, head_dim)`."""
-        return self.keys.transpose(0, 1).flatten(1, 2), self.values.transpose(0, 1).flatten(1, 2)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the window's keys and values in place and return those of all visible columns of its rows."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.write(key_states, value_states)
-        return self.read()
-
-    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Write the window's keys and values in place, `(rows, kv_heads, window, head_dim)`."""
-        window = self.window
-        if self.arena is not None:
-            for arena, states in zip(self.arenas(), (key_states, value_states)):
-                arena[:, self.arena[0]] = states.transpose(0, 1)
-            return
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if window is None:
-                buffer[:, :, : states.shape[2]].copy_(states)
-            else:
-                buffer.transpose(1, 2)[window.slots[:, None], window.columns] = states.transpose(1, 2)
-
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all visible columns of the window's rows."""
-        if self.arena is not None:
-            keys, values = (arena[:, self.arena[1]].transpose(0, 1) for arena in self.arenas())
-            return keys, values
-        return self._visible(self.keys), self._visible(self.values)
-
-    def _visible(self, buffer: torch.Tensor) -> torch.Tensor:
-        window = self.window
-        if window is None:
-            return buffer
-        rows = buffer[: len(window.slots)] if window.is_every_slot else buffer.index_select(0, window.slots)
-        return rows[:, :, : window.visible]
-
-    def reset(self) -> None:
-        """Free the buffers: the next text may have another number of rows."""
-        super().__init__()
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may be taken several times."""
-        if self.is_initialized:
-            rows = rows.to(self.device)
-            self._replace(lambda arena: arena.index_select(1, rows))
-
-    def make_spare_slots(self, number: int) -> None:
-        self.spare_slots = number
-        missing = (self.slots or 0) + number - len(self.keys) if self.is_initialized else 0
-        if missing > 0:
-            self._replace(lambda arena: nn.functional.pad(arena, (0, 0, 0, 0, 0, missing)))
-
-    def widen(self, width: int) -> None:
-        """Make room for a longer canvas; the columns that are there stay."""
-        if self.is_initialized and width > self.width:
-            self._replace(lambda arena: nn.functional.pad(arena, (0, 0, 0, width - self.width)))
-        self.width = max(self.width, width)
-
-    def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """`change`: of `(kv_heads, slots, width, head_dim)`, so that the result is an arena again."""
-        self.keys, self.values = (change(each.transpose(0, 1)).transpose(0, 1) for each in (self.keys, self.values))
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.width if self.window is None else self.window.visible, 0
-
-    def get_seq_length(self) -> int:
-        # Nothing is appended: the window's position ids say where it stands.
-        return 0
-
-    def get_max_length(self) -> int:
-        return self.width
 
 
 class CanvasCache(Cache):
@@ -189,13 +77,15 @@ class CanvasCache(Cache):
         block_length: of the blocks in which `tokens` were decoded.
         workspace: the buffers and graphs that read the cache's tensors, kept from one call to the next.
         extents: where each slot has an extent of its own length; None where all have `width` columns.
+        cache_dtype: of keys and values, see [`DiffusionGenerationConfig`].
     """
 
     layer_class: type[Any] = CanvasCacheLayer
-    layers: list[Any]  # of `layer_class`, which each kind of cache chooses
+    layers: list[Any]  # of `layer_class`, which each kind of cache chooses, or of the one of another type
 
     def __init__(self, model: DenoisingModel, width: int):
         super().__init__(layers=[self.layer_class(width) for _ in range(model.config.num_hidden_layers)])
+        self.cache_dtype: str | None = None
         self.identity: str | None = None
         self.tokens: torch.Tensor | None = None
         self.final_lengths: list[int] = []
@@ -254,6 +144,11 @@ class CanvasCache(Cache):
         held = (value for layer in self.layers for value in vars(layer).values())
         return [value for value in held if isinstance(value, torch.Tensor)]
 
+    def use_dtype(self, cache_dtype: str) -> None:
+        """Keep keys and values in another type than the model's. Before all else."""
+        self.cache_dtype = cache_dtype
+        self.layers = [CACHE_LAYERS[cache_dtype](layer.width) for layer in self.layers]
+
     def reserve(self, slots: int) -> None:
         """Set the number of slots to allocate, also if the first pass feeds fewer rows."""
         for layer in self.layers:
@@ -277,12 +172,12 @@ class CanvasCache(Cache):
         """Copy runs of columns of the arena, each as its first column, that of its target, and its size. The targets stand
         one behind the other, each before its source, so that any piece can be copied once those before it have been."""
         sources = torch.cat([torch.arange(source, source + size) for source, _, size in moves])
-        buffers = [buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values)]
-        for start in range(0, len(sources), MOVED_AT_ONCE) if buffers else ():
-            piece = uploaded(sources[start : start + MOVED_AT_ONCE], buffers[0].device)
+        arenas = [arena for layer in self.layers if layer.is_initialized for arena in layer.arenas()]
+        for start in range(0, len(sources), MOVED_AT_ONCE) if arenas else ():
+            piece = uploaded(sources[start : start + MOVED_AT_ONCE], arenas[0].device)
             target = moves[0][1] + start
-            for buffer in buffers:
-                buffer[:, :, target : target + len(piece)] = buffer.index_select(2, piece)
+            for arena in arenas:
+                arena[:, target : target + len(piece)] = arena.index_select(1, piece)
 
     def set_window(self, window: Window) -> None:
         """Set the window of the next forward pass."""
@@ -376,11 +271,9 @@ class CanvasCache(Cache):
             if source != target and column > first:
                 runs.append((place(source, first), place(target, first), column - first))
         if runs:
-            arenas = [arena for layer in self.layers for arena in layer.arenas()]
-            table = uploaded(torch.tensor(runs), arenas[0].device)
-            copy = copy_columns if table.is_cuda and triton is not None else copy_columns_torch
-            for arena in arenas:
-                copy(arena, table, max(size for *_, size in runs))
+            table, longest = uploaded(torch.tensor(runs), self.layers[0].device), max(size for *_, size in runs)
+            for layer in self.layers:
+                layer.copy_runs(table, longest)
         return columns
 
     def check(self, model: DenoisingModel, batch: int, options: DiffusionGenerationConfig) -> None:
@@ -405,6 +298,11 @@ class CanvasCache(Cache):
             raise ValueError(
                 f"`past_key_values` is {layer.dtype} on {layer.device}, but the model is {model.dtype} on "
                 f"{model.device}: {remedy}."
+            )
+        if self.cache_dtype != options.cache_dtype:
+            raise ValueError(
+                f"`past_key_values` was written with `cache_dtype={self.cache_dtype!r}`, but `cache_dtype="
+                f"{options.cache_dtype!r}`: keep the type, or {remedy}."
             )
         if any(tensor.is_inference() for tensor in self.layer_tensors()) and not torch.is_inference_mode_enabled():
             raise ValueError(

@@ -35,6 +35,7 @@ class DenoisingModel(nn.Module):
         logits_shift: the logits of position i stand at position i - `logits_shift`.
         block_grid: `"prompt"` aligns the blocks to the prompt's end, `"zero"` to position 0.
         cache_policies: the policies that the model can decode with, the default first.
+        cache_dtypes: the types besides its own in which the model's cache can keep keys and values.
         default_block_length: positions decoded together; `None` decodes all masks as one block.
         default_remasking_strategy: used where neither call nor `generation_config.json` names one.
         confidence_source: `"raw"` reads confidence from the logits as the model gave them, `"processed"` after
@@ -62,6 +63,7 @@ class DenoisingModel(nn.Module):
     logits_shift: int = 0
     block_grid: str = "prompt"
     cache_policies: tuple[str, ...] = ("none",)
+    cache_dtypes: tuple[str, ...] = ("fp8",)
     default_remasking_strategy: str = "low_confidence_static"
     confidence_source: str = "processed"
     sees_earlier_blocks: bool = False

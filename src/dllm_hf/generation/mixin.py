@@ -24,6 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, logging
 
 from .backend import ModelBackend
 from .cache import CanvasCache, identity_of
+from .cache_layers import CACHE_LAYERS
 from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .contract import DenoisingModel, models_with
@@ -179,11 +180,12 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """Decode a batch whose arguments are right. `texts`: the canvas of each row."""
         config, device, columns = requests[0].options, self.device, max(map(len, texts))
         fused, fingerprint = None, ()
-        if are_possible(device) and not (config.disable_compile or config.cache_policy == "none" or hooks.sees_logits):
+        is_plain = config.disable_compile or config.cache_policy == "none" or hooks.sees_logits
+        if not is_plain and are_possible(device) and CACHE_LAYERS[config.cache_dtype].has_kernels(device):
             fused, fingerprint = fused_of(self)
         drafts = number_of_drafts(config.draft_steps, device)
         draft_tokens = FREE_TOKENS if config.draft_steps == "auto" else None
-        capacity = columns if fused is None else capacity_for(self, len(texts), columns)
+        capacity = columns if fused is None else capacity_for(self, len(texts), columns, config.cache_dtype)
         # A pass feeds a block and the column before it, or all from there on.
         widest = capacity if config.cache_policy == "prefix" else min(config.block_length or capacity, capacity) + 1
         backend = self.make_backend(
@@ -191,6 +193,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             fused=fused,
             cfg_scale=config.cfg_scale,
             compiles=config.torch_compile,
+            cache_dtype=config.cache_dtype,
             draft_columns=drafts and (draft_tokens or len(texts) * drafts * widest),
         )
         workspace, final_lengths = self._open(backend, config, texts, (capacity, drafts), fingerprint, past)
@@ -254,7 +257,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         the columns of a canvas, and its drafts."""
         slots, columns, (capacity, drafts) = len(texts), max(map(len, texts)), room
         has_graphs, of_drafts = backend.fused is not None, (drafts, backend.draft_columns)
-        key = (fingerprint, slots, capacity, backend.guidance_copies, of_drafts)
+        key = (fingerprint, slots, capacity, backend.guidance_copies, options.cache_dtype, of_drafts)
 
         def make() -> Workspace:
             # + 1: the scratch column.
@@ -351,6 +354,15 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             raise ValueError(
                 f"`cache_policy={config.cache_policy!r}` is not possible with {type(self).__name__}: "
                 f"choose one of {', '.join(self.cache_policies)}."
+            )
+        if config.cache_dtype not in (None, *self.cache_dtypes):
+            raise ValueError(
+                f"`cache_dtype={config.cache_dtype!r}` is not possible with {type(self).__name__}, whose cache does not hold "
+                "keys and values as tensors of PyTorch: leave it out."
+            )
+        if config.cache_dtype and config.cache_policy == "none":
+            raise ValueError(
+                f"`cache_dtype={config.cache_dtype!r}` needs a cache: choose another `cache_policy` than 'none'."
             )
         if config.use_block_cache and config.cache_policy != "block":
             raise ValueError("`use_block_cache=True` needs the keys of the block: choose `cache_policy='block'`.")

@@ -33,8 +33,8 @@ class Workspace:
 
     Args:
         state: the backend's, a cache of the canvas' columns and the scratch column.
-        key: what calls that share it must have in common: the model's fingerprint, slots, capacity, copies for guidance,
-            drafts.
+        key: what calls that share it must have in common: the model's fingerprint, slots, capacity, copies for guidance, type of
+            keys and values, drafts.
 
     Attributes:
         pointers: see [`pointers_of`], when a call last left the cache to a conversation.
@@ -53,11 +53,11 @@ class Workspace:
         return type(None), ()
 
 
-def capacity_for(model: DenoisingModel, slots: int, width: int) -> int:
+def capacity_for(model: DenoisingModel, slots: int, width: int, cache_dtype: str | None = None) -> int:
     """The columns to allocate for rows of `width` columns, in steps of `capacity_step` or of what [`SPARE`] of the weights'
     memory holds, so that calls of about the same length, and the turns of a conversation, share their graphs."""
     spare = sum(parameter.nbytes for parameter in model.parameters()) * SPARE
-    step = max(int(spare / (slots * column_bytes_of(model))), 1)
+    step = max(int(spare / (slots * column_bytes_of(model, cache_dtype))), 1)
     step = -(-step // model.capacity_step) * model.capacity_step
     return -(-width // step) * step
 
@@ -121,9 +121,18 @@ def fingerprint_of(model: DenoisingModel) -> tuple:
         hooks = (bool(held["_forward_hooks"]), bool(held["_forward_pre_hooks"]), "forward" in held)
         found.append((type(module), len(held), *hooks))
         weights = (each for each in held["_parameters"].values() if each is not None)
-        found.extend(getattr(each, "_local_tensor", each).data_ptr() for each in weights)
+        found.extend(part.data_ptr() for each in weights for part in _parts_of(each))
         found.extend(each.data_ptr() for each in held["_buffers"].values() if each is not None)
     return tuple(found)
+
+
+def _parts_of(weight: Any) -> list[torch.Tensor]:
+    """The tensors whose memory a weight stands in: a quantised one consists of several."""
+    if hasattr(weight, "_local_tensor"):
+        return [weight._local_tensor]
+    if hasattr(weight, "__tensor_flatten__"):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight]
 
 
 def fused_of(model: DenoisingModel) -> tuple[StepForward | None, tuple]:

@@ -92,7 +92,7 @@ class FusedGLADream(FusedStack):
                 self.config.inter_block_injection_mode == "global", moves_on,
             )  # fmt: skip
 
-        finished = len(normed) - len(slots)
+        finished = len(cos) - len(slots)
         if finished:
             before, last_states, log_decays, last_outputs = read(slice(finished), True)
             shares = self.config.share_inter_intra_gate_weights

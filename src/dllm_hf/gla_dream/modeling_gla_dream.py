@@ -218,6 +218,7 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
     model: GLADreamBaseModel
     makes_masks = False
     has_fixed_block_length = True  # the state moves on by whole blocks
+    cache_dtypes = ()
     capacity_step = 4096  # the cache does not grow with its columns
 
     @classmethod

@@ -3,5 +3,6 @@
 from .bundle import bundle
 from .export import export, export_loop
 from .publish import add_saving_with_code, push
+from .quantize import quantize
 
-__all__ = ["add_saving_with_code", "bundle", "export", "export_loop", "push"]
+__all__ = ["add_saving_with_code", "bundle", "export", "export_loop", "push", "quantize"]

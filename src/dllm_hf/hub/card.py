@@ -37,7 +37,7 @@ CARD = """---
 
 {description}
 
-The code in this repository is that of `dllm_hf` {version} (Apache-2.0); it needs `transformers` 5.13 or newer and nothing else.
+The code in this repository is that of `dllm_hf` {version} (Apache-2.0); it needs `transformers` 5.13 or newer and {needs}.
 {origin}
 
 ## Use
@@ -93,7 +93,7 @@ def card_header(folder: Path) -> dict:
         return {}
 
 
-def make_card(config: PreTrainedConfig, name: str, source: str | None, header: dict) -> str:
+def make_card(config: PreTrainedConfig, name: str, source: str | None, header: dict, weights: str | None = None) -> str:
     """The card of a repository.
 
     Args:
@@ -102,6 +102,7 @@ def make_card(config: PreTrainedConfig, name: str, source: str | None, header: d
         source: the repository whose weights these are, unchanged; None for weights of a folder or of a model in memory.
         header: the header of the source's card, for its licence and language. It comes from outside: only values of
             the form that the Hub expects are copied.
+        weights: the format that they are quantised in; None if they are not.
     """
     licence = _plain(header.get("license"), r"[A-Za-z0-9.+-]{1,64}")
     values: dict[str, Any] = {key: _plain(header.get(key)) for key in ("license_name", "license_link", "language")}
@@ -121,6 +122,7 @@ def make_card(config: PreTrainedConfig, name: str, source: str | None, header: d
         description=DESCRIPTIONS[family(config)[0].__name__],
         version=__version__,
         origin=origin,
+        needs="nothing else" if weights is None else f"`torchao` for the weights, which are in {weights}",
         name=_literal(name),
     )
 

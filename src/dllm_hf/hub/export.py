@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,12 +32,12 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
     Raises:
         ValueError, OSError: the source cannot be exported, and why. Nothing is written then.
     """
-    target = _new_folder(out)
+    target = new_folder(out)
     folder = checkpoint.fetch(source, weights=not config_only)
     files = ["config.json", "generation_config.json", *([] if config_only else checkpoint.TOKENIZER_FILES)]
     for file in ["README.md", *files]:
         checkpoint.checked_path(folder, file)
-    model = _checked_model(folder)
+    model = checked_model(folder)
     checkpoint.read_generation_config(folder, model)
     if not config_only:
         if (folder / "tokenizer_config.json").is_file():
@@ -48,10 +49,7 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
                 "does not have: one of the files is of another model."
             )
         files += weights
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-") as temporary:
-        made = Path(temporary) / "repository"
-        made.mkdir()
+    with written_whole(target) as made:
         for file in files:
             if (folder / file).is_file():
                 _link_or_copy(folder / file, made / file)
@@ -59,12 +57,22 @@ def export(source: str, out: str | os.PathLike, config_only: bool = False, name:
         origin = None if os.path.isdir(source) else str(source)
         card = make_card(model.config, name or target.resolve().name, origin, card_header(folder))
         (made / "README.md").write_text(card, encoding="utf-8")
+    return target
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A folder to write to, whose files are moved to `target` at the end: nothing is there until then."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-") as temporary:
+        made = Path(temporary) / "repository"
+        made.mkdir()
+        yield made
         if target.exists():
             for path in made.iterdir():
                 path.rename(target / path.name)
         else:
             made.rename(target)
-    return target
 
 
 def add_code(folder: Path, config: PreTrainedConfig) -> None:
@@ -97,7 +105,7 @@ def export_loop(out: str | os.PathLike, name: str | None = None) -> Path:
         out: the folder to write; it must not exist, or be empty.
         name: of the repository, which the card's example loads; the name of the folder `out` if not given.
     """
-    target = _new_folder(out)
+    target = new_folder(out)
     texts = bundle(generate)
     # transformers calls `generate` of a file of this name.
     texts["generate.py"] = texts.pop("generation_custom_generate.py")
@@ -108,14 +116,14 @@ def export_loop(out: str | os.PathLike, name: str | None = None) -> Path:
     return target
 
 
-def _new_folder(out: str | os.PathLike) -> Path:
+def new_folder(out: str | os.PathLike) -> Path:
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: give a folder that does not exist, or an empty one.")
     return folder
 
 
-def _checked_model(folder: Path) -> PreTrainedModel:
+def checked_model(folder: Path) -> PreTrainedModel:
     """The model that `config.json` describes, without weights."""
     path = folder / "config.json"
     values = checkpoint.read_json(path)

@@ -6,6 +6,7 @@ a key head are rows of one product, so that each key is read once, and every que
 
 import torch
 
+from .eight_bits import dequantised
 from .triton import tl, triton
 
 LOG2E = 1.4426950408889634
@@ -24,7 +25,7 @@ def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
 
 
 def canvas_attention_torch(
-    query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None
+    query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, scales=None
 ):
     """The twin of [`canvas_attention`]."""
     if runs is not None:  # each run is a row of a rectangle
@@ -32,9 +33,8 @@ def canvas_attention_torch(
         index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
         padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
         padded[:tokens], seen[:tokens] = query[0], lengths[0]
-        rows = canvas_attention_torch(
-            padded[index], keys, values, seen[index], base, width, scale, shared=shared, own=own
-        )
+        places = {"shared": shared, "own": own, "scales": scales}
+        rows = canvas_attention_torch(padded[index], keys, values, seen[index], base, width, scale, **places)
         return padded.zero_().index_put_((index,), rows)[None, :tokens]
     columns = torch.arange(width, device=keys.device)
     shared, own = (None if each is None else each[..., None] for each in (shared, own))
@@ -45,9 +45,11 @@ def canvas_attention_torch(
     behind = (columns >= lengths.amax(-1)[:, None])[:, None, :, None]
     groups = query.shape[2] // keys.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)
+    seen = [each[:, arena] for each in (keys, values)]
+    if scales is not None:
+        seen = [dequantised(*each, wide) for each in zip(seen, scales[:, arena].unbind(-1))]
     keys, values = (
-        each[:, arena].transpose(0, 1).to(wide).masked_fill(behind, 0).repeat_interleave(groups, dim=1)
-        for each in (keys, values)
+        each.transpose(0, 1).to(wide).masked_fill(behind, 0).repeat_interleave(groups, dim=1) for each in seen
     )
     scores = query.to(wide).transpose(1, 2) @ keys.transpose(2, 3) * scale
     probs = scores.masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -66,6 +68,7 @@ def canvas_attention(
     longest: int = 0,
     shared: torch.Tensor | None = None,
     own: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Args:
         query: `(batch, window, heads, head_dim)`, the last dimension contiguous, as of `keys` and `values`.
@@ -83,6 +86,8 @@ def canvas_attention(
             shared[0] + i of the arena for i < shared[1]. Of the shape of `base` otherwise, as with `runs`.
         own: `(3, batch)` int64, contiguous, where rows have some columns for themselves beside a canvas that they share with
             others: column i of a row is column own[2] + i - own[0] of the arena for own[0] <= i < own[1]. As `shared`.
+        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values where these are in 8 bits (uint8), see
+            [`eight_bits.quantised`].
 
     Returns:
         `(batch, window, heads, head_dim)`, contiguous.
@@ -104,15 +109,18 @@ def canvas_attention(
         parts = torch.empty(splits, batch, window, heads, head_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
+    pairs = lengths  # unused without scales
+    if scales is not None:
+        keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
+        pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
     _attend[(tiles, readers * kv_heads, splits)](
         query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
-        base if own is None else own,
-        out, parts, sums, scale * LOG2E,
+        base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
         window, kv_heads, number, splits,
-        *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
+        *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
         IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
     if splits > 1:
@@ -141,16 +149,16 @@ def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device)
 
 if triton is not None:
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
-    @triton.jit(do_not_specialize=["window", "number", "splits"])
+    @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
     def _attend(
-        query, keys, values, lengths, base, runs, shared, own, out, parts, sums, scale,
+        query, keys, values, lengths, base, runs, shared, own, pairs, out, parts, sums, scale,
         window, kv_heads, number, splits,
         query_batch, query_token, query_head,
         key_head, key_column,
-        value_head, value_column,
+        value_head, value_column, pair_head,
         GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
-        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, PRECISION: tl.constexpr,
+        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, IN_EIGHT_BITS: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
         reader, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
@@ -172,15 +180,27 @@ if triton is not None:
         start_of_row += token * query_token + head * query_head
         tile = tl.load(query + start_of_row[:, None] + dims, mask=exists[:, None] & real, other=0.0)
         begin = tl.load(base + reader)
+        # From here on places are counted from the row's base: 32 bits, which are faster, have room for their distance.
+        keys += begin * key_column + kv_head.to(tl.int64) * key_head
+        values += begin * value_column + kv_head.to(tl.int64) * value_head
         if IS_SHARED:
-            shared_begin = tl.load(shared + reader)
-            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader)
+            away = (tl.load(shared + reader) - begin).to(tl.int32)
+            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader).to(tl.int32)
         if HAS_OWN:
-            own_first = tl.load(own + reader)
-            own_last = tl.load(own + tl.num_programs(1) // kv_heads + reader)
-            own_begin = tl.load(own + 2 * (tl.num_programs(1) // kv_heads) + reader)
-        keys += kv_head.to(tl.int64) * key_head
-        values += kv_head.to(tl.int64) * value_head
+            readers = tl.num_programs(1) // kv_heads
+            own_first, own_last = tl.load(own + reader).to(tl.int32), tl.load(own + readers + reader).to(tl.int32)
+            aside = (tl.load(own + 2 * readers + reader) - begin).to(tl.int32) - own_first
+        if IN_EIGHT_BITS:
+            # A GPU makes two float16 of two 8-bit floats at once, and bfloat16 in three steps. What 8-bit numbers are
+            # multiplied with has room in float16: the queries as fractions of their largest number, and the weights of values
+            # times the scales of these, as fractions of the largest such product.
+            pairs += begin + kv_head.to(tl.int64) * pair_head
+            largest = tl.max(tl.abs(tile.to(tl.float32)), 1)
+            largest = tl.where(largest > 0, largest, 1.0)
+            scale = (largest * scale).to(tl.float32)[:, None]
+            tile = tile.to(tl.float32) / largest[:, None]
+            if query.dtype.element_ty != tl.float32:
+                tile = tile.to(tl.float16)
 
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
         longest = tl.max(length, 0)
@@ -192,23 +212,37 @@ if triton is not None:
         for start in range(split * chunk, end, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             inside = (column < end)[:, None] & real
-            place = begin + column
+            place = column
             if IS_SHARED:
-                place = tl.where(column < number_shared, shared_begin, begin) + column
+                place += tl.where(column < number_shared, away, 0)
             if HAS_OWN:
-                place = tl.where((column >= own_first) & (column < own_last), own_begin - own_first + column, place)
+                place = tl.where((column >= own_first) & (column < own_last), column + aside, place)
             key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
+            if IN_EIGHT_BITS:
+                pair = tl.load(pairs + place, mask=column < end, other=0)
+                key = key.to(tile.dtype)
             # Inductor passes Python floats as fp64; cast back.
             score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
+            if IN_EIGHT_BITS:
+                exponent = (pair >> 23) & 255  # of the value's scale, a power of two
+                score = score * (pair << 16).to(tl.float32, bitcast=True) + (exponent - 127).to(tl.float32)
             score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
             higher = tl.maximum(highest, tl.max(score, 1))
             # A row may see none of these keys: -inf - -inf would be NaN.
             lowest = tl.where(higher == -float("inf"), 0.0, higher)
             prob = tl.exp2(score - lowest[:, None])
             fade = tl.exp2(highest - lowest)
-            total = total * fade + tl.sum(prob, 1)
+            if IN_EIGHT_BITS:
+                total = total * fade + tl.sum(prob * ((254 - exponent) << 23).to(tl.float32, bitcast=True), 1)
+            else:
+                total = total * fade + tl.sum(prob, 1)
             value = tl.load(values + place[:, None] * value_column + dims, mask=inside, other=0.0)
             result = result * fade[:, None]
+            if IN_EIGHT_BITS:
+                # No instruction transposes bytes of shared memory, so that the compiler would read this operand byte by byte.
+                # It does not move the conversion behind that memory across a tile that is taken apart and put together.
+                even, odd = tl.split(tl.reshape(value.to(tile.dtype), (BLOCK_N, BLOCK_D // 2, 2)))
+                value = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_D))
             result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
             highest = higher
 

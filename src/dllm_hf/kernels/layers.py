@@ -1,67 +1,129 @@
-"""What a layer computes between its matrix products: norms, rotary positions, the writes to the cache, the gate.
+"""What a layer computes between its matrix products: norms, rotary positions, the writes to the cache, the gate; each row in 8
+bits where the next product takes it so.
 
 The kernels round where the layers of `transformers` (and PyTorch's norm) round, so that both paths agree in bfloat16 too;
 only the rotation is rounded once instead of three times.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 
+from .eight_bits import quantised
 from .triton import tl, triton
 
 HEADS_PER_PROGRAM = 8
+LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
+
+
+class Float8Rows(NamedTuple):
+    """Rows in 8 bits: `values * scales` is what they stand for.
+
+    Attributes:
+        values: `(..., size)` float8_e4m3fn, contiguous.
+        scales: `(..., 1)` float32, of each row, so that a row does not depend on the others.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: torch.Size, device: torch.device) -> "Float8Rows":
+        scales = torch.empty(*shape[:-1], 1, dtype=torch.float32, device=device)
+        return cls(torch.empty(shape, dtype=torch.float8_e4m3fn, device=device), scales)
+
+
+def quantize_rows_torch(x: torch.Tensor) -> Float8Rows:
+    """The twin of [`quantize_rows`]."""
+    # As torchao's, the scale is rounded to the type of `x`. It divides zeros by a scale of zero.
+    scales = (x.abs().amax(-1, keepdim=True) / LARGEST_FLOAT8).float()
+    wide = x.float() / scales.where(scales > 0, 1.0)
+    return Float8Rows(wide.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn), scales)
+
+
+def quantize_rows(x: torch.Tensor) -> Float8Rows:
+    """Rows in 8 bits, each with the scale that makes its largest value the largest of 8 bits, as torchao quantises the input
+    of a product.
+
+    Args:
+        x: `(..., size)`, contiguous.
+    """
+    rows, size = Float8Rows.empty(x.shape, x.device), x.shape[-1]
+    block = triton.next_power_of_2(size)
+    _quantize_rows[(x.numel() // size,)](x, *rows, size, BLOCK=block, num_warps=16 if block > 8192 else 8)
+    return rows
 
 
 def add_rms_norm_torch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds_once: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    rounds_once: bool = False,
+    quantizes: bool = False,
+) -> tuple[Any, torch.Tensor]:
     """The twin of [`add_rms_norm`]."""
     total = x if residual is None else residual + x
     wide = total.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if rounds_once:
-        return (weight.float() * normed).to(x.dtype), total
-    return weight * normed.to(x.dtype), total
+    normed = (weight.float() * normed).to(x.dtype) if rounds_once else weight * normed.to(x.dtype)
+    return (quantize_rows_torch(normed) if quantizes else normed), total
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds_once: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    rounds_once: bool = False,
+    quantizes: bool = False,
+) -> tuple[Any, torch.Tensor]:
     """`total = x + residual` and its RMS norm (arXiv:1910.07467).
 
     Args:
         x, residual: `(..., size)`, contiguous; without a residual the total is `x` itself.
         weight: `(size,)`.
         rounds_once: whether to round after the weight only, as `torch.nn.RMSNorm`, or before it too, as `transformers`.
+        quantizes: whether the norm is given in 8 bits, see [`quantize_rows`].
 
     Returns:
         The norm times `weight`, and the total.
     """
     size = x.shape[-1]
-    normed = torch.empty_like(x)
+    rows = Float8Rows.empty(x.shape, x.device) if quantizes else None
+    normed, scales = (torch.empty_like(x), x) if rows is None else rows  # unused scales
     total = x if residual is None else torch.empty_like(x)
     _add_rms_norm[(x.numel() // size,)](
-        x, x if residual is None else residual, weight, normed, total, size, eps,
-        HAS_RESIDUAL=residual is not None, ROUNDS_ONCE=rounds_once, BLOCK=triton.next_power_of_2(size),
-        num_warps=8 if size > 1024 else 4,
+        x, x if residual is None else residual, weight, normed, scales, total, size, eps,
+        HAS_RESIDUAL=residual is not None, ROUNDS_ONCE=rounds_once, QUANTIZES=quantizes,
+        BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4,
     )  # fmt: skip
-    return normed, total
+    return normed if rows is None else rows, total
 
 
-def swiglu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu_torch(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> Any:
     """The twin of [`swiglu`]."""
-    return torch.nn.functional.silu(gate) * up
+    activated = torch.nn.functional.silu(gate) * up
+    return quantize_rows_torch(activated) if quantizes else activated
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> Any:
     """`silu(gate) * up` (arXiv:2002.05202).
 
     Args:
         gate, up: `(batch, window, size)`, the last dimension contiguous, tokens at equal distances.
+        quantizes: whether it is given in 8 bits, see [`quantize_rows`].
 
     Returns:
         The same shape, contiguous.
     """
     batch, window, size = gate.shape
+    if quantizes:  # a program for each row, which must know all of it
+        rows, block = Float8Rows.empty(gate.shape, gate.device), triton.next_power_of_2(size)
+        _swiglu_float8[(batch * window,)](
+            gate, up, *rows, size, gate.stride(1), up.stride(1), BLOCK=block, num_warps=16 if block > 8192 else 8
+        )
+        return rows
     out = torch.empty(batch, window, size, dtype=gate.dtype, device=gate.device)
     block = 1024
     _swiglu[(batch * window, triton.cdiv(size, block))](
@@ -85,7 +147,7 @@ def rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def rotate_and_store_torch(
-    query, key, value, cos, sin, columns, keys, values, query_norm=None, key_norm=None, eps=0.0
+    query, key, value, cos, sin, columns, keys, values, query_norm=None, key_norm=None, eps=0.0, scales=None
 ) -> torch.Tensor:
     """The twin of [`rotate_and_store`]."""
     batch, window = query.shape[:2]
@@ -97,8 +159,12 @@ def rotate_and_store_torch(
             x = add_rms_norm_torch(x, None, weight, eps)[0]
         return rotate_torch(x, cos, sin)
 
-    for arena, states in ((keys, rotated(key, key_norm)), (values, value.view(batch, window, -1, head_dim))):
-        arena[:, columns] = states.permute(2, 0, 1, 3)
+    both = (keys, rotated(key, key_norm)), (values, value.view(batch, window, -1, head_dim))
+    for number, (arena, states) in enumerate(both):
+        states = states.permute(2, 0, 1, 3)
+        if scales is not None:
+            states, scales[:, columns, number] = quantised(states)
+        arena[:, columns] = states
     return rotated(query, query_norm)
 
 
@@ -114,6 +180,7 @@ def rotate_and_store(
     query_norm: torch.Tensor | None = None,
     key_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm (where there is one) and rotary position of queries and keys, see [`rotate_torch`]; keys and values go into
     their columns of the cache.
@@ -125,6 +192,8 @@ def rotate_and_store(
         columns: `(batch, window)` int64, of the arena. Where one repeats, so must its key and value.
         keys, values: `(kv_heads, columns, head_dim)`, the arena, written in place.
         query_norm, key_norm: `(head_dim,)`, the weights of norms over each head; `eps` is theirs.
+        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values, written in place where these are in 8
+            bits (uint8), see [`eight_bits.quantised`].
 
     Returns:
         The queries, `(batch, window, heads, head_dim)`.
@@ -134,14 +203,18 @@ def rotate_and_store(
     heads = query.shape[2] // head_dim
     columns = columns.contiguous()  # may be one row, expanded to the batch
     rotated = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
+    if scales is not None:
+        keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
     together = min(HEADS_PER_PROGRAM, triton.next_power_of_2(kv_heads))
     programs = triton.cdiv(heads, together) + 2 * triton.cdiv(kv_heads, together)
     _rotate_and_store[(batch * window, programs)](
         query, key, value, cos, sin, columns, rotated, keys, values,
+        keys if scales is None else scales,
         query if query_norm is None else query_norm, key if key_norm is None else key_norm, eps,
         heads, kv_heads, query.stride(1), key.stride(1), value.stride(1), *keys.stride()[:2], *values.stride()[:2],
+        keys.shape[1],
         HALF=head_dim // 2, ROTATED=cos.shape[-1] // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=together,
-        HAS_NORM=query_norm is not None, num_warps=4,
+        HAS_NORM=query_norm is not None, IN_EIGHT_BITS=scales is not None, num_warps=4,
     )  # fmt: skip
     return rotated
 
@@ -149,9 +222,26 @@ def rotate_and_store(
 if triton is not None:
 
     @triton.jit
+    def _store_float8(row, dtype: tl.constexpr, values, scales, index, inside, size):
+        """Store a row in 8 bits, and its scale. `row`: float32, rounded to `dtype`."""
+        scale = (tl.max(tl.abs(row), 0) / 448.0).to(dtype).to(tl.float32)
+        token = tl.program_id(0).to(tl.int64)
+        # The scale may be rounded down: the largest value is kept from becoming none.
+        row = tl.clamp(tl.div_rn(row, tl.where(scale > 0, scale, 1.0)), -448.0, 448.0)
+        tl.store(values + token * size + index, row.to(tl.float8e4nv), mask=inside)
+        tl.store(scales + token, scale)
+
+    @triton.jit
+    def _quantize_rows(x, values, scales, size, BLOCK: tl.constexpr):
+        index = tl.arange(0, BLOCK)
+        inside = index < size
+        row = tl.load(x + tl.program_id(0).to(tl.int64) * size + index, mask=inside, other=0.0)
+        _store_float8(row.to(tl.float32), row.dtype, values, scales, index, inside, size)
+
+    @triton.jit
     def _add_rms_norm(
-        x, residual, weight, normed, total, size, eps,
-        HAS_RESIDUAL: tl.constexpr, ROUNDS_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+        x, residual, weight, normed, scales, total, size, eps,
+        HAS_RESIDUAL: tl.constexpr, ROUNDS_ONCE: tl.constexpr, QUANTIZES: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * size
         index = tl.arange(0, BLOCK)
@@ -169,7 +259,22 @@ if triton is not None:
         if not ROUNDS_ONCE:
             result = result.to(dtype).to(tl.float32)
         result *= factor
-        tl.store(normed + row + index, result.to(dtype), mask=inside)
+        if QUANTIZES:
+            _store_float8(result.to(dtype).to(tl.float32), dtype, normed, scales, index, inside, size)
+        else:
+            tl.store(normed + row + index, result.to(dtype), mask=inside)
+
+    @triton.jit
+    def _swiglu_float8(gate, up, values, scales, size, gate_token, up_token, BLOCK: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        index = tl.arange(0, BLOCK)
+        inside = index < size
+        left = tl.load(gate + token * gate_token + index, mask=inside, other=0.0)
+        right = tl.load(up + token * up_token + index, mask=inside, other=0.0).to(tl.float32)
+        wide = left.to(tl.float32)
+        activated = (wide / (1.0 + tl.exp(-wide))).to(left.dtype).to(tl.float32)
+        row = (activated * right).to(left.dtype).to(tl.float32)
+        _store_float8(row, left.dtype, values, scales, index, inside, size)
 
     @triton.jit
     def _swiglu(gate, up, out, size, gate_token, up_token, BLOCK: tl.constexpr):
@@ -183,11 +288,30 @@ if triton is not None:
         tl.store(out + token * size + index, (activated * right).to(left.dtype), mask=inside)
 
     @triton.jit
+    def _store_heads(
+        target, head_stride, column_stride, scales, column, columns, head, exists, one, two, first, second, inside,
+        IN_EIGHT_BITS: tl.constexpr,
+    ):  # fmt: skip
+        """Two halves of a column's heads, `(HEADS, BLOCK)` each, as they are, or in 8 bits: see [`eight_bits.quantised`]."""
+        if IN_EIGHT_BITS:
+            first, second = first.to(tl.float32), second.to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+            bits = ((largest / 448.0).to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+            scale = tl.maximum(bits, 226492416).to(tl.float32, bitcast=True)  # `SMALLEST`
+            tl.store(scales + (head.to(tl.int64) * columns + column) * 2, scale.to(tl.bfloat16), mask=exists)
+            first, second = first / scale[:, None], second / scale[:, None]
+        target += column * column_stride + head[:, None].to(tl.int64) * head_stride
+        tl.store(target + one, first.to(target.dtype.element_ty), mask=inside)
+        tl.store(target + two, second.to(target.dtype.element_ty), mask=inside)
+
+    # Not specialised: another number of columns must not compile it again.
+    @triton.jit(do_not_specialize=["number_of_columns"])
     def _rotate_and_store(
-        query, key, value, cos, sin, columns, rotated, keys, values, query_norm, key_norm, eps,
+        query, key, value, cos, sin, columns, rotated, keys, values, scales, query_norm, key_norm, eps,
         heads, kv_heads, query_token, key_token, value_token,
-        key_head, key_column, value_head, value_column,
+        key_head, key_column, value_head, value_column, number_of_columns,
         HALF: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
+        IN_EIGHT_BITS: tl.constexpr,
     ):  # fmt: skip
         """A few heads of one token: of the queries, then of the keys, then of the values."""
         token, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -200,24 +324,25 @@ if triton is not None:
         if number >= of_queries + of_keys:
             head = (number - of_queries - of_keys) * HEADS + each
             inside = (head < kv_heads)[:, None] & (index < HALF)
-            # Of the same shapes as below: Triton takes a variable of two branches for one.
+            # Triton takes a variable of two branches for one: of the same shapes and types as below.
             source = value + token * value_token + head[:, None] * 2 * HALF
-            target = values + column * value_column + head[:, None].to(tl.int64) * value_head
-            tl.store(target + index, tl.load(source + index, mask=inside), mask=inside)
-            tl.store(target + index + HALF, tl.load(source + index + HALF, mask=inside), mask=inside)
+            low = tl.load(source + index, mask=inside, other=0.0)
+            high = tl.load(source + index + HALF, mask=inside, other=0.0)
+            _store_heads(
+                values, value_head, value_column, scales + 1, column, number_of_columns, head, head < kv_heads,
+                index, index + HALF, low, high, inside, IN_EIGHT_BITS,
+            )  # fmt: skip
         else:
             if number < of_queries:
                 head = number * HEADS + each
                 inside = (head < heads)[:, None] & (index < HALF)
                 source = query + token * query_token + head[:, None] * 2 * HALF
                 weight = query_norm
-                target = rotated + token * heads * 2 * HALF + head[:, None] * 2 * HALF
             else:
                 head = (number - of_queries) * HEADS + each
                 inside = (head < kv_heads)[:, None] & (index < HALF)
                 source = key + token * key_token + head[:, None] * 2 * HALF
                 weight = key_norm
-                target = keys + column * key_column + head[:, None].to(tl.int64) * key_head
             first = tl.load(source + one, mask=inside, other=0.0)
             second = tl.load(source + two, mask=inside, other=0.0)
             dtype = first.dtype
@@ -235,5 +360,13 @@ if triton is not None:
             cos2 = tl.load(cos + ROTATED + angle, mask=turns, other=1.0).to(tl.float32)
             sin1 = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
             sin2 = tl.load(sin + ROTATED + angle, mask=turns, other=0.0).to(tl.float32)
-            tl.store(target + one, (first * cos1 - second * sin1).to(dtype), mask=inside)
-            tl.store(target + two, (second * cos2 + first * sin2).to(dtype), mask=inside)
+            turned1, turned2 = (first * cos1 - second * sin1).to(dtype), (second * cos2 + first * sin2).to(dtype)
+            if number < of_queries:
+                target = rotated + token * heads * 2 * HALF + head[:, None] * 2 * HALF
+                tl.store(target + one, turned1, mask=inside)
+                tl.store(target + two, turned2, mask=inside)
+            else:
+                _store_heads(
+                    keys, key_head, key_column, scales, column, number_of_columns, head, head < kv_heads,
+                    one, two, turned1, turned2, inside, IN_EIGHT_BITS,
+                )  # fmt: skip

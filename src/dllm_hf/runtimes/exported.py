@@ -115,6 +115,7 @@ class ExportedModel(DiffusionGenerationMixin):
     """
 
     takes_devices = False
+    cache_dtypes = ()
 
     def __init__(self, folder: Path, description: dict[str, Any], fingerprint: str):
         super().__init__()

@@ -41,7 +41,14 @@ PASSED_OVER = {"user", "metadata", "store", "service_tier", "parallel_tool_calls
 PASSED_OVER |= {"prompt_cache_key", "include_reasoning", "priority", "stream"}
 # Options of `DiffusionGenerationConfig` that are the server's, or go by another name.
 _NOT_OF_A_REQUEST = {"num_return_sequences", "max_time", "stop_strings", "cache_policy", "mask_token_id", "mask_id"}
-_NOT_OF_A_REQUEST |= {"disable_compile", "torch_compile", "output_history", "return_dict_in_generate", "max_length"}
+_NOT_OF_A_REQUEST |= {
+    "cache_dtype",
+    "disable_compile",
+    "torch_compile",
+    "output_history",
+    "return_dict_in_generate",
+    "max_length",
+}
 _NOT_OF_A_REQUEST |= {"pad_token_id", "bos_token_id", "prefill_chunk_size", "check_interval", "steps_per_look"}
 _OPTIONS = {*DiffusionGenerationConfig.DEFAULTS, *ALIASES} - _NOT_OF_A_REQUEST - REFUSED.keys()
 _KNOWN = {*Decoding.model_fields, "messages", "prompt", "max_completion_tokens", "echo", "blank"}

@@ -1,0 +1,159 @@
+"""`cache_dtype="fp8"`: keys and values in 8 bits, wherever there is a cache of them. The kernels: kernels/test_eight_bit_cache.py."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from dllm_hf import LLM, SamplingParams
+from dllm_hf.engine import engine
+from dllm_hf.generation import pool
+from dllm_hf.generation.cache import column_bytes_of
+
+from ..builders import assert_each_row_is_what_it_is_alone, generate, recorded, refused, tiny_model
+from .recorded_graphs import both_ways, fresh_model
+
+FP8 = {"cache_dtype": "fp8", "eos_token_id": []}
+CALLS = {
+    "llada": {"cache_policy": "dual"},
+    "dream": {"cache_policy": "prefix", "cfg_scale": 0.7},
+    "sdar": {"prefill_chunk_size": 3},
+    "llada2": {"editing_threshold": 0.05},
+    "nemotron_diffusion": {},
+    "fast_dllm_v2": {"block_length": 4, "small_block_size": 2, "use_block_cache": True},
+}
+ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("family", CALLS)
+def test_the_fast_path_decodes_as_the_plain_one(family, captured):
+    """Graphs, rows of different lengths, blocks that are written beside those that are read; guidance and sub-blocks too."""
+    options = {"max_new_tokens": 9, "block_length": 4, "denoising_steps": 3, **FP8, **CALLS[family]}
+    model = fresh_model(family)
+    plain = both_ways(model, **options)
+    assert captured
+    unlike = both_ways(model, **{**options, "cache_dtype": None})
+    assert plain.sequences.tolist() != unlike.sequences.tolist()  # a workspace of its own, and other keys
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar", "nemotron_diffusion"])
+def test_a_row_in_a_batch_is_what_it_is_alone(family):
+    options = {"max_new_tokens": 9, "block_length": 4, **FP8, **CALLS[family]}
+    assert_each_row_is_what_it_is_alone(tiny_model(family), [[5, 6, 7, 8, 9, 10, 11], [12, 13], []], **options)
+
+
+def test_keys_and_values_take_little_more_than_half_the_memory_of_bfloat16(captured):
+    for family in ("llada", "sdar"):
+        model = fresh_model(family, head_dim=64) if family == "sdar" else fresh_model(family)
+        model = model.bfloat16()
+        part = column_bytes_of(model, "fp8") / column_bytes_of(model)
+        heads = model.model.layers[0].self_attn.head_dim
+        assert part == (heads + 2) / (2 * heads)
+        assert heads < 32 or part < 0.53
+        policy = {"cache_policy": "dual"} if family == "llada" else {}
+        sizes = {}
+        for cache_dtype in (None, "fp8"):
+            model.release_graphs()
+            generate(model, ROWS, max_new_tokens=4, **{**FP8, "cache_dtype": cache_dtype}, **policy)
+            [workspace] = pool._idle[model]
+            tensors = workspace.state.layer_tensors()
+            sizes[cache_dtype] = sum(each.nbytes for each in tensors)
+            columns = workspace.state.layers[0].width * len(ROWS)
+            assert sizes[cache_dtype] == columns * column_bytes_of(model, cache_dtype)
+        assert sizes["fp8"] / sizes[None] == part
+
+
+CHANGES = {
+    "as it is": lambda cache: (cache, [0, 1]),
+    "pickled": lambda cache: (pickle.loads(pickle.dumps(cache)), [0, 1]),
+    "rows in another order": lambda cache: (cache.batch_select_indices(torch.tensor([1, 0, 0])), [1, 0, 0]),
+    "shortened": lambda cache: (cache.crop(3), [0, 1]),
+    "reset": lambda cache: (cache.reset(), [0, 1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_conversation_goes_on(change, is_fast, request):
+    if is_fast:
+        request.getfixturevalue("captured")
+    model, options = fresh_model("sdar"), {"max_new_tokens": 6, **FP8}
+    first = generate(model, ROWS, **options)
+    cache = copy.deepcopy(first.past_key_values) if is_fast else first.past_key_values
+    changed, rows = CHANGES[change](cache)
+    cache = cache if changed is None else changed
+    texts = [[*ROWS[0], *first.sequences[0, 9:].tolist(), 20], [*ROWS[1], *first.sequences[1, 9:].tolist(), 21]]
+    following = [[*texts[row], *range(30)] for row in rows]  # more columns than the first turn had
+    with recorded(model) as calls:
+        resumed = generate(model, following, past_key_values=cache, **options)
+    assert resumed.sequences.tolist() == generate(model, following, **options).sequences.tolist()
+    if not is_fast:
+        assert (calls[0]["input_ids"].shape[1] >= len(following[0])) == (change == "reset")
+
+
+def test_a_conversation_keeps_its_type():
+    model = tiny_model("sdar")
+    for one, other in (("fp8", None), (None, "fp8")):
+        cache = generate(model, [[1, 2, 3]], max_new_tokens=4, cache_dtype=one).past_key_values
+        refused(model, rf"cache_dtype={one!r}.*cache_dtype={other!r}.*keep", past_key_values=cache, cache_dtype=other)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "mentions"),
+    [
+        ("gla_dream", {}, ["cache_dtype='fp8'", "GLADream", "keys and values", "leave it out"]),
+        ("llada", {"cache_policy": "none"}, ["cache_dtype='fp8'", "cache_policy", "none"]),
+        ("llada", {"cache_policy": "dual", "cache_dtype": "fp16"}, ["cache_dtype='fp16'", "fp8"]),
+    ],
+)
+def test_what_has_no_keys_to_keep_in_8_bits_is_refused(family, options, mentions):
+    refused(tiny_model(family), *mentions, **{"cache_dtype": "fp8", **options})
+
+
+PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
+BEGINNING = [(7 * position) % 50 for position in range(24)]
+
+
+@pytest.mark.parametrize("uses_graphs", [False, True])
+@pytest.mark.parametrize("family", ["sdar", "llada", "fast_dllm_v2"])
+def test_the_engine_gives_what_a_call_gives(family, uses_graphs, monkeypatch, request):
+    """Rows that come and go, of different lengths; where blocks see earlier ones alone, with a beginning in common, which is
+    read where it stands, and extents that are moved."""
+    if uses_graphs:
+        request.getfixturevalue("captured")
+        monkeypatch.setattr(engine, "are_possible", lambda device: True)
+    model = fresh_model(family)
+    policy = {"cache_policy": "dual"} if family == "llada" else {}
+    llm = LLM(model, cache_dtype="fp8", max_num_seqs=3, num_cache_tokens=130, enforce_eager=not uses_graphs, **policy)
+    prompts = [[1, 2, 3], *([*BEGINNING, number] for number in range(4)), [4], [*BEGINNING, 4, 5, 6]]
+    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
+    state = llm._driver.engine._decoder.workspace.state
+    assert {each.dtype for each in state.layer_tensors()} == {torch.uint8, torch.bfloat16}
+    options = {"max_new_tokens": 6, "block_length": llm.effective_options(PARAMS).block_length, **FP8, **policy}
+    for prompt, output in zip(prompts, outputs):
+        alone = generate(model, [prompt], disable_compile=True, **options).sequences[0, len(prompt) :]
+        assert output.outputs[0].token_ids == alone.tolist()
+
+
+def test_more_columns_fit_into_the_memory_of_a_gpu(monkeypatch):
+    """By what a column takes in the type that `LLM`, or the model's own configuration, asks for."""
+    model = fresh_model("sdar")
+    llm = LLM(model)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
+    found = [llm._cache_columns(10**9, 100, 0.5, cache_dtype) for cache_dtype in (None, "fp8")]
+    assert found == [int(5e8) // column_bytes_of(model, each) for each in (None, "fp8")]
+    assert found[1] > 3 * found[0]  # of float32
+
+
+def test_a_request_cannot_choose_the_type():
+    with pytest.raises(ValueError, match="cache_dtype.*one for all requests.*`LLM`"):
+        SamplingParams(options={"cache_dtype": "fp8"})
+
+
+def test_the_model_s_generation_config_may_say_it():
+    model = fresh_model("sdar")
+    model.generation_config = model.generation_config.updated(cache_dtype="fp8")
+    llm = LLM(model)
+    assert llm._driver.engine._decoder.workspace.state.cache_dtype == "fp8"

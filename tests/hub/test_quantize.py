@@ -1,0 +1,109 @@
+"""Repositories with quantised weights."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dllm_hf import LLM
+from dllm_hf.gla_dream.attention_gla_dream import DecayProjection
+from dllm_hf.hub import quantize
+from dllm_hf.quantization import check_runs, quantization_config
+
+from .conftest import weights
+
+pytest.importorskip("torchao")
+pytest.importorskip("accelerate")
+
+OPTIONS = {"max_new_tokens": 8, "suppress_tokens": [61]}
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def tokens(model) -> list[int]:
+    return model.diffusion_generate(torch.tensor([[5, 6, 7]]), **OPTIONS).tolist()[0]
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar_moe", "llada2", "gla_dream"])
+def test_the_layers_and_the_head_are_quantised_and_the_rest_is_not(family, sources, tmp_path):
+    made = quantize(str(sources / family), tmp_path / "out", "int8")
+    model = loaded(tmp_path / "out")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            assert (type(module.weight) is nn.Parameter) == isinstance(module, DecayProjection)
+    plain = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
+    assert made.others == sum(each.numel() for each in plain.values())
+    assert made.quantized + made.others == sum(each.numel() for each in loaded(sources / family).parameters())
+    assert made.experts == sum(each.numel() for name, each in plain.items() if ".experts." in name)
+    assert bool(made.experts) == hasattr(model.config, "num_experts")
+
+
+def test_a_head_that_is_tied_stays_the_embedding(sources, tmp_path):
+    model = loaded(sources / "dream")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    quantize(str(tmp_path / "tied"), tmp_path / "out", "int8")
+    model = loaded(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight and type(model.lm_head.weight) is nn.Parameter
+    tokens(model)
+
+
+@pytest.mark.slow
+def test_it_runs_without_this_package_and_gives_the_same_there(sources, tmp_path, fresh_processes):
+    fresh = fresh_processes()
+    quantize(str(sources / "llada"), tmp_path / "out", "int8")
+    fresh.ask("tokens", "tokens", name=tmp_path / "out", ids=[5, 6, 7], options=OPTIONS)
+    fresh.ask("card", "card", name="out", folder=tmp_path / "out")
+    fresh.run()
+    assert fresh.answer("tokens") == tokens(loaded(tmp_path / "out"))
+    assert fresh.answer("card")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "`torchao`" in card and "nothing else" not in card
+    assert sum(map(len, weights(tmp_path / "out").values())) < 0.6 * sum(map(len, weights(sources / "llada").values()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_what_a_cpu_cannot_do_is_refused_before_anything_is_read(format, tmp_path):
+    with pytest.raises(ValueError, match=f"{format} weights need an NVIDIA GPU .* take int8"):
+        quantize("nothing/there", tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_format_and_quantised_weights_are_refused(sources, tmp_path):
+    with pytest.raises(ValueError, match="choose one of fp8, int8, int4"):
+        quantization_config("int2")
+    quantize(str(sources / "llada"), tmp_path / "out", "int8")
+    with pytest.raises(ValueError, match="quantization_config"):
+        quantize(str(tmp_path / "out"), tmp_path / "again", "int8")
+    with pytest.raises(ValueError, match="`tensor_parallel_size=2`: the model's weights are quantised"):
+        LLM(str(tmp_path / "out"), tensor_parallel_size=2, device="cpu")
+    assert not (tmp_path / "again").exists()
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match=r'pip install "dllm-hf\[quantize\]"'):
+        quantization_config("int8")
+
+
+def test_weights_that_a_device_cannot_multiply_with_are_named(sources):
+    class Int4TilePackedTo4dTensor(nn.Parameter):
+        pass
+
+    model = loaded(sources / "llada")
+    check_runs(model)
+    model.lm_head.weight = Int4TilePackedTo4dTensor(model.lm_head.weight.data)
+    with pytest.raises(ValueError, match="int4 weights need"):
+        check_runs(model)
+
+
+def test_the_repository_s_configuration_says_how_it_was_quantised(sources, tmp_path):
+    quantize(str(sources / "llada"), tmp_path / "out", "int8")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "torchao" and "AutoModelForCausalLM" in config["auto_map"]
