@@ -144,7 +144,7 @@ def denoise(
         drafted = (held[..., None] & later[:, None]).any(2)
         transfers = torch.cat([transfers[:, :1], transfers[:, :1] | drafted], dim=1)
     nexts = torch.where(transfers, proposals[:, None], now[:, None])
-    if window.draft_columns:
+    if level is not None and window.draft_columns:
         taken = confirmed(window.copies, level, now, nexts[:, 0], transferred > 0)
     if raw is not None:
         chosen = logits.gather(-1, proposals[..., None]).squeeze(-1)
