@@ -36,7 +36,7 @@ def both(model, rows, drafts, **options):
     return alone, drafted
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(st.lists(prompts, min_size=1, max_size=3), calls, paces, st.integers(1, 5))
 def test_drafts_change_no_token(pair, rows, options, pace, drafts):
     family, policy = pair

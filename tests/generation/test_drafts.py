@@ -135,8 +135,17 @@ def test_a_streamer_shows_each_step():
     assert found[0] == found[1] and len(found[0]) > 8
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "family, policy", [("dream", "prefix"), ("dream", "dual"), ("sdar", "block"), ("gla_dream", "block")]
+    "family, policy",
+    [
+        ("dream", "dual"),
+        pytest.param("dream", "prefix", marks=SLOW),
+        ("sdar", "block"),
+        pytest.param("gla_dream", "block", marks=SLOW),
+    ],
 )
 def test_the_fast_path_takes_drafts_too(family, policy, captured):
     """The accepted steps are chosen within the graph."""
