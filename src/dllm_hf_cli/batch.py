@@ -127,7 +127,7 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
     except ValueError as error:
         raise ValueError(f"request {name}: {error}") from error
     options: dict[str, Any] = {**session.options, "num_return_sequences": session.resolved.num_return_sequences}
-    for shared in ("cache_policy", "cache_dtype", "mask_token_id", "disable_compile"):
+    for shared in ("cache_policy", "cache_dtype", "mask_token_id", "disable_compile", "draft_steps"):
         options.pop(shared, None)  # those of the engine
     own = {key: given.pop(key) for key in ("n", "seed", "stop", "timeout") if key in given}
     options = {**options, **given}
@@ -158,6 +158,7 @@ def _engine(session: Session) -> LLM:
         cache_policy=session.options.get("cache_policy"),
         cache_dtype=session.options.get("cache_dtype"),
         enforce_eager=bool(session.options.get("disable_compile")),
+        draft_steps=session.options.get("draft_steps"),
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,
         max_num_batched_tokens=arguments.max_num_batched_tokens,

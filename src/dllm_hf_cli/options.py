@@ -31,6 +31,7 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "use_block_cache": (bool, "Fast-dLLM v2: feed the sub-block alone once its first position is decided (approximate)", ()),
     "steps": (int, "denoising steps of the whole completion", ("max_steps",)),
     "denoising_steps": (int, "denoising steps of each block", ()),
+    "draft_steps": (str, "so many further steps in each forward pass where their tokens are the same, or auto", ()),
     "temperature": (float, "0 proposes the most likely token", ("temperature_",)),
     "do_sample": (bool, "draw proposals, or (--no-do-sample) take the most likely ones", ()),
     "top_k": (int, "draw from the k most likely tokens", ("topk",)),
@@ -211,6 +212,8 @@ def _add_generation_options(parser: Parser) -> None:
 def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `DiffusionGenerationConfig` that were given."""
     given = {name: value for name, value in vars(arguments).items() if name in GENERATION_OPTIONS and value is not None}
+    if given.get("draft_steps", "").isdigit():  # the other value is "auto"
+        given["draft_steps"] = int(given["draft_steps"])
     if "bad_words_ids" in given:
         given["bad_words_ids"] = [[token] for token in given["bad_words_ids"]]
     return given

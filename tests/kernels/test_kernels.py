@@ -148,6 +148,33 @@ def test_rows_read_the_beginning_that_they_share_where_it_stands(is_list):
             close(got[one], attend(canvas_attention_torch, query[one], *alone, lengths[one], 0.1), torch.float32)
 
 
+@pytest.mark.parametrize("is_list, has_beginning", [(False, False), (True, False), (True, True)])
+def test_rows_have_columns_of_their_own_within_a_canvas_that_they_share(is_list, has_beginning):
+    """Three rows of one canvas: the first reads it as it is, the others have the columns from 70 on, and from 10 on, elsewhere."""
+    query, keys, values = random(3, 3, 2, 64), random(2, 900, 64), random(2, 900, 64, seed=1)
+    seen, own, beginning = (
+        [200, 150, 150],
+        [(0, 0, 0), (70, 75, 800), (10, 140, 700)],
+        (400, 33) if has_beginning else (0, 0),
+    )
+    lengths = torch.tensor(seen, dtype=torch.int32, device=DEVICE)[:, None].expand(3, 3).contiguous()
+    shared = torch.tensor([beginning] * 3, device=DEVICE).T.contiguous() if has_beginning else None
+    tables = {"shared": shared, "own": torch.tensor(own, device=DEVICE).T.contiguous()}
+    places = (torch.full((3,), 100, device=DEVICE), 300, 0.1)
+    runs = torch.tensor([[9, 3 * row, 3] for row in range(3)], device=DEVICE)
+    for attend_to in (canvas_attention, canvas_attention_torch):
+        if is_list:
+            flat = (query.flatten(0, 1)[None], keys, values, lengths.view(1, 9), *places, runs, 4)
+            got = attend_to(*flat, **tables).view_as(query)
+        else:
+            got = attend_to(query, keys, values, lengths, *places, **tables)
+        for row, (length, (first, last, begin)) in enumerate(zip(seen, own)):
+            columns = [(beginning[0] if column < beginning[1] else 100) + column for column in range(length)]
+            columns[first:last] = range(begin, begin + last - first)
+            one, alone = slice(row, row + 1), (x[None, :, columns] for x in (keys, values))
+            close(got[one], attend(canvas_attention_torch, query[one], *alone, lengths[one], 0.1), torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [1024, 8192, 32768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

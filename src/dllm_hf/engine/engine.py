@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation.cache_layers import CACHE_LAYERS
 from ..generation.decoder import Decoder
+from ..generation.drafts import FREE_TOKENS, number_of_drafts
 from ..generation.evaluation_mode import evaluating
 from ..generation.graphs import are_possible
 from ..generation.mixin import DiffusionGenerationMixin
@@ -51,6 +52,8 @@ class Engine:
         cache_columns: of the arena that all completions share; each takes those of its canvas and one more.
         max_passed_over: how often a completion that waits for room may be passed over by shorter ones.
         uses_graphs: whether steps on a GPU run on fused kernels, as CUDA graphs.
+        draft_steps: see [`DiffusionGenerationConfig`]; for completions whose options allow it, in passes of at most
+            `FREE_TOKENS` tokens.
 
     Attributes:
         intake: checks requests, and makes the completions that [`submit`] takes.
@@ -71,6 +74,7 @@ class Engine:
         cache_columns: int,
         max_passed_over: int = 100,
         uses_graphs: bool = True,
+        draft_steps: int | str | None = None,
     ):
         self.model, self.max_queue = model, max_queue
         self.max_passed_over, self._cache_columns = max_passed_over, cache_columns
@@ -82,11 +86,17 @@ class Engine:
         has_cache, cache_dtype = resolved.cache_policy != "none", resolved.cache_dtype
         has_kernels = are_possible(model.device) and CACHE_LAYERS[cache_dtype].has_kernels(model.device)
         fused = fused_of(model)[0] if uses_graphs and has_cache and has_kernels else None
-        backend = model.make_backend(has_cache, fused=fused, arena_columns=cache_columns, cache_dtype=cache_dtype)
+        drafts = number_of_drafts(draft_steps, model.device)
+        room = {"draft_columns": FREE_TOKENS} if drafts and has_cache else {}
+        backend = model.make_backend(
+            has_cache, fused=fused, arena_columns=cache_columns, cache_dtype=cache_dtype, **room
+        )
         self._decoder = Decoder.open(
             backend,
             slots,
             capacity,
+            drafts=drafts,
+            draft_tokens=FREE_TOKENS,
             uses_graphs=fused is not None,
             token_budget=token_budget,
             shares_beginnings=has_cache,

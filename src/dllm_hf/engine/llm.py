@@ -63,6 +63,10 @@ class LLM:
             each; `max_queue` is that of all. `model` must be a folder or a repository then, and a script must make the `LLM`
             below `if __name__ == "__main__":`.
         enforce_eager: no CUDA graphs and no fused kernels.
+        draft_steps: up to so many further denoising steps in a forward pass, with the same tokens, or "auto", while few
+            completions run: as long as a pass has no more than 128 tokens, drafts included. Completions that draw at random, or
+            whose strategy lets the logits say how many tokens a step transfers, take one step a pass. By default what the
+            model's generation config says.
 
     Raises:
         ValueError, OSError: name what is wrong, before weights are read where that is known by then.
@@ -91,6 +95,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
         enforce_eager: bool = False,
+        draft_steps: int | str | None = None,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "model")}
         _check_arguments(arguments)
@@ -131,7 +136,7 @@ class LLM:
         options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy", "cache_dtype")}
         if options["cache_policy"] is None and self.model.generation_config.cache_policy is None:
             options["cache_policy"] = "block" if "block" in self.model.cache_policies else None
-        slots, columns = arguments["max_num_seqs"], arguments["num_cache_tokens"]
+        slots, columns, drafts = (arguments[name] for name in ("max_num_seqs", "num_cache_tokens", "draft_steps"))
         if columns is None:
             cache_dtype = options["cache_dtype"] or self.model.generation_config.cache_dtype
             columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"], cache_dtype)
@@ -145,6 +150,7 @@ class LLM:
             arguments["max_num_batched_tokens"],
             columns,
             uses_graphs=not arguments["enforce_eager"],
+            draft_steps=self.model.generation_config.draft_steps if drafts is None else drafts,
         )
 
     def _load_tokenizer(self, tokenizer: Any, source: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
@@ -422,6 +428,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     for name in (*sizes, "data_parallel_size", "tensor_parallel_size"):
         if (value := arguments[name]) is not None and (type(value) is not int or value < 1):
             raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+    DiffusionGenerationConfig(draft_steps=arguments["draft_steps"])
     if not 0 < (part := arguments["gpu_memory_utilization"]) <= 1:
         raise ValueError(f"`gpu_memory_utilization` must be above 0 and at most 1, but is {part!r}.")
 

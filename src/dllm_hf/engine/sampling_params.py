@@ -20,6 +20,7 @@ _REMEDIES = {
     "cache_policy": "it is one for all requests: pass it to `LLM`",
     "cache_dtype": "it is one for all requests: pass it to `LLM`",
     "mask_token_id": "it is one for all requests: pass it to `LLM`",
+    "draft_steps": "it is one for all requests: pass it to `LLM`",
     **dict.fromkeys(("disable_compile", "torch_compile"), "it is one for all requests: pass `enforce_eager` to `LLM`"),
 }
 

@@ -89,4 +89,5 @@ class GatedNetwork(nn.Module):
         self.gate = swiglu if is_fused else swiglu_torch
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate(*self.inputs(hidden_states)))
+        gate, up = self.inputs(hidden_states)
+        return self.down(self.gate(gate, up))

@@ -1,6 +1,7 @@
 """The forward pass of a decoder of transformers on our kernels, for decoding on a GPU."""
 
 from collections import Counter
+from copy import copy
 from typing import Any
 
 import torch
@@ -165,8 +166,8 @@ class FusedStack:
         `(rows, kept, vocab)` logits."""
         if self.is_fused and self.ranks is None and not torch.compiler.is_compiling():
             self._compile_for(tokens, window, cache)
-        base, shared, columns = cache.locate(window)
-        sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared)
+        base, shared, own, columns = cache.locate(window)
+        sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared, own)
         keep = window.keep.reshape(1, window.keep.numel())
         hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
         return self.head(hidden_states).unflatten(0, window.keep.shape)
@@ -174,7 +175,8 @@ class FusedStack:
     def _compile_for(self, tokens: torch.Tensor, window: Window, cache: Any) -> None:
         """Compile the kernels of a pass of these shapes side by side: one after the other, as they are launched, they take
         seconds where none is in Triton's cache."""
-        shapes = (tokens.shape, window.keep.shape, window.runs.shape, window.longest, cache.longest_extent)
+        shapes: tuple = (tokens.shape, window.keep.shape, window.runs.shape, window.longest)
+        shapes += (cache.longest_extent, window.draft_columns)
         if shapes in self.seen or torch.cuda.is_current_stream_capturing():
             return
         self.seen.add(shapes)
@@ -248,7 +250,7 @@ class FusedStack:
             angles: cosines and sines of the positions, `(rows, window, head_dim)`, and [`FusedStack.query_scales`].
             sees: where the canvas of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
                 each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs,
-                the longest of them, and the columns that they share, see [`canvas_attention`].
+                the longest of them, and the columns that they share and have for themselves, see [`canvas_attention`].
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
         query, key, value = self.projected(index, normed)

@@ -24,6 +24,8 @@ class Backend(Protocol):
         vocab_size: of the logits.
         logits_shift, block_grid, sees_earlier_blocks, confidence_source: see [`contract.DenoisingModel`]. `seeds_blocks` and
             `causal_context` may be left out; they are False then.
+        takes_drafts: whether rows of a window may be drafts, which share the columns of a slot, see [`Window`]. It may be left
+            out; it is False then.
     """
 
     device: torch.device
@@ -60,6 +62,7 @@ class ModelBackend:
         has_cache: whether passes read and write one.
         fused: runs the passes that it covers, see [`contract.StepForward`].
         compiles: whether its small passes go through `torch.compile`.
+        draft_columns: the number of columns that the drafts of a pass may write, see [`Window`].
         arena_columns: of an arena for keys and values in which each row has as many columns as it needs; None gives every
             slot the same number.
         cache_dtype: of keys and values, see [`DiffusionGenerationConfig`].
@@ -75,8 +78,9 @@ class ModelBackend:
         compiles: bool = False,
         arena_columns: int | None = None,
         cache_dtype: str | None = None,
+        draft_columns: int = 0,
     ):
-        self.arena_columns, self.cache_dtype = arena_columns, cache_dtype
+        self.arena_columns, self.cache_dtype, self.draft_columns = arena_columns, cache_dtype, draft_columns
         self.model, self.has_cache, self.fused, self.cfg_scale = model, has_cache, fused, cfg_scale
         self.compiled = torch.compile(fused.__call__, dynamic=False) if fused and compiles else None
         self.device, self.vocab_size = model.device, model.config.vocab_size
@@ -87,6 +91,10 @@ class ModelBackend:
         self.guidance_copies = 2 if cfg_scale else 1
         self.part = getattr(fused, "part", None)  # of the vocabulary, whose logits this process computes
 
+    @property
+    def takes_drafts(self) -> bool:
+        return self.draft_columns > 0 or not self.has_cache
+
     def open(self, slots: int, width: int) -> CanvasCache | None:
         if not self.has_cache:
             return None
@@ -96,9 +104,15 @@ class ModelBackend:
         cache.reserve(slots * self.guidance_copies)
         if self.arena_columns is not None:
             cache.use_arena(slots, self.arena_columns, self.device)
+        self.make_room(cache)
         if self.fused is not None:
             self.fused.prepare(cache, slots * self.guidance_copies)
         return cache
+
+    def make_room(self, cache: CanvasCache) -> None:
+        """Make room for the draft columns of a pass."""
+        if self.draft_columns:
+            cache.make_draft_columns(self.draft_columns * self.guidance_copies)
 
     def covers(self, window: Window) -> bool:
         return self.fused is not None and self.fused.covers(window)

@@ -160,6 +160,14 @@ class CanvasCache(Cache):
         for layer in self.layers:
             layer.slots, layer.width = 1, columns
 
+    def make_draft_columns(self, number: int) -> None:
+        """Make room for what the drafts of a pass write, see [`Window`]; after [`reserve`] or [`use_arena`]."""
+        for layer in self.layers:
+            if self.extents is None:
+                layer.make_spare_slots(-(-number // layer.width))
+            else:
+                layer.width = self.extents.columns + number
+
     def _move(self, moves: list[tuple[int, int, int]]) -> None:
         """Copy runs of columns of the arena, each as its first column, that of its target, and its size. The targets stand
         one behind the other, each before its source, so that any piece can be copied once those before it have been."""
@@ -174,30 +182,41 @@ class CanvasCache(Cache):
     def set_window(self, window: Window) -> None:
         """Set the window of the next forward pass."""
         arena = None
-        if self.extents is not None:
-            base, shared, written = self.locate(window)
+        if self.extents is not None or window.draft_columns:
+            base, shared, own, written = self.locate(window)
             column = torch.arange(window.visible, device=base.device)
-            seen = place_in_arena(column, base[:, None], None if shared is None else shared[..., None])
-            arena = written, seen.clamp(max=self.extents.columns - 1)
+            shared, own = (None if each is None else each[..., None] for each in (shared, own))
+            seen = place_in_arena(column, base[:, None], shared, own)
+            # An extent at the end may be shorter than what the longest row sees.
+            layer = self.layers[0]
+            arena = written, seen.clamp(max=layer.width * (layer.slots + layer.spare_slots) - 1)
         for layer in self.layers:
             layer.window, layer.arena = window, arena
 
-    def locate(self, window: Window) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def locate(self, window: Window) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """Where in the arena the canvases of a window's rows are, in a list those of its runs; and which column of the arena
         each token has. The last column of an extent is its scratch column.
 
         Returns:
             `(rows,)` or `(runs,)`, the place of a canvas' first column; `(2, rows)` or `(2, runs)`, where shared columns
-            begin, and how many they are, None where nothing can be shared, see [`Extents`]; of the shape of
+            begin, and how many they are, None where nothing can be shared, see [`Extents`]; `(3, rows)` or `(3, runs)`, the
+            columns that a draft has for itself, see [`canvas_attention`], None without drafts; of the shape of
             `window.columns`, the column of each token.
         """
+        layer = self.layers[0]
         readers = window.runs[:, 0] if len(window.runs) else window.slots
         if self.extents is None:
-            width = self.layers[0].width
-            return readers * width, None, window.owners * width + window.columns
-        of_reader, (base, size, *shared) = self.extents.table[:, readers], self.extents.table[:, window.owners]
-        written = place_in_arena(torch.minimum(window.columns, size - 1), base, shared)
-        return of_reader[0], of_reader[2:], written
+            base, shared, written = readers * layer.width, None, window.owners * layer.width + window.columns
+        else:
+            of_reader, (begins, size, *beginning) = self.extents.table[:, readers], self.extents.table[:, window.owners]
+            written = place_in_arena(torch.minimum(window.columns, size - 1), begins, beginning)
+            base, shared = of_reader[0], of_reader[2:]
+        if not window.draft_columns:
+            return base, shared, None, written
+        behind = layer.width * layer.slots if self.extents is None else self.extents.columns
+        first, last, begin = window.own.unbind(1)
+        own = torch.stack([first, last, behind + begin])
+        return base, shared, own, torch.where(window.aside < 0, written, behind + window.aside)
 
     @property
     def longest_extent(self) -> int:

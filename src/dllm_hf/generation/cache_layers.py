@@ -24,9 +24,11 @@ class CanvasCacheLayer(CacheLayerMixin):
 
     Attributes:
         window: of the next forward pass; without one, a pass writes the columns from 0 on and sees all.
-        arena: where slots have extents of different lengths (keys and values are `(1, kv_heads, columns, head_dim)` then):
-            the columns that the window writes, `(rows, window)`, and those that its rows see, `(rows, visible)`.
+        arena: where slots have extents of different lengths (keys and values are `(1, kv_heads, columns, head_dim)` then), or
+            the window has drafts: the columns of the arena that the window writes, `(rows, window)`, and those that its rows
+            see, `(rows, visible)`.
         slots: the number to allocate; None: as many as the first pass has rows.
+        spare_slots: that are allocated behind them, for draft columns.
         buffers: the names of the tensors that hold columns.
     """
 
@@ -40,6 +42,7 @@ class CanvasCacheLayer(CacheLayerMixin):
         self.width = width
         self.window: Window | None = None
         self.slots: int | None = None
+        self.spare_slots = 0
         self.arena: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
@@ -56,7 +59,7 @@ class CanvasCacheLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         for name, states in self._formatted(key_states, value_states).items():
             rows, heads, _, size = states.shape
-            zeros = states.new_zeros(heads, self.slots or rows, self.width, size)
+            zeros = states.new_zeros(heads, (self.slots or rows) + self.spare_slots, self.width, size)
             setattr(self, name, zeros.transpose(0, 1))
         self.is_initialized = True
 
@@ -83,27 +86,29 @@ class CanvasCacheLayer(CacheLayerMixin):
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Write the window's keys and values in place, `(rows, kv_heads, window, head_dim)`."""
-        window = self.window
-        for name, states in self._formatted(key_states, value_states).items():
+        window, formatted = self.window, self._formatted(key_states, value_states)
+        if self.arena is not None:
+            for arena, name in zip(self.arenas(), self.buffers):
+                arena[:, self.arena[0]] = formatted[name].transpose(0, 1)
+            return
+        for name, states in formatted.items():
             buffer = getattr(self, name)
             if window is None:
                 buffer[:, :, : states.shape[2]].copy_(states)
-            elif self.arena is not None:
-                buffer[0][:, self.arena[0]] = states.transpose(0, 1)
             else:
                 buffer.transpose(1, 2)[window.slots[:, None], window.columns] = states.transpose(1, 2)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all visible columns of the window's rows."""
+        if self.arena is not None:
+            return self._restored(*(arena[:, self.arena[1]].transpose(0, 1) for arena in self.arenas()))
         return self._restored(*(self._visible(getattr(self, name)) for name in self.buffers))
 
     def _visible(self, buffer: torch.Tensor) -> torch.Tensor:
         window = self.window
         if window is None:
             return buffer
-        if self.arena is not None:
-            return buffer[0][:, self.arena[1]].transpose(0, 1)
-        rows = buffer if window.is_every_slot else buffer.index_select(0, window.slots)
+        rows = buffer[: len(window.slots)] if window.is_every_slot else buffer.index_select(0, window.slots)
         return rows[:, :, : window.visible]
 
     @property
@@ -118,12 +123,12 @@ class CanvasCacheLayer(CacheLayerMixin):
         return run(query, key, value, cos, sin, columns, keys, values, *(norms or (None, None, 0.0)), *scales)
 
     def attend(
-        self, query: torch.Tensor, lengths, base, width, scale, runs=None, longest=0, shared=None
+        self, query: torch.Tensor, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None
     ) -> torch.Tensor:
         """Attention to what is written. The arguments and the result are those of [`canvas_attention`]."""
         keys, values, *scales = self.arenas()
         run = canvas_attention if self._on_kernels else canvas_attention_torch
-        return run(query, keys, values, lengths, base, width, scale, runs, longest, shared, *scales)
+        return run(query, keys, values, lengths, base, width, scale, runs, longest, shared, own, *scales)
 
     def copy_runs(self, runs: torch.Tensor, longest: int) -> None:
         """Copy runs of columns of the arena. The arguments are those of [`copy_columns`]."""
@@ -140,6 +145,12 @@ class CanvasCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             rows = rows.to(self.device)
             self._replace(lambda arena: arena.index_select(1, rows))
+
+    def make_spare_slots(self, number: int) -> None:
+        self.spare_slots = number
+        missing = (self.slots or 0) + number - len(self.keys) if self.is_initialized else 0
+        if missing > 0:
+            self._replace(lambda arena: nn.functional.pad(arena, (0, 0, 0, 0, 0, missing)))
 
     def widen(self, width: int) -> None:
         """Make room for a longer canvas; the columns that are there stay."""

@@ -3,7 +3,8 @@
 import torch
 
 from .configuration import as_token_list
-from .remasking import RULES, SCORES
+from .drafts import drafts_of
+from .remasking import RULES, SCORES, STRATEGIES
 from .requests import MAX_LOGPROBS, Row
 from .uploads import uploaded
 
@@ -22,22 +23,30 @@ class Canvas:
     Args:
         slots: the number of rows that it has room for.
         capacity: columns of each slot.
+        drafts: how many drafts of its canvas each slot has room for, see [`drafts`].
 
     Attributes:
-        tokens: `(slots, capacity + 1)`. The last one is the scratch column: writes of padded positions land there and are
-            never read.
+        tokens: `(slots * (1 + drafts), capacity + 1)`, the canvases, then their first drafts, then their second ones. The last
+            column is the scratch column: writes of padded positions land there and are never read.
         is_prompt: `(slots, capacity + 1)` bool, the prompt's tokens without its masks.
         plan: `(slots, capacity + 1)`, the step of its block at which a position may be transferred.
+        schedule: `(slots, capacity + 2)`, how many tokens the steps of a row's block must have transferred, after none of them,
+            after the first, and so on. Steps are those that transfer something.
+        steps: `(slots,)`, how many of these steps the block has had.
         numbers: `(slots, 9)` float32, see `NUMBERS`; a `top_p` or `editing_threshold` of 1 and a `min_p` or `alg_temp` of 0
             change nothing.
         choices: `(slots, 4)`: score, rule (see [`remasking`]), `top_k` (0: all), prompt length.
         lists: by name and width, `(slots, width)` token ids of the options in `LISTS`. A shorter list is padded with its
             last token, an empty one with -1.
-        report: `(slots, 3)`, after the last step: whether the row's block goes on, as a rule since a mask is left in its
-            shown part, whether it holds an end of sequence, and whether the first of the columns that are decoded is masked.
+        report: `(slots, 4)`, after the last step: whether the row's block goes on, as a rule since a mask is left in its
+            shown part, whether it holds an end of sequence, whether the first of the columns that are decoded is masked, and
+            `steps`.
         post_steps: `(slots,)`, steps of the row's block since it has had no mask, where its tokens may be edited.
         counts: `(slots, 2)`, forward passes that gave the row a token (of a row with editing all), and tokens that it
             received at masks.
+        draft_steps, draft_levels: `(2, drafts, steps)` bool and `(2, 1 + drafts)`, the steps after the next one whose proposals
+            each draft holds, see [`drafts.drafts_of`], and how many they are; for rows whose positions a score orders, and for
+            others.
         saw_nan: whether logits were NaN at a position that could be transferred.
         logprobs: of tokens that steps have transferred, while a row that asks for it took part: `own`, `(slots, capacity + 1)`
             float32, NaN where no step of the row has transferred one; where a row wants more, `top` and `top_tokens`,
@@ -47,15 +56,21 @@ class Canvas:
             first token's the lowest; None until [`Canvas.allow`] is called.
     """
 
-    def __init__(self, slots: int, capacity: int, device: torch.device):
-        self.slots, self.capacity, self.device = slots, capacity, device
+    def __init__(self, slots: int, capacity: int, device: torch.device, drafts: int = 0):
+        self.slots, self.capacity, self.device, self.drafts = slots, capacity, device, drafts
         zeros = lambda *shape, dtype=torch.long: torch.zeros(*shape, dtype=dtype, device=device)
-        self.tokens, self.plan = zeros(2, slots, capacity + 1)
+        self.tokens, self.plan = zeros(slots * (1 + drafts), capacity + 1), zeros(slots, capacity + 1)
+        self.schedule, self.steps = zeros(slots, capacity + 2), zeros(slots)
         self.is_prompt = zeros(slots, capacity + 1, dtype=torch.bool)
         self.numbers, self.choices = zeros(slots, len(NUMBERS), dtype=torch.float32), zeros(slots, 4)
         self.lists: dict[tuple[str, int], torch.Tensor] = {}
-        self.report, self.counts = zeros(slots, 3), zeros(slots, 2)
+        self.report, self.counts = zeros(slots, 4), zeros(slots, 2)
         self.post_steps = zeros(slots)
+        held = [drafts_of(STRATEGIES[name], drafts) for name in ("low_confidence_static", "sequential")]
+        steps = torch.arange(max((max(each) + 1 for every in held for each in every), default=0))
+        table = torch.tensor([[[step in each for step in steps] for each in every] for every in held], dtype=torch.bool)
+        self.draft_steps = table.view(2, drafts, len(steps)).to(device)
+        self.draft_levels = torch.nn.functional.pad(self.draft_steps.sum(-1), (1, 0))
         self.saw_nan = zeros((), dtype=torch.bool)
         self.logprobs: dict[str, torch.Tensor] = {}
         self.allowed: torch.Tensor | None = None
@@ -108,6 +123,16 @@ class Canvas:
         values = [list_of(row, name) or [-1] for row in rows]
         values = [each + each[-1:] * (width - len(each)) for each in values]
         self.lists[key].index_copy_(0, self._indices(rows), uploaded(torch.tensor(values), self.device))
+
+    def load_schedules(self, rows: list[Row]) -> None:
+        """Write the schedules of rows that begin a block."""
+        every = [[row.slot, *row.schedule] for row in rows]
+        longest = max(map(len, every))
+        table = uploaded(torch.tensor([each + each[-1:] * (longest - len(each)) for each in every]), self.device)
+        slots, begun = table[:, 0], table[:, 1:]
+        rest = begun[:, -1:].expand(-1, self.schedule.shape[1] - begun.shape[1])
+        self.schedule.index_copy_(0, slots, torch.cat([begun, rest], dim=1))
+        self.steps.index_fill_(0, slots, 0)
 
     def load_plan(self, row: Row, plan: torch.Tensor) -> None:
         """Write the step at which each position of a row's block may be transferred, `(width,)`."""

@@ -15,6 +15,8 @@ logger = logging.get_logger(__name__)
 
 # Dream's schedule is a table with an entry for each step.
 MAX_STEPS = 1_000_000
+MAX_DRAFTS = 64
+DRAFTS = f"an integer from 0 to {MAX_DRAFTS} or 'auto'"
 CACHE_POLICIES = ("none", "prefix", "dual", "block")
 CACHE_DTYPES = ("fp8",)
 
@@ -82,8 +84,9 @@ _REPLACES = {
     "temperature": "do_sample",
 }
 # Options, their type, what must hold of a value, and how an error says it.
-_CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
+_CHECKS: tuple[tuple[tuple[str, ...], Any, Callable[[Any], bool], str], ...] = (
     (("max_new_tokens",), int, lambda v: v >= 0, "an integer of at least 0"),
+    (("draft_steps",), (int, str), lambda v: v == "auto" or (type(v) is int and 0 <= v <= MAX_DRAFTS), DRAFTS),
     (("max_post_steps",), int, lambda v: 0 <= v <= MAX_STEPS, f"an integer from 0 to {MAX_STEPS}"),
     (("max_length", "block_length", "prefill_chunk_size"), int, lambda v: v >= 1, "an integer of at least 1"),
     (("small_block_size",), int, lambda v: v >= 1, "an integer of at least 1"),
@@ -147,6 +150,10 @@ class DiffusionGenerationConfig(GenerationConfig):
             the rest of the block are then those of the last pass over all of it: an approximation.
         steps (`int`): denoising steps of the whole completion, spread evenly over its blocks.
         denoising_steps (`int`): denoising steps of each block. Without either, a step transfers one token.
+        draft_steps (`int` or `"auto"`, defaults to 0): up to so many further denoising steps in each forward pass, with the same
+            tokens: the pass feeds guesses of the next canvases beside the present one, as rows of their own, and goes as far as
+            they were right ([`drafts`]). Only where nothing is drawn at random in a step, and the strategy knows beforehand how
+            many tokens it transfers. `"auto"`: as many as cost about nothing beside the reading of the weights, none on a CPU.
         temperature (`float`, defaults to 0.0): 0 proposes the arg-max.
         do_sample (`bool`): `False` means temperature 0; `True` where no temperature is set means temperature 1.
         top_k (`int`), top_p, min_p (`float`): the library's warpers, applied after the temperature, without the mask.
@@ -195,6 +202,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     use_block_cache: bool = False
     steps: int | None = None
     denoising_steps: int | None = None
+    draft_steps: int | str | None = None
     temperature: float = 0.0
     do_sample: bool | None = None
     top_k: int | None = None
@@ -381,7 +389,7 @@ def _is_word(word: Any) -> bool:
 
 
 def _check(
-    config: DiffusionGenerationConfig, name: str, kind: type, holds: Callable[[Any], bool], expected: str
+    config: DiffusionGenerationConfig, name: str, kind: Any, holds: Callable[[Any], bool], expected: str
 ) -> None:
     value = getattr(config, name)
     if value is None:

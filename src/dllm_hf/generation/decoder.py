@@ -1,11 +1,13 @@
 """The decoding loop: rows join and leave, each at its own block and step, one denoising step at a time."""
 
 from collections.abc import Callable
+from itertools import compress
 
 import torch
 
 from .backend import Backend
 from .canvas import LISTS, Canvas, list_of
+from .drafts import why_not
 from .graphs import MAX_CAPTURED_TOKENS
 from .pool import Workspace
 from .requests import Request, Row
@@ -35,6 +37,9 @@ class Decoder:
             other rows wait, and the row that has waited longest goes first. None: no limit.
         shares_beginnings: whether rows whose prompts begin alike compute the beginning once, where blocks see earlier ones
             alone. The other rows copy its keys and values, and wait for them if need be.
+        watches_steps: whether the caller looks at the canvas after each step, so that a pass with drafts must not take several at
+            once. The logits of the drafts are kept then, and a step whose canvas was among them makes no forward pass.
+        draft_tokens: the number of tokens up to which a pass is filled with drafts; None: no limit.
         caller_ends_rows: whether the caller ends the rows in whose blocks it finds an end of sequence. The decoder then looks
             at the device only where a strategy is adaptive, so that the device need not wait for the host.
 
@@ -53,11 +58,19 @@ class Decoder:
         token_budget: int | None = None,
         shares_beginnings: bool = False,
         caller_ends_rows: bool = False,
+        watches_steps: bool = False,
+        draft_tokens: int | None = None,
     ):
         self.backend, self.workspace, self.canvas = backend, workspace, workspace.canvas
+        if self.canvas.drafts and not getattr(backend, "takes_drafts", False):
+            raise ValueError(
+                f"{type(backend).__name__} has no room for the keys and values of drafts: leave `draft_steps` out."
+            )
         self.uses_graphs, self.process = uses_graphs and process is None, process
         self.after_step, self.is_hooked, self.token_budget = after_step, is_hooked, token_budget
-        self.caller_ends_rows = caller_ends_rows
+        self.caller_ends_rows, self.draft_tokens = caller_ends_rows, draft_tokens
+        self.watches_steps = watches_steps or is_hooked or process is not None
+        workspace.ahead.forget()
         slots, columns = self.canvas.slots, self.canvas.capacity
         self.seats = Seats(backend, workspace.state, slots, columns, shares_beginnings)
         self.rows = self.seats.rows
@@ -65,12 +78,12 @@ class Decoder:
         self.num_forward_passes, self._steps = 0, 0
         self._launched: list[Row] = []  # rows of the step that has not been settled
         self._last_steps: dict[int, int] = {}  # by slot, in which step the row took part last
-        self._window: tuple[tuple, Window] | None = None
+        self._windows: dict[bool, tuple[tuple, Window]] = {}  # the last without drafts, and with
 
     @classmethod
-    def open(cls, backend: Backend, slots: int, capacity: int, **options) -> "Decoder":
-        """A decoder with new buffers. `capacity`: columns of each slot; `options`: see the class."""
-        canvas = Canvas(slots, capacity, backend.device)
+    def open(cls, backend: Backend, slots: int, capacity: int, drafts: int = 0, **options) -> "Decoder":
+        """A decoder with new buffers. `capacity`: columns of each slot; `drafts`: see [`Canvas`]; `options`: see the class."""
+        canvas = Canvas(slots, capacity, backend.device, drafts)
         return cls(backend, Workspace(canvas, backend.open(slots, capacity + 1)), **options)
 
     # --- rows join and leave
@@ -98,6 +111,9 @@ class Decoder:
             for request, length in zip(requests, final_lengths or [0] * len(requests), strict=True):
                 rows.append(row := self.seats.seat(request, length))
                 self.features[row.slot], self._last_steps[row.slot] = Features.of(row), self._steps
+                if not request.is_constrained and why_not(request.options) is None:
+                    row.draft_steps = self.canvas.drafts
+                    row.leaps = row.draft_steps > 0 and not self.watches_steps
             self.canvas.load(rows)
             present = [row for row in self.rows if row is not None]
             for index, name in enumerate(LISTS):
@@ -142,12 +158,14 @@ class Decoder:
         self.seats.take_beginnings()
         self.seats.upload()
         rows = [row for row in self.busy if not self.seats.waits(row)]
-        for row in rows:
-            if not row.is_open:
-                self._open_block(row)
-        before = self.num_forward_passes
+        opened = [row for row in rows if not row.is_open]
+        for row in opened:
+            self._open_block(row)
+        if opened:
+            self.canvas.load_schedules(opened)
         self._steps += 1
         rows, frames = self._within_budget(rows)
+        has_passed = bool(frames)
         if self.token_budget is None:  # the rows of a call stay in step: the longer prompts first
             while chunks := {row: frame for row, frame in frames.items() if row.is_prefilling}:
                 self._pass(chunks)
@@ -156,7 +174,7 @@ class Decoder:
         for group in self._groups(frames):
             self._pass(group)
         if self.after_step is not None:
-            self.after_step(self.num_forward_passes > before)
+            self.after_step(has_passed)
         self._launched = rows
 
     def settle(self) -> list[Row]:
@@ -168,8 +186,8 @@ class Decoder:
         report = self._report(checked) if checked else {}
         finished = []
         for row in rows:
-            left, has_end, first_is_masked = report.get(row.slot, (True, False, False))
-            if row.note_step(not left and row.needs_check(self.is_hooked), first_is_masked):
+            left, has_end, first_is_masked, steps = report.get(row.slot, (True, False, False, 0))
+            if row.note_step(not left and row.needs_check(self.is_hooked), first_is_masked, steps):
                 finished.append(row)
                 if has_end:
                     row.end(row.shown)
@@ -210,23 +228,24 @@ class Decoder:
         if row.needs_first:
             return True
         if self.caller_ends_rows:
-            return row.is_adaptive and row.needs_check(False)
+            return (row.is_adaptive or row.leaps) and row.needs_check(False)
         is_last = row.step + 1 >= len(row.quotas)
         return row.needs_check(self.is_hooked) or (is_last and self.features[row.slot].widths[0] > 0)
 
-    def _report(self, rows: list[Row]) -> dict[int, tuple[bool, ...]]:
+    def _report(self, rows: list[Row]) -> dict[int, tuple[bool, bool, bool, int]]:
         """By slot what [`Canvas`] calls a report."""
         report = self.canvas.report.tolist()
         if not self.is_hooked:
-            return {row.slot: tuple(map(bool, report[row.slot])) for row in rows}
-        found: dict[int, tuple[bool, ...]] = {}
+            of = (report[row.slot] for row in rows)
+            return {row.slot: (*map(bool, flags), steps) for row, (*flags, steps) in zip(rows, of)}
+        found: dict[int, tuple[bool, bool, bool, int]] = {}
         for row in rows:
             (start, end), ends = row.span, list_of(row, LISTS[0])
             tokens = self.canvas.tokens[row.slot, :end].tolist()
             new = tokens[max(start, len(row.request.prompt)) :]
             is_left = row.mask in tokens[start : None if row.edits else row.shown]
             goes_on = is_left or (row.edits and bool(report[row.slot][0]))
-            found[row.slot] = (goes_on, any(token in ends for token in new), tokens[start] == row.mask)
+            found[row.slot] = (goes_on, any(token in ends for token in new), tokens[start] == row.mask, 0)
         return found
 
     def _groups(self, frames: dict[Row, Frame]) -> list[dict[Row, Frame]]:
@@ -250,28 +269,47 @@ class Decoder:
         frames, slots = [chosen.get(row) or self._idle_frame() for row in rows], [row.slot for row in rows]
         is_stepping = [row in chosen and not row.is_prefilling for row in rows]
         stepping = [row for row, steps in zip(rows, is_stepping) if steps]
-        quotas = [[row.quotas[row.step], row.step] if steps else [0, 0] for row, steps in zip(rows, is_stepping)]
         if self.uses_graphs and len(slots) < self.canvas.slots:
             # Each number of rows is a graph: idle rows fill it up to a power of two.
             wanted = min(1 << (len(slots) - 1).bit_length(), self.canvas.slots)
             others = [slot for slot in range(self.canvas.slots) if slot not in slots][: wanted - len(slots)]
             slots, frames = slots + others, frames + [self._idle_frame()] * len(others)
-            quotas += [[0, 0]] * len(others)
-        window = self._make_window(frames, slots)
+        drafts = self._drafts(dict(zip(stepping, compress(frames, is_stepping))), frames)
+        window = wide = self._make_window(frames, slots)
+        if drafts:
+            wide = self._make_window(frames, slots, tuple(drafts.get(slot, 0) for slot in slots))
         features = Features.union(self.features[row.slot] for row in chosen)
-        device = self.canvas.device
-        quota = uploaded(torch.tensor(quotas), device)
-        noise: dict[str, torch.Tensor] = {}
-        if width := window.block.shape[1]:
-            noise = draw(features, stepping, (len(stepping), width, self.backend.vocab_size), device)
-            if noise and len(slots) > len(stepping):
-                indices = uploaded(torch.tensor([slots.index(row.slot) for row in stepping]), device)
-                spread = lambda each: each.new_zeros(len(slots), *each.shape[1:]).index_copy_(0, indices, each)
-                noise = {use: spread(each) for use, each in noise.items()}
-        self._run(window, quota, noise, features, self._may_capture(frames))
-        self.num_forward_passes += 1
+        if drafts and self.watches_steps:
+            self._step_ahead(window, wide, features, self._may_capture(frames))
+        else:
+            noise = self._draw(features, stepping, slots, wide)
+            self._run(wide, noise, features, self._may_capture(frames))
         for row in chosen:
-            row.note_pass()
+            row.note_pass(0 if self.watches_steps else drafts.get(row.slot, 0))
+
+    def _drafts(self, stepping: dict[Row, Frame], frames: list[Frame]) -> dict[int, int]:
+        """By slot the number of drafts that a pass feeds, as many for each row as there is room for."""
+        wanted = {row: row.drafts for row in stepping if row.drafts}
+        most, width = self.canvas.drafts, lambda frame: frame.end - frame.start
+        if self.draft_tokens is not None:
+            left = self.draft_tokens - sum(map(width, frames))
+            while most and sum(width(stepping[row]) * min(most, number) for row, number in wanted.items()) > left:
+                most -= 1
+        return {row.slot: min(most, number) for row, number in wanted.items()} if most else {}
+
+    def _draw(
+        self, features: Features, stepping: list[Row], slots: list[int], window: Window
+    ) -> dict[str, torch.Tensor]:
+        """The random numbers of a pass, for all its rows, of which the first are those of `slots`."""
+        width, rows, device = window.block.shape[1], len(window.slots), self.canvas.device
+        if not width:
+            return {}
+        noise = draw(features, stepping, (len(stepping), width, self.backend.vocab_size), device)
+        if noise and rows > len(stepping):
+            indices = uploaded(torch.tensor([slots.index(row.slot) for row in stepping]), device)
+            spread = lambda each: each.new_zeros(rows, *each.shape[1:]).index_copy_(0, indices, each)
+            noise = {use: spread(each) for use, each in noise.items()}
+        return noise
 
     def _may_capture(self, frames: list[Frame]) -> bool:
         """Whether a pass may be a graph. Prompts have many lengths; those of a call do not come again, while those that ride
@@ -279,45 +317,79 @@ class Decoder:
         feeds_prompt = any(frame.grid and frame.end - frame.start > 2 * frame.grid for frame in frames)
         return self.uses_graphs and (self.token_budget is not None or not feeds_prompt)
 
-    def _run(self, window: Window, quota: torch.Tensor, noise: dict, features: Features, may_capture: bool) -> None:
-        backend, canvas, state = self.backend, self.canvas, self.workspace.state
-        reads_raw_logits = backend.confidence_source == "raw"
-        guided, part = getattr(backend, "cfg_scale", 0), getattr(backend, "part", None)
+    def _run(self, window: Window, noise: dict, features: Features, may_capture: bool) -> None:
+        """A forward pass and what comes of it."""
+        forward = lambda tokens, window: self._process(self._forward(tokens, window, features), window)
+        compute = lambda window, noise: self._denoise(window, forward, noise, features)
+        self._compute(features, compute, window, noise, may_capture)
+        self.num_forward_passes += 1
 
-        def forward(tokens: torch.Tensor, window: Window) -> torch.Tensor:
-            guidance = {}
-            if guided:
-                is_prompt = canvas.is_prompt[window.owners, window.columns]
-                guidance["unconditional"] = torch.where(is_prompt, features.mask_token_id, tokens)
-            logits = backend(tokens, window, state, **guidance)
-            if self.process is None or not window.block.shape[1]:
-                return logits
-            is_idle = quota[:, :1, None] == 0  # the logits of idle rows are undefined
-            return self.process(logits.masked_fill_(is_idle, 0), [row for row in self.rows if row])
+    def _step_ahead(self, window: Window, wide: Window, features: Features, may_capture: bool) -> None:
+        """A step that somebody watches, whose logits the last pass may have given. `wide`: the window with drafts."""
+        canvas, ahead = self.canvas, self.workspace.ahead
 
-        def compute(window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
-            denoise(canvas, window, quota, forward, noise, features, reads_raw_logits, part)
+        def compute(window: Window, noise: dict) -> None:
+            ahead.keep(self._forward(canvas.tokens[window.texts, window.columns], window, features))
 
+        logits = ahead.find(wide, canvas)
+        if logits is None:
+            ahead.note(wide, canvas)
+            self._compute((features, "ahead"), compute, wide, {}, may_capture)
+            self.num_forward_passes += 1
+            logits = ahead.logits_of(wide, wide.copies[:, 0])
+        found = logits
+        self._denoise(window, lambda tokens, window: self._process(found, window), {}, features)
+
+    def _forward(self, tokens: torch.Tensor, window: Window, features: Features) -> torch.Tensor:
+        guidance = {}
+        if getattr(self.backend, "cfg_scale", 0):
+            is_prompt = self.canvas.is_prompt[window.owners, window.columns]
+            guidance["unconditional"] = torch.where(is_prompt, features.mask_token_id, tokens)
+        return self.backend(tokens, window, self.workspace.state, **guidance)
+
+    def _process(self, logits: torch.Tensor, window: Window) -> torch.Tensor:
+        if self.process is None or not window.block.shape[1]:
+            return logits
+        is_idle = (window.block == self.canvas.capacity).all(-1)[:, None, None]  # the logits of idle rows are undefined
+        return self.process(logits.masked_fill_(is_idle, 0), [row for row in self.rows if row])
+
+    def _denoise(self, window: Window, forward: Callable, noise: dict, features: Features) -> None:
+        reads_raw_logits, part = self.backend.confidence_source == "raw", getattr(self.backend, "part", None)
+        denoise(self.canvas, window, forward, noise, features, reads_raw_logits, part)
+
+    def _compute(self, key: object, compute: Callable, window: Window, noise: dict, may_capture: bool) -> None:
+        """`compute(window, noise)`, as a graph where that is possible. `key`: what it depends on besides the shapes."""
         small = window.columns.numel() <= MAX_CAPTURED_TOKENS and not window.is_canvas and window.block.shape[1]
-        if may_capture and small and backend.covers(window):
-            self.workspace.graphs.run((features, guided), compute, window, quota, noise)
+        if may_capture and small and self.backend.covers(window):
+            self.workspace.graphs.run((key, getattr(self.backend, "cfg_scale", 0)), compute, window, noise)
         else:
-            compute(window, quota, noise)
+            compute(window, noise)
 
-    def _make_window(self, frames: list[Frame], slots: list[int]) -> Window:
-        key = (tuple(frames), tuple(slots))
-        if self._window is None or self._window[0] != key:
-            backend, capacity = self.backend, self.canvas.capacity
+    def _make_window(self, frames: list[Frame], slots: list[int], drafts: tuple[int, ...] = ()) -> Window:
+        """`drafts`: of each row, how many it has."""
+        key, has_drafts = (tuple(frames), tuple(slots), drafts), bool(drafts)
+        if has_drafts not in self._windows or self._windows[has_drafts][0] != key:
+            backend, capacity, numbers = self.backend, self.canvas.capacity, None
+            if drafts:
+                copies = [
+                    (frame, slot, 1 + index)
+                    for frame, slot, number in zip(frames, slots, drafts)
+                    for index in range(number)
+                ]
+                numbers = [0] * len(slots) + [number for *_, number in copies]
+                frames, slots = frames + [frame for frame, *_ in copies], slots + [slot for _, slot, _ in copies]
             every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift)
             if backend.takes_lists:
-                window = make_list(*every, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0)
+                window = make_list(
+                    *every, drafts=numbers, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0
+                )
             else:
                 # A seed is not decided by the hidden state before its block, which only a recurrent cache keeps.
                 has_hidden = backend.sees_earlier_blocks and not self.seats.seeds_blocks
                 before = backend.logits_shift if has_hidden else 0
-                window = make_window(*every, before=before, multiple=64 if self.uses_graphs else 1)
-            self._window = key, window.to(self.canvas.device)
-        return self._window[1]
+                window = make_window(*every, before=before, multiple=64 if self.uses_graphs else 1, drafts=numbers)
+            self._windows[has_drafts] = key, window.to(self.canvas.device)
+        return self._windows[has_drafts][1]
 
     def _idle_frame(self) -> Frame:
         """The frame of an idle slot: in a list it feeds nothing, in a rectangle the scratch column."""

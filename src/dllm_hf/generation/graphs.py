@@ -33,23 +33,22 @@ def are_possible(device: torch.device) -> bool:
 
 
 class StepInputs:
-    """The inputs of a captured step, in buffers that stay: window, quotas and noise.
+    """The inputs of a captured step, in buffers that stay: window and noise.
 
     Args:
         store: the noise buffers of all steps, by use and shape. Steps share them, since they never run side by side.
     """
 
-    def __init__(self, window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor], store: dict):
+    def __init__(self, window: Window, noise: dict[str, torch.Tensor], store: dict):
         self.window = replace(window, **{name: getattr(window, name).clone() for name in TENSORS})
-        self.quota, self.latest = quota.clone(), window
+        self.latest = window
         self.noise = {use: store.setdefault((use, each.shape), each.clone()) for use, each in noise.items()}
 
-    def update(self, window: Window, quota: torch.Tensor, noise: dict[str, torch.Tensor]) -> None:
+    def update(self, window: Window, noise: dict[str, torch.Tensor]) -> None:
         if window is not self.latest:  # most steps of a block share a window
             for name in TENSORS:
                 getattr(self.window, name).copy_(getattr(window, name))
             self.latest = window
-        self.quota.copy_(quota)
         for use, each in noise.items():
             self.noise[use].copy_(each)
 
@@ -70,16 +69,15 @@ class StepGraphs:
     def run(
         self,
         key: tuple,
-        compute: Callable[[Window, torch.Tensor, dict[str, torch.Tensor]], None],
+        compute: Callable[[Window, dict[str, torch.Tensor]], None],
         window: Window,
-        quota: torch.Tensor,
         noise: dict[str, torch.Tensor],
     ) -> None:
-        """Run `compute(window, quota, noise)`. `key`: what its operations depend on besides the shapes."""
-        key = (key, window.longest, *(getattr(window, name).shape for name in TENSORS))
-        inputs, graph, runs = self.steps.pop(key, None) or (StepInputs(window, quota, noise, self.noise), None, 0)
-        inputs.update(window, quota, noise)
-        run = lambda: compute(inputs.window, inputs.quota, inputs.noise)
+        """Run `compute(window, noise)`. `key`: what its operations depend on besides the shapes."""
+        key = (key, window.longest, window.draft_columns, *(getattr(window, name).shape for name in TENSORS))
+        inputs, graph, runs = self.steps.pop(key, None) or (StepInputs(window, noise, self.noise), None, 0)
+        inputs.update(window, noise)
+        run = lambda: compute(inputs.window, inputs.noise)
         if runs == 1 and self.pool_and_stream is not None:
             try:
                 graph = capture(run, *self.pool_and_stream)

@@ -37,6 +37,11 @@ class Hooks:
     def sees_logits(self) -> bool:
         return bool(self.tokens or self.logits or self.processors)
 
+    @property
+    def sees_steps(self) -> bool:
+        """Whether something looks at the canvas after each step."""
+        return self.sees_logits or self.keeps_history or hasattr(self.streamer, "put_draft")
+
 
 class Session:
     """Runs the hooks of one call.
@@ -190,7 +195,7 @@ class Session:
 
     def pad_after_ends(self) -> None:
         """Replace the tokens behind the end of each row, of which the cache then holds nothing."""
-        for row, text in zip(self.rows, self.canvas.tokens.tolist()):
+        for row, text in zip(self.rows, self.canvas.tokens[: len(self.rows)].tolist()):
             end = end_of(row, text[: row.shown])
             if end < row.shown:
                 self.canvas.tokens[row.slot, end:] = row.request.options.pad_token_id

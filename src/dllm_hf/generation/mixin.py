@@ -29,6 +29,7 @@ from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .contract import DenoisingModel, models_with
 from .decoder import Decoder
+from .drafts import FREE_TOKENS, check_drafts, number_of_drafts
 from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
@@ -138,6 +139,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """
         input_ids, attention_mask = unpack_inputs(inputs, input_ids, attention_mask, kwargs)
         config = self._prepare_diffusion_config(generation_config, kwargs)
+        check_drafts(config)
         input_ids, lengths = check_inputs(input_ids, attention_mask, self.config.vocab_size)
         new_tokens = count_new_tokens(config, input_ids.shape[1], max(lengths))
         width = max(lengths) + new_tokens
@@ -181,15 +183,28 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         is_plain = config.disable_compile or config.cache_policy == "none" or hooks.sees_logits
         if not is_plain and are_possible(device) and CACHE_LAYERS[config.cache_dtype].has_kernels(device):
             fused, fingerprint = fused_of(self)
+        drafts = number_of_drafts(config.draft_steps, device)
+        draft_tokens = FREE_TOKENS if config.draft_steps == "auto" else None
+        capacity = columns if fused is None else capacity_for(self, len(texts), columns, config.cache_dtype)
+        # A pass feeds a block and the column before it, or all from there on.
+        widest = capacity if config.cache_policy == "prefix" else min(config.block_length or capacity, capacity) + 1
         backend = self.make_backend(
             config.cache_policy != "none",
             fused=fused,
             cfg_scale=config.cfg_scale,
             compiles=config.torch_compile,
             cache_dtype=config.cache_dtype,
+            draft_columns=drafts and (draft_tokens or len(texts) * drafts * widest),
         )
-        workspace, final_lengths = self._open(backend, config, texts, fingerprint, past)
-        decoder = Decoder(backend, workspace, fused is not None, is_hooked=hooks.tokens is not None)
+        workspace, final_lengths = self._open(backend, config, texts, (capacity, drafts), fingerprint, past)
+        decoder = Decoder(
+            backend,
+            workspace,
+            fused is not None,
+            is_hooked=hooks.tokens is not None,
+            watches_steps=hooks.sees_steps,
+            draft_tokens=draft_tokens,
+        )
         # Graphs and Triton's kernels run on the current device, whatever device the tensors are on.
         with evaluating(self.modules()), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             rows = decoder.add(*requests, final_lengths=final_lengths)
@@ -211,7 +226,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         else:
             cache.identity = identity_of(self)
             final_lengths = [row.final_length for row in rows]
-            cache.remember(canvas.tokens[:, :columns].clone(), final_lengths, config.block_length)
+            cache.remember(canvas.tokens[: len(rows), :columns].clone(), final_lengths, config.block_length)
         if fused is not None and past is not None:
             workspace.pointers = pointers_of(past)
         elif fused is not None and cache is not None and returns_dict:
@@ -234,31 +249,34 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         backend: ModelBackend,
         options: DiffusionGenerationConfig,
         texts: list[list[int]],
+        room: tuple[int, int],
         fingerprint: tuple,
         past: CanvasCache | None,
     ) -> tuple[Workspace, list[int] | None]:
-        """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final."""
-        slots, columns = len(texts), max(map(len, texts))
-        has_graphs = backend.fused is not None
-        capacity = capacity_for(self, slots, columns, options.cache_dtype) if has_graphs else columns
-        key = (fingerprint, slots, capacity, backend.guidance_copies, options.cache_dtype)
+        """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final. `room`:
+        the columns of a canvas, and its drafts."""
+        slots, columns, (capacity, drafts) = len(texts), max(map(len, texts)), room
+        has_graphs, of_drafts = backend.fused is not None, (drafts, backend.draft_columns)
+        key = (fingerprint, slots, capacity, backend.guidance_copies, options.cache_dtype, of_drafts)
 
         def make() -> Workspace:
             # + 1: the scratch column.
-            return Workspace(Canvas(slots, capacity, self.device), backend.open(slots, capacity + 1), key)
+            return Workspace(Canvas(slots, capacity, self.device, drafts), backend.open(slots, capacity + 1), key)
 
         if past is None:
             return acquire(self, key, make) if has_graphs else make(), None
         past.check(self, slots, options)
         workspace = past.workspace
-        fits = workspace is not None and (workspace.key[:2], workspace.pointers) == (key[:2], pointers_of(past))
+        found = () if workspace is None else (*workspace.key[:2], workspace.key[4], workspace.pointers)
+        fits = found == (*key[:2], of_drafts, pointers_of(past))
         if not (has_graphs and fits and workspace.canvas.capacity >= columns):
             # A shallow copy: cache -> workspace -> cache would be a reference cycle.
-            workspace = Workspace(Canvas(slots, capacity, self.device), copy(past) if has_graphs else past, key)
+            workspace = Workspace(Canvas(slots, capacity, self.device, drafts), copy(past) if has_graphs else past, key)
             past.workspace = workspace if has_graphs else None
         tokens = torch.tensor([text + [0] * (columns - len(text)) for text in texts]).to(self.device)
         past.reserve(slots)
         final_lengths = past.resume(tokens, options.block_length, workspace.canvas.capacity + 1)
+        backend.make_room(past)
         if backend.fused is not None:
             backend.fused.prepare(past, slots)
         return workspace, final_lengths

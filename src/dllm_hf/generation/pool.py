@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .ahead import Ahead
 from .cache import CanvasCache, column_bytes_of
 from .canvas import Canvas
 from .contract import DenoisingModel, StepForward
@@ -33,7 +34,7 @@ class Workspace:
     Args:
         state: the backend's, a cache of the canvas' columns and the scratch column.
         key: what calls that share it must have in common: the model's fingerprint, slots, capacity, copies for guidance, type of
-            keys and values.
+            keys and values, drafts.
 
     Attributes:
         pointers: see [`pointers_of`], when a call last left the cache to a conversation.
@@ -41,7 +42,7 @@ class Workspace:
 
     def __init__(self, canvas: Canvas, state: Any, key: tuple = ()):
         self.canvas, self.state, self.key = canvas, state, key
-        self.graphs = StepGraphs(canvas.device)
+        self.graphs, self.ahead = StepGraphs(canvas.device), Ahead()
         self.pointers: tuple = ()
 
     def __deepcopy__(self, memo) -> None:

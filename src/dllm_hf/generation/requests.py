@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress
+from itertools import accumulate, compress
 from typing import NamedTuple
 
 import numpy
 import torch
 
 from .configuration import DiffusionGenerationConfig
+from .drafts import drafts_of
 from .remasking import STRATEGIES, Strategy, bernoulli_plan, transfer_quotas
 from .window import Frame
 
@@ -114,6 +115,9 @@ class Row:
         final_length: the column up to which the cache holds final keys and values (policy `block`).
         whole_cell: the block of which a pass has fed all columns last.
         first_is_masked: whether the first column of the sub-block is masked, as far as the host knows.
+        draft_steps: how many drafts a pass has at most, see [`drafts`].
+        leaps: whether a pass may then take several steps: nobody watches them one by one. `step` is how many the block has had
+            at least, and `most_steps` how many at most: the device knows.
         passes: forward passes that the row took part in.
         is_done: whether no block is left to decode. has_ended: whether the row was ended before its last block.
     """
@@ -143,6 +147,7 @@ class Row:
         self.text = request.canvas(block_grid)
         self.length, self.final_length, self.passes = len(self.text), 0, 0
         self.ends_at, self.has_ended = self.shown, False
+        self.draft_steps, self.leaps = 0, False
         self.begin(self.text)
 
     def begin(self, text: list[int]) -> None:
@@ -213,34 +218,49 @@ class Row:
             masked: `(width,)` bool, the block's masks where a hook may have changed those of [`Row.text`].
 
         Returns:
-            `(width,)` on the CPU, the step at which each position may be transferred, where the strategy draws it.
+            `(width,)` on the CPU, the step at which each position may be transferred, where the strategy draws it; steps that
+            transfer nothing do not count.
         """
         (start, end), masks, steps, _, sub_block, _ = self.part
-        self.is_open, self.is_first, self.step, self.taken = True, True, 0, 0
+        self.is_open, self.is_first, self.step, self.most_steps, self.taken = True, True, 0, 0, 0
         first_is_masked = self.text[start] == self.mask if masked is None else bool(masked[0])
         self.first_is_masked = first_is_masked and start == sub_block[0]
         if masked is not None:  # a block whose shown part has no mask is not decoded
             masks = int(masked.sum()) if masked[: self.shown - start].any() else 0
         if self.strategy.selection != "bernoulli":
             whole = (self.block_length or masks) if self.request.quota_source == "block" else masks
-            self.quotas = transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole)
+            self._set_quotas(transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole))
             if self.edits and masks:  # as many steps as there may be at most
                 self.quotas += [1] * self.request.options.max_post_steps
             return None
         # Without a number of steps: as many as there are masks, so that one token a step is expected.
         plan = bernoulli_plan(uniform(end - start), steps or masks or 1, self.request.options.eps)
         if not masks:
-            self.quotas = []
+            self._set_quotas([])
             return None
         is_mask = [token == self.mask for token in self.text[start:end]] if masked is None else masked.tolist()
         planned = list(compress(plan.tolist(), is_mask))
-        self.quotas = [planned.count(step) for step in range(max(planned, default=-1) + 1)]
-        return plan
+        self._set_quotas([planned.count(step) for step in range(max(planned, default=-1) + 1)])
+        return torch.searchsorted(torch.tensor(sorted(set(planned))), plan)
+
+    def _set_quotas(self, quotas: list[int]) -> None:
+        transferring = [quota for quota in quotas if quota]
+        self.schedule = [0, *accumulate(transferring)]
+        self.quotas = transferring if self.leaps else quotas
 
     @property
     def is_adaptive(self) -> bool:
         """Whether it depends on the logits how many steps a block takes."""
         return self.strategy.is_adaptive or self.edits
+
+    @property
+    def drafts(self) -> int:
+        """How many drafts the next pass may feed. The first pass of a block has no logits to make them from."""
+        if self.is_first:
+            return 0
+        levels = map(len, drafts_of(self.strategy, self.draft_steps))
+        # Of the block's steps one has been made, and the next one is that of the canvas.
+        return max((number for number, level in enumerate(levels, 1) if level < len(self.schedule) - 2), default=0)
 
     @property
     def wants_pass(self) -> bool:
@@ -277,8 +297,8 @@ class Row:
         causal = start if self.causal_context else 0
         return Frame(begin, stop, *part.span, self.length, self.shown, start, grid, causal, int(part.is_seed))
 
-    def note_pass(self) -> None:
-        """Go on after the pass that [`Row.frame`] described."""
+    def note_pass(self, drafts: int = 0) -> None:
+        """Go on after the pass that [`Row.frame`] described, with so many drafts."""
         self.passes += 1
         if self.is_prefilling:
             self.final_length += self.chunk
@@ -290,18 +310,22 @@ class Row:
             self.whole_cell = self.cell
         self.is_first = False
         self.taken += 1
+        self.most_steps += 1 + max(map(len, drafts_of(self.strategy, drafts)), default=0)
 
-    def note_step(self, is_filled: bool | None, first_is_masked: bool) -> bool:
+    def note_step(self, is_filled: bool | None, first_is_masked: bool, steps: int = 0) -> bool:
         """Go on to the next step, or block.
 
         Args:
             is_filled: whether the block is known to be done.
             first_is_masked: whether the first of the columns that are decoded is known to be masked.
+            steps: with drafts, how many the block has had, if that is known.
 
         Returns:
             Whether the block is finished.
         """
         self.step += 1
+        if self.leaps and steps:
+            self.step = self.most_steps = steps
         self.first_is_masked = first_is_masked and self.span[0] == self.part.sub_block[0]
         if not is_filled and self.step < len(self.quotas):
             return False
@@ -314,7 +338,8 @@ class Row:
         transfers."""
         # A block of which the output shows a part is done as soon as that part is filled.
         is_cut = self.span[1] > self.shown
-        if not (self.is_adaptive or is_hooked or is_cut):
+        may_be_done = self.leaps and self.most_steps >= len(self.quotas)
+        if not (self.is_adaptive or is_hooked or is_cut or may_be_done):
             return False
         if not self.taken:  # the block has had no pass yet that could have filled it
             return is_hooked

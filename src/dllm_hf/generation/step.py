@@ -7,8 +7,9 @@ import torch
 
 from .canvas import LISTS, Canvas, list_of
 from .divided_head import VocabularyPart
+from .drafts import confirmed
 from .editing import edit, editing_numbers
-from .remasking import SCORES, select
+from .remasking import RULES, SCORES, select
 from .requests import MAX_LOGPROBS, Row
 from .sampling import Noise, distribution, filtered, propose
 from .sampling import score as score_of
@@ -96,68 +97,136 @@ def draw(
 def denoise(
     canvas: Canvas,
     window: Window,
-    quota: torch.Tensor,
     forward: Callable[[torch.Tensor, Window], torch.Tensor],
     noise: dict[str, torch.Tensor],
     features: Features,
     reads_raw_logits: bool,
     part: VocabularyPart | None = None,
 ) -> None:
-    """One step: a forward pass, what it proposes, and the transfer of some of it.
+    """One step: a forward pass, what it proposes, and the transfer of some of it. With drafts in the window, as many steps as
+    they turn out to have been right for.
 
     Args:
-        quota: `(rows, 2)`, how many tokens each row must transfer, and the index of the step in its block.
         forward: `(tokens, window) -> (rows, block, vocab)`, logits, which may be written to; `tokens` has the shape of
             `window.columns`.
         noise: as [`draw`] returns it.
         reads_raw_logits: whether scores are read before temperature and filters.
         part: where each process has a part of the logits.
     """
-    slots = window.slots[:, None]
-    logits = forward(canvas.tokens[window.owners, window.columns], window)
+    texts, lines, copies = window.owners, window.slots, torch.arange(len(window.slots), device=canvas.device)[:, None]
+    if window.draft_columns:
+        texts, lines, copies = window.texts, lines + window.draft * canvas.slots, window.copies
+    logits = forward(canvas.tokens[texts, window.columns], window)
     if not window.block.shape[1]:
         return
-    now = canvas.tokens[slots, window.block]
+    now = canvas.tokens[lines[:, None], window.block]
     inside = window.block < canvas.capacity
-    masked, shown, edits = (now == features.mask_token_id) & inside, window.shown, "edits" in features.needs
+    is_mask, shown, edits = (now == features.mask_token_id) & inside, window.shown, "edits" in features.needs
     if edits:
         # What stands behind the cut may change a token before it that is edited.
         shown = (shown | (editing_numbers(canvas, window)[0] < 1)) & inside
-    if "bernoulli" in features.rules:
-        masked &= canvas.plan[slots, window.block] <= quota[:, 1:]
-    # A row is done once no shown position is masked, whatever is left behind the cut.
-    masked = masked & (masked & shown).any(-1, keepdim=True)
+    level, held = levels(canvas, window)
+    quota, masked = upcoming(canvas, window, level, is_mask, shown, features)
     if part is not None and features.needs & WHOLE_ROWS:
         logits, part = part.gather(logits), None
     most = min(MAX_LOGPROBS, logits.shape[-1]) if "top_logprobs" in features.needs else 0
     # Before `decide` changes the logits of tokens that it may not propose.
     raw = distribution(logits, most) if "logprobs" in features.needs else None
-    proposals, scores, transfer = decide(
-        canvas, window, logits, masked, quota[:, :1], noise, features, reads_raw_logits, part
+    proposals, scores, transfers = decide(
+        canvas, window, logits, masked, quota, noise, features, reads_raw_logits, part
     )
-    transferred, goes_on = transfer.sum(-1, keepdim=True), None
-    passes = transferred > 0
+    transferred, goes_on = transfers[:, 0].sum(-1), None
     if edits:
-        replaced, goes_on = edit(canvas, window, now, masked, proposals, scores, quota[:, :1] > 0)
-        passes |= (editing_numbers(canvas, window)[0] < 1) & (quota[:, :1] > 0)
-        transfer = transfer | replaced
+        replaced, goes_on = edit(canvas, window, now, masked[:, 0], proposals, scores, inside.any(-1, keepdim=True))
+        transfers = transfers | replaced[:, None]
+    if canvas.drafts:
+        later = transfers[:, 1:] & ~transfers[:, :-1]
+        drafted = (held[..., None] & later[:, None]).any(2)
+        transfers = torch.cat([transfers[:, :1], transfers[:, :1] | drafted], dim=1)
+    nexts = torch.where(transfers, proposals[:, None], now[:, None])
+    taken = confirmed(copies, level, now, nexts[:, 0], transferred > 0)
     if raw is not None:
-        keep_logprobs(canvas, slots, window.block, transfer, logits.gather(-1, proposals[..., None]).squeeze(-1), *raw)
-    now = torch.where(transfer, proposals, now)
-    canvas.tokens.index_put_((slots, window.block), now)
-    canvas.counts.index_add_(0, window.slots, torch.cat([passes.long(), transferred], dim=-1))
+        chosen = logits.gather(-1, proposals[..., None]).squeeze(-1)
+        for copy, is_taken in zip(copies.unbind(1), taken.unbind(1)):
+            of_copy = (each[copy] for each in (chosen, *raw))
+            keep_logprobs(
+                canvas, window.slots[copy, None], window.block[copy], transfers[copy, 0] & is_taken[:, None], *of_copy
+            )
+    finish(canvas, window, features, copies, taken, level, nexts, transferred, shown, goes_on)
+
+
+def levels(canvas: Canvas, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many steps each row is ahead of its canvas, `(rows,)`; and the later steps whose proposals its drafts hold,
+    `(rows, drafts, steps)` bool."""
+    rule = canvas.choices[window.slots, 1]
+    kind = ((rule == RULES.index("sequential")) | (rule == RULES.index("bernoulli"))).long()
+    draft = window.draft if window.draft_columns else torch.zeros_like(window.slots)
+    return canvas.draft_levels[kind, draft], canvas.draft_steps[kind]
+
+
+def upcoming(
+    canvas: Canvas, window: Window, level, is_mask, shown, features: Features
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many tokens each row must have transferred after its next step, and after each of the later ones that drafts hold, if
+    the logits did not change: `(rows, steps)`; and which positions may receive one, `(rows, steps, block)` bool.
+
+    Args:
+        level: see [`levels`].
+        is_mask, shown: `(rows, block)` bool, the masks of the block, and the positions that decide when it is done.
+    """
+    done = (canvas.steps[window.slots] + level)[:, None]
+    schedule, last = canvas.schedule[window.slots], canvas.schedule.shape[1] - 1
+    step = done + torch.arange(1 + canvas.draft_steps.shape[2], device=done.device)
+    quota = schedule.gather(1, (step + 1).clamp(max=last)) - schedule.gather(1, done.clamp(max=last))
+    if "edits" in features.needs:  # the steps after the last mask
+        quota = quota.clamp(min=1)
+    masked = is_mask[:, None].expand(-1, step.shape[1], -1)
+    if "bernoulli" in features.rules:
+        masked = masked & (canvas.plan[window.slots[:, None], window.block][:, None] <= step[..., None])
+    # A row is done once no shown position is masked, whatever is left behind the cut.
+    return quota, masked & (masked & shown[:, None]).any(-1, keepdim=True)
+
+
+def finish(
+    canvas: Canvas, window: Window, features: Features, copies, taken, level, nexts, transferred, shown, goes_on
+) -> None:
+    """Write what a step has come to into the canvas.
+
+    Args:
+        copies: `(canvases, 1 + drafts)`, see [`Window`]. taken: the same, bool, the steps that [`confirmed`] finds.
+        level: see [`levels`].
+        nexts: `(rows, 1 + drafts, block)`, the tokens of the block after the step, and those of its drafts.
+        transferred: `(rows,)`, how many masks have been replaced.
+        shown, goes_on: `(rows, block)` and `(rows,)` bool, the positions that decide when a block is done; where tokens are
+            edited, whether it goes on without masks.
+    """
+    first, last = copies[:, 0], copies.gather(1, (taken * (1 + level[copies])).argmax(-1, keepdim=True))[:, 0]
+    slots, block, nexts = window.slots[first], window.block[first], nexts[last]
+    inside = (block < canvas.capacity).any(-1)
+    lines = slots[:, None] + canvas.slots * torch.arange(1 + canvas.drafts, device=slots.device)
+    if canvas.drafts:
+        whole = canvas.tokens[slots, None].expand(-1, canvas.drafts, -1)
+        canvas.tokens.index_copy_(0, lines[:, 1:].flatten(), whole.flatten(0, 1))
+    canvas.tokens.index_put_((lines[..., None], block[:, None].expand_as(nexts)), nexts)
+    canvas.steps.index_add_(0, slots, taken.sum(-1) * inside)
+    total = (transferred[copies] * taken).sum(-1)
+    passes = total > 0
+    if "edits" in features.needs:
+        passes |= (editing_numbers(canvas, window)[0][first, 0] < 1) & inside
+    canvas.counts.index_add_(0, slots, torch.stack([passes.long(), total], dim=-1))
+    now, shown = nexts[:, 0], shown[last]
     is_mask = now == features.mask_token_id
     left = (is_mask & shown).any(-1)
-    left = left if goes_on is None else left | goes_on
+    left = left if goes_on is None else left | goes_on[first]
     ended = torch.zeros_like(left)
     if features.widths[0]:
-        ends = canvas.lists["eos_token_id", features.widths[0]][window.slots]
-        new = (window.block >= canvas.choices[window.slots, 3:]) & inside
+        ends = canvas.lists["eos_token_id", features.widths[0]][slots]
+        new = (block >= canvas.choices[slots, 3:]) & (block < canvas.capacity)
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
-    report = torch.stack([left, ended, is_mask[:, 0]], dim=-1).long()
+    report = torch.stack([left, ended, is_mask[:, 0], canvas.steps[slots]], dim=-1).long()
     # Of idle rows, which have no block in the pass, the last report stays.
-    report = torch.where(inside.any(-1, keepdim=True), report, canvas.report[window.slots])
-    canvas.report.index_copy_(0, window.slots, report)
+    report = torch.where(inside[:, None], report, canvas.report[slots])
+    canvas.report.index_copy_(0, slots, report)
 
 
 def keep_logprobs(canvas: Canvas, slots, block, transfer, chosen, total, top, top_tokens) -> None:
@@ -179,14 +248,14 @@ def keep_logprobs(canvas: Canvas, slots, block, transfer, chosen, total, top, to
 def decide(
     canvas: Canvas, window: Window, logits, masked, quota, noise, features: Features, reads_raw_logits: bool, part=None
 ):
-    """The proposals of a step, the scores by which each row ranks them, and which are transferred to masks, `(rows, block)`
-    each.
+    """The proposals of a step and the scores by which each row ranks them, `(rows, block)` each, and which are transferred to
+    masks, `(rows, steps, block)`.
 
     Args:
         logits: `(rows, block, vocab)`, or the `part` of them that this process has; those of tokens that may not be proposed are
             changed.
-        masked: `(rows, block)` bool, the positions that may receive a token.
-        quota: `(rows, 1)`.
+        masked: `(rows, steps, block)` bool, the positions that may receive a token.
+        quota: `(rows, steps)`, how many.
     """
     numbers, choices = canvas.numbers[window.slots], canvas.choices[window.slots]
     temperature, top_p, min_p, threshold, entropy_bound, factor, alg_temp, *_ = (
@@ -239,19 +308,17 @@ def decide(
         score = score.masked_fill((proposals[..., None] == deferred[:, None]).any(-1), lowest)
     # Logits that overflowed give NaN scores: such positions are transferred last.
     is_nan = is_nan | score.isnan()
-    canvas.saw_nan |= (is_nan & masked).any()
+    canvas.saw_nan |= (is_nan & masked[:, 0]).any()
     score = score.nan_to_num(nan=lowest)
-    transfer = select(
+    steps = quota.shape[1]
+    repeated = lambda x: x if x is None or steps == 1 else x[:, None].expand(-1, steps, -1).flatten(0, 1)
+    transfers = select(
         features.rules,
-        rule,
-        score,
-        score_index == SCORES.index("probability"),
-        masked,
-        quota,
-        threshold,
-        entropy_bound,
-        factor,
-        alg_temp,
-        noise.get("positions"),
+        repeated(rule),
+        repeated(score),
+        repeated(score_index == SCORES.index("probability")),
+        masked.flatten(0, 1),
+        quota.reshape(-1, 1),
+        *map(repeated, (threshold, entropy_bound, factor, alg_temp, noise.get("positions"))),
     )
-    return proposals, score, transfer
+    return proposals, score, transfers.unflatten(0, (-1, steps))

@@ -1,10 +1,11 @@
 """Windows: the positions that one forward pass feeds, made on the host from a frame of each row."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import numpy
 import torch
+from torch import nn
 
 from .uploads import uploaded
 
@@ -59,6 +60,19 @@ class Window:
     seen: what `lengths` depends on: `"all"` (the same for all tokens), `"row"` or `"token"`.
     is_canvas: whether every row's window is its whole canvas, so that the pass refreshes the whole cache.
     is_every_slot: whether `slots` are all slots in their order.
+
+    A pass with drafts has more rows, one for each draft of a row, see [`drafts`]. Those have the slot of their row, read its
+    columns of the cache, and write the ones that they feed to draft columns, which no other row reads. Without drafts these
+    are empty:
+
+    texts: as `owners`, the line of `Canvas.tokens` that each token is read from.
+    draft: `(rows,)`, which draft of its slot a row is; 0: the canvas itself.
+    copies: `(rows of canvases, 1 + drafts)`, the index of the row of a canvas and of each of its drafts; where it has fewer, its
+        own instead.
+    aside: as `columns`, the draft column that a token is written to; -1 for those of canvases.
+    own: `(rows, 3)` or `(runs, 3)`, the first column that a draft feeds, the one behind the last, and the draft column of the
+        first; zeros for canvases.
+    draft_columns: the number of draft columns that the pass writes.
     """
 
     slots: torch.Tensor
@@ -75,6 +89,12 @@ class Window:
     seen: str
     is_canvas: bool
     is_every_slot: bool
+    texts: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    draft: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    copies: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    aside: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    own: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))
+    draft_columns: int = 0
 
     def to(self, device: torch.device) -> "Window":
         """The window with its tensors on a device."""
@@ -92,6 +112,8 @@ class Window:
         tokens = self.columns.numel() if self.columns.ndim == 1 else 0
         together = lambda x, step: torch.cat([x + copy * step for copy in range(times)])
         slot, first, number = self.runs.unbind(1)
+        own_first, own_last, begin = self.own.unbind(1)
+        moved = (torch.where(self.aside < 0, -1, self.aside + copy * self.draft_columns) for copy in range(times))
         return replace(
             self,
             slots=together(self.slots, slots),
@@ -101,6 +123,10 @@ class Window:
             keep=together(self.keep, tokens),
             final=together(self.final, 0),
             runs=torch.stack([together(slot, slots), together(first, tokens), together(number, 0)], dim=1),
+            aside=torch.cat(list(moved)),
+            own=torch.stack(
+                [together(own_first, 0), together(own_last, 0), together(begin, self.draft_columns)], dim=1
+            ),
         )
 
 
@@ -108,7 +134,14 @@ TENSORS = tuple(field.name for field in fields(Window) if field.type is torch.Te
 
 
 def make_window(
-    frames: list[Frame], slots: list[int], number: int, scratch: int, shift: int, before: int = 0, multiple: int = 1
+    frames: list[Frame],
+    slots: list[int],
+    number: int,
+    scratch: int,
+    shift: int,
+    before: int = 0,
+    multiple: int = 1,
+    drafts: list[int] | None = None,
 ) -> Window:
     """The rectangle of a pass over rows with any frames, on the CPU.
 
@@ -119,6 +152,7 @@ def make_window(
         shift: the logits of position i stand at position i - `shift`.
         before: how many columns before the window `keep` may point to.
         multiple: windows that shrink from block to block are padded to a multiple of it: fewer shapes, fewer graphs.
+        drafts: for each row, which draft of its slot it is, see [`Window`]; the canvases themselves come first.
     """
     table = torch.tensor(frames)[:, :, None]
     start, end, first, last, length, _, _, grid, causal, is_seed = table.unbind(1)
@@ -135,11 +169,22 @@ def make_window(
     keep = (_kept(first, last, shift, is_seed) - start) * (last > first)
     tokens = {"owners": torch.tensor(slots)[:, None], "columns": columns, "lengths": lengths.to(torch.int32)}
     tokens |= {"keep": keep.clamp(-before, width - 1), "runs": torch.empty(0, 3, dtype=torch.long)}
+    if drafts is not None:
+        begin, tokens["own"], copies = _drafts(table[:, :2, 0], slots, drafts)
+        draft = torch.tensor(drafts)[:, None]
+        tokens["aside"] = torch.where(draft > 0, begin[:, None] + columns - start, -1)
+        tokens |= {"texts": tokens["owners"] + number * draft, **copies}
     return _window(table, slots, number, scratch, **tokens, longest=width, visible=visible, seen=seen)
 
 
 def make_list(
-    frames: list[Frame], slots: list[int], number: int, scratch: int, shift: int, padded_up_to: int = 0
+    frames: list[Frame],
+    slots: list[int],
+    number: int,
+    scratch: int,
+    shift: int,
+    padded_up_to: int = 0,
+    drafts: list[int] | None = None,
 ) -> Window:
     """The list of a pass over rows with any frames, on the CPU. Rows whose window is empty take part with their block alone.
     The other arguments are those of [`make_window`].
@@ -162,8 +207,13 @@ def make_list(
     skipped = longest * (torch.arange(len(of)) - (pieces.cumsum(0) - pieces)[of])
     runs = torch.stack([slot[of], begin[of] + skipped, (width[of] - skipped).clamp(max=longest)], dim=1)
     # The rows that see most first: a GPU that comes to them last would wait for them alone.
-    runs = runs[torch.where(grid > 0, end, length)[of].argsort(descending=True)]
-    owners = slot[row]
+    order = torch.where(grid > 0, end, length)[of].argsort(descending=True)
+    runs, owners, of_drafts = runs[order], slot[row], {}
+    if drafts is not None:
+        first_aside, own, copies = _drafts(table[:, :2, 0], slots, drafts)
+        draft = torch.tensor(drafts)[row]
+        aside = torch.where(draft > 0, first_aside[row] + columns - start[row], -1)
+        of_drafts = {"texts": owners + number * draft, "aside": aside, "own": own[of][order], **copies}
     if len(row) <= padded_up_to and (widest > RUN_LENGTH or int(width.min()) < widest):
         power = 1 << (len(row) - 1).bit_length()
         step = max(16, min(power, 64 if power <= 512 else power // 32))
@@ -176,10 +226,15 @@ def make_list(
         begins = len(row) + longest * torch.arange(most - len(runs))
         idle = (len(columns) - begins).clamp(0, longest)
         runs = torch.cat([runs, torch.stack([torch.full_like(idle, slots[0]), begins, idle], dim=1)])
+        if drafts is not None:
+            more = len(columns) - len(row)
+            of_drafts["texts"] = nn.functional.pad(of_drafts["texts"], (0, more), value=slots[0])
+            of_drafts["aside"] = nn.functional.pad(of_drafts["aside"], (0, more), value=-1)
+            of_drafts["own"] = nn.functional.pad(of_drafts["own"], (0, 0, 0, len(idle)))
     kept = _kept(first[:, None], last[:, None], shift, is_seed[:, None])
     keep = begin[:, None] + (kept - start[:, None]) * (last > first)[:, None]
     tokens = {"owners": owners, "columns": columns, "lengths": lengths.to(torch.int32)}
-    tokens |= {"keep": keep.clamp(0, len(columns) - 1), "runs": runs}
+    tokens |= {"keep": keep.clamp(0, len(columns) - 1), "runs": runs, **of_drafts}
     return _window(table, slots, number, scratch, **tokens, longest=longest, visible=visible, seen="token")
 
 
@@ -187,6 +242,23 @@ def _repeated(counts: torch.Tensor) -> torch.Tensor:
     """The index of each number, as often as it says. By NumPy: PyTorch starts its threads for it, which takes a millisecond
     on 16 cores."""
     return torch.from_numpy(numpy.arange(len(counts)).repeat(counts.numpy()))
+
+
+def _drafts(fed: torch.Tensor, slots: list[int], drafts: list[int]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """What a window knows of drafts, `fed`: `(rows, 2)`, the first column of each row's window and the one behind the last.
+
+    Returns:
+        `(rows,)`, the draft column of the first one; `(rows, 3)`, `Window.own` by rows; the fields that tokens have no part in.
+    """
+    draft = torch.tensor(drafts)
+    width = torch.where(draft > 0, fed[:, 1] - fed[:, 0], 0)
+    begin = width.cumsum(0) - width
+    canvases = {slot: index for index, slot in enumerate(slots) if not drafts[index]}
+    copies = torch.arange(len(canvases))[:, None].repeat(1, 1 + max(drafts))
+    for index, (slot, number) in enumerate(zip(slots, drafts)):
+        copies[canvases[slot], number] = index
+    own = torch.cat([fed, begin[:, None]], dim=1) * (draft > 0)[:, None]
+    return begin, own, {"draft": draft, "copies": copies, "draft_columns": int(width.sum())}
 
 
 def _lengths(columns, length, grid, causal) -> torch.Tensor:

@@ -149,6 +149,9 @@ class GLADreamCache(CanvasCache):
     def use_arena(self, slots: int, columns: int, device: torch.device) -> None:
         """States have no columns: all slots are of one size."""
 
+    def make_draft_columns(self, number: int) -> None:
+        """The states are the same for a block and its drafts, which change none."""
+
     def share(self, copies: list[Copy]) -> list[int]:
         """A state is that of one column: where it is past the `column` of a copy, nothing of it can be used."""
         lengths = []

@@ -15,13 +15,17 @@ LOG2E = 1.4426950408889634
 FEW = 24
 
 
-def place_in_arena(columns, base, shared) -> torch.Tensor:
+def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
     """The columns of an arena where `columns` of canvases stand, see [`canvas_attention`]; the arguments broadcast."""
-    return columns + (base if shared is None else torch.where(columns < shared[1], shared[0], base))
+    place = columns + (base if shared is None else torch.where(columns < shared[1], shared[0], base))
+    if own is None:
+        return place
+    first, last, begin = own
+    return torch.where((first <= columns) & (columns < last), begin + columns - first, place)
 
 
 def canvas_attention_torch(
-    query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, scales=None
+    query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, scales=None
 ):
     """The twin of [`canvas_attention`]."""
     if runs is not None:  # each run is a row of a rectangle
@@ -29,11 +33,12 @@ def canvas_attention_torch(
         index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
         padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
         padded[:tokens], seen[:tokens] = query[0], lengths[0]
-        places = {"shared": shared, "scales": scales}
+        places = {"shared": shared, "own": own, "scales": scales}
         rows = canvas_attention_torch(padded[index], keys, values, seen[index], base, width, scale, **places)
         return padded.zero_().index_put_((index,), rows)[None, :tokens]
     columns = torch.arange(width, device=keys.device)
-    arena = place_in_arena(columns, base[:, None], None if shared is None else shared[..., None])
+    shared, own = (None if each is None else each[..., None] for each in (shared, own))
+    arena = place_in_arena(columns, base[:, None], shared, own)
     arena = arena.clamp(max=keys.shape[1] - 1)  # an extent at the end may be shorter
     unseen = columns >= lengths[:, None, :, None]
     # Keys behind the visible ones may hold anything, NaN too, which a weight of 0 would not remove.
@@ -62,6 +67,7 @@ def canvas_attention(
     runs: torch.Tensor | None = None,
     longest: int = 0,
     shared: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Args:
@@ -78,6 +84,8 @@ def canvas_attention(
         longest: no run has more tokens.
         shared: `(2, batch)` int64, contiguous, where rows share the beginning of their canvases: column i of a row is column
             shared[0] + i of the arena for i < shared[1]. Of the shape of `base` otherwise, as with `runs`.
+        own: `(3, batch)` int64, contiguous, where rows have some columns for themselves beside a canvas that they share with
+            others: column i of a row is column own[2] + i - own[0] of the arena for own[0] <= i < own[1]. As `shared`.
         scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values where these are in 8 bits (uint8), see
             [`eight_bits.quantised`].
 
@@ -107,11 +115,11 @@ def canvas_attention(
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
     _attend[(tiles, readers * kv_heads, splits)](
         query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
-        pairs, out, parts, sums, scale * LOG2E,
+        base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
         window, kv_heads, number, splits,
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
-        IS_LIST=runs is not None, IS_SHARED=shared is not None,
+        IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
         IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
@@ -143,14 +151,14 @@ if triton is not None:
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
     @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
     def _attend(
-        query, keys, values, lengths, base, runs, shared, pairs, out, parts, sums, scale,
+        query, keys, values, lengths, base, runs, shared, own, pairs, out, parts, sums, scale,
         window, kv_heads, number, splits,
         query_batch, query_token, query_head,
         key_head, key_column,
         value_head, value_column, pair_head,
         GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
-        IS_SHARED: tl.constexpr, IN_EIGHT_BITS: tl.constexpr, PRECISION: tl.constexpr,
+        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, IN_EIGHT_BITS: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
         reader, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
@@ -178,6 +186,10 @@ if triton is not None:
         if IS_SHARED:
             away = (tl.load(shared + reader) - begin).to(tl.int32)
             number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader).to(tl.int32)
+        if HAS_OWN:
+            readers = tl.num_programs(1) // kv_heads
+            own_first, own_last = tl.load(own + reader).to(tl.int32), tl.load(own + readers + reader).to(tl.int32)
+            aside = (tl.load(own + 2 * readers + reader) - begin).to(tl.int32) - own_first
         if IN_EIGHT_BITS:
             # A GPU makes two float16 of two 8-bit floats at once, and bfloat16 in three steps. What 8-bit numbers are
             # multiplied with has room in float16: the queries as fractions of their largest number, and the weights of values
@@ -203,6 +215,8 @@ if triton is not None:
             place = column
             if IS_SHARED:
                 place += tl.where(column < number_shared, away, 0)
+            if HAS_OWN:
+                place = tl.where((column >= own_first) & (column < own_last), column + aside, place)
             key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
             if IN_EIGHT_BITS:
                 pair = tl.load(pairs + place, mask=column < end, other=0)

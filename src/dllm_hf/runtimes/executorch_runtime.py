@@ -104,6 +104,7 @@ class EdgeBackend(ModelBackend):
     `arena_columns` says."""
 
     model: DiffusionEdge
+    takes_drafts = False
 
     def open(self, slots: int, width: int) -> EdgeCache:
         """`width`: with the scratch column."""

@@ -196,6 +196,7 @@ class LlamaCppBackend(ModelBackend):
     row may be (`arena_columns`). A pass that needs no cache has one too, and computes rows from their first column on."""
 
     model: LlamaCppModel
+    takes_drafts = False
 
     def __init__(self, model: LlamaCppModel, has_cache: bool, **options: Any):
         super().__init__(model, has_cache, **options)

@@ -1,0 +1,56 @@
+"""Drafts change no token: several steps in a forward pass are those of one step at a time, for every family and policy."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_hf.generation.remasking import STRATEGIES
+
+from ..builders import END, generate, generators, tiny_model
+from .calls import paces, prompts
+
+DRAFTED = [name for name, each in STRATEGIES.items() if not each.is_adaptive and each.confidence != "random"]
+calls = st.fixed_dictionaries(
+    {
+        "max_new_tokens": st.integers(1, 14),
+        "block_length": st.sampled_from([2, 4, 8]),
+        "remasking_strategy": st.sampled_from(DRAFTED),
+        "eos_token_id": st.sampled_from([[], [END, *range(10)]]),
+        "suppress_tokens": st.sampled_from([None, [7]]),
+        "cfg_scale": st.sampled_from([0.0, 0.0, 0.5]),
+    }
+)
+
+
+def both(model, rows, drafts, **options):
+    """The outputs of one step at a time and with drafts, which must be the same."""
+    found = []
+    for draft_steps in (0, drafts):
+        own = generators(range(len(rows)))
+        found.append(generate(model, rows, generator=own, draft_steps=draft_steps, **options))
+    alone, drafted = found
+    assert drafted.sequences.tolist() == alone.sequences.tolist()
+    # A row's tokens are the same, and no more passes of its own bring them; those of a batch may part.
+    assert (drafted.tokens_per_forward >= alone.tokens_per_forward).all()
+    assert len(rows) > 1 or drafted.num_forward_passes <= alone.num_forward_passes
+    return alone, drafted
+
+
+@settings(max_examples=4)
+@given(st.lists(prompts, min_size=1, max_size=3), calls, paces, st.integers(1, 5))
+def test_drafts_change_no_token(pair, rows, options, pace, drafts):
+    family, policy = pair
+    model = tiny_model(family)
+    if model.has_fixed_block_length:
+        options = {**options, "block_length": model.default_block_length}
+    both(model, rows, drafts, cache_policy=policy, **options, **pace)
+
+
+def test_history_and_log_probabilities_are_those_of_one_step_at_a_time(pair):
+    family, policy = pair
+    rows = [[5, 6, 7, 8, 9], [12, 13]]
+    options = {"max_new_tokens": 8, "block_length": 4, "remasking_strategy": "maskgit_plus", "steps": 12}
+    alone, drafted = both(tiny_model(family), rows, 3, cache_policy=policy, output_history=True, logprobs=2, **options)
+    assert [each.tolist() for each in drafted.history] == [each.tolist() for each in alone.history]
+    for name in ("logprobs", "top_logprobs"):
+        torch.testing.assert_close(drafted[name], alone[name], equal_nan=True)
