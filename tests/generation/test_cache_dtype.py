@@ -51,7 +51,7 @@ def test_several_steps_in_one_pass_give_what_one_gives(family, captured):
     model = fresh_model(family)
     one, several = (generate(model, [[5, 6, 7, 8], [9]], draft_steps=number, **options) for number in (None, 2))
     assert one.sequences.tolist() == several.sequences.tolist()
-    assert several.num_forward_passes < one.num_forward_passes
+    assert several.tokens_per_forward.sum() > one.tokens_per_forward.sum()  # some were accepted
 
 
 def test_keys_and_values_take_little_more_than_half_the_memory_of_bfloat16(captured):
