@@ -21,6 +21,7 @@ from torchao.float8.inference import Float8MMConfig  # noqa: E402
 from torchao.quantization import (  # noqa: E402
     Float8Tensor,
     Float8WeightOnlyConfig,
+    Int4TilePackedTo4dTensor,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     PerGroup,
@@ -90,6 +91,23 @@ def test_the_weights_become_parts_of_joint_ones(weights):
         weight.data_ptr(),
         scales.data_ptr(),
     ]  # nothing moves the second time
+
+
+def test_int4_weights_are_joined_with_their_scales():
+    """In PyTorch's tiles, which only a GPU can make and multiply with: tests/gpu/test_quantized.py."""
+    linears = [nn.Linear(256, outputs, bias=False) for outputs in (64, 32)]
+    for linear in linears:
+        outputs = linear.out_features
+        tiles = torch.randint(0, 100, (outputs // 8, 8, 32, 4), dtype=torch.int32)  # 256 columns take as many as 1,024
+        weight = Int4TilePackedTo4dTensor(tiles, torch.randn(8, outputs, 2).bfloat16(), [1, 128], linear.weight.shape)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    before = [linear.weight.qdata.clone() for linear in linears]
+    joint = QuantizedProducts.of(linears).weight
+    assert joint.shape == (96, 256) and joint.block_size == [1, 128]
+    assert torch.equal(joint.qdata, torch.cat(before))
+    assert torch.equal(joint.scale_and_zero[:, 64:], linears[1].weight.scale_and_zero)
+    assert joint.qdata[8:].data_ptr() == linears[1].weight.qdata.data_ptr()
+    assert QuantizedProducts.of(linears[:1]) is None  # nothing to join
 
 
 def other_recipes() -> dict:
