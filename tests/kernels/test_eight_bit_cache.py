@@ -134,10 +134,8 @@ def test_runs_of_a_list_read_8_bits_where_they_stand(groups):
     runs = torch.tensor([[9, 40, 3], [9, 0, 0], [9, 0, 40], [9, 43, 1], [9, 44, 16]], device=DEVICE)
     shared = torch.tensor([[33, 0, 500, 33, 0], [100, 0, 37, 100, 0]], device=DEVICE)
     own = torch.tensor([[120, 0, 8, 0, 60], [124, 0, 12, 0, 64], [890, 0, 880, 0, 870]], device=DEVICE)  # of drafts
-    arguments, places = (
-        (keys, values, lengths, base, 300, 0.1, runs, 64),
-        {"shared": shared, "own": own, "scales": scales},
-    )
+    arguments = (keys, values, lengths, base, 300, 0.1, runs, 64)
+    places = {"shared": shared, "own": own, "scales": scales}
     expected = canvas_attention_torch(query, *arguments, **places)
     close(canvas_attention(query, *arguments, **places), expected, torch.float32)
 
