@@ -49,6 +49,17 @@ def test_block_diffusion_loss_is_the_same_with_flex_attention(folder):
     assert abs(losses[0] - losses[1]) < 1e-5
 
 
+@pytest.mark.parametrize("folder", sorted({folder.name for folder, _ in CASES}))
+def test_drafts_change_no_token_on_kernels_and_graphs(folder):
+    model, inputs = load(folder, dtype=torch.float32), left_pad([[5, 6, 7, 8, 9, 10], [11, 12]])
+    inputs = {name: value.cuda() for name, value in inputs.items()}
+    for policy in model.cache_policies:
+        options = {"cache_policy": policy, "max_new_tokens": 24, "remasking_strategy": "low_confidence_static"}
+        alone = model.diffusion_generate(**inputs, **options)
+        for drafts in (4, 4, 4, "auto"):  # as it is, captured, replayed
+            assert torch.equal(model.diffusion_generate(**inputs, draft_steps=drafts, **options), alone), policy
+
+
 def test_sampling_with_a_generator_on_the_gpu_is_reproducible():
     model, prompt = load("llada-mha"), torch.tensor([[1, 2, 3]], device="cuda")
     runs = [

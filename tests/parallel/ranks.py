@@ -26,6 +26,7 @@ SAMPLES = {"temperature": 0.8, "remasking_strategy": "low_confidence_static"}
 # What a step over rows with different options does not do: guidance, one draw for all rows, and each strategy for itself.
 CALLS = [
     *({"remasking_strategy": name} for name in STRATEGIES),
+    *({"remasking_strategy": name, "draft_steps": 2} for name in ("low_confidence_static", "origin")),
     *({**SAMPLES, "remasking_strategy": name} for name in ("entropy", "topk_margin", "random", "factor")),
     {**SAMPLES, "top_k": 5, "top_p": 0.9},
     {**SAMPLES, "suppress_tokens": [3, 40, 63], "confidence_suppress_tokens": [7]},
@@ -65,7 +66,7 @@ def decode(model, **options) -> list[list[int]]:
 
 
 def serve(model, uses_graphs: bool) -> list[list[int]]:
-    llm = LLM(model, max_num_seqs=6, block_length=4, enforce_eager=not uses_graphs)
+    llm = LLM(model, max_num_seqs=6, block_length=4, enforce_eager=not uses_graphs, draft_steps=2)
     outputs = llm.generate([[5 + number, 6, 7] for number in range(len(REQUESTS))], REQUESTS, use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs]
 

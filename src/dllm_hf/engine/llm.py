@@ -63,10 +63,8 @@ class LLM:
             each; `max_queue` is that of all. `model` must be a folder or a repository then, and a script must make the `LLM`
             below `if __name__ == "__main__":`.
         enforce_eager: no CUDA graphs and no fused kernels.
-        draft_steps: up to so many further denoising steps in a forward pass, with the same tokens, or "auto", while few
-            completions run: as long as a pass has no more than 128 tokens, drafts included. Completions that draw at random, or
-            whose strategy lets the logits say how many tokens a step transfers, take one step a pass. By default what the
-            model's generation config says.
+        draft_steps: see [`DiffusionGenerationConfig`]; of completions whose steps can be foreseen, in passes of at most 128
+            tokens, drafts included. By default what the model's generation config says.
 
     Raises:
         ValueError, OSError: name what is wrong, before weights are read where that is known by then.
@@ -414,11 +412,9 @@ class LLM:
 
     def _output(self, sequence: Sequence) -> RequestOutput:
         prompt = sequence.request.prompt
-        text = (
-            None
-            if self.tokenizer is None
-            else Detokenizer(self.tokenizer, []).decode(prompt, skip_special_tokens=False)
-        )
+        text = None
+        if self.tokenizer is not None:
+            text = Detokenizer(self.tokenizer, []).decode(prompt, skip_special_tokens=False)
         return RequestOutput(sequence.request_id, prompt, text)
 
 

@@ -256,8 +256,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """The buffers for a batch, and for the next turn of a conversation the column up to which each row is final. `room`:
         the columns of a canvas, and its drafts."""
         slots, columns, (capacity, drafts) = len(texts), max(map(len, texts)), room
-        has_graphs, of_drafts = backend.fused is not None, (drafts, backend.draft_columns)
-        key = (fingerprint, slots, capacity, backend.guidance_copies, options.cache_dtype, of_drafts)
+        has_graphs, copies = backend.fused is not None, (backend.guidance_copies, drafts, backend.draft_columns)
+        key = (fingerprint, slots, capacity, copies, options.cache_dtype)
 
         def make() -> Workspace:
             # + 1: the scratch column.
@@ -267,8 +267,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             return acquire(self, key, make) if has_graphs else make(), None
         past.check(self, slots, options)
         workspace = past.workspace
-        found = () if workspace is None else (*workspace.key[:2], workspace.key[4], workspace.pointers)
-        fits = found == (*key[:2], of_drafts, pointers_of(past))
+        same = lambda key, pointers: (*key[:2], *key[3:], pointers)  # all but the capacity
+        fits = workspace is not None and same(workspace.key, workspace.pointers) == same(key, pointers_of(past))
         if not (has_graphs and fits and workspace.canvas.capacity >= columns):
             # A shallow copy: cache -> workspace -> cache would be a reference cycle.
             workspace = Workspace(Canvas(slots, capacity, self.device, drafts), copy(past) if has_graphs else past, key)

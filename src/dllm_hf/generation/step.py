@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .canvas import LISTS, Canvas, list_of
+from .canvas import LISTS, NUMBERS, Canvas, list_of
 from .divided_head import VocabularyPart
 from .drafts import confirmed
 from .editing import edit, editing_numbers
@@ -113,9 +113,9 @@ def denoise(
         reads_raw_logits: whether scores are read before temperature and filters.
         part: where each process has a part of the logits.
     """
-    texts, lines, copies = window.owners, window.slots, torch.arange(len(window.slots), device=canvas.device)[:, None]
+    texts, lines = window.owners, window.slots
     if window.draft_columns:
-        texts, lines, copies = window.texts, lines + window.draft * canvas.slots, window.copies
+        texts, lines = window.texts, lines + window.draft * canvas.slots
     logits = forward(canvas.tokens[texts, window.columns], window)
     if not window.block.shape[1]:
         return
@@ -125,7 +125,7 @@ def denoise(
     if edits:
         # What stands behind the cut may change a token before it that is edited.
         shown = (shown | (editing_numbers(canvas, window)[0] < 1)) & inside
-    level, held = levels(canvas, window)
+    level, held = levels(canvas, window) if canvas.drafts else (None, None)
     quota, masked = upcoming(canvas, window, level, is_mask, shown, features)
     if part is not None and features.needs & WHOLE_ROWS:
         logits, part = part.gather(logits), None
@@ -135,24 +135,25 @@ def denoise(
     proposals, scores, transfers = decide(
         canvas, window, logits, masked, quota, noise, features, reads_raw_logits, part
     )
-    transferred, goes_on = transfers[:, 0].sum(-1), None
+    transferred, goes_on, taken = transfers[:, 0].sum(-1), None, None
     if edits:
         replaced, goes_on = edit(canvas, window, now, masked[:, 0], proposals, scores, inside.any(-1, keepdim=True))
         transfers = transfers | replaced[:, None]
-    if canvas.drafts:
+    if held is not None:
         later = transfers[:, 1:] & ~transfers[:, :-1]
         drafted = (held[..., None] & later[:, None]).any(2)
         transfers = torch.cat([transfers[:, :1], transfers[:, :1] | drafted], dim=1)
     nexts = torch.where(transfers, proposals[:, None], now[:, None])
-    taken = confirmed(copies, level, now, nexts[:, 0], transferred > 0)
+    if window.draft_columns:
+        taken = confirmed(window.copies, level, now, nexts[:, 0], transferred > 0)
     if raw is not None:
         chosen = logits.gather(-1, proposals[..., None]).squeeze(-1)
-        for copy, is_taken in zip(copies.unbind(1), taken.unbind(1)):
-            of_copy = (each[copy] for each in (chosen, *raw))
-            keep_logprobs(
-                canvas, window.slots[copy, None], window.block[copy], transfers[copy, 0] & is_taken[:, None], *of_copy
-            )
-    finish(canvas, window, features, copies, taken, level, nexts, transferred, shown, goes_on)
+        every = [(slice(None), True)] if taken is None else zip(window.copies.unbind(1), taken[..., None].unbind(1))
+        for rows, is_taken in every:
+            of_rows = (each[rows] for each in (chosen, *raw))
+            transfer = transfers[rows, 0] & is_taken
+            keep_logprobs(canvas, window.slots[rows, None], window.block[rows], transfer, *of_rows)
+    finish(canvas, window, features, taken, level, nexts, transferred, shown, goes_on)
 
 
 def levels(canvas: Canvas, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,10 +175,15 @@ def upcoming(
         level: see [`levels`].
         is_mask, shown: `(rows, block)` bool, the masks of the block, and the positions that decide when it is done.
     """
-    done = (canvas.steps[window.slots] + level)[:, None]
-    schedule, last = canvas.schedule[window.slots], canvas.schedule.shape[1] - 1
-    step = done + torch.arange(1 + canvas.draft_steps.shape[2], device=done.device)
-    quota = schedule.gather(1, (step + 1).clamp(max=last)) - schedule.gather(1, done.clamp(max=last))
+    done = canvas.steps[window.slots, None]
+    step = done
+    if canvas.drafts:
+        done = done + level[:, None]
+        step = done + torch.arange(1 + canvas.draft_steps.shape[2], device=done.device)
+    # Drafts, and the steps of editing, come to the end of the schedule.
+    last = canvas.schedule.shape[1] - 1 if canvas.drafts or "edits" in features.needs else None
+    total = lambda steps: canvas.schedule[window.slots[:, None], steps if last is None else steps.clamp(max=last)]
+    quota = total(step + 1) - total(done)
     if "edits" in features.needs:  # the steps after the last mask
         quota = quota.clamp(min=1)
     masked = is_mask[:, None].expand(-1, step.shape[1], -1)
@@ -188,42 +194,48 @@ def upcoming(
 
 
 def finish(
-    canvas: Canvas, window: Window, features: Features, copies, taken, level, nexts, transferred, shown, goes_on
+    canvas: Canvas, window: Window, features: Features, taken, level, nexts, transferred, shown, goes_on
 ) -> None:
-    """Write what a step has come to into the canvas.
+    """Write what a pass has come to into the canvas.
 
     Args:
-        copies: `(canvases, 1 + drafts)`, see [`Window`]. taken: the same, bool, the steps that [`confirmed`] finds.
+        taken: `(canvases, 1 + drafts)` bool, the steps that [`confirmed`] finds; None without drafts in the window.
         level: see [`levels`].
         nexts: `(rows, 1 + drafts, block)`, the tokens of the block after the step, and those of its drafts.
         transferred: `(rows,)`, how many masks have been replaced.
         shown, goes_on: `(rows, block)` and `(rows,)` bool, the positions that decide when a block is done; where tokens are
             edited, whether it goes on without masks.
     """
-    first, last = copies[:, 0], copies.gather(1, (taken * (1 + level[copies])).argmax(-1, keepdim=True))[:, 0]
-    slots, block, nexts = window.slots[first], window.block[first], nexts[last]
+    slots, block = window.slots, window.block
+    if taken is not None:
+        first = window.copies[:, 0]
+        last = window.copies.gather(1, (taken * (1 + level[window.copies])).argmax(-1, keepdim=True))[:, 0]
+        slots, block, nexts, shown = slots[first], block[first], nexts[last], shown[last]
+        transferred = (transferred[window.copies] * taken).sum(-1)
+        goes_on = None if goes_on is None else goes_on[first]
     inside = (block < canvas.capacity).any(-1)
-    lines = slots[:, None] + canvas.slots * torch.arange(1 + canvas.drafts, device=slots.device)
     if canvas.drafts:
+        lines = slots[:, None] + canvas.slots * torch.arange(1 + canvas.drafts, device=slots.device)
         whole = canvas.tokens[slots, None].expand(-1, canvas.drafts, -1)
         canvas.tokens.index_copy_(0, lines[:, 1:].flatten(), whole.flatten(0, 1))
-    canvas.tokens.index_put_((lines[..., None], block[:, None].expand_as(nexts)), nexts)
-    canvas.steps.index_add_(0, slots, taken.sum(-1) * inside)
-    total = (transferred[copies] * taken).sum(-1)
-    passes = total > 0
+        canvas.tokens.index_put_((lines[..., None], block[:, None].expand_as(nexts)), nexts)
+    else:
+        canvas.tokens.index_put_((slots[:, None], block), nexts[:, 0])
+    canvas.steps.index_add_(0, slots, inside.long() if taken is None else inside * taken.sum(-1))
+    passes = transferred > 0
     if "edits" in features.needs:
-        passes |= (editing_numbers(canvas, window)[0][first, 0] < 1) & inside
-    canvas.counts.index_add_(0, slots, torch.stack([passes.long(), total], dim=-1))
-    now, shown = nexts[:, 0], shown[last]
+        passes |= (canvas.numbers[slots, NUMBERS.index("editing_threshold")] < 1) & inside
+    canvas.counts.index_add_(0, slots, torch.stack([passes.long(), transferred], dim=-1))
+    now = nexts[:, 0]
     is_mask = now == features.mask_token_id
     left = (is_mask & shown).any(-1)
-    left = left if goes_on is None else left | goes_on[first]
+    left = left if goes_on is None else left | goes_on
     ended = torch.zeros_like(left)
     if features.widths[0]:
         ends = canvas.lists["eos_token_id", features.widths[0]][slots]
         new = (block >= canvas.choices[slots, 3:]) & (block < canvas.capacity)
         ended = ((now[..., None] == ends[:, None]).any(-1) & new).any(-1)
-    report = torch.stack([left, ended, is_mask[:, 0], canvas.steps[slots]], dim=-1).long()
+    report = torch.stack([left, ended, is_mask[:, 0], canvas.steps[slots]], dim=-1)
     # Of idle rows, which have no block in the pass, the last report stays.
     report = torch.where(inside[:, None], report, canvas.report[slots])
     canvas.report.index_copy_(0, slots, report)
