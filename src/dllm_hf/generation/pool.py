@@ -54,7 +54,7 @@ class Workspace:
 def capacity_for(model: DenoisingModel, slots: int, width: int) -> int:
     """The columns to allocate for rows of `width` columns, in steps of `capacity_step` or of what [`SPARE`] of the weights'
     memory holds, so that calls of about the same length, and the turns of a conversation, share their graphs."""
-    spare = sum(part.nbytes for weight in model.parameters() for part in _parts_of(weight)) * SPARE
+    spare = sum(parameter.nbytes for parameter in model.parameters()) * SPARE
     step = max(int(spare / (slots * column_bytes_of(model))), 1)
     step = -(-step // model.capacity_step) * model.capacity_step
     return -(-width // step) * step
