@@ -129,7 +129,7 @@ def measure_sudoku(model, tokenizer, args):
         settings, before = sudoku_settings(model.cache_policies), None
         if args.cache_dtype is not None:
             greedy = [{"remasking_strategy": STATIC}, {"remasking_strategy": DYNAMIC, "confidence_threshold": 0.9999}]
-            sampled = [{"remasking_strategy": STATIC, "temperature": 0.5, "seed": seed} for seed in range(3)]
+            sampled = [{"remasking_strategy": STATIC, "temperature": 1.0, "seed": seed} for seed in range(3)]
             # In blocks of three rows, so that something stands before and after a block.
             fixed = {"block_length": 27} if "dual" in model.cache_policies else {}
             pairs = [{**fixed, **each} for each in greedy + sampled]

@@ -137,8 +137,8 @@ def attention_of_a_list(rows: int, kv_heads: int) -> list[float]:
     base, query = torch.tensor(begin[:-1], device="cuda"), random(1, first[-1], HEADS, HEAD_DIM)
     found = []
     for (keys, values), scales in ((arenas, None), in_eight_bits(arenas)):
-        places = (lengths, base, 3072, HEAD_DIM**-0.5, runs, 8, None, scales)
-        time = microseconds(lambda: canvas_attention(query, keys, values, *places))  # noqa: B023
+        places = (lengths, base, 3072, HEAD_DIM**-0.5, runs, 8)
+        time = microseconds(lambda: canvas_attention(query, keys, values, *places, scales=scales))  # noqa: B023
         read = 2 * keys.element_size() * HEAD_DIM + (0 if scales is None else 4)
         found += [time, sum(seen) * kv_heads * read / time / 1e6]
     return found

@@ -18,6 +18,7 @@ calls = st.fixed_dictionaries(
         "eos_token_id": st.sampled_from([[], [END, *range(10)]]),
         "suppress_tokens": st.sampled_from([None, [7]]),
         "cfg_scale": st.sampled_from([0.0, 0.0, 0.5]),
+        "cache_dtype": st.sampled_from([None, "fp8"]),
     }
 )
 
@@ -43,6 +44,8 @@ def test_drafts_change_no_token(pair, rows, options, pace, drafts):
     model = tiny_model(family)
     if model.has_fixed_block_length:
         options = {**options, "block_length": model.default_block_length}
+    if policy == "none" or "fp8" not in model.cache_dtypes:
+        options = {**options, "cache_dtype": None}
     both(model, rows, drafts, cache_policy=policy, **options, **pace)
 
 

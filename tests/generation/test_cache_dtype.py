@@ -43,6 +43,17 @@ def test_a_row_in_a_batch_is_what_it_is_alone(family):
     assert_each_row_is_what_it_is_alone(tiny_model(family), [[5, 6, 7, 8, 9, 10, 11], [12, 13], []], **options)
 
 
+@pytest.mark.parametrize("family", ["llada", "sdar"])
+def test_several_steps_in_one_pass_give_what_one_gives(family, captured):
+    """Drafts have columns of their own for their block, in 8 bits too."""
+    options = {"max_new_tokens": 10, "block_length": 4, "remasking_strategy": "low_confidence_static", **FP8}
+    options |= CALLS[family] if family == "llada" else {}
+    model = fresh_model(family)
+    one, several = (generate(model, [[5, 6, 7, 8], [9]], draft_steps=number, **options) for number in (None, 2))
+    assert one.sequences.tolist() == several.sequences.tolist()
+    assert several.tokens_per_forward.sum() > one.tokens_per_forward.sum()  # some were accepted
+
+
 def test_keys_and_values_take_little_more_than_half_the_memory_of_bfloat16(captured):
     for family in ("llada", "sdar"):
         model = fresh_model(family, head_dim=64) if family == "sdar" else fresh_model(family)

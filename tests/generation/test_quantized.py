@@ -93,14 +93,18 @@ def test_the_weights_become_parts_of_joint_ones(weights):
     ]  # nothing moves the second time
 
 
+def packed(outputs: int) -> nn.Linear:
+    """A layer of 256 inputs with weights in PyTorch's tiles, which only a GPU can fill and multiply with."""
+    linear = nn.Linear(256, outputs, bias=False)
+    tiles = torch.randint(0, 100, (outputs // 8, 8, 32, 4), dtype=torch.int32)  # 256 columns take as many as 1,024
+    weight = Int4TilePackedTo4dTensor(tiles, torch.randn(8, outputs, 2).bfloat16(), [1, 128], linear.weight.shape)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
 def test_int4_weights_are_joined_with_their_scales():
-    """In PyTorch's tiles, which only a GPU can make and multiply with: tests/gpu/test_quantized.py."""
-    linears = [nn.Linear(256, outputs, bias=False) for outputs in (64, 32)]
-    for linear in linears:
-        outputs = linear.out_features
-        tiles = torch.randint(0, 100, (outputs // 8, 8, 32, 4), dtype=torch.int32)  # 256 columns take as many as 1,024
-        weight = Int4TilePackedTo4dTensor(tiles, torch.randn(8, outputs, 2).bfloat16(), [1, 128], linear.weight.shape)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+    """That the products are right: tests/gpu/test_quantized.py."""
+    linears = list(map(packed, (64, 32)))
     before = [linear.weight.qdata.clone() for linear in linears]
     joint = QuantizedProducts.of(linears).weight
     assert joint.shape == (96, 256) and joint.block_size == [1, 128]

@@ -24,7 +24,7 @@ KERNELS = {
     "_merge",
     "_copy_columns",
     "_quantize_rows",
-    "_swiglu_float8",
+    "_quantize_parts",
     "_few_rows_product",
 }
 KERNELS |= {"_choose", "_assign", "_product", "_weighted_sum"}

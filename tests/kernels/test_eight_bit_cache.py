@@ -126,15 +126,18 @@ def test_numbers_that_float16_does_not_hold_are_read_too(has_large_queries):
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_runs_of_a_list_read_8_bits_and_the_beginning_that_they_share(groups):
+def test_runs_of_a_list_read_8_bits_where_they_stand(groups):
     keys, values, scales = arena(2, 900, 64)
     query = random(1, 60, 2 * groups, 64)
     lengths = torch.randint(0, 290, (1, 60), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
     base = torch.tensor([333, 0, 5, 333, 600], device=DEVICE)
     runs = torch.tensor([[9, 40, 3], [9, 0, 0], [9, 0, 40], [9, 43, 1], [9, 44, 16]], device=DEVICE)
     shared = torch.tensor([[33, 0, 500, 33, 0], [100, 0, 37, 100, 0]], device=DEVICE)
-    arguments = (keys, values, lengths, base, 300, 0.1, runs, 64, shared, None, scales)
-    close(canvas_attention(query, *arguments), canvas_attention_torch(query, *arguments), torch.float32)
+    own = torch.tensor([[120, 0, 8, 0, 60], [124, 0, 12, 0, 64], [890, 0, 880, 0, 870]], device=DEVICE)  # of drafts
+    arguments = (keys, values, lengths, base, 300, 0.1, runs, 64)
+    places = {"shared": shared, "own": own, "scales": scales}
+    expected = canvas_attention_torch(query, *arguments, **places)
+    close(canvas_attention(query, *arguments, **places), expected, torch.float32)
 
 
 @pytest.mark.gpu

@@ -107,7 +107,10 @@ def test_a_row_is_the_same_in_any_company(dtype):
     whole = quantize_rows(x) if dtype != torch.int8 else x
     alone = quantize_rows(x[3:4]) if dtype != torch.int8 else x[3:4]
     got, expected = (few_rows_product(each, *weight, None, torch.float32) for each in (whole, alone))
-    torch.testing.assert_close(got[3:4], expected, rtol=1e-3 if ON_GPU else 0, atol=1e-3 if ON_GPU else 0)
+    if ON_GPU:  # whose sums of products in 8 bits keep some 14 bits
+        assert (got[3:4] - expected).norm() < 2e-3 * expected.norm()
+    else:
+        assert torch.equal(got[3:4], expected)
 
 
 def test_what_is_behind_the_rows_is_not_read():

@@ -109,9 +109,10 @@ class Float8Products(QuantizedProducts):
         if shape.numel() <= MAX_ROWS[weight.dtype]:
             return few_rows_product(rows, weight, scales, self.bias, self.dtype)
         values, of_rows = (each.flatten(0, -2) for each in rows)
-        out = torch._scaled_mm(
-            values, weight.t(), of_rows, scales.t(), self.bias, out_dtype=self.dtype, use_fast_accum=self.is_fast
-        )
+        is_wide = self.dtype == torch.float32  # to which PyTorch adds no bias
+        options = {"out_dtype": self.dtype, "use_fast_accum": self.is_fast}
+        out = torch._scaled_mm(values, weight.t(), of_rows, scales.t(), None if is_wide else self.bias, **options)
+        out = out + self.bias if is_wide and self.bias is not None else out
         return out.view(*shape, -1)
 
 

@@ -37,7 +37,7 @@ def quantize_rows_torch(x: torch.Tensor) -> Float8Rows:
     """The twin of [`quantize_rows`]."""
     # As torchao's, the scale is rounded to the type of `x`. It divides zeros by a scale of zero.
     scales = (x.abs().amax(-1, keepdim=True) / LARGEST_FLOAT8).float()
-    wide = x.float() / scales.where(scales > 0, 1.0)
+    wide = x.float() * (1.0 / scales.where(scales > 0, 1.0))
     return Float8Rows(wide.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn), scales)
 
 
@@ -118,17 +118,19 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, quantizes: bool = False) -> Any
         The same shape, contiguous.
     """
     batch, window, size = gate.shape
-    if quantizes:  # a program for each row, which must know all of it
-        rows, block = Float8Rows.empty(gate.shape, gate.device), triton.next_power_of_2(size)
-        _swiglu_float8[(batch * window,)](
-            gate, up, *rows, size, gate.stride(1), up.stride(1), BLOCK=block, num_warps=16 if block > 8192 else 8
-        )
-        return rows
     out = torch.empty(batch, window, size, dtype=gate.dtype, device=gate.device)
     block = 1024
-    _swiglu[(batch * window, triton.cdiv(size, block))](
-        gate, up, out, size, gate.stride(1), up.stride(1), BLOCK=block, num_warps=4
+    grid = batch * window, triton.cdiv(size, block)
+    maxima = torch.empty(grid, dtype=torch.float32, device=gate.device) if quantizes else out
+    _swiglu[grid](
+        gate, up, out, maxima, size, gate.stride(1), up.stride(1), QUANTIZES=quantizes, BLOCK=block, num_warps=4
     )
+    if quantizes:  # by a second kernel: one program for a whole row would take longer than both
+        rows = Float8Rows.empty(gate.shape, gate.device)
+        _quantize_parts[grid](
+            out, maxima, *rows, size, BLOCK=block, BLOCK_PARTS=triton.next_power_of_2(grid[1]), num_warps=4
+        )
+        return rows
     return out
 
 
@@ -222,12 +224,12 @@ def rotate_and_store(
 if triton is not None:
 
     @triton.jit
-    def _store_float8(row, dtype: tl.constexpr, values, scales, index, inside, size):
-        """Store a row in 8 bits, and its scale. `row`: float32, rounded to `dtype`."""
-        scale = (tl.max(tl.abs(row), 0) / 448.0).to(dtype).to(tl.float32)
+    def _store_float8(row, largest, dtype: tl.constexpr, values, scales, index, inside, size):
+        """Store a row, or a part of it, in 8 bits, and its scale. `largest`: magnitude of the whole row."""
+        scale = (largest / 448.0).to(dtype).to(tl.float32)
         token = tl.program_id(0).to(tl.int64)
-        # The scale may be rounded down: the largest value is kept from becoming none.
-        row = tl.clamp(tl.div_rn(row, tl.where(scale > 0, scale, 1.0)), -448.0, 448.0)
+        # The scale may be rounded down: the largest value is kept from becoming none. One division, and not one for each.
+        row = tl.clamp(row * tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), -448.0, 448.0)
         tl.store(values + token * size + index, row.to(tl.float8e4nv), mask=inside)
         tl.store(scales + token, scale)
 
@@ -236,7 +238,8 @@ if triton is not None:
         index = tl.arange(0, BLOCK)
         inside = index < size
         row = tl.load(x + tl.program_id(0).to(tl.int64) * size + index, mask=inside, other=0.0)
-        _store_float8(row.to(tl.float32), row.dtype, values, scales, index, inside, size)
+        wide = row.to(tl.float32)
+        _store_float8(wide, tl.max(tl.abs(wide), 0), row.dtype, values, scales, index, inside, size)
 
     @triton.jit
     def _add_rms_norm(
@@ -260,24 +263,16 @@ if triton is not None:
             result = result.to(dtype).to(tl.float32)
         result *= factor
         if QUANTIZES:
-            _store_float8(result.to(dtype).to(tl.float32), dtype, normed, scales, index, inside, size)
+            result = result.to(dtype).to(tl.float32)
+            _store_float8(result, tl.max(tl.abs(result), 0), dtype, normed, scales, index, inside, size)
         else:
             tl.store(normed + row + index, result.to(dtype), mask=inside)
 
     @triton.jit
-    def _swiglu_float8(gate, up, values, scales, size, gate_token, up_token, BLOCK: tl.constexpr):
-        token = tl.program_id(0).to(tl.int64)
-        index = tl.arange(0, BLOCK)
-        inside = index < size
-        left = tl.load(gate + token * gate_token + index, mask=inside, other=0.0)
-        right = tl.load(up + token * up_token + index, mask=inside, other=0.0).to(tl.float32)
-        wide = left.to(tl.float32)
-        activated = (wide / (1.0 + tl.exp(-wide))).to(left.dtype).to(tl.float32)
-        row = (activated * right).to(left.dtype).to(tl.float32)
-        _store_float8(row, left.dtype, values, scales, index, inside, size)
-
-    @triton.jit
-    def _swiglu(gate, up, out, size, gate_token, up_token, BLOCK: tl.constexpr):
+    def _swiglu(
+        gate, up, out, maxima, size, gate_token, up_token, QUANTIZES: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        """With `QUANTIZES` also the largest magnitude of the part."""
         token = tl.program_id(0).to(tl.int64)
         index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = index < size
@@ -285,7 +280,22 @@ if triton is not None:
         right = tl.load(up + token * up_token + index, mask=inside, other=0.0).to(tl.float32)
         wide = left.to(tl.float32)
         activated = (wide / (1.0 + tl.exp(-wide))).to(left.dtype).to(tl.float32)
-        tl.store(out + token * size + index, (activated * right).to(left.dtype), mask=inside)
+        result = (activated * right).to(left.dtype)
+        tl.store(out + token * size + index, result, mask=inside)
+        if QUANTIZES:
+            largest = tl.max(tl.abs(result.to(tl.float32)), 0)
+            tl.store(maxima + token * tl.num_programs(1) + tl.program_id(1), largest)
+
+    @triton.jit
+    def _quantize_parts(x, maxima, values, scales, size, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+        """A part of a row of which the largest magnitude of each part is known."""
+        token, parts = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+        part = tl.arange(0, BLOCK_PARTS)
+        largest = tl.max(tl.load(maxima + token * parts + part, mask=part < parts, other=0.0), 0)
+        index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < size
+        row = tl.load(x + token * size + index, mask=inside, other=0.0)
+        _store_float8(row.to(tl.float32), largest, row.dtype, values, scales, index, inside, size)
 
     @triton.jit
     def _store_heads(
