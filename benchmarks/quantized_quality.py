@@ -72,21 +72,25 @@ def solved(model, ids: torch.Tensor, solutions: torch.Tensor, args: argparse.Nam
 
 
 def measure_sudoku(folder: Path, tokenizer, args: argparse.Namespace):
-    """Yields a dict for each format."""
-    grids = generate(1000, LEVELS["33-36 clues"], torch.Generator().manual_seed(HELD_OUT_SEED))
+    """Yields a dict for each format and level."""
     write = lambda row: "".join(map(str, row)).replace("0", MASK)
-    ids, solutions = (
-        torch.tensor(tokenizer([write(row) for row in part[: args.puzzles].tolist()]).input_ids, device=args.device)
-        for part in grids
-    )
-    reference = None
+    references: dict[str, torch.Tensor] = {}
     for weights in ["plain", *args.formats]:
         model = load(folder, weights, args)
-        greedy = solved(model, ids, solutions, args, None)
-        drawn = [solved(model, ids, solutions, args, seed).float().mean().item() for seed in range(args.seeds)]
-        reference = greedy if reference is None else reference
-        won, lost = int((greedy & ~reference).sum()), int((reference & ~greedy).sum())
-        yield {"weights": weights, "solved": greedy.float().mean().item(), "won": won, "lost": lost, "drawn": drawn}
+        for level, clues in LEVELS.items():
+            grids = generate(1000, clues, torch.Generator().manual_seed(HELD_OUT_SEED))
+            ids, solutions = (
+                torch.tensor(
+                    tokenizer([write(row) for row in part[: args.puzzles].tolist()]).input_ids, device=args.device
+                )
+                for part in grids
+            )
+            greedy = solved(model, ids, solutions, args, None)
+            drawn = [solved(model, ids, solutions, args, seed).float().mean().item() for seed in range(args.seeds)]
+            before = references.setdefault(level, greedy)
+            won, lost = int((greedy & ~before).sum()), int((before & ~greedy).sum())
+            found = {"solved": greedy.float().mean().item(), "won": won, "lost": lost, "drawn": drawn}
+            yield {"weights": weights, "task": level, **found}
 
 
 def measure_text(folder: Path, tokenizer, args: argparse.Namespace):
@@ -105,7 +109,7 @@ def main() -> None:
     formats = ["fp8", "int8", "int4"]
     parser.add_argument("--formats", nargs="+", choices=formats, default=formats if on_gpu else ["int8"])
     parser.add_argument("--text", type=Path, help="the training text; its last tenth is held out")
-    parser.add_argument("--puzzles", type=int, default=1000)
+    parser.add_argument("--puzzles", type=int, default=1000, help="of each level")
     parser.add_argument("--seeds", type=int, default=3, help="with which puzzles are solved at temperature 1")
     parser.add_argument("--batch", type=int, default=250 if on_gpu else 50)
     parser.add_argument("--characters", type=int, default=10**6, help="of the held-out text, at most")
