@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..engine.llm import LLM
 from ..engine.sampling_params import SamplingParams
 from ..generation.configuration import as_token_list
+from .engines import effective, of_requests, open_engine
 from .human_eval import TIMEOUT, Task, program, tasks
 from .isolation import run
 
@@ -29,9 +29,11 @@ class Prompt:
 
 
 class Format(Protocol):
-    """How a model is asked for a line. stop: a text at which it may stop, since the line is over."""
+    """How a model is asked for a line."""
 
-    stop: ClassVar[str | None]
+    @property
+    def stop(self) -> str | None:
+        """A text at which the model may stop, since the line is over."""
 
     def prompt(self, task: Task, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> Prompt:
         """Raises a `ValueError` if the model cannot be asked in this way."""
@@ -82,7 +84,7 @@ class LeftToRight:
     suffix: Sequence[int] | None = None
     middle: Sequence[int] = ()
     max_new_tokens: int = 48
-    stop: ClassVar[str | None] = "\n"
+    stop: ClassVar[str] = "\n"
 
     def prompt(self, task: Task, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> Prompt:
         before = tokenizer(task.prefix)["input_ids"]
@@ -211,6 +213,9 @@ def evaluate(
         mask = options.get("mask_token_id") or own.mask_token_id or model.config.mask_token_id
     prompts = [format.prompt(task, tokenizer, mask) for task in every]
     decode = _diffuse if is_diffusion else _continue
+    used = {"do_sample": False, **options}
+    if is_diffusion:
+        used = effective(model, {"temperature": 0.0, "eos_token_id": ends, **options})
     found: dict[int, Decoded] = {}
     with tqdm(total=len(every), desc="lines", disable=not progress) as bar:
         for index, decoded in decode(model, tokenizer, prompts, ends, format.stop, batch_size, seed, options):
@@ -227,7 +232,7 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
         "timeout": timeout,
-        **options,
+        "generation": used,
     }
     return _summary(completions, settings)
 
@@ -277,21 +282,16 @@ def _diffuse(
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Decoded]]:
     """Decode with the engine. Yields the index of each prompt with what was made of it, as they finish."""
-    options = {"temperature": 0.0, "eos_token_id": ends, **options}
-    shared = {name: options.pop(name) for name in ("cache_policy", "mask_token_id") if name in options}
-    eager = bool(options.pop("disable_compile", False))
-    # A grid at 0 fills up the last block.
     longest = max(len(prompt.token_ids) + prompt.new_tokens for prompt in prompts)
-    longest += options.get("block_length") or model.default_block_length or 0
-    room = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
-    sizes = {"max_num_seqs": batch_size, "max_model_len": room, "num_cache_tokens": batch_size * (room + 1) + 1}
+    llm = open_engine(model, tokenizer, options, batch_size, longest)
+    options = {"temperature": 0.0, "eos_token_id": ends, **of_requests(options)}
     params = [
         SamplingParams(max_tokens=prompt.new_tokens, seed=seed + index, stop=stop, options=options)
         for index, prompt in enumerate(prompts)
     ]
     names = [str(index) for index in range(len(prompts))]
-    with LLM(model, tokenizer=tokenizer, enforce_eager=eager, **shared, **sizes) as llm:
-        for event in llm.generate_streaming([each.token_ids for each in prompts], params, request_ids=names):
+    with llm:
+        for event in llm.generate_streaming([*(each.token_ids for each in prompts)], params, request_ids=names):
             if event.output is None or event.usage is None:
                 continue
             output, index = event.output, int(event.request_id)
