@@ -69,7 +69,9 @@ def _run_harness(arguments: argparse.Namespace, session: Session, names: list[st
     if not set(names) <= set(manager.all_tasks):  # lm-eval's own are so many that to list them takes seconds
         manager = TaskManager(include_path=arguments.include_path)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise ValueError(f"There is no task {unknown[0]!r}: `lm_eval ls tasks` lists lm-eval's; --include-path adds yours.")
+        raise ValueError(
+            f"There is no task {unknown[0]!r}: `lm_eval ls tasks` lists lm-eval's; --include-path adds yours."
+        )
     found = simple_evaluate(
         model,
         tasks=names,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "dllm-hf[evaluation]"')
 
 import lm_eval  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from dllm_hf.evaluation.harness import DiffusionLM  # noqa: E402
@@ -60,10 +62,10 @@ def tasks(tmp_path_factory):
     return [{**common, "task": name, **kind} for name, kind in KINDS.items()]
 
 
-def evaluated(model, tasks):
+def evaluated(model, tasks, limit=None):
     """The results, and the answers to each task's requests, of lm-eval."""
     loaded = TaskManager(include_defaults=False).load(tasks)
-    found = lm_eval.evaluate(model, loaded, bootstrap_iters=0)
+    found = lm_eval.evaluate(model, loaded, limit=limit, bootstrap_iters=0)
     return found["results"], {name: [each["resps"] for each in found["samples"][name]] for name in found["samples"]}
 
 
@@ -74,7 +76,7 @@ def ids_of(text: str) -> list[int]:
 @pytest.mark.parametrize("family", ["dream", "sdar"])
 def test_a_local_task_has_the_numbers_of_our_own_code(family, tasks):
     model, tokenizer = new_model(family), character_tokenizer()
-    ours = DiffusionLM(model, tokenizer, batch_size=3, num_samples=16, **OPTIONS)
+    ours = DiffusionLM(model, tokenizer, batch_size=16, num_samples=16, **OPTIONS)
     results, answers = evaluated(ours, tasks)
 
     def bound(given: str, scored: str) -> float:
@@ -104,3 +106,60 @@ def test_a_local_task_has_the_numbers_of_our_own_code(family, tasks):
     )
     info = ours.get_model_info()
     assert info["generation"]["block_length"] == 4 and info["num_samples"] == 16
+
+
+def test_a_local_task_has_the_same_texts_through_the_server(tasks):
+    pytest.importorskip("tenacity", reason='needs the client: pip install "lm_eval[api]"')
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from ..serving.served import NAME, serving, tiny_llm
+
+    llm = tiny_llm("sdar")
+    ours = DiffusionLM(llm.model, llm.tokenizer, batch_size=4)
+    with serving(llm) as server:
+        url = {"base_url": f"{server.url}/v1/completions", "model": NAME}
+        client = LocalCompletionsAPI(**url, tokenizer_backend=None, tokenized_requests=False, max_retries=1)
+        through_the_server = evaluated(client, tasks[:1], limit=2)  # it takes no empty prompt
+        refused = server.complete("abc", echo=True, logprobs=1)
+    assert through_the_server == evaluated(ours, tasks[:1], limit=2)
+    assert (refused.status, "lm-eval's model `dllm`" in refused.error["message"]) == (400, True)
+
+
+WRONG = {
+    "`batch_size` must be an integer": {"batch_size": "auto"},
+    "`max_length=200` is more than the 128 positions": {"max_length": 200},
+    "`cache_policy='dual'` is not possible with SDARForCausalLM": {"cache_policy": "dual"},
+    "`stepz` is not an option": {"stepz": 4},
+    "`max_new_tokens=5` is no option here": {"gen_length": 5},
+    "`cfg_scale` is no option of a request": {"cfg_scale": 1.5},
+    "`tokenizer` is missing": {"tokenizer": None},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_refused_by_name(message):
+    arguments = {"pretrained": new_model("sdar"), "tokenizer": character_tokenizer(), **WRONG[message]}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DiffusionLM(**arguments)
+
+
+def test_long_texts_are_measured_in_pieces_and_long_contexts_lose_their_beginning(tasks):
+    """Each piece is given the token before it."""
+    model, text = new_model("dream"), "abcdefghij" * 3
+    ours = DiffusionLM(model, character_tokenizer(), max_length=16, num_samples=4)
+    [total] = ours.loglikelihood_rolling([request(text)], disable_tqdm=True)
+    expected = 0.0
+    for given, scored in [("", text[:15]), (text[14], text[15:30])]:
+        ids = torch.tensor([ids_of(given + scored)])
+        labels = ids.clone()
+        labels[:, : len(given)] = -100
+        expected += model.log_likelihood(ids, labels=labels, num_samples=4).log_likelihood.item()
+    assert total == pytest.approx(expected, rel=1e-5)
+    answers = [ours.loglikelihood([request(context, "abc")], disable_tqdm=True) for context in (text, text[-13:])]
+    assert answers[0] == answers[1]
+    with pytest.raises(ValueError, match="continuation of 17 tokens is longer than `max_length=16`"):
+        ours.loglikelihood([request("a", "b" * 17)], disable_tqdm=True)
+
+
+def request(*arguments):
+    return Instance("loglikelihood", {}, arguments, 0)

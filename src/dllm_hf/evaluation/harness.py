@@ -11,6 +11,7 @@ from .. import __version__
 from ..engine.sampling_params import SamplingParams
 from ..families import stranger
 from .engines import effective, of_requests, open_engine
+from .likelihood import check_sizes
 
 try:
     from lm_eval.api.instance import Instance
@@ -66,8 +67,9 @@ class DiffusionLM(TemplateLM):
         **options: Any,
     ):
         super().__init__()
-        if type(batch_size) is not int and not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"`batch_size={batch_size!r}` must be an integer of at least 1: give a number.")
+        # lm-eval's command line gives a text.
+        batch_size = int(batch_size) if str(batch_size).isdecimal() else batch_size
+        check_sizes(num_samples, batch_size)
         self.model = pretrained
         if isinstance(pretrained, str):
             wanted = {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -87,12 +89,12 @@ class DiffusionLM(TemplateLM):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
         self.tokenizer: Any = tokenizer
         self.options, self.request_options = options, of_requests(options)
-        self.effective_options = effective(self.model, options)
+        self.effective_options = effective(self.model, options)  # refuses what the model cannot do
         positions = getattr(self.model.config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
         self.max_length = min(positions, DEFAULT_MAX_LENGTH) if max_length is None else max_length
         if self.max_length > positions:
             raise ValueError(f"`max_length={max_length}` is more than the {positions} positions of the model.")
-        self.batch_size, self.max_gen_toks = int(batch_size), max_gen_toks
+        self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
         self.num_samples, self.seed = num_samples, seed
         self._device, self._is_chat = self.model.device, False
         self.usage = {"likelihood_passes": 0, "scored_tokens": 0, "generated_tokens": 0, "denoising_steps": 0}
@@ -252,7 +254,9 @@ class DiffusionLM(TemplateLM):
         texts = [""] * len(requests)
         with llm, tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
             every = [
-                SamplingParams(max_tokens=number, stop=until, seed=seed, options={**self.request_options, **options}, **common)
+                SamplingParams(
+                    max_tokens=number, stop=until, seed=seed, options={**self.request_options, **options}, **common
+                )
                 for number, until, seed, options in params
             ]
             names = [str(index) for index in range(len(prompts))]

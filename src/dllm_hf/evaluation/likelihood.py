@@ -78,11 +78,7 @@ def log_likelihood(
     Raises:
         ValueError: names the argument that is wrong and what to do.
     """
-    for name, value, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
-    if num_samples % 2:
-        raise ValueError(f"`num_samples={num_samples}` is odd: masks are drawn in pairs, give an even number.")
+    check_sizes(num_samples, batch_size)
     rows = _rows(model, input_ids, attention_mask, labels)
     texts = [_Text(model, *row, seed) for row in rows]
     # Texts of one pass are about as long.
@@ -102,6 +98,15 @@ def log_likelihood(
         torch.tensor([int(text.scored.sum()) for text in texts]),
         passes,
     )
+
+
+def check_sizes(num_samples: Any, batch_size: Any) -> None:
+    """Raises a `ValueError` for numbers that [`log_likelihood`] does not take."""
+    for name, value, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
+    if num_samples % 2:
+        raise ValueError(f"`num_samples={num_samples}` is odd: masks are drawn in pairs, give an even number.")
 
 
 def _rows(model, input_ids, attention_mask, labels) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
