@@ -43,8 +43,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace, session: Session) -> dict[str, Any]:
-    names = ("tasks", "limit", "num_fewshot", "batch_size", "num_samples", "seed", "apply_chat_template", "num_masks")
-    names += ("infilling_tokens", "include_path")
+    names = ["tasks", "limit", "num_fewshot", "batch_size", "num_samples", "seed", "apply_chat_template", "num_masks"]
+    names += ["infilling_tokens", "include_path"]
     return {**{name: getattr(arguments, name) for name in names}, "generation": session.options}
 
 
@@ -98,7 +98,8 @@ def _run_infilling(arguments: argparse.Namespace, session: Session) -> dict[str,
     if session.model.sees_earlier_blocks:
         names = arguments.infilling_tokens or []
         ids = [list(session.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
-        form = LeftToRight(*ids, max_new_tokens=length)
+        where = dict(zip(("prefix", "suffix", "middle"), ids))
+        form = LeftToRight(max_new_tokens=length, **where)
     measured = fill_in(
         session.model,
         session.tokenizer,

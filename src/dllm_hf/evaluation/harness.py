@@ -231,14 +231,15 @@ class DiffusionLM(TemplateLM):
         options = {**self.request_options, "temperature": 0.0}
         common: dict[str, Any] = {"ignore_eos": True, "seed": self.seed, "options": options}
         params = [SamplingParams(max_tokens=len(scored), **common) for _, scored in pairs]
+        prompts: list[Any] = [given for given, _ in pairs]
         with llm:
-            outputs = llm.generate([given for given, _ in pairs], params, use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
         return [output.outputs[0].token_ids == scored for output, (_, scored) in zip(outputs, pairs)]
 
     # --- texts
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        prompts, params = [], []
+        prompts, params = list[Any](), []
         for index, (context, given) in enumerate(request.args for request in requests):
             options: dict[str, Any] = {**normalize_gen_kwargs(given, self.max_gen_toks)}
             until, new_tokens = options.pop("until"), options.pop("max_gen_toks")
@@ -260,7 +261,7 @@ class DiffusionLM(TemplateLM):
                 for number, until, seed, options in params
             ]
             names = [str(index) for index in range(len(prompts))]
-            for event in llm.generate_streaming(list(prompts), every, request_ids=names):
+            for event in llm.generate_streaming(prompts, every, request_ids=names):
                 if event.output is None or event.usage is None:
                     continue
                 if event.output.error:

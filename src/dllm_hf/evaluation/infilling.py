@@ -289,9 +289,10 @@ def _diffuse(
         SamplingParams(max_tokens=prompt.new_tokens, seed=seed + index, stop=stop, options=options)
         for index, prompt in enumerate(prompts)
     ]
+    texts: list[Any] = [prompt.token_ids for prompt in prompts]
     names = [str(index) for index in range(len(prompts))]
     with llm:
-        for event in llm.generate_streaming([*(each.token_ids for each in prompts)], params, request_ids=names):
+        for event in llm.generate_streaming(texts, params, request_ids=names):
             if event.output is None or event.usage is None:
                 continue
             output, index = event.output, int(event.request_id)
