@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -159,6 +162,37 @@ def test_long_texts_are_measured_in_pieces_and_long_contexts_lose_their_beginnin
     assert answers[0] == answers[1]
     with pytest.raises(ValueError, match="continuation of 17 tokens is longer than `max_length=16`"):
         ours.loglikelihood([request("a", "b" * 17)], disable_tqdm=True)
+
+
+@pytest.mark.slow
+def test_the_command_of_lm_eval_knows_the_model_by_its_name(tmp_path, tasks):
+    """With the arguments that it has for every model."""
+    new_model("dream").save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "task.json").write_text(json.dumps(tasks[0]))
+    (tmp_path / "task.json").rename(tmp_path / "task.yaml")  # JSON is YAML
+    arguments = ["--model", "dllm", "--model_args", f"pretrained={tmp_path / 'model'},cache_policy=dual,steps=4"]
+    arguments += [
+        "--include_path",
+        str(tmp_path),
+        "--tasks",
+        "texts",
+        "--output_path",
+        str(tmp_path / "out"),
+        "--log_samples",
+    ]
+    command = [sys.executable, "-m", "dllm_hf.evaluation", *arguments, "--batch_size", "4", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    [file] = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(file.read_text())
+    assert (
+        found["config"]["generation"]["cache_policy"] == "dual" and found["config"]["usage"]["generated_tokens"] == 24
+    )
+    ours = DiffusionLM(new_model("dream"), character_tokenizer(), batch_size=4, cache_policy="dual", steps=4)
+    [samples] = (tmp_path / "out").rglob("samples_texts_*.jsonl")
+    texts = [json.loads(line)["resps"] for line in samples.read_text().splitlines()]
+    assert texts == evaluated(ours, tasks[:1])[1]["texts"]
 
 
 def request(*arguments):
