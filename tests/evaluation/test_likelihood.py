@@ -134,15 +134,15 @@ def estimates(model: Table, length: int, number: int, num_samples: int):
 
 
 def test_standard_errors_are_honest():
-    """Of 1,000 estimates from drawn masks, the mean is the exact bound, the spread is the standard error that they tell, and
+    """Of 800 estimates from drawn masks, the mean is the exact bound, the spread is the standard error that they tell, and
     about 95% of the intervals of 1.96 standard errors hold the exact bound."""
     model = Table(12)
-    found = estimates(model, 12, 1000, 32)
+    found = estimates(model, 12, 800, 32)
     errors, told = found.log_likelihood - model.exact(12), found.standard_error
-    assert errors.mean().abs() < 4 * errors.std() / 1000**0.5
+    assert errors.mean().abs() < 4 * errors.std() / 800**0.5
     assert 0.9 < told.square().mean().sqrt() / errors.std() < 1.1
     assert 0.92 < (errors.abs() < 1.96 * told).double().mean() < 0.97
-    assert found.num_forward_passes == math.ceil(1000 * 32 / 2048)
+    assert found.num_forward_passes == math.ceil(800 * 32 / 2048)
 
 
 def test_stratified_masks_vary_less_than_those_of_the_paper():

@@ -25,6 +25,8 @@ import torch
 from ..generation.evaluation_mode import evaluating
 from ..generation.requests import Row
 
+MAX_LOGITS = 2**26  # that are in float32 at a time
+
 
 @dataclass
 class LogLikelihoodOutput:
@@ -261,10 +263,10 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _padded(rows: list[numpy.ndarray], filler: int = 0) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.from_numpy(
-        numpy.stack([numpy.pad(row, (0, width - len(row)), constant_values=filler) for row in rows])
-    )
+    padded = numpy.full((len(rows), max(map(len, rows))), filler, dtype=numpy.int64)
+    for target, row in zip(padded, rows):
+        target[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def _inputs(model: Any, rows: list[numpy.ndarray]) -> dict[str, torch.Tensor | None]:
@@ -274,16 +276,16 @@ def _inputs(model: Any, rows: list[numpy.ndarray]) -> dict[str, torch.Tensor | N
 
 
 def _log_probs(logits: torch.Tensor, rows: list[numpy.ndarray], positions: list[numpy.ndarray]) -> list[numpy.ndarray]:
-    """Of the tokens at some positions of each row, by `(batch, kept, vocab)` logits; row by row, since a float32 copy of
-    all logits may be large."""
+    """Of the tokens at some positions of each row, by `(batch, kept, vocab)` logits."""
+    tokens = _padded([row[kept] for row, kept in zip(rows, positions)]).to(logits.device)[..., None]
+    at_once = max(MAX_LOGITS // logits[0].numel(), 1)
     found = []
-    for scores, row, kept in zip(logits, rows, positions, strict=True):
-        scores = scores[: len(kept)]
-        scores = scores if scores.dtype == torch.float64 else scores.float()
-        tokens = torch.from_numpy(row[kept]).to(scores.device)
-        found.append(scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1))
-    lengths = [len(kept) for kept in positions]
-    return [each.numpy() for each in torch.cat(found).double().cpu().split(lengths)]
+    for first in range(0, len(logits), at_once):
+        some = logits[first : first + at_once]
+        some = some if some.dtype == torch.float64 else some.float()
+        found.append(some.gather(2, tokens[first : first + at_once])[..., 0] - some.logsumexp(-1))
+    every = torch.cat(found).double().cpu().numpy()
+    return [values[: len(kept)] for values, kept in zip(every, positions)]
 
 
 def _add_seeds(model: Any, texts: list[_Text]) -> None:
