@@ -8,6 +8,7 @@ from dllm_hf.evaluation import results
 from dllm_hf.evaluation.human_eval import problems_sha256, tasks
 from dllm_hf.evaluation.infilling import InPlace, LeftToRight
 from dllm_hf.evaluation.infilling import evaluate as fill_in
+from dllm_hf.hub import checkpoint
 
 from .output import show, tell
 from .session import Session
@@ -30,8 +31,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     session.load()
     result = results.circumstances(session.model, session.folder, arguments.command_line)
     result["settings"] = _settings(arguments, session)
-    filled = {INFILLING: _run_infilling(arguments, session)} if INFILLING in names else {}
-    result |= _run_harness(arguments, session, of_harness) if of_harness else {"results": {}}
+    try:
+        filled = {INFILLING: _run_infilling(arguments, session)} if INFILLING in names else {}
+        result |= _run_harness(arguments, session, of_harness) if of_harness else {"results": {}}
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(f"decoding with {session.folder} failed: {checkpoint.first_line(error)}") from error
     result["results"] |= filled
     results.write(path, result)
     for name, values in result["results"].items():

@@ -85,17 +85,27 @@ def test_blocks_that_see_earlier_ones_alone_get_the_line_last(ascii_tokenizer):
 
 
 def test_a_causal_model_continues_what_stands_before_the_line(ascii_tokenizer):
+    """Without the last line break, which it has to write."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
     config = LlamaConfig(vocab_size=131, eos_token_id=END, bos_token_id=None, initializer_range=0.3, **sizes)
     model, some = LlamaForCausalLM(config).eval(), tasks()[:6:2]
     result = evaluate(model, ascii_tokenizer, LeftToRight(max_new_tokens=12), some, batch_size=2, **QUIET)
     for task, completion in zip(some, result.completions, strict=True):
-        prompt = torch.tensor([list(map(ord, task.prefix))])
+        prompt = torch.tensor([list(map(ord, task.prefix.rstrip("\n")))])
         new = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
         text = ascii_tokenizer.decode(new[: new.index(END)] if END in new else new)
-        assert completion.line == text.partition("\n")[0]
+        assert completion.line == text.lstrip("\n").partition("\n")[0]
         assert completion.num_tokens == completion.num_forward_passes <= 12
+
+
+def test_the_line_is_the_first_that_is_not_blank(ascii_tokenizer):
+    prompt = LeftToRight().prompt(TASK, ascii_tokenizer, None)
+    new = [ord(character) for character in f"\n{TASK.middle}\n    more"]
+    text = LeftToRight().text(LeftToRight().filled(prompt, [*prompt.token_ids, *new]), ascii_tokenizer)
+    assert text == TASK.middle and not ascii_tokenizer.decode(prompt.token_ids).endswith("\n")
+    with_suffix = LeftToRight([1], [2], [3])
+    assert with_suffix.text(new[1:], ascii_tokenizer) == TASK.middle
 
 
 def test_what_a_model_cannot_do_is_refused_before_it_decodes(ascii_tokenizer):
@@ -103,6 +113,8 @@ def test_what_a_model_cannot_do_is_refused_before_it_decodes(ascii_tokenizer):
         evaluate(new_model("sdar"), ascii_tokenizer, InPlace(), [TASK], **QUIET)
     with pytest.raises(ValueError, match="`max_new_tokens=3` is no option here"):
         evaluate(says(LINE), ascii_tokenizer, InPlace(), [TASK], max_new_tokens=3, **QUIET)
+    with pytest.raises(ValueError, match="`num_masks=0` must be an integer of at least 1"):
+        InPlace(0)
     with pytest.raises(ValueError, match="`of` lists no task"):
         evaluate(says(LINE), ascii_tokenizer, InPlace(), [], **QUIET)
 

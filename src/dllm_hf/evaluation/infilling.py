@@ -56,6 +56,10 @@ class InPlace:
     num_masks: int | None = None
     stop: ClassVar[str | None] = None
 
+    def __post_init__(self) -> None:
+        if self.num_masks is not None and (type(self.num_masks) is not int or self.num_masks < 1):
+            raise ValueError(f"`num_masks={self.num_masks!r}` must be an integer of at least 1, or None.")
+
     def prompt(self, task: Task, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> Prompt:
         if mask_token_id is None:
             raise ValueError("`InPlace` is for models with a mask token: take `LeftToRight`.")
@@ -76,7 +80,9 @@ class LeftToRight:
     first end token or line break.
 
     prefix, suffix, middle: token ids that stand before the text before the line, before that behind it, and before the line,
-        as the model was trained to read them. With a `suffix` of None the model is given what stands before the line alone.
+        as the model was trained to read them. With a `suffix` of None the model continues what stands before the line,
+        without the last line break: tokenizers make one token of a line break and the spaces behind it, so that a text which
+        is cut between them is none that models have seen. The line is the first that is not blank.
     max_new_tokens: of the line.
     """
 
@@ -84,18 +90,30 @@ class LeftToRight:
     suffix: Sequence[int] | None = None
     middle: Sequence[int] = ()
     max_new_tokens: int = 48
-    stop: ClassVar[str] = "\n"
+
+    def __post_init__(self) -> None:
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens={self.max_new_tokens!r}` must be an integer of at least 1.")
+
+    @property
+    def stop(self) -> str | None:
+        return None if self.suffix is None else "\n"
 
     def prompt(self, task: Task, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> Prompt:
-        before = tokenizer(task.prefix)["input_ids"]
-        behind = [] if self.suffix is None else [*self.suffix, *_encode(task.suffix, tokenizer)]
-        return Prompt([*self.prefix, *before, *behind, *self.middle], self.max_new_tokens)
+        before, behind = task.prefix, list[int]()
+        if self.suffix is None:
+            before = before.rstrip("\n")
+        else:
+            behind = [*self.suffix, *_encode(task.suffix, tokenizer)]
+        tokens = [*self.prefix, *tokenizer(before)["input_ids"], *behind, *self.middle]
+        return Prompt(tokens, self.max_new_tokens)
 
     def filled(self, prompt: Prompt, sequence: list[int]) -> list[int]:
         return sequence[len(prompt.token_ids) :]
 
     def text(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-        return _decode(tokens, tokenizer).partition(self.stop)[0]
+        text = _decode(tokens, tokenizer)
+        return (text.lstrip("\n") if self.suffix is None else text).partition("\n")[0]
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -128,7 +146,7 @@ class Completion:
     """What a model has made of a task.
 
     is_exact: whether the line is the canonical one. isolation: of the process in which the tests ran, see [`isolation.run`].
-    line_tokens: those of the line; num_tokens, num_forward_passes: see [`Decoded`].
+    line_tokens: those of `line`, as the tokenizer cuts it; num_tokens, num_forward_passes: see [`Decoded`].
     """
 
     id: str
@@ -188,7 +206,7 @@ def evaluate(
         of: by default all of [`human_eval.tasks`].
         end_token_ids: tokens that end a line; by default the model's end of sequence.
         batch_size: rows that are decoded together.
-        seed: of draws, where `options` ask for any.
+        seed: of draws, where `options` ask for any; a causal model draws with PyTorch's generator, which is seeded.
         workers: processes in which tests run side by side.
         timeout: seconds of the clock that the tests of a task have.
         options: of `diffusion_generate`, or of a causal model's `generate`. Greedy where they say nothing.
@@ -224,7 +242,8 @@ def evaluate(
     decided = [found[index] for index in range(len(every))]
     lines = [_before(ends, format.filled(prompt, each.sequence)) for prompt, each in zip(prompts, decided)]
     texts = [format.text(line, tokenizer) for line in lines]
-    completions = _tried(every, texts, list(map(len, lines)), decided, workers, timeout, progress)
+    lengths = [len(_encode(text, tokenizer)) for text in texts]
+    completions = _tried(every, texts, lengths, decided, workers, timeout, progress)
     settings = {
         "format": type(format).__name__,
         **asdict(format),  # type: ignore[call-overload]  # both are dataclasses
