@@ -99,7 +99,11 @@ def _run_infilling(arguments: argparse.Namespace, session: Session) -> dict[str,
     options = dict(session.options)
     length = options.pop("max_new_tokens", 48)
     form: InPlace | LeftToRight = InPlace(arguments.num_masks)
-    if session.model.sees_earlier_blocks:
+    is_in_place = not session.model.sees_earlier_blocks
+    if (arguments.infilling_tokens if is_in_place else arguments.num_masks) is not None:
+        wrong, right = ("infilling-tokens", "num-masks") if is_in_place else ("num-masks", "infilling-tokens")
+        raise ValueError(f"--{wrong} is not for a {type(session.model).__name__}: leave it out, or see --{right}.")
+    if not is_in_place:
         names = arguments.infilling_tokens or []
         ids = [list(session.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
         where = dict(zip(("prefix", "suffix", "middle"), ids))

@@ -61,6 +61,15 @@ def test_what_is_wrong_is_said_before_anything_is_measured(run, folder, local):
         ("no/folder.json", "--tasks", "local"): "is no folder: make it",
         ("new.json", "--tasks", "local", "--limit", 0): "--limit 0: give at least 1",
         ("new.json", "--tasks", "local", "--num-samples", 3): "`num_samples=3` is odd",
+        (
+            "new.json",
+            "--tasks",
+            "infilling",
+            "--infilling-tokens",
+            "a",
+            "b",
+            "c",
+        ): "--infilling-tokens is not for a LLaDA",
     }.items():
         name, *rest = arguments
         code, stdout, stderr = run("evaluate", folder, local / name, *rest, "--include-path", local)

@@ -66,6 +66,23 @@ def defined(model, blocks) -> float:
     return total
 
 
+# Tokens 1, 2 and 5 alone are scored.
+BETWEEN = {
+    "dream": [((0, 10), None, [[1, 2, 5]])],
+    "sdar": [((0, 4), None, [[1, 2]]), ((4, 8), None, [[5]])],
+    # The prompt is all 10 tokens: its blocks of 4 end with it, and the first is cut short.
+    "nemotron_diffusion": [((0, 2), None, [[1]]), ((2, 6), 2, [[5]])],
+}
+
+
+@pytest.mark.parametrize("family", BETWEEN)
+def test_tokens_may_be_given_anywhere(family):
+    model = double(family)
+    labels = torch.tensor([[token if at in (1, 2, 5) else -100 for at, token in enumerate(TEXT)]])
+    found = model.log_likelihood(torch.tensor([TEXT]), labels=labels)
+    torch.testing.assert_close(found.log_likelihood.item(), defined(model, BETWEEN[family]), atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_likelihood_is_what_its_definition_says(case):
     family, changes, options, blocks = CASES[case]

@@ -226,14 +226,10 @@ def evaluate(
     own: Any = model.generation_config
     if end_token_ids is None:
         end_token_ids = as_token_list(own.eos_token_id) or as_token_list(model.config.eos_token_id)
-    ends, mask = list(end_token_ids), None
+    ends, decode, used = list(end_token_ids), _continue, {"do_sample": False, **options}
     if is_diffusion:
-        mask = options.get("mask_token_id") or own.mask_token_id or model.config.mask_token_id
-    prompts = [format.prompt(task, tokenizer, mask) for task in every]
-    decode = _diffuse if is_diffusion else _continue
-    used = {"do_sample": False, **options}
-    if is_diffusion:
-        used = effective(model, {"temperature": 0.0, "eos_token_id": ends, **options})
+        decode, used = _diffuse, effective(model, {"temperature": 0.0, "eos_token_id": ends, **options})
+    prompts = [format.prompt(task, tokenizer, used.get("mask_token_id")) for task in every]
     found: dict[int, Decoded] = {}
     with tqdm(total=len(every), desc="lines", disable=not progress) as bar:
         for index, decoded in decode(model, tokenizer, prompts, ends, format.stop, batch_size, seed, options):

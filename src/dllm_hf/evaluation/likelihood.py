@@ -63,8 +63,8 @@ def log_likelihood(
     filled up with masks where decoding does so. The distribution is that of the logits: nothing is suppressed, the mask
     counts.
 
-    Masks are drawn in strata: one half of them for each of `num_samples / 2` equal slices of the share that is masked, in
-    pairs, whose differences give the standard error. Where a block has no more than `num_samples` sets of positions (blocks
+    Masks are drawn in strata: two for each of `num_samples / 2` equal slices of the share that is masked, and the differences
+    of the two give the standard error. Where a block has no more than `num_samples` sets of positions (blocks
     of 4: 15, of 7: 127), all of them are computed instead, and the bound is exact.
 
     Args:
@@ -183,7 +183,7 @@ class _Text:
         row = Row(request, 0, model.block_grid, True, model.logits_shift, model.seeds_blocks, model.causal_context)
         self.canvas = numpy.concatenate([tokens, numpy.array(row.text[len(tokens) :], dtype=tokens.dtype)])
         self.block_length = request.options.block_length
-        self.block_start = row.blocks[0].cell[0] % self.block_length
+        self.block_start = 0 if model.block_grid == "zero" else length % self.block_length
         cells: dict[tuple[int, int], list[numpy.ndarray]] = {}
         for part in row.blocks:
             start, end = part.span
@@ -217,7 +217,7 @@ class Draws(NamedTuple):
 
 
 def draw_masks(n: int, num_samples: int, generator: torch.Generator) -> Draws:
-    if n <= 20 and 2**n - 1 <= num_samples:
+    if 2**n - 1 <= num_samples:
         masks = (numpy.arange(1, 2**n)[:, None] >> numpy.arange(n)) & 1 == 1
         sizes = masks.sum(1)
         return Draws(masks, 1 / (sizes * numpy.array([math.comb(n, size) for size in sizes])), True)
