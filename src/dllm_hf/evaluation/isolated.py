@@ -29,6 +29,11 @@ _REFUSED = {
     "utime": (132, None), "utimes": (235, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "mount": (165, 40), "umount2": (166, 39), "unshare": (272, 97), "setns": (308, 268),
     "bpf": (321, 280), "add_key": (248, 217), "keyctl": (250, 219), "shmget": (29, 194), "msgget": (68, 186),
+    # What root alone may do.
+    "chroot": (161, 51), "pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "open_by_handle_at": (304, 265), "acct": (163, 89), "swapon": (167, 224), "reboot": (169, 142),
+    "sethostname": (170, 161), "settimeofday": (164, 170), "clock_settime": (227, 112), "init_module": (175, 105),
+    "finit_module": (313, 273), "perf_event_open": (298, 241), "pidfd_getfd": (438, 438),
 }  # fmt: skip
 # Those refused where their flags ask for writing: number, and which argument the flags are.
 _OPENING: dict[str, tuple[tuple[int, int] | None, ...]] = {"open": ((2, 1), None), "openat": ((257, 2), (56, 2))}
