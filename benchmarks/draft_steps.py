@@ -79,7 +79,9 @@ def imposing(pattern: list[int], device: str) -> Callable:
             return is_canvas
         # The first draft of each length holds the best proposals, so that each follows from the one before.
         is_first = ~(level[:, :, None] == level[:, None]).tril(-1).any(-1)
-        taken = is_canvas | (is_first & (level > 0) & (level < counts[passes % len(counts)]) & moves[copies])
+        # Indexing by a number on the device would read it.
+        most = counts.index_select(0, (passes % len(counts)).view(1))
+        taken = is_canvas | (is_first & (level > 0) & (level < most) & moves[copies])
         passes.add_(1)
         return taken
 

@@ -234,7 +234,7 @@ class Row:
                 self.quotas += [1] * self.request.options.max_post_steps
             return None
         # Without a number of steps: as many as there are masks, so that one token a step is expected.
-        plan = bernoulli_plan(uniform(end - start), steps or masks or 1, self.request.options.eps)
+        plan = bernoulli_plan(uniform(end - start), steps or masks or 1, self.request.options.eps).cpu()
         if not masks:
             self._set_quotas([])
             return None
