@@ -78,15 +78,32 @@ class BlockDiffusionLM(MaskedDiffusionLM):
     def default_block_length(self) -> int:
         return self.config.block_size
 
-    def _predict_noisy(self, input_ids, attention_mask, position_ids, labels, *, token_mask, **inputs) -> ModelOutput:
-        block_size = inputs.pop("block_size", None)
+    def predict_noisy(
+        self,
+        input_ids,
+        attention_mask,
+        labels,
+        position_ids=None,
+        *,
+        block_size=None,
+        block_starts=None,
+        logits_to_keep=0,
+        token_mask=None,
+        **inputs,
+    ) -> ModelOutput:
+        """See [`MaskedDiffusionLM.predict_noisy`].
+
+        Args:
+            block_starts: `(batch, 1)`, where a block of each row begins; by default at 0.
+            logits_to_keep: 0, or `(batch, kept)`, positions of the noisy text.
+        """
         check_clean_text(input_ids, attention_mask, labels, **inputs)
-        inputs["use_cache"] = bool(inputs["use_cache"])
+        inputs["use_cache"] = bool(inputs.get("use_cache"))
         batch, length = input_ids.shape
         is_one_block = length <= checked_block_size(self.config, block_size)
         if position_ids is None and is_one_block and not self.causal_context:
             # One block has no clean block before it to see.
-            inputs |= {"token_mask": token_mask, "block_size": block_size}
+            inputs |= {"token_mask": token_mask, "block_size": block_size, "logits_to_keep": logits_to_keep}
             return self._predict(input_ids, attention_mask, None, **inputs)
         if position_ids is None:
             position_ids = text_positions(input_ids, attention_mask)
@@ -98,10 +115,11 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         # FlashAttention would get no mask at all. (With gradients it is refused by the stack.)
         unfit = uses_flash_attention(self.config) and not torch.is_grad_enabled()
         with without_flash_attention(self.config) if unfit else nullcontext():
-            size = checked_block_size(self.config, block_size)
-            inputs |= {"token_mask": twice, "logits_to_keep": self._denoised_columns(position_ids, size)}
-            is_causal = self.causal_context
-            mask = block_diffusion_mask(self.config, shaped_like, twice, position_ids, block_size, is_causal)
+            if not torch.is_tensor(logits_to_keep):
+                logits_to_keep = self._denoised_columns(position_ids, checked_block_size(self.config, block_size))
+            inputs |= {"token_mask": twice, "logits_to_keep": logits_to_keep}
+            blocks = (block_size, self.causal_context, block_starts)
+            mask = block_diffusion_mask(self.config, shaped_like, twice, position_ids, *blocks)
             return self._predict(both, mask, position_ids.repeat(1, 2), **inputs)
 
     def _denoised_columns(self, position_ids: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -112,7 +130,7 @@ class BlockDiffusionLM(MaskedDiffusionLM):
 
 
 def check_clean_text(
-    input_ids, attention_mask, labels: torch.Tensor, *, inputs_embeds, past_key_values, logits_to_keep, **inputs
+    input_ids, attention_mask, labels: torch.Tensor, *, inputs_embeds=None, past_key_values=None, **inputs
 ) -> None:
     """Raises a `ValueError` for inputs of `forward` with which a loss over noisy and clean text cannot be computed."""
     if input_ids is None or inputs_embeds is not None or labels.shape != input_ids.shape:
@@ -121,8 +139,6 @@ def check_clean_text(
         raise ValueError("`attention_mask` must be `(batch, length)` together with `labels`.")
     if past_key_values is not None:
         raise ValueError("`past_key_values` and `labels` exclude each other: training reads the whole text.")
-    if torch.is_tensor(logits_to_keep) or logits_to_keep:
-        raise ValueError("A loss needs the logits of every position: leave `logits_to_keep` out.")
 
 
 def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, block_size: int | None):
@@ -159,7 +175,13 @@ def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_
 
 
 def block_diffusion_mask(
-    config, inputs_embeds, attention_mask, position_ids, block_size: int | None, is_causal: bool = False
+    config,
+    inputs_embeds,
+    attention_mask,
+    position_ids,
+    block_size: int | None,
+    is_causal: bool = False,
+    block_starts: torch.Tensor | None = None,
 ):
     """The three-part mask of block diffusion over a noisy sequence followed by the clean one: a noisy block sees
     itself and the clean blocks before it, a clean block the clean ones up to itself (arXiv:2503.09573, section 3.3).
@@ -169,12 +191,14 @@ def block_diffusion_mask(
         attention_mask: `(batch, 2 * length)`, 0 on padding, or None.
         position_ids: `(batch, length)`.
         is_causal: whether a clean token sees the clean ones up to itself alone, not up to the end of its block.
+        block_starts: `(batch, 1)`, where a block of each row begins; by default at 0.
     """
     block_size = checked_block_size(config, block_size)
     length = position_ids.shape[1]
-    blocks = (position_ids // block_size).repeat(1, 2)
+    start = 0 if block_starts is None else block_starts
+    blocks = ((position_ids - start) // block_size).repeat(1, 2)
     # The last position that a token sees in its own block.
-    ends = torch.cat([(position_ids // block_size + 1) * block_size] * 2, dim=1)
+    ends = (blocks + 1) * block_size + start
     if is_causal:
         ends[:, length:] = position_ids
     positions = position_ids.repeat(1, 2)

@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
+from .evaluation.likelihood import log_likelihood
 from .from_autoregressive import FromAutoregressive
 from .fused.stack import FusedStack
 from .generation.attention import uses_flash_attention
@@ -34,6 +35,7 @@ class MaskedDiffusionLM(DiffusionGenerationMixin, FromAutoregressive, PreTrained
     _tp_plan: dict[str, str] = {"lm_head": "colwise_gather_output"}
     _pp_plan: dict[str, tuple] = {"lm_head": (["hidden_states"], ["logits"])}
     _has_seen_labels = False
+    log_likelihood = log_likelihood
 
     def __init__(self, config: PreTrainedConfig, head_bias: bool = False):
         super().__init__(config)
@@ -94,34 +96,40 @@ class MaskedDiffusionLM(DiffusionGenerationMixin, FromAutoregressive, PreTrained
                     "`label_smoothing_factor` and `compute_loss_func`, which do not know this loss: leave both out."
                 )
             return self._predict(input_ids, attention_mask, position_ids, **inputs)
+        if torch.is_tensor(logits_to_keep) or logits_to_keep:
+            raise ValueError("`labels` needs the logits of every position: leave `logits_to_keep` out.")
         return self._forward_with_loss(
             input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, **inputs
         )
 
-    def _predict(self, input_ids, attention_mask, position_ids, *, logits_to_keep, token_mask, **inputs) -> ModelOutput:
+    def _predict(
+        self, input_ids, attention_mask, position_ids, *, logits_to_keep, token_mask=None, inputs_embeds=None, **inputs
+    ) -> ModelOutput:
         """The forward pass without a loss."""
         if position_ids is None and attention_mask is not None and len(attention_mask.shape) == 2:
-            embeds = inputs["inputs_embeds"]
-            position_ids = self._positions(attention_mask, (input_ids if embeds is None else embeds).shape[1])
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            position_ids = self._positions(attention_mask, given.shape[1])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
             return_dict=True,  # `config.return_dict` is about the output of `forward`
             **inputs,
         )
         return self._output(self.lm_head(self._kept(outputs, logits_to_keep)), outputs, token_mask)
 
-    def _predict_noisy(self, input_ids, attention_mask, position_ids, labels, *, token_mask, **inputs) -> ModelOutput:
-        """The forward pass over a noisy text of which the labels are known: packed samples do not see each other."""
+    def predict_noisy(self, input_ids, attention_mask, labels, position_ids=None, **inputs) -> ModelOutput:
+        """The forward pass over a noisy text of which the labels are known: packed samples do not see each other. The
+        arguments are those of `forward`."""
         if position_ids is not None and (attention_mask is None or len(attention_mask.shape) == 2):
             attention_mask = packed_mask(self.config, labels, self.dtype, attention_mask, position_ids)
-        return self._predict(input_ids, attention_mask, position_ids, token_mask=token_mask, **inputs)
+        return self._predict(input_ids, attention_mask, position_ids, **inputs)
 
     def _forward_with_loss(
         self, input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, *, token_mask, **inputs
     ) -> ModelOutput:
-        output = self._predict_noisy(input_ids, attention_mask, position_ids, labels, token_mask=token_mask, **inputs)
+        output = self.predict_noisy(input_ids, attention_mask, labels, position_ids, token_mask=token_mask, **inputs)
         self._warn_of_clean_text(input_ids, labels, mask_ratio)
         loss = masked_diffusion_loss(
             output["logits"], labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, position_ids

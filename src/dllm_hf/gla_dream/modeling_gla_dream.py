@@ -231,7 +231,7 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
         self, input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, *, token_mask, **inputs
     ) -> ModelOutput:
         check_clean_text(input_ids, attention_mask, labels, **inputs)
-        (batch, length), size = input_ids.shape, self.config.block_size
+        batch = len(input_ids)
         positions = text_positions(input_ids, attention_mask) if position_ids is None else position_ids
         labelled = labels != -100
         if attention_mask is not None:
@@ -244,6 +244,33 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
             samples = sample_ids(positions.expand(batch, -1)) if packed else None
             noisy, labels, mask_ratio = self._add_noise(clean, labelled, positions, samples)
         views = len(noisy) // batch  # 2 with complementary masks
+        repeat = lambda x, times: None if x is None else x.expand(batch, -1).repeat(times, 1)
+        hidden_states, every = self._denoise(
+            noisy, clean, attention_mask, position_ids, inputs.get("output_hidden_states")
+        )
+        logits, token_mask, positions = self.lm_head(hidden_states), repeat(token_mask, views), repeat(positions, views)
+        loss = masked_diffusion_loss(
+            logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, positions
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits[:batch],
+            hidden_states=None if every is None else tuple(x[:batch] for x in every),
+        )
+
+    def predict_noisy(
+        self, input_ids, attention_mask, labels, position_ids=None, *, logits_to_keep=0, **inputs
+    ) -> ModelOutput:
+        check_clean_text(input_ids, attention_mask, labels, **inputs)
+        clean = torch.where(labels != -100, labels, input_ids)
+        hidden_states, _ = self._denoise(input_ids, clean, attention_mask, position_ids)
+        return CausalLMOutputWithPast(logits=self.lm_head(keep_positions(hidden_states, logits_to_keep)))
+
+    def _denoise(self, noisy, clean, attention_mask, position_ids, output_hidden_states=None):
+        """The hidden states of noisy texts, `(views * batch, length, hidden)`, from which their tokens are predicted, and those
+        of all layers where they are asked for. `clean`: `(batch, length)`."""
+        (batch, length), size = clean.shape, self.config.block_size
+        views = len(noisy) // batch
         # One block has no clean block before it, whose state it could read.
         clean_rows = 0 if position_ids is None and length <= size else batch
         repeat = lambda x, times: None if x is None else x.expand(batch, -1).repeat(times, 1)
@@ -253,26 +280,18 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
             repeat(attention_mask, runs),
             repeat(position_ids, runs),
             use_cache=False,
-            output_hidden_states=inputs.get("output_hidden_states"),
+            output_hidden_states=output_hidden_states,
             return_dict=True,
             clean_rows=clean_rows,
         )
         hidden_states = outputs.last_hidden_state[: len(noisy)]
         if self.logits_shift and clean_rows:
             # The last token of a block predicts the first one of the next, as in decoding, from its block when clean.
+            positions = text_positions(clean, attention_mask) if position_ids is None else position_ids
             ends_block = (positions % size == size - 1).expand(batch, -1).repeat(views, 1)
             from_clean = outputs.last_hidden_state[-batch:].repeat(views, 1, 1)
             hidden_states = torch.where(ends_block[..., None], from_clean, hidden_states)
-        logits, token_mask, positions = self.lm_head(hidden_states), repeat(token_mask, views), repeat(positions, views)
-        loss = masked_diffusion_loss(
-            logits, labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, positions
-        )
-        every = outputs.hidden_states
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits[:batch],
-            hidden_states=None if every is None else tuple(x[:batch] for x in every),
-        )
+        return hidden_states, outputs.hidden_states
 
     def _add_noise(self, clean, labelled, positions, samples):
         """The noisy text, its labels and its mask ratio (or `None`), of a clean text."""

@@ -79,7 +79,7 @@ class NemotronLabsDiffusionModel(BlockDiffusionLM, NemotronLabsDiffusionPreTrain
     def _forward_with_loss(
         self, input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, *, token_mask, **inputs
     ) -> ModelOutput:
-        output = self._predict_noisy(input_ids, attention_mask, position_ids, labels, token_mask=token_mask, **inputs)
+        output = self.predict_noisy(input_ids, attention_mask, labels, position_ids, token_mask=token_mask, **inputs)
         self._warn_of_clean_text(input_ids, labels, mask_ratio)
         weights = (mask_ratio, token_mask, num_items_in_batch, position_ids)
         noisy, clean = output["logits"].chunk(2, dim=1)
