@@ -129,7 +129,7 @@ def collect(packages: list[Package], limit: int | None) -> Collected:
     files += [(path, f"python/{path.relative_to(stdlib)}", "stdlib") for path in others[:200]]
     random.Random(1).shuffle(files)
     for path, name, split in files:
-        if limit is None or sum(map(len, found.texts["train"])) < limit:
+        if split or limit is None or sum(map(len, found.texts["train"])) < limit:
             found.add(path, name, split)
     return found
 
@@ -153,7 +153,8 @@ def prepare(folder: Path, tokenizer, source: dict[str, Any], limit: int | None =
     folder.mkdir(parents=True, exist_ok=True)
     tokens = {}
     for split, texts in found.texts.items():
-        stream = [np.array([*ids, END], dtype=np.uint16) for ids in encoded(tokenizer, texts)]
+        parts = (encoded(tokenizer, texts[start : start + 256]) for start in range(0, len(texts), 256))
+        stream = [np.array([*ids, END], dtype=np.uint16) for part in parts for ids in part]
         stream = np.concatenate(stream or [np.zeros(0, dtype=np.uint16)])
         tokens[split] = {"files": len(texts), "tokens": len(stream)}
         with lzma.open(folder / f"{split}.npy.xz", "wb", preset=2) as file:
@@ -209,9 +210,13 @@ def make_rows(stream: np.ndarray, tokenizer, seed: int = 0) -> dict[str, np.ndar
         numbers, pieces = [], []
         for number in range(start, min(start + 4096, len(windows))):
             chance = random.Random(f"{seed} {number}")
-            if chance.random() < 0.5 and (found := split_window(tokenizer.decode(windows[number]), chance)):
-                numbers.append(number)
-                pieces.append(found)
+            if chance.random() < 0.5:
+                text = tokenizer.decode(windows[number])
+                for _ in range(4):
+                    if found := split_window(text, chance):
+                        numbers.append(number)
+                        pieces.append(found)
+                        break
         for number, prefix, middle, suffix in zip(numbers, *(encoded(tokenizer, list(each)) for each in zip(*pieces))):
             if len(middle) <= MAX_LINE:
                 chance = random.Random(f"{seed} {number} ends")

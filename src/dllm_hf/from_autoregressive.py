@@ -68,7 +68,10 @@ class FromAutoregressive(PreTrainedModel):
         ar_model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
         model = cls._from_config(config, dtype=ar_model.dtype, **attention).to(ar_model.device)
         info = model._copy_parameters(ar_model)
-        model._take_over_tokens(ar_model)
+        for name in SPECIAL_TOKENS:  # of which a generation configuration may name more than that of the model
+            value = getattr(ar_model.generation_config, name, None)
+            if value is not None and name not in changes:
+                setattr(model.generation_config, name, value)
         model.config.started_from = {
             "name_or_path": str(source),
             "model_type": ar_config.model_type,
@@ -111,12 +114,6 @@ class FromAutoregressive(PreTrainedModel):
                     if name.endswith(".bias"):
                         self.get_parameter(name).zero_()
         return {"copied": sorted(shared), "new": sorted(new), "left_out": sorted(left_out)}
-
-    def _take_over_tokens(self, ar_model: PreTrainedModel) -> None:
-        """The special tokens of the original's generation configuration, which may name more ends than its model's."""
-        for name in SPECIAL_TOKENS:
-            if (value := getattr(ar_model.generation_config, name, None)) is not None:
-                setattr(self.generation_config, name, value)
 
 
 def ar_tokenizer(pretrained_model_name_or_path: str, mask_token_id: int, **kwargs) -> PreTrainedTokenizerBase:
