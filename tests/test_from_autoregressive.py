@@ -28,6 +28,7 @@ from dllm_hf import (
 from dllm_hf.sdar.identity_norms import norm_weights
 
 from .builders import END, MASK, POSITIONS, VOCAB, character_tokenizer, generate, nemotron_diffusion_config
+from .gguf_files import write_gguf
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -198,58 +199,12 @@ def test_norms_that_change_something_are_not_taken_for_those_that_do_not(shifted
         norm_weights(1e-6, torch.float16)
 
 
-NAMES = {
-    "embed_tokens": "token_embd",
-    "layers.": "blk.",
-    "self_attn.": "attn_",
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-}
-NAMES |= {"o_proj": "output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.": "ffn_"}
-NAMES |= {
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "lm_head": "output",
-    "model.norm": "output_norm",
-    "model.": "",
-}
-
-
-def write_gguf(model, path) -> None:
-    """A Qwen2 as llama.cpp has it, with a tokenizer of one token for each byte."""
-    gguf = pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
-    writer, config = gguf.GGUFWriter(path, "qwen2"), model.config
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    tokens = [*map(chr, range(97, 123)), "ab", *(f"<{index}>" for index in range(27, VOCAB))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<") else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(30)
-    for name, value in model.state_dict().items():
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        writer.add_tensor(name, value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @torch.no_grad()
 def test_a_gguf_is_a_source_as_well(originals, tmp_path):
     """Also of the tokenizer, which then has the mask, and what is saved is an ordinary checkpoint."""
     original, _ = originals["qwen2"]
-    write_gguf(original, tmp_path / "weights.gguf")
+    tokens = [*map(chr, range(97, 123)), "ab", *(f"<{index}>" for index in range(27, VOCAB))]
+    write_gguf(original, tmp_path / "weights.gguf", tokens, ["a b"])
     model = started(DreamModel, tmp_path, gguf_file="weights.gguf")
     tokenizer = ar_tokenizer(tmp_path, MASK, gguf_file="weights.gguf")
     assert tokenizer.mask_token == f"<{MASK}>"

