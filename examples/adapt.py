@@ -77,6 +77,9 @@ class Arguments:
     align_tokens: int = field(default=8_000_000, metadata={"help": "of gla_dream's first stage; 0 leaves it out"})
     minutes: float | None = field(default=None, metadata={"help": "save and stop after so many"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile each layer"})
+    attention: str | None = field(
+        default=None, metadata={"help": "of the library's; on a GPU flex_attention for sdar, else sdpa, if not given"}
+    )
 
 
 def original(gguf: Path) -> PreTrainedModel:
@@ -89,6 +92,13 @@ def original(gguf: Path) -> PreTrainedModel:
     for owner in (model.config, model.generation_config):
         owner.eos_token_id = owner.pad_token_id = END
     return model
+
+
+def tokenizer_of(gguf: Path) -> Any:
+    tokenizer = ar_tokenizer(str(gguf.parent), MASK, gguf_file=gguf.name)
+    end = tokenizer.convert_ids_to_tokens(END)
+    tokenizer.add_special_tokens({"eos_token": end, "pad_token": end})
+    return tokenizer
 
 
 def start(arm: Arm, gguf: Path, block_size: int | None, attention: str) -> PreTrainedModel:
@@ -168,8 +178,9 @@ class Alignment(nn.Module):
         return {"loss": torch.stack(self.losses).mean()}
 
 
-def steps_for(tokens: int, batch: int) -> int:
-    return max(-(-tokens // (WINDOW * batch)), 1)
+def rows_for(tokens: int, batch: int) -> int:
+    """Whole batches: a shorter last one would be compiled anew."""
+    return max(-(-tokens // (WINDOW * batch)), 1) * batch
 
 
 def defaults(arm: Arm) -> dict[str, Any]:
@@ -190,7 +201,7 @@ def defaults(arm: Arm) -> dict[str, Any]:
 
 
 def run_stage(model, rows: Windows, args: Arguments, training: TrainingArguments, collator, callbacks: list) -> Trainer:
-    training.max_steps = steps_for(len(rows) * WINDOW, args.batch)
+    training.max_steps = len(rows) // args.batch
     training.warmup_steps = min(100, training.max_steps // 10)
     if args.minutes is not None:
         callbacks = [*callbacks, TimeLimit(args.minutes)]
@@ -207,12 +218,9 @@ def aligned(model: GLADreamModel, gguf: Path, tokenizer, args: Arguments, traini
     """The model after the first stage, which is done once and kept in a folder."""
     folder = Path(args.out) / args.arm / "aligned"
     if not (folder / "config.json").is_file():
-        rows = Windows(
-            Path(args.out) / "data", tokenizer, "sequential", args.align_tokens // WINDOW or 1, labelled=False
-        )
-        own = type(training)(
-            **{**given(training), "output_dir": str(folder.parent / "alignment"), "save_strategy": "no"}
-        )
+        number = rows_for(args.align_tokens, args.batch)
+        rows = Windows(Path(args.out) / "data", tokenizer, "sequential", number, labelled=False)
+        own = TrainingArguments(str(folder.parent / "alignment"), save_strategy="no", **given(training))
         own.learning_rate = 1e-3
         stage = Alignment(model, original(gguf))
         trainer = run_stage(stage, rows, args, own, default_data_collator, [])
@@ -278,18 +286,18 @@ def train(argv: list[str]) -> None:
     training.per_device_train_batch_size = args.batch // devices // training.gradient_accumulation_steps
     check_checkpoint(training)
     gguf = find_gguf(args.gguf)
-    tokenizer = ar_tokenizer(str(gguf.parent), MASK, gguf_file=gguf.name)
-    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(END)
-    attention = "flex_attention" if arm.family is SDARForCausalLM and torch.cuda.is_available() else "sdpa"
+    tokenizer = tokenizer_of(gguf)
+    # It skips the two thirds of the mask over noisy and clean text where nothing is seen.
+    is_sparse = arm.family is SDARForCausalLM and torch.cuda.is_available()
+    attention = args.attention or ("flex_attention" if is_sparse else "sdpa")
     model: Any = start(arm, gguf, args.block_size, attention)
     if arm.family is GLADreamModel and args.align_tokens:
         model = aligned(model, gguf, tokenizer, args, training)
     if args.compile_layers:
         for layer in model.model.layers:
             layer.compile()
-    rows = Windows(
-        folder / "data", tokenizer, arm.rows, args.tokens // WINDOW or 1, arm.family is None or arm.rows == "in_place"
-    )
+    labelled = arm.family is None or arm.rows == "in_place"
+    rows = Windows(folder / "data", tokenizer, arm.rows, rows_for(args.tokens, args.batch), labelled)
     collator: Any = default_data_collator
     callbacks: list[Any] = []
     if arm.family is not None:
@@ -345,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     if command == "report":
         return report(folder / "results")
     gguf = find_gguf(args.gguf)
-    tokenizer = ar_tokenizer(str(gguf.parent), MASK, gguf_file=gguf.name)
+    tokenizer = tokenizer_of(gguf)
     if command == "prepare":
         digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
         summary = prepare(folder / "data", tokenizer, {"model": gguf.name, "sha256": digest}, args.limit)

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import lzma
+import os
 import random
 import re
 import sysconfig
@@ -28,6 +29,7 @@ MAX_ENDS = 48  # end tokens masked behind them, so that a model learns where a l
 PERMISSIVE = re.compile(r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|HPND)", re.IGNORECASE)
 OTHER = re.compile(r"GPL|General Public|MPL|Mozilla|EPL|CDDL|propriet|CC-BY", re.IGNORECASE)
 SPLITS = ("train", "held_out", "repository", "stdlib")
+LEAK = "with a docstring of HumanEval"
 ROOT = Path(__file__).parents[1]
 
 
@@ -84,7 +86,7 @@ class Collected:
         self.forbidden = forbidden
         self.texts: dict[str, list[str]] = {name: [] for name in SPLITS}
         self.read: list[tuple[str, str, str]] = []
-        self.dropped: Counter[str] = Counter()
+        self.dropped = Counter({LEAK: 0})
         self.seen: set[str] = set()
 
     def add(self, path: Path, name: str, split: str | None) -> None:
@@ -105,7 +107,7 @@ class Collected:
         elif digest in self.seen:
             why = "duplicates"
         elif self._has_docstring(text):
-            why = "with a docstring of HumanEval"
+            why = LEAK
         self.seen.add(digest)
         self.read.append((name, digest, f"dropped: {why}" if why else split))
         if why:
@@ -246,7 +248,7 @@ class Windows(Dataset):
     def __init__(self, folder: Path, tokenizer, kind: str, number: int, labelled: bool, seed: int = 0):
         made = folder / f"rows-{seed}.npz"
         if not made.is_file():
-            unfinished = made.with_suffix(".unfinished.npz")
+            unfinished = made.with_suffix(f".{os.getpid()}.npz")  # each of several processes makes them
             np.savez(unfinished, **make_rows(read_stream(folder, "train"), tokenizer, seed))
             unfinished.replace(made)
         with np.load(made) as rows:

@@ -203,8 +203,8 @@ def test_norms_that_change_something_are_not_taken_for_those_that_do_not(shifted
 def test_a_gguf_is_a_source_as_well(originals, tmp_path):
     """Also of the tokenizer, which then has the mask, and what is saved is an ordinary checkpoint."""
     original, _ = originals["qwen2"]
-    tokens = [*map(chr, range(97, 123)), "ab", *(f"<{index}>" for index in range(27, VOCAB))]
-    write_gguf(original, tmp_path / "weights.gguf", tokens, ["a b"])
+    tokens = [*map(chr, range(97, 123)), "ab", "yz", *(f"<{index}>" for index in range(28, VOCAB))]
+    write_gguf(original, tmp_path / "weights.gguf", tokens, ["a b", "y z"])
     model = started(DreamModel, tmp_path, gguf_file="weights.gguf")
     tokenizer = ar_tokenizer(tmp_path, MASK, gguf_file="weights.gguf")
     assert tokenizer.mask_token == f"<{MASK}>"

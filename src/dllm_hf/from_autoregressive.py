@@ -128,9 +128,9 @@ def ar_tokenizer(pretrained_model_name_or_path: str, mask_token_id: int, **kwarg
     free: list[Any] = [f"<|unused_{index}|>" for index in range(len(tokenizer), mask_token_id)]
     tokenizer.add_tokens(free, special_tokens=True)
     is_new = len(tokenizer) == mask_token_id
-    tokenizer.mask_token = "<|mask|>" if is_new else tokenizer.convert_ids_to_tokens(mask_token_id)
-    if is_new:
-        tokenizer.add_tokens([tokenizer.mask_token], special_tokens=True)
+    tokenizer.add_special_tokens(
+        {"mask_token": "<|mask|>" if is_new else tokenizer.convert_ids_to_tokens(mask_token_id)}
+    )
     if tokenizer.mask_token_id != mask_token_id:
         raise ValueError(
             f"The tokenizer's mask would be token {tokenizer.mask_token_id}, not `mask_token_id={mask_token_id}`: give an id "

@@ -19,7 +19,7 @@ pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import adapt_data  # noqa: E402
-from adapt_data import END, MIDDLE, PREFIX, SUFFIX, WINDOW  # noqa: E402
+from adapt_data import END, MIDDLE, PREFIX, SUFFIX  # noqa: E402
 
 
 class Bytes:
@@ -123,13 +123,13 @@ def folder(tmp_path_factory, adapt, text) -> Path:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     folder = tmp_path_factory.mktemp("adapt")
-    tokens = [f"<{index}>" for index in range(17)] + list(bytes_to_unicode().values()) + ["ab"]
+    tokens = [f"<{index}>" for index in range(17)] + list(bytes_to_unicode().values()) + ["ab", "yz"]
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     config = Qwen2Config(
         vocab_size=len(tokens), intermediate_size=32, eos_token_id=2, max_position_embeddings=1024, **sizes
     )
     torch.manual_seed(0)
-    write_gguf(Qwen2ForCausalLM(config), folder / "model.gguf", tokens, ["a b"])
+    write_gguf(Qwen2ForCausalLM(config), folder / "model.gguf", tokens, ["a b", "y z"])
     found = adapt_data.Collected([])
     found.texts = {split: [text] for split in adapt_data.SPLITS}
     with pytest.MonkeyPatch.context() as patch:
