@@ -271,7 +271,8 @@ def write_line(args, line: dict[str, Any]) -> None:
 
 
 def train(argv: list[str]) -> None:
-    name = next((argv[index + 1] for index, each in enumerate(argv[:-1]) if each == "--arm"), None)
+    # The defaults depend on it. Without one, the parser says that it is missing.
+    name = next((argv[index + 1] for index, each in enumerate(argv[:-1]) if each == "--arm"), "control")
     if name not in ARMS:
         raise SystemExit(f"--arm {name}: choose one of {', '.join(ARMS)}.")
     arm = ARMS[name]
