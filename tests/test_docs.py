@@ -92,7 +92,9 @@ def tiny_qwen2(tmp_path_factory) -> Path:
     """An autoregressive model."""
     folder = tmp_path_factory.mktemp("docs") / "tiny-qwen2"
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_key_value_heads=2, eos_token_id=61, **sizes)).save_pretrained(folder)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_key_value_heads=2, eos_token_id=61, **sizes)).save_pretrained(
+        folder
+    )
     character_tokenizer().save_pretrained(folder)
     return folder
 
