@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from adapt_data import END, MIDDLE, PREFIX, SUFFIX, WINDOW, read_stream
 from torch.nn import functional as F
 
 from dllm_hf.evaluation.human_eval import problems_sha256, tasks
-from dllm_hf.evaluation.infilling import InPlace, LeftToRight, Prompt
+from dllm_hf.evaluation.infilling import InPlace, LeftToRight
 from dllm_hf.evaluation.infilling import evaluate as fill_in
 
 THRESHOLDS = (None, 0.95, 0.9, 0.8, 0.7, 0.5)  # None: one token a step
@@ -22,21 +21,6 @@ HELD_OUT = {
     "repository": "this repository's source",
     "stdlib": "Python's standard library",
 }
-
-
-@dataclass(frozen=True)
-class NextLine(LeftToRight):
-    """The line that follows what stands before it, without the last line break: a tokenizer makes one token of a line break and
-    the spaces behind it, so that a model which was not trained on text cut there goes on with something else. The line is the
-    first that is not blank."""
-
-    stop: ClassVar[str | None] = None
-
-    def prompt(self, task, tokenizer, mask_token_id) -> Prompt:
-        return super().prompt(replace(task, prefix=task.prefix.rstrip("\n")), tokenizer, mask_token_id)
-
-    def text(self, tokens, tokenizer) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True).lstrip("\n").partition("\n")[0]
 
 
 def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, Any]], None]) -> None:
@@ -62,7 +46,7 @@ def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Name, format and options of each measure of a model on HumanEval."""
     is_diffusion = hasattr(model, "diffusion_generate")
     one = {"remasking_strategy": "low_confidence_static"} if is_diffusion else {}
-    yield "left to right", NextLine(), one
+    yield "left to right", LeftToRight(), one
     if is_diffusion and not model.sees_earlier_blocks:
         yield "in place, true length", InPlace(), one
         name, form = f"in place, {NUM_MASKS} masks", InPlace(NUM_MASKS)

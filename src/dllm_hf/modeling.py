@@ -130,10 +130,10 @@ class MaskedDiffusionLM(DiffusionGenerationMixin, FromAutoregressive, PreTrained
         self, input_ids, attention_mask, position_ids, labels, mask_ratio, num_items_in_batch, *, token_mask, **inputs
     ) -> ModelOutput:
         output = self.predict_noisy(input_ids, attention_mask, labels, position_ids, token_mask=token_mask, **inputs)
-        self._warn_of_clean_text(input_ids, labels, mask_ratio)
         loss = masked_diffusion_loss(
             output["logits"], labels, self.logits_shift, mask_ratio, token_mask, num_items_in_batch, position_ids
         )
+        self._warn_of_clean_text(input_ids, labels, mask_ratio)
         if output.get("aux_loss") is not None:
             loss = loss + self.config.router_aux_loss_coef * output["aux_loss"]
         return type(output)(loss=loss, **output)

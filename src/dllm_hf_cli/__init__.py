@@ -64,6 +64,8 @@ def _run(argv: list[str]) -> int:
         options = command_parser(command).parse(argv[1:])
         if command == "generate":
             options.prompt = read_prompt(options.prompt)
+        elif command == "evaluate":
+            options.command_line = ["dllm-hf", *argv]
         with _exiting_at_ctrl_c():
             name = command.replace("-", "_")
             run = getattr(import_module(f".{name}", __name__), name)

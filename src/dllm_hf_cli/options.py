@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "continue or infill a prompt",
     "chat": "converse",
     "batch": "decode a file of prompts into a file of results",
+    "evaluate": "measure a model by tasks, into a result file",
     "serve": "answer requests over HTTP, as OpenAI's API does, and show a page",
     "export": "write a repository that runs without dllm_hf",
     "export-gguf": "write a model for llama.cpp",
@@ -157,6 +158,9 @@ def command_parser(command: str) -> Parser:
     elif command == "serve":
         _add_serve_options(parser)
         return parser
+    elif command == "evaluate":
+        _add_evaluate_options(parser)
+        return parser
     else:
         parser.usage = f"{parser.prog} MODEL [options]"
         parser.description = "Converse with a model. /help lists its commands; Ctrl-C stops an answer, Ctrl-D quits."
@@ -211,6 +215,48 @@ def _add_batch_options(parser: Parser) -> None:
     parser.add_argument("prompts", metavar="PROMPTS", help="a file of JSON lines")
     parser.add_argument("results", metavar="RESULTS", help="the file of JSON lines to write, or to go on with")
     _add_engine_options(parser, max_num_seqs=16)
+
+
+def _add_evaluate_options(parser: Parser) -> None:
+    parser.usage = f"{parser.prog} MODEL RESULTS --tasks TASK [TASK ...] [options]"
+    parser.description = (
+        "Measure a model, and write a file with the results and all that is needed to repeat them. A TASK is one of lm-eval's "
+        "(`lm_eval ls tasks` lists them), or `infilling`: lines of HumanEval's solutions, for which programs that the model "
+        'has written are run. Needs `pip install "dllm-hf[evaluation]"`.'
+    )
+    parser.add_argument("results", metavar="RESULTS", help="the JSON file to write; it must not exist")
+    measure = parser.add_argument_group("measure")
+    measure.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="one or more")
+    measure.add_argument("--limit", type=integer, metavar="INT", help="only the first so many examples of each task")
+    measure.add_argument("--num-fewshot", type=integer, metavar="INT", help="examples in the prompt")
+    measure.add_argument("--apply-chat-template", action="store_true", help="make chats of the prompts")
+    measure.add_argument("--include-path", metavar="FOLDER", help="with tasks of your own, as YAML files of lm-eval")
+    measure.add_argument("--batch-size", type=integer, default=16, metavar="INT", help="texts at a time (default: 16)")
+    measure.add_argument(
+        "--num-samples", type=integer, default=128, metavar="INT", help="masks for a likelihood (default: 128)"
+    )
+    measure.add_argument("--seed", type=integer, default=0, metavar="INT", help="of all draws (default: 0)")
+    measure.add_argument("--log-samples", action="store_true", help="put every prompt and answer into the file")
+    measure.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="allow tasks of lm-eval that run what the model writes"
+    )
+    measure.add_argument(
+        "--num-masks",
+        type=integer,
+        metavar="INT",
+        help="infilling: masks in the place of a line, of which what follows an end token is cut (default: as many as the "
+        "line has tokens)",
+    )
+    measure.add_argument(
+        "--infilling-tokens",
+        nargs=3,
+        metavar="TEXT",
+        help="infilling, for models whose blocks see earlier ones alone: what stands before the text before the line, before "
+        "that behind it, and before the line (default: the model is given what stands before the line alone)",
+    )
+    _add_model_options(parser)
+    _add_generation_options(parser)
+    parser.set_defaults(no_stream=True)
 
 
 def _add_engine_options(parser: Parser, max_num_seqs: int) -> argparse._ArgumentGroup:

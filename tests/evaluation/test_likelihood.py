@@ -2,13 +2,16 @@
 
 import itertools
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from ..builders import BUILDERS, END, MASK, left_pad, new_model
+from dllm_hf.evaluation.likelihood import log_likelihood
+
+from ..builders import MASK, left_pad, new_model
 
 TEXT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7]
 LABELS = [-100] * 3 + TEXT[3:]  # three tokens are given
@@ -63,6 +66,23 @@ def defined(model, blocks) -> float:
     return total
 
 
+# Tokens 1, 2 and 5 alone are scored.
+BETWEEN = {
+    "dream": [((0, 10), None, [[1, 2, 5]])],
+    "sdar": [((0, 4), None, [[1, 2]]), ((4, 8), None, [[5]])],
+    # The prompt is all 10 tokens: its blocks of 4 end with it, and the first is cut short.
+    "nemotron_diffusion": [((0, 2), None, [[1]]), ((2, 6), 2, [[5]])],
+}
+
+
+@pytest.mark.parametrize("family", BETWEEN)
+def test_tokens_may_be_given_anywhere(family):
+    model = double(family)
+    labels = torch.tensor([[token if at in (1, 2, 5) else -100 for at, token in enumerate(TEXT)]])
+    found = model.log_likelihood(torch.tensor([TEXT]), labels=labels)
+    torch.testing.assert_close(found.log_likelihood.item(), defined(model, BETWEEN[family]), atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_likelihood_is_what_its_definition_says(case):
     family, changes, options, blocks = CASES[case]
@@ -71,3 +91,108 @@ def test_a_likelihood_is_what_its_definition_says(case):
     found = model.log_likelihood(torch.tensor([TEXT]), labels=torch.tensor([LABELS]))
     assert found.standard_error.item() == 0 and found.num_tokens.item() == 7
     torch.testing.assert_close(found.log_likelihood.item(), defined(model, blocks), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["dream", "sdar"])
+def test_a_batch_gives_each_row_what_it_gets_alone(family):
+    """Also padded on either side, in passes of any size, and with masks that are drawn."""
+    model = double(family, **({"block_size": 16} if family == "sdar" else {}))
+    rows = [TEXT, TEXT[2:], TEXT[:1], TEXT + TEXT]
+    together = model.log_likelihood(**left_pad(rows), num_samples=16, batch_size=5, seed=3)
+    flipped = {name: value.flip(1) for name, value in left_pad([row[::-1] for row in rows]).items()}
+    on_the_right = model.log_likelihood(**flipped, num_samples=16, seed=3)
+    for index, row in enumerate(rows):
+        alone = model.log_likelihood(torch.tensor([row]), num_samples=16, seed=3)
+        for name in ("log_likelihood", "standard_error", "num_tokens"):
+            for output in (together, on_the_right):
+                torch.testing.assert_close(getattr(output, name)[index], getattr(alone, name)[0])
+    assert together.standard_error[3] > 0 and together.standard_error[2] == 0
+    another = model.log_likelihood(**left_pad(rows), num_samples=16, seed=4)
+    assert another.log_likelihood[3] != together.log_likelihood[3]
+
+
+class Table(nn.Module):
+    """The log-probability of a position depends on all that is masked: on the number alone, and on each position."""
+
+    sees_earlier_blocks, logits_shift, causal_context, device = False, 0, False, torch.device("cpu")
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=64, mask_token_id=MASK, max_position_embeddings=None)
+        self.generation_config = SimpleNamespace(mask_token_id=None)
+        self.by_pair = torch.randn(length, length, dtype=torch.float64)
+        self.by_number = torch.linspace(0, 6, length + 1, dtype=torch.float64) ** 1.5
+
+    def log_odds(self, masked: torch.Tensor) -> torch.Tensor:
+        """`(..., length)` bool -> of the token at each position against the only other one."""
+        return 3 + masked.double() @ self.by_pair - self.by_number[masked.sum(-1)][..., None]
+
+    log_likelihood = log_likelihood
+
+    def predict_noisy(self, input_ids, attention_mask, labels, logits_to_keep):
+        odds = self.log_odds(input_ids == MASK).gather(1, logits_to_keep)
+        logits = torch.full((*logits_to_keep.shape, 64), -torch.inf, dtype=torch.float64)
+        target = labels.gather(1, logits_to_keep).clamp(min=0)
+        logits.scatter_(2, (target + 1)[..., None] % 60, 0.0)
+        return SimpleNamespace(logits=logits.scatter(2, target[..., None], odds[..., None]))
+
+    def exact(self, length: int) -> float:
+        masked = (torch.arange(1, 2**length)[:, None] >> torch.arange(length)) & 1 == 1
+        sizes = masked.sum(1)
+        logs = nn.functional.logsigmoid(self.log_odds(masked)) * masked
+        counts = torch.tensor([math.comb(length, int(size)) for size in sizes])
+        return (logs.sum(1) / sizes / counts).sum().item()
+
+
+def estimates(model: Table, length: int, number: int, num_samples: int):
+    """As many estimates of one bound: what the table says does not depend on the text, and the masks do."""
+    texts = torch.randint(0, 59, (number, length))
+    return model.log_likelihood(texts, num_samples=num_samples, batch_size=2048)
+
+
+def test_standard_errors_are_honest():
+    """Of 800 estimates from drawn masks, the mean is the exact bound, the spread is the standard error that they tell, and
+    about 95% of the intervals of 1.96 standard errors hold the exact bound."""
+    model = Table(12)
+    found = estimates(model, 12, 800, 32)
+    errors, told = found.log_likelihood - model.exact(12), found.standard_error
+    assert errors.mean().abs() < 4 * errors.std() / 800**0.5
+    assert 0.9 < told.square().mean().sqrt() / errors.std() < 1.1
+    assert 0.92 < (errors.abs() < 1.96 * told).double().mean() < 0.97
+    assert found.num_forward_passes == math.ceil(800 * 32 / 2048)
+
+
+def test_stratified_masks_vary_less_than_those_of_the_paper():
+    """With as many forward passes; LLaDA draws the number of masks for each of them from all."""
+    model, number = Table(12), 32
+    ours = estimates(model, 12, 300, number).log_likelihood
+    sizes = torch.randint(1, 13, (300, number, 1))
+    masked = torch.rand(300, number, 12).argsort(-1).argsort(-1) < sizes
+    logs = nn.functional.logsigmoid(model.log_odds(masked)) * masked
+    of_the_paper = (logs.sum(-1) * 12 / sizes[..., 0]).mean(-1)
+    assert ours.var() < 0.7 * of_the_paper.var()
+
+
+WRONG = {
+    "`num_samples=7` is odd": {"num_samples": 7},
+    "`num_samples` must be an integer of at least 2": {"num_samples": 0},
+    "`batch_size` must be an integer of at least 1": {"batch_size": 0},
+    "`input_ids` must be a": {"input_ids": TEXT},
+    "`labels` must have the shape": {"labels": torch.tensor([LABELS[1:]])},
+    "`labels` are not the tokens": {"labels": torch.tensor([LABELS]).roll(1)},
+    "holds the mask, 60": {"input_ids": torch.tensor([[1, MASK]])},
+    "a token that the vocabulary of 64 tokens lacks": {"input_ids": torch.tensor([[1, 64]])},
+    "`attention_mask` has holes": {"attention_mask": torch.tensor([[1, 0] * 5])},
+    "longer than the 128 positions": {"input_ids": torch.ones(1, 129, dtype=torch.long)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_refused_by_name(message, llada):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        llada.log_likelihood(**{"input_ids": torch.tensor([TEXT]), **WRONG[message]})
+
+
+def test_a_row_without_a_scored_token_has_a_likelihood_of_one(llada):
+    found = llada.log_likelihood(torch.tensor([TEXT]), labels=torch.full((1, 10), -100))
+    assert (found.log_likelihood.item(), found.standard_error.item(), found.num_forward_passes) == (0, 0, 0)

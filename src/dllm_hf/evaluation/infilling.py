@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..engine.llm import LLM
 from ..engine.sampling_params import SamplingParams
 from ..generation.configuration import as_token_list
+from .engines import effective, of_requests, open_engine
 from .human_eval import TIMEOUT, Task, program, tasks
 from .isolation import run
 
@@ -29,9 +29,11 @@ class Prompt:
 
 
 class Format(Protocol):
-    """How a model is asked for a line. stop: a text at which it may stop, since the line is over."""
+    """How a model is asked for a line."""
 
-    stop: ClassVar[str | None]
+    @property
+    def stop(self) -> str | None:
+        """A text at which the model may stop, since the line is over."""
 
     def prompt(self, task: Task, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> Prompt:
         """Raises a `ValueError` if the model cannot be asked in this way."""
@@ -54,6 +56,10 @@ class InPlace:
     num_masks: int | None = None
     stop: ClassVar[str | None] = None
 
+    def __post_init__(self) -> None:
+        if self.num_masks is not None and (type(self.num_masks) is not int or self.num_masks < 1):
+            raise ValueError(f"`num_masks={self.num_masks!r}` must be an integer of at least 1, or None.")
+
     def prompt(self, task: Task, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> Prompt:
         if mask_token_id is None:
             raise ValueError("`InPlace` is for models with a mask token: take `LeftToRight`.")
@@ -74,7 +80,9 @@ class LeftToRight:
     first end token or line break.
 
     prefix, suffix, middle: token ids that stand before the text before the line, before that behind it, and before the line,
-        as the model was trained to read them. With a `suffix` of None the model is given what stands before the line alone.
+        as the model was trained to read them. With a `suffix` of None the model continues what stands before the line,
+        without the last line break: tokenizers make one token of a line break and the spaces behind it, so that a text which
+        is cut between them is none that models have seen. The line is the first that is not blank.
     max_new_tokens: of the line.
     """
 
@@ -82,18 +90,30 @@ class LeftToRight:
     suffix: Sequence[int] | None = None
     middle: Sequence[int] = ()
     max_new_tokens: int = 48
-    stop: ClassVar[str | None] = "\n"
+
+    def __post_init__(self) -> None:
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens={self.max_new_tokens!r}` must be an integer of at least 1.")
+
+    @property
+    def stop(self) -> str | None:
+        return None if self.suffix is None else "\n"
 
     def prompt(self, task: Task, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> Prompt:
-        before = tokenizer(task.prefix)["input_ids"]
-        behind = [] if self.suffix is None else [*self.suffix, *_encode(task.suffix, tokenizer)]
-        return Prompt([*self.prefix, *before, *behind, *self.middle], self.max_new_tokens)
+        before, behind = task.prefix, list[int]()
+        if self.suffix is None:
+            before = before.rstrip("\n")
+        else:
+            behind = [*self.suffix, *_encode(task.suffix, tokenizer)]
+        tokens = [*self.prefix, *tokenizer(before)["input_ids"], *behind, *self.middle]
+        return Prompt(tokens, self.max_new_tokens)
 
     def filled(self, prompt: Prompt, sequence: list[int]) -> list[int]:
         return sequence[len(prompt.token_ids) :]
 
     def text(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-        return _decode(tokens, tokenizer).partition(self.stop)[0]
+        text = _decode(tokens, tokenizer)
+        return (text.lstrip("\n") if self.suffix is None else text).partition("\n")[0]
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -126,7 +146,7 @@ class Completion:
     """What a model has made of a task.
 
     is_exact: whether the line is the canonical one. isolation: of the process in which the tests ran, see [`isolation.run`].
-    line_tokens: those of the line; num_tokens, num_forward_passes: see [`Decoded`].
+    line_tokens: those of `line`, as the tokenizer cuts it; num_tokens, num_forward_passes: see [`Decoded`].
     """
 
     id: str
@@ -186,7 +206,7 @@ def evaluate(
         of: by default all of [`human_eval.tasks`].
         end_token_ids: tokens that end a line; by default the model's end of sequence.
         batch_size: rows that are decoded together.
-        seed: of draws, where `options` ask for any.
+        seed: of draws, where `options` ask for any; a causal model draws with PyTorch's generator, which is seeded.
         workers: processes in which tests run side by side.
         timeout: seconds of the clock that the tests of a task have.
         options: of `diffusion_generate`, or of a causal model's `generate`. Greedy where they say nothing.
@@ -206,11 +226,10 @@ def evaluate(
     own: Any = model.generation_config
     if end_token_ids is None:
         end_token_ids = as_token_list(own.eos_token_id) or as_token_list(model.config.eos_token_id)
-    ends, mask = list(end_token_ids), None
+    ends, decode, used = list(end_token_ids), _continue, {"do_sample": False, **options}
     if is_diffusion:
-        mask = options.get("mask_token_id") or own.mask_token_id or model.config.mask_token_id
-    prompts = [format.prompt(task, tokenizer, mask) for task in every]
-    decode = _diffuse if is_diffusion else _continue
+        decode, used = _diffuse, effective(model, {"temperature": 0.0, "eos_token_id": ends, **options})
+    prompts = [format.prompt(task, tokenizer, used.get("mask_token_id")) for task in every]
     found: dict[int, Decoded] = {}
     with tqdm(total=len(every), desc="lines", disable=not progress) as bar:
         for index, decoded in decode(model, tokenizer, prompts, ends, format.stop, batch_size, seed, options):
@@ -219,7 +238,8 @@ def evaluate(
     decided = [found[index] for index in range(len(every))]
     lines = [_before(ends, format.filled(prompt, each.sequence)) for prompt, each in zip(prompts, decided)]
     texts = [format.text(line, tokenizer) for line in lines]
-    completions = _tried(every, texts, list(map(len, lines)), decided, workers, timeout, progress)
+    lengths = [len(_encode(text, tokenizer)) for text in texts]
+    completions = _tried(every, texts, lengths, decided, workers, timeout, progress)
     settings = {
         "format": type(format).__name__,
         **asdict(format),  # type: ignore[call-overload]  # both are dataclasses
@@ -227,7 +247,7 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
         "timeout": timeout,
-        **options,
+        "generation": used,
     }
     return _summary(completions, settings)
 
@@ -277,21 +297,17 @@ def _diffuse(
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Decoded]]:
     """Decode with the engine. Yields the index of each prompt with what was made of it, as they finish."""
-    options = {"temperature": 0.0, "eos_token_id": ends, **options}
-    shared = {name: options.pop(name) for name in ("cache_policy", "mask_token_id") if name in options}
-    eager = bool(options.pop("disable_compile", False))
-    # A grid at 0 fills up the last block.
     longest = max(len(prompt.token_ids) + prompt.new_tokens for prompt in prompts)
-    longest += options.get("block_length") or model.default_block_length or 0
-    room = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
-    sizes = {"max_num_seqs": batch_size, "max_model_len": room, "num_cache_tokens": batch_size * (room + 1) + 1}
+    llm = open_engine(model, tokenizer, options, batch_size, longest)
+    options = {"temperature": 0.0, "eos_token_id": ends, **of_requests(options)}
     params = [
         SamplingParams(max_tokens=prompt.new_tokens, seed=seed + index, stop=stop, options=options)
         for index, prompt in enumerate(prompts)
     ]
+    texts: list[Any] = [prompt.token_ids for prompt in prompts]
     names = [str(index) for index in range(len(prompts))]
-    with LLM(model, tokenizer=tokenizer, enforce_eager=eager, **shared, **sizes) as llm:
-        for event in llm.generate_streaming([each.token_ids for each in prompts], params, request_ids=names):
+    with llm:
+        for event in llm.generate_streaming(texts, params, request_ids=names):
             if event.output is None or event.usage is None:
                 continue
             output, index = event.output, int(event.request_id)

@@ -31,7 +31,7 @@ _REFUSED = {
     "bpf": (321, 280), "add_key": (248, 217), "keyctl": (250, 219), "shmget": (29, 194), "msgget": (68, 186),
 }  # fmt: skip
 # Those refused where their flags ask for writing: number, and which argument the flags are.
-_OPENING = {"open": ((2, 1), None), "openat": ((257, 2), (56, 2))}
+_OPENING: dict[str, tuple[tuple[int, int] | None, ...]] = {"open": ((2, 1), None), "openat": ((257, 2), (56, 2))}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # index above, and the kernel's number
 
@@ -42,15 +42,20 @@ _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000  # refuse: the error
 def system_call_filter(machine: str) -> list[tuple[int, int, int, int]]:
     """The filter's instructions: operation, jumps where it holds and where not, and a number."""
     column, number = _MACHINES[machine]
-    program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, number), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    program: list[tuple[int, int, int, int]] = [
+        (_LOAD, 0, 0, 4),
+        (_EQUAL, 1, 0, number),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, 0),
+    ]
     # Calls of x86-64's 32-bit variant have the numbers from 2**30 on.
     program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _REFUSE)]
     for numbers in _REFUSED.values():
-        if numbers[column] is not None:
-            program += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _REFUSE)]
+        if (refused := numbers[column]) is not None:
+            program += [(_EQUAL, 0, 1, refused), (_RETURN, 0, 0, _REFUSE)]
     for calls in _OPENING.values():
-        if calls[column] is not None:
-            call, argument = calls[column]
+        if (opening := calls[column]) is not None:
+            call, argument = opening
             program += [(_EQUAL, 0, 4, call), (_LOAD, 0, 0, 16 + 8 * argument), (_ANY_BIT, 0, 1, _WRITING)]
             program += [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
     return [*program, (_RETURN, 0, 0, _ALLOW)]

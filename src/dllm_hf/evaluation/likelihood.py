@@ -25,6 +25,8 @@ import torch
 from ..generation.evaluation_mode import evaluating
 from ..generation.requests import Row
 
+MAX_LOGITS = 2**26  # that are in float32 at a time
+
 
 @dataclass
 class LogLikelihoodOutput:
@@ -61,8 +63,8 @@ def log_likelihood(
     filled up with masks where decoding does so. The distribution is that of the logits: nothing is suppressed, the mask
     counts.
 
-    Masks are drawn in strata: one half of them for each of `num_samples / 2` equal slices of the share that is masked, in
-    pairs, whose differences give the standard error. Where a block has no more than `num_samples` sets of positions (blocks
+    Masks are drawn in strata: two for each of `num_samples / 2` equal slices of the share that is masked, and the differences
+    of the two give the standard error. Where a block has no more than `num_samples` sets of positions (blocks
     of 4: 15, of 7: 127), all of them are computed instead, and the bound is exact.
 
     Args:
@@ -78,11 +80,7 @@ def log_likelihood(
     Raises:
         ValueError: names the argument that is wrong and what to do.
     """
-    for name, value, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
-    if num_samples % 2:
-        raise ValueError(f"`num_samples={num_samples}` is odd: masks are drawn in pairs, give an even number.")
+    check_sizes(num_samples, batch_size)
     rows = _rows(model, input_ids, attention_mask, labels)
     texts = [_Text(model, *row, seed) for row in rows]
     # Texts of one pass are about as long.
@@ -102,6 +100,15 @@ def log_likelihood(
         torch.tensor([int(text.scored.sum()) for text in texts]),
         passes,
     )
+
+
+def check_sizes(num_samples: Any, batch_size: Any) -> None:
+    """Raises a `ValueError` for numbers that [`log_likelihood`] does not take."""
+    for name, value, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
+    if num_samples % 2:
+        raise ValueError(f"`num_samples={num_samples}` is odd: masks are drawn in pairs, give an even number.")
 
 
 def _rows(model, input_ids, attention_mask, labels) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
@@ -176,7 +183,7 @@ class _Text:
         row = Row(request, 0, model.block_grid, True, model.logits_shift, model.seeds_blocks, model.causal_context)
         self.canvas = numpy.concatenate([tokens, numpy.array(row.text[len(tokens) :], dtype=tokens.dtype)])
         self.block_length = request.options.block_length
-        self.block_start = row.blocks[0].cell[0] % self.block_length
+        self.block_start = 0 if model.block_grid == "zero" else length % self.block_length
         cells: dict[tuple[int, int], list[numpy.ndarray]] = {}
         for part in row.blocks:
             start, end = part.span
@@ -210,7 +217,7 @@ class Draws(NamedTuple):
 
 
 def draw_masks(n: int, num_samples: int, generator: torch.Generator) -> Draws:
-    if n <= 20 and 2**n - 1 <= num_samples:
+    if 2**n - 1 <= num_samples:
         masks = (numpy.arange(1, 2**n)[:, None] >> numpy.arange(n)) & 1 == 1
         sizes = masks.sum(1)
         return Draws(masks, 1 / (sizes * numpy.array([math.comb(n, size) for size in sizes])), True)
@@ -256,10 +263,10 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _padded(rows: list[numpy.ndarray], filler: int = 0) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.from_numpy(
-        numpy.stack([numpy.pad(row, (0, width - len(row)), constant_values=filler) for row in rows])
-    )
+    padded = numpy.full((len(rows), max(map(len, rows))), filler, dtype=numpy.int64)
+    for target, row in zip(padded, rows):
+        target[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def _inputs(model: Any, rows: list[numpy.ndarray]) -> dict[str, torch.Tensor | None]:
@@ -269,16 +276,16 @@ def _inputs(model: Any, rows: list[numpy.ndarray]) -> dict[str, torch.Tensor | N
 
 
 def _log_probs(logits: torch.Tensor, rows: list[numpy.ndarray], positions: list[numpy.ndarray]) -> list[numpy.ndarray]:
-    """Of the tokens at some positions of each row, by `(batch, kept, vocab)` logits; row by row, since a float32 copy of
-    all logits may be large."""
+    """Of the tokens at some positions of each row, by `(batch, kept, vocab)` logits."""
+    tokens = _padded([row[kept] for row, kept in zip(rows, positions)]).to(logits.device)[..., None]
+    at_once = max(MAX_LOGITS // logits[0].numel(), 1)
     found = []
-    for scores, row, kept in zip(logits, rows, positions, strict=True):
-        scores = scores[: len(kept)]
-        scores = scores if scores.dtype == torch.float64 else scores.float()
-        tokens = torch.from_numpy(row[kept]).to(scores.device)
-        found.append(scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1))
-    lengths = [len(kept) for kept in positions]
-    return [each.numpy() for each in torch.cat(found).double().cpu().split(lengths)]
+    for first in range(0, len(logits), at_once):
+        some = logits[first : first + at_once]
+        some = some if some.dtype == torch.float64 else some.float()
+        found.append(some.gather(2, tokens[first : first + at_once])[..., 0] - some.logsumexp(-1))
+    every = torch.cat(found).double().cpu().numpy()
+    return [values[: len(kept)] for values, kept in zip(every, positions)]
 
 
 def _add_seeds(model: Any, texts: list[_Text]) -> None:

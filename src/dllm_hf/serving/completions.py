@@ -34,7 +34,7 @@ def routes(api: Api) -> APIRouter:
             raise ApiError(
                 400,
                 "`logprobs` with `echo` cannot be served: tokens of a prompt were not drawn, and what can be said of a given "
-                "text is a bound that takes many forward passes.",
+                "text is a bound that takes many forward passes: `model.log_likelihood` and lm-eval's model `dllm` compute it.",
                 "logprobs",
                 "unsupported_parameter",
             )

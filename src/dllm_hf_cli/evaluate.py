@@ -1,0 +1,120 @@
+"""`dllm-hf evaluate`: tasks of lm-eval, and lines of programs to fill in, into a result file."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dllm_hf.evaluation import results
+from dllm_hf.evaluation.human_eval import problems_sha256, tasks
+from dllm_hf.evaluation.infilling import InPlace, LeftToRight
+from dllm_hf.evaluation.infilling import evaluate as fill_in
+from dllm_hf.hub import checkpoint
+
+from .output import show, tell
+from .session import Session
+
+INFILLING = "infilling"  # the task that is not lm-eval's
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.results)
+    results.check_new(path)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit}: give at least 1.")
+    names = list(dict.fromkeys(arguments.tasks))
+    of_harness = [name for name in names if name != INFILLING]
+    if of_harness:  # named where it is missing, before weights are read
+        from dllm_hf.evaluation.harness import DiffusionLM  # noqa: F401
+    if INFILLING in names:
+        problems_sha256()
+    session = Session(arguments)
+    session.load()
+    result = results.circumstances(session.model, session.folder, arguments.command_line)
+    result["settings"] = _settings(arguments, session)
+    try:
+        filled = {INFILLING: _run_infilling(arguments, session)} if INFILLING in names else {}
+        result |= _run_harness(arguments, session, of_harness) if of_harness else {"results": {}}
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(f"decoding with {session.folder} failed: {checkpoint.first_line(error)}") from error
+    result["results"] |= filled
+    results.write(path, result)
+    for name, values in result["results"].items():
+        for metric, value in values.items():
+            if isinstance(value, float):
+                show(f"{name}  {metric.removesuffix(',none')}  {value:.4f}")
+    tell(f"dllm-hf: written: {path}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace, session: Session) -> dict[str, Any]:
+    names = ["tasks", "limit", "num_fewshot", "batch_size", "num_samples", "seed", "apply_chat_template", "num_masks"]
+    names += ["infilling_tokens", "include_path"]
+    return {**{name: getattr(arguments, name) for name in names}, "generation": session.options}
+
+
+def _run_harness(arguments: argparse.Namespace, session: Session, names: list[str]) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from dllm_hf.evaluation.harness import DiffusionLM
+
+    options = dict(session.options)
+    length = options.pop("max_new_tokens", None)
+    model = DiffusionLM(
+        session.model,
+        session.tokenizer,
+        batch_size=arguments.batch_size,
+        num_samples=arguments.num_samples,
+        seed=arguments.seed,
+        **({} if length is None else {"max_gen_toks": length}),
+        **options,
+    )
+    manager = TaskManager(include_path=arguments.include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # lm-eval's own are so many that to list them takes seconds
+        manager = TaskManager(include_path=arguments.include_path)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise ValueError(
+            f"There is no task {unknown[0]!r}: `lm_eval ls tasks` lists lm-eval's; --include-path adds yours."
+        )
+    found = simple_evaluate(
+        model,
+        tasks=names,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        apply_chat_template=arguments.apply_chat_template,
+        task_manager=manager,
+        random_seed=arguments.seed,
+        numpy_random_seed=arguments.seed,
+        torch_random_seed=arguments.seed,
+        fewshot_random_seed=arguments.seed,
+        log_samples=arguments.log_samples,
+        confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
+    )
+    kept = ("results", "groups", "configs", "n-samples", "samples")
+    about = {**model.get_model_info(), "task_versions": found["versions"]}
+    return {**{name: found[name] for name in kept if name in found}, "lm_eval": about}
+
+
+def _run_infilling(arguments: argparse.Namespace, session: Session) -> dict[str, Any]:
+    options = dict(session.options)
+    length = options.pop("max_new_tokens", 48)
+    form: InPlace | LeftToRight = InPlace(arguments.num_masks)
+    is_in_place = not session.model.sees_earlier_blocks
+    if (arguments.infilling_tokens if is_in_place else arguments.num_masks) is not None:
+        wrong, right = ("infilling-tokens", "num-masks") if is_in_place else ("num-masks", "infilling-tokens")
+        raise ValueError(f"--{wrong} is not for a {type(session.model).__name__}: leave it out, or see --{right}.")
+    if not is_in_place:
+        names = arguments.infilling_tokens or []
+        ids = [list(session.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
+        where = dict(zip(("prefix", "suffix", "middle"), ids))
+        form = LeftToRight(max_new_tokens=length, **where)
+    measured = fill_in(
+        session.model,
+        session.tokenizer,
+        form,
+        tasks()[: arguments.limit],
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        **options,
+    )
+    return {**measured.to_dict(), "problems_sha256": problems_sha256()}
