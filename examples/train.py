@@ -242,6 +242,11 @@ def check(args: Arguments, training: TrainingArguments) -> None:
     for name in ("context", "stride"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"--{name} {getattr(args, name)} must be at least 1.")
+    check_checkpoint(training)
+
+
+def check_checkpoint(training: TrainingArguments) -> None:
+    """Make the folder of the last checkpoint of `last`."""
     checkpoint = training.resume_from_checkpoint
     if checkpoint in ("last", "True", "true"):
         training.resume_from_checkpoint = last_checkpoint(training.output_dir)

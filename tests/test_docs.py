@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from transformers import BertConfig, BertForMaskedLM, GenerationMixin
+from transformers import BertConfig, BertForMaskedLM, GenerationMixin, Qwen2Config, Qwen2ForCausalLM
 
 import dllm_hf
 import dllm_hf.training
@@ -32,6 +32,8 @@ COMMAND = re.compile(r"(\w+=\S+ )*((dllm-hf|python|make|pip) |(benchmarks|exampl
 # What stands in for checkpoints, devices and sizes that tests have not.
 REPLACED = {
     '"GSAI-ML/LLaDA-8B-Instruct"': '"tiny"',
+    '"Qwen/Qwen2.5-0.5B"': '"tiny-qwen2"',
+    "mask_token_id=151665": "mask_token_id=60",
     '"cuda"': '"cpu"',
     'quantization_config("fp8")': 'quantization_config("int8")',
     "tasks()[:20]": '[task for task in tasks() if task.id == "HumanEval/2/L0"]',
@@ -89,6 +91,18 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tiny_qwen2(tmp_path_factory) -> Path:
+    """An autoregressive model."""
+    folder = tmp_path_factory.mktemp("docs") / "tiny-qwen2"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_key_value_heads=2, eos_token_id=61, **sizes)).save_pretrained(
+        folder
+    )
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A stand-in for the Hub, on this machine."""
@@ -110,11 +124,12 @@ def before(page: str, number: int) -> dict:
 
 
 @pytest.fixture
-def run_snippet(tiny, hub, tmp_path, monkeypatch):
+def run_snippet(tiny, tiny_qwen2, hub, tmp_path, monkeypatch):
     """`run_snippet(page, number, names)` runs it in a folder of its own and adds to the names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    (tmp_path / "tiny").symlink_to(tiny)
+    for folder in (tiny, tiny_qwen2):
+        (tmp_path / folder.name).symlink_to(folder)
 
     def run(page: str, number: int, names: dict) -> None:
         line, code = snippets(page)[number]

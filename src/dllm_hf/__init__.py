@@ -11,6 +11,7 @@ from .dream import DreamConfig, DreamModel, DreamTokenizer
 from .engine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from .families import FAMILIES, lines_of
 from .fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, Fast_dLLM_QwenModel
+from .from_autoregressive import ar_tokenizer
 from .generation import (
     STRATEGIES,
     CanvasCache,
@@ -71,4 +72,5 @@ __all__ = [
     "SDARMoeForCausalLM",
     "SDARMoeModel",
     "SamplingParams",
+    "ar_tokenizer",
 ]

@@ -116,13 +116,17 @@ class BlockDiffusionLM(MaskedDiffusionLM):
         unfit = uses_flash_attention(self.config) and not torch.is_grad_enabled()
         with without_flash_attention(self.config) if unfit else nullcontext():
             if not torch.is_tensor(logits_to_keep):
-                # A clean text that sees nothing behind itself is trained as well.
-                kept = 2 * length if self.causal_context else length
-                logits_to_keep = torch.arange(kept, device=input_ids.device)
+                logits_to_keep = self._denoised_columns(position_ids, checked_block_size(self.config, block_size))
             inputs |= {"token_mask": twice, "logits_to_keep": logits_to_keep}
             blocks = (block_size, self.causal_context, block_starts)
             mask = block_diffusion_mask(self.config, shaped_like, twice, position_ids, *blocks)
             return self._predict(both, mask, position_ids.repeat(1, 2), **inputs)
+
+    def _denoised_columns(self, position_ids: torch.Tensor, block_size: int) -> torch.Tensor:
+        """Whose logits a loss is of, in the noisy text and the clean one behind it: as `logits_to_keep`."""
+        length = position_ids.shape[1]
+        # A clean text that sees nothing behind itself is trained as well.
+        return torch.arange(2 * length if self.causal_context else length, device=position_ids.device)
 
 
 def check_clean_text(

@@ -25,6 +25,26 @@ SIZES = (
     "block_size",
     "gate_low_rank_dim",
 )
+# What the configuration of a model that starts from an autoregressive one takes over.
+TAKEN_OVER = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+# A row of the embedding that the tokenizers of these models do not use, for the mask: Dream's and SDAR's.
+UNUSED_TOKEN = {"qwen2": 151666, "qwen3": 151669}
 MAX_LAYERS = 1000  # the deepest published model has 130; building what a broken file asks for would take hours
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
@@ -34,6 +54,7 @@ class DiffusionConfigMixin(PreTrainedConfig):
     another one than the weights belong to, by their name in `config.json`."""
 
     is_causal: ClassVar[bool] = False  # read by the library's mask functions: attention is bidirectional
+    ar_model_types: ClassVar[tuple[str, ...]] = ()  # of the autoregressive models whose weights fit
 
     def __post_init__(self, **kwargs):
         self._check_numbers()
@@ -45,6 +66,55 @@ class DiffusionConfigMixin(PreTrainedConfig):
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
         """Check and derive the fields of one family. `kwargs`: values that are not fields of the class."""
+
+    @classmethod
+    def from_ar_config(cls, config: PreTrainedConfig, **fields):
+        """The configuration of a model into which the weights of an autoregressive one fit.
+
+        Args:
+            config: of one of the `ar_model_types`.
+            fields: replace what would be taken over. `mask_token_id` is needed where no token is known to be unused.
+        """
+        fitting = " or ".join(cls.ar_model_types)
+        if config.model_type not in cls.ar_model_types:
+            remedy = (
+                f"start from a {fitting} checkpoint"
+                if fitting
+                else "no autoregressive model's weights are known to fit"
+            )
+            raise ValueError(f"A {config.model_type!r} cannot become a {cls.model_type!r}: {remedy}.")
+        if getattr(config, "use_sliding_window", False):
+            raise ValueError(
+                "The checkpoint attends within a sliding window (`use_sliding_window`), which diffusion models here do not have: "
+                "start from one that sees all of the text."
+            )
+        taken = {name: getattr(config, name) for name in TAKEN_OVER}
+        taken["rope_parameters"] = dict(config.rope_parameters)
+        taken |= cls._taken_over(config)
+        if taken["pad_token_id"] is None:
+            ends = taken["eos_token_id"]
+            taken["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+        taken["mask_token_id"] = UNUSED_TOKEN.get(config.model_type)
+        on_disk = lambda values: {cls.attribute_map.get(name, name): value for name, value in values.items()}
+        values = {**on_disk(taken), **on_disk(fields)}
+        if values["mask_token_id"] is None:
+            raise ValueError(
+                f"`mask_token_id` is missing, and of a {config.model_type!r} no token is known to be unused: give the id of one "
+                "that no text has, such as a reserved token of the tokenizer."
+            )
+        return cls(**values)
+
+    @classmethod
+    def _taken_over(cls, config: PreTrainedConfig) -> dict[str, Any]:
+        """Further fields of a model that starts from an autoregressive one: as a rule, none, and heads as wide as the
+        hidden size divided by their number."""
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim not in (None, config.hidden_size // config.num_attention_heads):
+            raise ValueError(
+                f"The checkpoint's heads are {head_dim} wide, and those of a {cls.model_type!r} are `hidden_size / "
+                "num_attention_heads`: start from a checkpoint where that is the same, or choose another family, as SDAR."
+            )
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """With `rope_theta`, which the original code reads, beside the library's `rope_parameters`."""

@@ -13,6 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .evaluation.likelihood import log_likelihood
+from .from_autoregressive import FromAutoregressive
 from .fused.stack import FusedStack
 from .generation.attention import uses_flash_attention
 from .generation.contract import StepForward
@@ -22,7 +23,7 @@ from .training.losses import masked_diffusion_loss
 logger = logging.get_logger(__name__)
 
 
-class MaskedDiffusionLM(DiffusionGenerationMixin, PreTrainedModel):
+class MaskedDiffusionLM(DiffusionGenerationMixin, FromAutoregressive, PreTrainedModel):
     """A masked-diffusion language model: `self.model`, the stack of layers, and `self.lm_head`.
 
     Goes before the family's `PreTrainedModel` in a class's bases. `base_model_class` is the class of the stack.

@@ -11,6 +11,7 @@ class DreamConfig(DiffusionConfigMixin, Qwen2Config):
     """Configuration of Dream (Ye et al., arXiv:2508.15487): a Qwen2's, and the mask. The defaults are Dream-7B's."""
 
     model_type = "Dream"
+    ar_model_types = ("qwen2", "llama")
     default_theta = 1000000.0
 
     vocab_size: int = 152064

@@ -14,6 +14,7 @@ class Fast_dLLM_QwenConfig(BlockDiffusionConfigMixin, Qwen2Config):
     """
 
     model_type = "Fast_dLLM_Qwen"
+    ar_model_types = ("qwen2", "llama")
     default_theta = 1000000.0
 
     attribute_map = {"block_size": "bd_size"}

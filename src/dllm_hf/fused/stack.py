@@ -255,7 +255,7 @@ class FusedStack:
         attention, slot = self.layers[index].self_attn, cache.layers[index]
         query, key, value = self.projected(index, normed)
         norms: tuple = ()
-        if hasattr(attention, "q_norm"):
+        if not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
         (base, lengths, columns, *runs), (cos, sin, scales) = sees, angles
         query = slot.rotate_and_write(query, key, value, cos, sin, columns, *norms)

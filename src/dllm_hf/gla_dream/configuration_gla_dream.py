@@ -11,9 +11,6 @@ from .gated_linear_attention import check_mode
 
 INJECTION_MODES = ("global", "boundary")
 
-# The mask: a row of the embedding that the tokenizer of the model does not use. Those of Dream and SDAR.
-UNUSED_TOKEN = {"qwen2": 151666, "qwen3": 151669}
-
 
 @strict
 class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
@@ -40,6 +37,7 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
     """
 
     model_type = "gla_dream"
+    ar_model_types = ("qwen2", "qwen3", "llama")
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 10000.0
     base_model_tp_plan = {
@@ -124,31 +122,12 @@ class GLADreamConfig(DiffusionConfigMixin, PreTrainedConfig):
         check_mode(self.attn_mode)
 
     @classmethod
-    def from_ar_config(cls, config: PreTrainedConfig, **fields) -> "GLADreamConfig":
-        """The configuration of a GLADream into which an autoregressive Qwen2's or Qwen3's weights fit.
-
-        Args:
-            config: a `Qwen2Config` or `Qwen3Config`.
-            fields: replace what would be taken over.
-        """
-        if config.model_type not in UNUSED_TOKEN:
-            raise ValueError(
-                f"A {config.model_type!r} cannot become a GLADream: start from a {' or '.join(UNUSED_TOKEN)} checkpoint."
-            )
-        same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        same += "hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings "
-        same += "pad_token_id bos_token_id eos_token_id"
-        taken = {name: getattr(config, name) for name in same.split()}
-        taken["rope_parameters"] = dict(config.rope_parameters)
+    def _taken_over(cls, config: PreTrainedConfig) -> dict[str, Any]:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        taken["expand_k"] = taken["expand_v"] = head_dim * config.num_attention_heads / config.hidden_size
+        width = head_dim * config.num_attention_heads / config.hidden_size
         # A Qwen2 always has these biases, and its configuration does not say so.
-        taken["attention_bias"] = getattr(config, "attention_bias", config.model_type == "qwen2")
-        taken |= {"logits_shift": 1, "mask_token_id": UNUSED_TOKEN[config.model_type], **fields}
-        if taken["pad_token_id"] is None:
-            ends = taken["eos_token_id"]
-            taken["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
-        return cls(**taken)
+        bias = getattr(config, "attention_bias", config.model_type == "qwen2")
+        return {"expand_k": width, "expand_v": width, "attention_bias": bias, "logits_shift": 1}
 
     @property
     def head_k_dim(self) -> int:

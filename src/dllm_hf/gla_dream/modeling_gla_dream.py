@@ -23,7 +23,6 @@ from ..training.noising import mask_complementary, mask_sequences
 from .attention_gla_dream import DecayProjection, GLADreamAttention, ShortConvolution, convolutions_of
 from .block_layout import BlockLayout, block_count, lay_out
 from .configuration_gla_dream import GLADreamConfig
-from .from_autoregressive import from_autoregressive
 from .fused_gla_dream import EagerStep, FusedGLADream
 from .gated_linear_attention import check_installed
 from .generation_utils_gla_dream import GLADreamCache
@@ -216,35 +215,11 @@ class GLADreamModel(BlockDiffusionLM, GLADreamPreTrainedModel):
 
     base_model_class = GLADreamBaseModel
     model: GLADreamBaseModel
+    replaces_attention = True
     makes_masks = False
     has_fixed_block_length = True  # the state moves on by whole blocks
     cache_dtypes = ()
     capacity_step = 4096  # the cache does not grow with its columns
-
-    @classmethod
-    def from_ar_pretrained(
-        cls,
-        pretrained_model_name_or_path: str,
-        *,
-        config: GLADreamConfig | None = None,
-        output_loading_info: bool = False,
-        **kwargs,
-    ):
-        """A GLADream initialised from an autoregressive Qwen2 or Qwen3, to be trained before use: embeddings, projections
-        of the attention, feed-forward networks, norms and head are copied, and `logits_shift` is 1. The decays, the
-        gates and the norm of the heads are new.
-
-        Args:
-            pretrained_model_name_or_path: as for `AutoModelForCausalLM.from_pretrained`.
-            config: instead of the configuration made from the checkpoint's ([`GLADreamConfig.from_ar_config`]).
-            output_loading_info: return the model and the names of the parameters that were `copied`, are `new`, and
-                were `left_out` of the checkpoint. They are logged in any case.
-            kwargs: fields of [`GLADreamConfig`], or arguments of `AutoModelForCausalLM.from_pretrained`.
-
-        Raises:
-            ValueError: the checkpoint is of another architecture, or a field changes the shape of a parameter.
-        """
-        return from_autoregressive(cls, pretrained_model_name_or_path, config, output_loading_info, **kwargs)
 
     @property
     def logits_shift(self) -> int:  # type: ignore[override]  # of other families a constant of the class

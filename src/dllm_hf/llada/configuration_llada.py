@@ -34,6 +34,7 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
     """
 
     model_type = "llada"
+    ar_model_types = ("llama", "qwen2")
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_tp_plan = LlamaConfig.base_model_tp_plan
     base_model_pp_plan = LlamaConfig.base_model_pp_plan
@@ -111,6 +112,16 @@ class LLaDAConfig(DiffusionConfigMixin, PreTrainedConfig):
         if is_moe(config_dict):
             return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _taken_over(cls, config: PreTrainedConfig) -> dict[str, Any]:
+        # One field is about all biases, so that a Llama with some gets the others as zeros.
+        include_bias = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+        return {
+            **super()._taken_over(config),
+            "include_bias": include_bias,
+            "include_qkv_bias": config.model_type == "qwen2",
+        }
 
     @property
     def attention_bias(self) -> bool:

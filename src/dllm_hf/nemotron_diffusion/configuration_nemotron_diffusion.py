@@ -3,7 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import Ministral3Config
+from transformers import Ministral3Config, PreTrainedConfig
 
 from ..configuration import BlockDiffusionConfigMixin
 
@@ -20,6 +20,7 @@ class NemotronLabsDiffusionConfig(BlockDiffusionConfigMixin, Ministral3Config):
     """
 
     model_type = "nemotron_labs_diffusion"
+    ar_model_types = ("ministral3",)
     default_theta = 1000000.0
 
     block_size: int = 32
@@ -28,6 +29,10 @@ class NemotronLabsDiffusionConfig(BlockDiffusionConfigMixin, Ministral3Config):
     dlm_paradigm: str = "bidirectional"
     dlm_loss_weight: float | int | None = None
     ar_loss_weight: float | int = 1.0
+
+    @classmethod
+    def _taken_over(cls, config: PreTrainedConfig) -> dict[str, Any]:
+        return {"head_dim": config.head_dim, "sliding_window": config.sliding_window}
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
         if self.sliding_window is not None:

