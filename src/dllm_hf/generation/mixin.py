@@ -138,8 +138,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             ValueError: names the argument that is wrong and what to do, before any forward pass.
         """
         input_ids, attention_mask = unpack_inputs(inputs, input_ids, attention_mask, kwargs)
-        config = self._prepare_diffusion_config(generation_config, kwargs)
-        check_drafts(config)
+        check_drafts(config := self._prepare_diffusion_config(generation_config, kwargs))
         input_ids, lengths = check_inputs(input_ids, attention_mask, self.config.vocab_size)
         new_tokens = count_new_tokens(config, input_ids.shape[1], max(lengths))
         width = max(lengths) + new_tokens

@@ -148,21 +148,62 @@ def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device)
 
 
 if triton is not None:
+
+    @triton.jit
+    def _fractions(tile, scale, is_short: tl.constexpr):
+        """What queries are multiplied as with keys in 8 bits, and the scale of each row's scores. A GPU makes two float16 of two
+        8-bit floats at once, and bfloat16 in three steps. What 8-bit numbers are multiplied with has room in float16: the
+        queries as fractions of their largest number, and the weights of values times the scales of these, as fractions of the
+        largest such product."""
+        largest = tl.max(tl.abs(tile.to(tl.float32)), 1)
+        largest = tl.where(largest > 0, largest, 1.0)
+        fractions = tile.to(tl.float32) / largest[:, None]
+        if is_short:
+            fractions = fractions.to(tl.float16)
+        return fractions, (largest * scale).to(tl.float32)[:, None]
+
+    @triton.jit
+    def _converted(value, dtype: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+        """Values in 8 bits as `dtype`. No instruction transposes bytes of shared memory, so that the compiler would read them
+        byte by byte. It does not move the conversion behind that memory across a tile that is taken apart and put together."""
+        even, odd = tl.split(tl.reshape(value.to(dtype), (BLOCK_N, BLOCK_D // 2, 2)))
+        return tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_D))
+
+    @triton.jit
+    def _weights(score, highest):
+        """Of the rows: the highest score so far, the weights of these keys, and what the sums so far are multiplied with."""
+        higher = tl.maximum(highest, tl.max(score, 1))
+        # A row may see none of these keys: -inf - -inf would be NaN.
+        lowest = tl.where(higher == -float("inf"), 0.0, higher)
+        return higher, tl.exp2(score - lowest[:, None]), tl.exp2(highest - lowest)
+
+    @triton.jit
+    def _store(
+        target, sums, row, of_part, result, total, highest, exists,
+        IS_SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """The result of a tile of rows, or that of a part of the keys and the logarithm of its weights' sum."""
+        sees, dims = total > 0, tl.arange(0, BLOCK_D)
+        inside = exists[:, None] & (dims < HEAD_DIM)
+        result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
+        if IS_SPLIT:
+            row += of_part
+            logsum = tl.where(sees, highest + tl.log2(tl.where(sees, total, 1.0)), -float("inf"))
+            tl.store(sums + row, logsum, mask=exists)
+        tl.store(target + row[:, None] * HEAD_DIM + dims, result.to(target.dtype.element_ty), mask=inside)
+
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
     @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
     def _attend(
         query, keys, values, lengths, base, runs, shared, own, pairs, out, parts, sums, scale,
         window, kv_heads, number, splits,
-        query_batch, query_token, query_head,
-        key_head, key_column,
-        value_head, value_column, pair_head,
-        GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
+        query_batch, query_token, query_head, key_head, key_column, value_head, value_column, pair_head,
+        GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
         IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, IN_EIGHT_BITS: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
-        reader, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-        split = tl.program_id(2)
+        reader, kv_head, split = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads, tl.program_id(2)
         rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         if IS_LIST:
             first, tokens = tl.load(runs + 3 * reader + 1), tl.load(runs + 3 * reader + 2)
@@ -191,23 +232,14 @@ if triton is not None:
             own_first, own_last = tl.load(own + reader).to(tl.int32), tl.load(own + readers + reader).to(tl.int32)
             aside = (tl.load(own + 2 * readers + reader) - begin).to(tl.int32) - own_first
         if IN_EIGHT_BITS:
-            # A GPU makes two float16 of two 8-bit floats at once, and bfloat16 in three steps. What 8-bit numbers are
-            # multiplied with has room in float16: the queries as fractions of their largest number, and the weights of values
-            # times the scales of these, as fractions of the largest such product.
             pairs += begin + kv_head.to(tl.int64) * pair_head
-            largest = tl.max(tl.abs(tile.to(tl.float32)), 1)
-            largest = tl.where(largest > 0, largest, 1.0)
-            scale = (largest * scale).to(tl.float32)[:, None]
-            tile = tile.to(tl.float32) / largest[:, None]
-            if query.dtype.element_ty != tl.float32:
-                tile = tile.to(tl.float16)
+            tile, scale = _fractions(tile, scale, query.dtype.element_ty != tl.float32)
 
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
         longest = tl.max(length, 0)
         chunk = tl.cdiv(tl.cdiv(longest, splits), BLOCK_N) * BLOCK_N
         end = tl.minimum(longest, (split + 1) * chunk)
-        highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        highest, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
         result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(split * chunk, end, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
@@ -227,11 +259,7 @@ if triton is not None:
                 exponent = (pair >> 23) & 255  # of the value's scale, a power of two
                 score = score * (pair << 16).to(tl.float32, bitcast=True) + (exponent - 127).to(tl.float32)
             score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
-            higher = tl.maximum(highest, tl.max(score, 1))
-            # A row may see none of these keys: -inf - -inf would be NaN.
-            lowest = tl.where(higher == -float("inf"), 0.0, higher)
-            prob = tl.exp2(score - lowest[:, None])
-            fade = tl.exp2(highest - lowest)
+            higher, prob, fade = _weights(score, highest)
             if IN_EIGHT_BITS:
                 total = total * fade + tl.sum(prob * ((254 - exponent) << 23).to(tl.float32, bitcast=True), 1)
             else:
@@ -239,24 +267,15 @@ if triton is not None:
             value = tl.load(values + place[:, None] * value_column + dims, mask=inside, other=0.0)
             result = result * fade[:, None]
             if IN_EIGHT_BITS:
-                # No instruction transposes bytes of shared memory, so that the compiler would read this operand byte by byte.
-                # It does not move the conversion behind that memory across a tile that is taken apart and put together.
-                even, odd = tl.split(tl.reshape(value.to(tile.dtype), (BLOCK_N, BLOCK_D // 2, 2)))
-                value = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_D))
+                value = _converted(value, tile.dtype, BLOCK_N, BLOCK_D)
             result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
             highest = higher
 
-        sees = total > 0
-        result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
-        heads = kv_heads * GROUPS
-        row = (first + token).to(tl.int64) * heads + head
-        if not IS_SPLIT:
-            tl.store(out + row[:, None] * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=exists[:, None] & real)
-        else:
-            row += split.to(tl.int64) * number
-            tl.store(parts + row[:, None] * HEAD_DIM + dims, result, mask=exists[:, None] & real)
-            logsum = tl.where(sees, highest + tl.log2(tl.where(sees, total, 1.0)), -float("inf"))
-            tl.store(sums + row, logsum, mask=exists)
+        row = (first + token).to(tl.int64) * kv_heads * GROUPS + head
+        target = out if not IS_SPLIT else parts
+        _store(
+            target, sums, row, split.to(tl.int64) * number, result, total, highest, exists, IS_SPLIT, HEAD_DIM, BLOCK_D
+        )
 
     @triton.jit(do_not_specialize=["number", "splits"])
     def _combine(
