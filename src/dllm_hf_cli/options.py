@@ -173,6 +173,7 @@ def command_parser(command: str) -> Parser:
         )
         parser.add_argument("--block-length", type=integer, metavar="INT", help="default: the model's, or 32")
         _add_model_options(parser)
+        return parser
     elif command == "evaluate":
         _add_evaluate_options(parser)
         return parser

@@ -54,8 +54,7 @@ def test_every_strategy_with_every_policy(family, policy, strategy, captured):
         seeds=0,
         **options,
     )
-    # In float32 the library's products of experts look at the device: such steps run without a graph.
-    assert captured or (DEVICE == "cuda" and family == "sdar_moe")
+    assert captured
 
 
 @pytest.mark.gpu
@@ -89,7 +88,7 @@ def test_guidance(family, policy):
 def test_edited_tokens(captured):
     editing = {"editing_threshold": 0.05, "max_post_steps": 3, "remasking_strategy": "low_confidence_dynamic"}
     both_ways(fresh_model("llada2"), max_new_tokens=12, block_length=4, confidence_threshold=0.3, **editing)
-    assert captured or DEVICE == "cuda"  # in float32 the library's products of experts look at the device
+    assert captured
 
 
 @pytest.mark.parametrize("family, policy", POLICIES)
@@ -112,6 +111,5 @@ def test_calls_of_other_lengths_share_graphs_and_do_not_disturb_each_other(famil
         both_ways(model, rows=ROWS[:2], **options, max_new_tokens=4)
         numbers.append(len(captured))
     # A returned cache holds its graphs as long as somebody has it, and a model keeps two workspaces.
-    # In float32 the library's products of experts look at the device: such steps run without a graph.
-    assert numbers[0] or (family == "sdar_moe" and DEVICE == "cuda")
+    assert numbers[0]
     assert numbers[2] - numbers[1] <= (numbers[0] if policy == "block" else 0)
