@@ -32,7 +32,19 @@ KERNELS |= {"_short_convolutions", "_read_block", "_move_states", "_mix_scans"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
-@pytest.mark.parametrize(("dtype", "floats"), [("bfloat16", "fp64"), ("float32", "fp32")])
+@pytest.mark.parametrize(
+    ("dtype", "floats"),
+    [
+        ("bfloat16", "fp64"),
+        pytest.param(
+            "float32",
+            "fp32",
+            marks=pytest.mark.skipif(
+                "DLLM_HF_EVERY_FAMILY" not in os.environ, reason="30 seconds: DLLM_HF_EVERY_FAMILY=1"
+            ),
+        ),
+    ],
+)
 def test_every_kernel_compiles(dtype, floats, tmp_path):
     # Triton decides between interpreter and compiler when it is imported: this takes another process.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -97,7 +97,7 @@ def test_a_process_that_fails_alone_ends_the_group(new_pair, monkeypatch):
 @pytest.mark.parametrize("is_at_work", [True, False])
 def test_only_a_group_in_which_nobody_moves_hangs(is_at_work, new_pair, monkeypatch):
     """One that compiles for long keeps the other waiting."""
-    monkeypatch.setattr(workers, "HANG_SECONDS", 5.0)
+    monkeypatch.setattr(workers, "HANG_SECONDS", 4.0)
     with new_pair() as llm:
         llm._driver.engine._changes.append(TakesLong(is_at_work))
         outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
@@ -195,7 +195,7 @@ def fail_in_one() -> set:
 
 
 class TakesLong(set):
-    """A change that no engine knows. Where it is unpacked, the next pass of one process takes nine seconds."""
+    """A change that no engine knows. Where it is unpacked, the next pass of one process takes seven seconds."""
 
     def __init__(self, is_at_work: bool):
         super().__init__()
@@ -214,10 +214,10 @@ def take_long(is_at_work: bool) -> set:
         return depth and dig(depth - 1)
 
     def launch(self):
-        Decoder.launch, end = plain, time.monotonic() + 9
+        Decoder.launch, end = plain, time.monotonic() + 7
         while is_at_work and time.monotonic() < end:
             dig(random.randrange(100))  # now here, now there
-        time.sleep(0 if is_at_work else 9)
+        time.sleep(0 if is_at_work else 7)
         return plain(self)
 
     if os.environ["RANK"] == "1":

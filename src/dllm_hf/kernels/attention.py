@@ -234,7 +234,6 @@ if triton is not None:
         if IN_EIGHT_BITS:
             pairs += begin + kv_head.to(tl.int64) * pair_head
             tile, scale = _fractions(tile, scale, query.dtype.element_ty != tl.float32)
-
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
         longest = tl.max(length, 0)
         chunk = tl.cdiv(tl.cdiv(longest, splits), BLOCK_N) * BLOCK_N
@@ -272,10 +271,8 @@ if triton is not None:
             highest = higher
 
         row = (first + token).to(tl.int64) * kv_heads * GROUPS + head
-        target = out if not IS_SPLIT else parts
-        _store(
-            target, sums, row, split.to(tl.int64) * number, result, total, highest, exists, IS_SPLIT, HEAD_DIM, BLOCK_D
-        )
+        part, target = split.to(tl.int64) * number, parts if IS_SPLIT else out
+        _store(target, sums, row, part, result, total, highest, exists, IS_SPLIT, HEAD_DIM, BLOCK_D)
 
     @triton.jit(do_not_specialize=["number", "splits"])
     def _combine(
