@@ -14,7 +14,7 @@ from dllm_hf.generation import cache_layers
 from dllm_hf.generation.backend import ModelBackend
 from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch
 from dllm_hf.kernels.columns import copy_columns, copy_columns_torch
-from dllm_hf.kernels.eight_bits import LARGEST, dequantised, quantised
+from dllm_hf.kernels.eight_bits import LARGEST_FLOAT8, dequantised, quantised
 from dllm_hf.kernels.layers import rotate_and_store, rotate_and_store_torch
 
 from ..builders import as_list, new_model, pairwise, window_of
@@ -46,7 +46,7 @@ def test_a_number_keeps_four_significant_bits_or_is_tiny_beside_the_largest(numb
     again, largest = dequantised(in_bytes, scales, torch.float32), x.abs().amax()
     assert (in_bytes.dtype, scales.dtype, in_bytes.shape, scales.shape) == (torch.uint8, torch.bfloat16, x.shape, (1,))
     # Half of the last bit, or half of the smallest number that 8 bits have: at most 2**-10 in units of the scale.
-    allowed = torch.maximum(x.abs() / 16, largest / (LARGEST / 2) * 2**-10).clamp(min=2.0**-110)
+    allowed = torch.maximum(x.abs() / 16, largest / (LARGEST_FLOAT8 / 2) * 2**-10).clamp(min=2.0**-110)
     assert ((again - x).abs() <= allowed).all()
     twice, same = quantised(again)
     assert torch.equal(dequantised(twice, same, torch.float32), again)

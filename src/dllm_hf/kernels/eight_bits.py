@@ -7,8 +7,7 @@ number that is read, as the product of both.
 
 import torch
 
-# Of float8_e4m3fn.
-LARGEST = 448.0
+LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
 # The bits of the smallest scale, 2**-100, as float32. It is above 0, so that it can be divided by.
 SMALLEST = 27 << 23
 
@@ -17,7 +16,7 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(..., size)` -> its numbers in 8 bits, uint8 of the same shape, and their scales, `(...)`, bfloat16: the smallest power
     of two with which the largest number has room. A NaN stays one."""
     wide = x.float()
-    scales = wide.abs().amax(-1) / LARGEST
+    scales = wide.abs().amax(-1) / LARGEST_FLOAT8
     # The next power of two: the exponent is one more, unless the rest is 0.
     bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
     scales = bits.clamp(min=SMALLEST).view(torch.float32)

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .eight_bits import quantised
+from .eight_bits import LARGEST_FLOAT8, quantised
 from .triton import tl, triton
 
 HEADS_PER_PROGRAM = 8
-LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
 
 
 class Float8Rows(NamedTuple):
