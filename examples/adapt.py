@@ -338,6 +338,7 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32, help="masks drawn for a bound")
     parser.add_argument("--only", help="measures whose names begin so")
     parser.add_argument("--batch", type=int, default=64, help="tasks decoded together")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="programs that run side by side")
     return parser.parse_args(argv)
 
 

@@ -34,7 +34,8 @@ def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, An
     for name, form, options in settings(model):
         if name in known or not name.startswith(args.only or ""):
             continue
-        result = fill_in(model, tokenizer, form, every, end_token_ids=[END], batch_size=args.batch, **options)
+        run = {"end_token_ids": [END], "batch_size": args.batch, "workers": args.workers}
+        result = fill_in(model, tokenizer, form, every, **run, **options)
         line = {"measure": name, **{key: value for key, value in result.to_dict().items() if key != "completions"}}
         write({**line, "problems_sha256": problems_sha256(), "passed": [x.id for x in result.completions if x.passed]})
         print(

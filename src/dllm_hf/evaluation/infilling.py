@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -207,7 +208,7 @@ def evaluate(
         end_token_ids: tokens that end a line; by default the model's end of sequence.
         batch_size: rows that are decoded together.
         seed: of draws, where `options` ask for any; a causal model draws with PyTorch's generator, which is seeded.
-        workers: processes in which tests run side by side.
+        workers: processes in which tests run side by side. A program that has been run with this `timeout` is not run again.
         timeout: seconds of the clock that the tests of a task have.
         options: of `diffusion_generate`, or of a causal model's `generate`. Greedy where they say nothing.
 
@@ -256,13 +257,17 @@ def _tried(every, texts, lengths, decided, workers: int, timeout: float, progres
     """Run the programs."""
 
     def check(task: Task, text: str, length: int, each: Decoded) -> Completion:
-        passed, isolation = run(program(task, text), timeout)
+        passed, isolation = _verdict(program(task, text), timeout)
         numbers = (length, each.num_tokens, each.num_forward_passes)
         return Completion(task.id, text, passed, text == task.middle, isolation, *numbers)
 
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(check, every, texts, lengths, decided)
         return list(tqdm(found, total=len(every), desc="tests", disable=not progress))
+
+
+# Settings of a model mostly agree on a line, so that most programs of a second measure have been run by the first.
+_verdict = lru_cache(maxsize=None)(run)
 
 
 def _summary(completions: list[Completion], settings: dict[str, Any]) -> InfillingResult:
