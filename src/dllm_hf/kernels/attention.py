@@ -13,6 +13,7 @@ LOG2E = 1.4426950408889634
 # Queries of a key head in one row, on average, up to which several programs for each processor pay. Every part writes the
 # results of its queries in float32: for many queries two programs for each processor cost up to twice the time.
 FEW = 24
+SHORT = 16  # rows of a product on the GPU
 
 
 def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
@@ -97,7 +98,8 @@ def canvas_attention(
     groups = heads // kv_heads
     readers, rows = (batch, window * groups) if runs is None else (len(runs), longest * groups)
     lengths = lengths.contiguous()
-    axis, block_m, block_n, warps = tile_of(rows, query.element_size() > 2, scales is not None)
+    format = query.element_size() > 2, scales is not None
+    block_m = tile_of(rows, *format)[1]
     tiles = triton.cdiv(rows, block_m)
     few = number / (readers * kv_heads) <= FEW
     splits = number_of_splits(tiles * readers * kv_heads, width, query.device, 3.6 if few else 0)
@@ -111,17 +113,21 @@ def canvas_attention(
     if scales is not None:
         keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.int16)
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
-    _attend[(tiles, readers * kv_heads, splits)](
-        query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
-        base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
-        window, kv_heads, number, splits,
-        *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
-        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis, IS_SPLIT=splits > 1,
-        IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
-        IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=warps,
-        num_stages=number_of_stages(block_m * block_d * query.element_size(), 2 * block_n * block_d * keys.element_size(), query.device),
-    )  # fmt: skip
+    # Most runs of a list may be short beside the longest one: they get tiles of their size, in a launch of their own.
+    sizes = [rows] if runs is None or block_m <= SHORT else [SHORT, rows]
+    for least, most in zip([0, *sizes], sizes):
+        axis, block_m, block_n, warps = tile_of(most, *format)
+        queries, columns = block_m * block_d * query.element_size(), 2 * block_n * block_d * keys.element_size()
+        _attend[(triton.cdiv(most, block_m), readers * kv_heads, splits)](
+            query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
+            base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
+            window, kv_heads, number, splits, least, most,
+            *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
+            GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis,
+            IS_SPLIT=splits > 1, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
+            IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=warps, num_stages=number_of_stages(queries, columns, query.device),
+        )  # fmt: skip
     if splits > 1:
         _combine[(number,)](
             out, parts, sums, number, splits,
@@ -251,10 +257,10 @@ if triton is not None:
         tl.store(target + row[:, None] * HEAD_DIM + dims, result.to(target.dtype.element_ty), mask=inside)
 
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
-    @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
+    @triton.jit(do_not_specialize=["window", "number", "splits", "least", "most", "pair_head"])
     def _attend(
         query, keys, values, lengths, base, runs, shared, own, pairs, out, parts, sums, scale,
-        window, kv_heads, number, splits,
+        window, kv_heads, number, splits, least, most,
         query_batch, query_token, query_head, key_head, key_column: tl.constexpr, value_head, value_column: tl.constexpr,
         pair_head, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, AXIS: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
@@ -266,7 +272,8 @@ if triton is not None:
         if IS_LIST:
             first, tokens = tl.load(runs + 3 * reader + 1), tl.load(runs + 3 * reader + 2)
             start_of_row = first * query_token
-            if tl.program_id(0) * BLOCK_M >= tokens * GROUPS:
+            number_of_rows = tokens * GROUPS
+            if (number_of_rows <= least) | (number_of_rows > most) | (tl.program_id(0) * BLOCK_M >= number_of_rows):
                 return
         else:
             first, tokens = reader.to(tl.int64) * window, window
