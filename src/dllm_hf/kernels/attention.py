@@ -242,6 +242,15 @@ if triton is not None:
         return first, second
 
     @triton.jit
+    def _rows(result, second, AXIS: tl.constexpr, IN_EIGHT_BITS: tl.constexpr):
+        """A row for each query."""
+        if AXIS == 0:
+            result, second = tl.trans(result), tl.trans(second)
+        if IN_EIGHT_BITS:
+            result = tl.reshape(tl.join(result, second), (result.shape[0], 2 * result.shape[1]))
+        return result
+
+    @triton.jit
     def _store(
         target, sums, row, of_part, result, total, highest, exists,
         IS_SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -333,10 +342,7 @@ if triton is not None:
             result = result * tl.expand_dims(fade, AXIS) + _product(weight, value, AXIS, PRECISION)
             total, highest = total * fade + tl.sum(prob, AXIS), higher
 
-        if AXIS == 0:
-            result, second = tl.trans(result), tl.trans(second)
-        if IN_EIGHT_BITS:
-            result = tl.reshape(tl.join(result, second), (BLOCK_M, BLOCK_D))
+        result = _rows(result, second, AXIS, IN_EIGHT_BITS)
         row = (first + token).to(tl.int64) * kv_heads * GROUPS + head
         part, target = split.to(tl.int64) * number, parts if IS_SPLIT else out
         _store(target, sums, row, part, result, total, highest, exists, IS_SPLIT, HEAD_DIM, BLOCK_D)
