@@ -98,8 +98,8 @@ def canvas_attention(
     groups = heads // kv_heads
     readers, rows = (batch, window * groups) if runs is None else (len(runs), longest * groups)
     lengths = lengths.contiguous()
-    format = query.element_size() > 2, scales is not None
-    block_m = tile_of(rows, *format)[1]
+    kind = query.element_size() > 2, scales is not None
+    block_m = tile_of(rows, *kind)[1]
     tiles = triton.cdiv(rows, block_m)
     few = number / (readers * kv_heads) <= FEW
     splits = number_of_splits(tiles * readers * kv_heads, width, query.device, 3.6 if few else 0)
@@ -116,7 +116,7 @@ def canvas_attention(
     # Most runs of a list may be short beside the longest one: they get tiles of their size, in a launch of their own.
     sizes = [rows] if runs is None or block_m <= SHORT else [SHORT, rows]
     for least, most in zip([0, *sizes], sizes):
-        axis, block_m, block_n, warps = tile_of(most, *format)
+        axis, block_m, block_n, warps = tile_of(most, *kind)
         queries, columns = block_m * block_d * query.element_size(), 2 * block_n * block_d * keys.element_size()
         _attend[(triton.cdiv(most, block_m), readers * kv_heads, splits)](
             query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
