@@ -24,7 +24,7 @@ from dllm_hf.kernels.reduce import reduce_add_rms_norm
 
 DTYPE, FLOATS = getattr(torch, sys.argv[1]), sys.argv[2]
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-POINTERS |= {torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8"}
+POINTERS |= {torch.uint8: "*u8", torch.int16: "*i16", torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8"}
 NUMBERS = {bool: "i1", int: "i32", float: FLOATS}
 found: dict[str, int] = {}
 

@@ -125,10 +125,11 @@ def test_numbers_that_float16_does_not_hold_are_read_too(has_large_queries):
     close(got, canvas_attention_torch(query.double(), *arguments, scales=scales), torch.bfloat16)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_runs_of_a_list_read_8_bits_where_they_stand(groups):
+@pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (4, torch.float32), (4, torch.bfloat16)])
+def test_runs_of_a_list_read_8_bits_where_they_stand(groups, dtype):
+    """In bfloat16 short and long ones in tiles of two sizes."""
     keys, values, scales = arena(2, 900, 64)
-    query = random(1, 60, 2 * groups, 64)
+    query = random(1, 60, 2 * groups, 64, dtype=dtype)
     lengths = torch.randint(0, 290, (1, 60), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
     base = torch.tensor([333, 0, 5, 333, 600], device=DEVICE)
     runs = torch.tensor([[9, 40, 3], [9, 0, 0], [9, 0, 40], [9, 43, 1], [9, 44, 16]], device=DEVICE)
@@ -137,7 +138,7 @@ def test_runs_of_a_list_read_8_bits_where_they_stand(groups):
     arguments = (keys, values, lengths, base, 300, 0.1, runs, 64)
     places = {"shared": shared, "own": own, "scales": scales}
     expected = canvas_attention_torch(query, *arguments, **places)
-    close(canvas_attention(query, *arguments, **places), expected, torch.float32)
+    close(canvas_attention(query, *arguments, **places), expected, dtype)
 
 
 @pytest.mark.gpu

@@ -110,21 +110,23 @@ def test_extents_begin_anywhere_in_the_arena():
         close(got[one], attend(canvas_attention_torch, query[one], *alone, lengths[one], 0.1), torch.float32)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_runs_of_a_list_are_read_as_rows_of_their_own(groups):
-    """Runs in any order, as long as tiles or shorter, of a row twice, and one without a token."""
+@pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (4, torch.float32), (4, torch.float16)])
+def test_runs_of_a_list_are_read_as_rows_of_their_own(groups, dtype):
+    """Runs in any order, as long as tiles or shorter, of a row twice, and one without a token. In float16 short and long ones
+    have tiles of two sizes."""
     counts, begins = [3, 0, 40, 1, 16], [40, 0, 0, 43, 44]
-    query, keys, values = random(1, 60, 2 * groups, 64), random(2, 900, 64), random(2, 900, 64, seed=1)
+    query = random(1, 60, 2 * groups, 64, dtype=dtype)
+    keys, values = (random(2, 900, 64, dtype=dtype, seed=seed) for seed in (0, 1))
     lengths = torch.randint(0, 290, (1, 60), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
     base = torch.tensor([333, 0, 5, 333, 600], device=DEVICE)
     runs = torch.tensor([[9, begin, count] for begin, count in zip(begins, counts)], device=DEVICE)
     arguments = (keys, values, lengths, base, 300, 0.1, runs, 64)
     got = canvas_attention(query, *arguments)
-    close(got, canvas_attention_torch(query, *arguments), torch.float32)
+    close(got, canvas_attention_torch(query, *arguments), dtype)
     for number, (begin, count) in enumerate(zip(begins, counts)):
         alone = (query[:, begin : begin + count], keys, values, lengths[:, begin : begin + count], base[number, None])
         if count:
-            close(got[:, begin : begin + count], canvas_attention_torch(*alone, 300, 0.1), torch.float32)
+            close(got[:, begin : begin + count], canvas_attention_torch(*alone, 300, 0.1), dtype)
 
 
 @pytest.mark.parametrize("is_list", [False, True])

@@ -13,6 +13,7 @@ LOG2E = 1.4426950408889634
 # Queries of a key head in one row, on average, up to which several programs for each processor pay. Every part writes the
 # results of its queries in float32: for many queries two programs for each processor cost up to twice the time.
 FEW = 24
+SHORT = 16  # rows of a product on the GPU
 
 
 def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
@@ -97,9 +98,8 @@ def canvas_attention(
     groups = heads // kv_heads
     readers, rows = (batch, window * groups) if runs is None else (len(runs), longest * groups)
     lengths = lengths.contiguous()
-    # Float32 tiles, which serve comparisons, are smaller, so that they stay in registers.
-    most_rows, block_n = (64, 64) if query.element_size() < 4 else (16, 16)
-    block_m = max(16, min(most_rows, triton.next_power_of_2(rows)))
+    kind = query.element_size() > 2, scales is not None
+    block_m = tile_of(rows, *kind)[1]
     tiles = triton.cdiv(rows, block_m)
     few = number / (readers * kv_heads) <= FEW
     splits = number_of_splits(tiles * readers * kv_heads, width, query.device, 3.6 if few else 0)
@@ -111,18 +111,23 @@ def canvas_attention(
     block_d = max(16, triton.next_power_of_2(head_dim))
     pairs = lengths  # unused without scales
     if scales is not None:
-        keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
+        keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.int16)
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
-    _attend[(tiles, readers * kv_heads, splits)](
-        query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
-        base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
-        window, kv_heads, number, splits,
-        *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
-        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
-        IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
-        IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
-    )  # fmt: skip
+    # Most runs of a list may be short beside the longest one: they get tiles of their size, in a launch of their own.
+    sizes = [rows] if runs is None or block_m <= SHORT else [SHORT, rows]
+    for least, most in zip([0, *sizes], sizes):
+        axis, block_m, block_n, warps = tile_of(most, *kind)
+        queries, columns = block_m * block_d * query.element_size(), 2 * block_n * block_d * keys.element_size()
+        _attend[(triton.cdiv(most, block_m), readers * kv_heads, splits)](
+            query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
+            base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
+            window, kv_heads, number, splits, least, most,
+            *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
+            GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis,
+            IS_SPLIT=splits > 1, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
+            IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=warps, num_stages=number_of_stages(queries, columns, query.device),
+        )  # fmt: skip
     if splits > 1:
         _combine[(number,)](
             out, parts, sums, number, splits,
@@ -139,15 +144,29 @@ def number_of_splits(programs: int, width: int, device: torch.device, load: floa
     return max(1, min(wanted, width // 64, 32))
 
 
-def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device) -> int:
-    """Pipeline stages of the loads: three, or as many as fit into shared memory. `row`: bytes of a row."""
+def number_of_stages(queries: int, keys: int, device: torch.device) -> int:
+    """Pipeline stages of the loads: three, or as many as fit into shared memory. `queries`: bytes of a tile of them; `keys`: of
+    keys and of their values."""
     room = 48 * 1024
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined] # not in the stub
-    return max(1, min(3, (room - block_m * row) // (2 * block_n * row)))
+    return max(1, min(3, (room - queries) // keys))
+
+
+def tile_of(rows: int, is_float32: bool, in_eight_bits: bool) -> tuple[int, int, int, int]:
+    """The axis of a tile of scores along which the keys are, its queries and keys, and how many warps compute it.
+
+    A product on the GPU has at least 16 rows and 8 columns: a few queries are columns, so that less is computed for nothing.
+    """
+    if is_float32:  # serves comparisons: small, so that it stays in registers
+        return 1, 16, 16, 4
+    if in_eight_bits and rows <= 16:
+        return 0, max(8, triton.next_power_of_2(rows)), 64, 2
+    return 1, max(16, min(64, triton.next_power_of_2(rows))), 64, 4
 
 
 if triton is not None:
+    IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without a GPU: it has no assembly
 
     @triton.jit
     def _fractions(tile, scale, is_short: tl.constexpr):
@@ -160,22 +179,76 @@ if triton is not None:
         fractions = tile.to(tl.float32) / largest[:, None]
         if is_short:
             fractions = fractions.to(tl.float16)
-        return fractions, (largest * scale).to(tl.float32)[:, None]
+        return fractions, (largest * scale).to(tl.float32)
 
     @triton.jit
-    def _converted(value, dtype: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        """Values in 8 bits as `dtype`. No instruction transposes bytes of shared memory, so that the compiler would read them
-        byte by byte. It does not move the conversion behind that memory across a tile that is taken apart and put together."""
-        even, odd = tl.split(tl.reshape(value.to(dtype), (BLOCK_N, BLOCK_D // 2, 2)))
-        return tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_D))
+    def _scaled(score, pair):
+        """Scores of keys in 8 bits with the scales of the keys, and of values, as exponents; and the inverses of the latter."""
+        exponent = pair & 0x7F800000  # of a power of two, where float32 has it
+        score = score * (pair << 16).to(tl.float32, bitcast=True) + (exponent.to(tl.float32) / 8388608.0 - 127.0)
+        return score, (0x7F000000 - exponent).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _weights(score, highest):
-        """Of the rows: the highest score so far, the weights of these keys, and what the sums so far are multiplied with."""
-        higher = tl.maximum(highest, tl.max(score, 1))
-        # A row may see none of these keys: -inf - -inf would be NaN.
+    def _parts_of_row(shared, own, readers, begin, IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr):
+        """Where what is not in a row's extent ends, begins and ends, and how far away it stands: see [`place_in_arena`]."""
+        last_shared, away, first_own, last_own, aside = 0, 0, 0, 0, 0
+        if IS_SHARED:
+            last_shared, away = tl.load(shared + readers).to(tl.int32), (tl.load(shared) - begin).to(tl.int32)
+        if HAS_OWN:
+            first_own, last_own = tl.load(own).to(tl.int32), tl.load(own + readers).to(tl.int32)
+            aside = (tl.load(own + 2 * readers) - begin).to(tl.int32) - first_own
+        return last_shared, away, first_own, last_own, aside
+
+    @triton.jit
+    def _place(column, parts_of_row, IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr):
+        """The twin of [`place_in_arena`], counted from the row's base."""
+        last_shared, away, first_own, last_own, aside = parts_of_row
+        place = column
+        if IS_SHARED:
+            place += tl.where(column < last_shared, away, 0)
+        if HAS_OWN:
+            place = tl.where((column >= first_own) & (column < last_own), column + aside, place)
+        return place
+
+    @triton.jit
+    def _product(of_queries, of_keys, AXIS: tl.constexpr, PRECISION: tl.constexpr):
+        """`of_queries` has a row for each query where `AXIS` is 1, and a column where it is 0."""
+        if AXIS == 1:
+            return tl.dot(of_queries, of_keys, input_precision=PRECISION)
+        else:
+            return tl.dot(of_keys, of_queries, input_precision=PRECISION)
+
+    @triton.jit
+    def _weights(score, highest, AXIS: tl.constexpr):
+        """Of the queries: the highest score so far, the weights of these keys, and what the sums so far are multiplied with."""
+        higher = tl.maximum(highest, tl.max(score, AXIS))
+        # A query may see none of these keys: -inf - -inf would be NaN.
         lowest = tl.where(higher == -float("inf"), 0.0, higher)
-        return higher, tl.exp2(score - lowest[:, None]), tl.exp2(highest - lowest)
+        return higher, tl.exp2(score - tl.expand_dims(lowest, AXIS)), tl.exp2(highest - lowest)
+
+    @triton.jit
+    def _two_floats(pair, dtype: tl.constexpr):
+        """Two numbers in 8 bits, of which `pair` has the bits, as two tiles of `dtype`."""
+        if IS_INTERPRETED or dtype == tl.float32:
+            first = pair.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+            second = (pair >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+        else:
+            # Of two pairs in one register. The compiler takes eight instructions to sort their bytes, this is one.
+            first, second = tl.inline_asm_elementwise(
+                "{.reg .b32 s; .reg .b16 a, b; prmt.b32 s, $2, 0, 0x3120; mov.b32 {a, b}, s;"
+                "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}",
+                "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
+        return first, second
+
+    @triton.jit
+    def _rows(result, second, AXIS: tl.constexpr, IN_EIGHT_BITS: tl.constexpr):
+        """A row for each query."""
+        if AXIS == 0:
+            result, second = tl.trans(result), tl.trans(second)
+        if IN_EIGHT_BITS:
+            result = tl.reshape(tl.join(result, second), (result.shape[0], 2 * result.shape[1]))
+        return result
 
     @triton.jit
     def _store(
@@ -193,13 +266,13 @@ if triton is not None:
         tl.store(target + row[:, None] * HEAD_DIM + dims, result.to(target.dtype.element_ty), mask=inside)
 
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
-    @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
+    @triton.jit(do_not_specialize=["window", "number", "splits", "least", "most", "pair_head"])
     def _attend(
         query, keys, values, lengths, base, runs, shared, own, pairs, out, parts, sums, scale,
-        window, kv_heads, number, splits,
-        query_batch, query_token, query_head, key_head, key_column, value_head, value_column, pair_head,
-        GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
+        window, kv_heads, number, splits, least, most,
+        query_batch, query_token, query_head, key_head, key_column: tl.constexpr, value_head, value_column: tl.constexpr,
+        pair_head, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr, AXIS: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
         IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, IN_EIGHT_BITS: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
@@ -208,7 +281,8 @@ if triton is not None:
         if IS_LIST:
             first, tokens = tl.load(runs + 3 * reader + 1), tl.load(runs + 3 * reader + 2)
             start_of_row = first * query_token
-            if tl.program_id(0) * BLOCK_M >= tokens * GROUPS:
+            number_of_rows = tokens * GROUPS
+            if (number_of_rows <= least) | (number_of_rows > most) | (tl.program_id(0) * BLOCK_M >= number_of_rows):
                 return
         else:
             first, tokens = reader.to(tl.int64) * window, window
@@ -224,52 +298,51 @@ if triton is not None:
         # From here on places are counted from the row's base: 32 bits, which are faster, have room for their distance.
         keys += begin * key_column + kv_head.to(tl.int64) * key_head
         values += begin * value_column + kv_head.to(tl.int64) * value_head
-        if IS_SHARED:
-            away = (tl.load(shared + reader) - begin).to(tl.int32)
-            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader).to(tl.int32)
-        if HAS_OWN:
-            readers = tl.num_programs(1) // kv_heads
-            own_first, own_last = tl.load(own + reader).to(tl.int32), tl.load(own + readers + reader).to(tl.int32)
-            aside = (tl.load(own + 2 * readers + reader) - begin).to(tl.int32) - own_first
+        readers = tl.num_programs(1) // kv_heads
+        parts_of_row = _parts_of_row(shared + reader, own + reader, readers, begin, IS_SHARED, HAS_OWN)
         if IN_EIGHT_BITS:
             pairs += begin + kv_head.to(tl.int64) * pair_head
             tile, scale = _fractions(tile, scale, query.dtype.element_ty != tl.float32)
+            scale = tl.expand_dims(scale, AXIS)
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
         longest = tl.max(length, 0)
         chunk = tl.cdiv(tl.cdiv(longest, splits), BLOCK_N) * BLOCK_N
         end = tl.minimum(longest, (split + 1) * chunk)
+        bound = tl.expand_dims(tl.minimum(length, end), AXIS)
+        # Two numbers of a value in 8 bits are loaded as one: `result` is of the first ones, `second` of the others.
+        SIZE: tl.constexpr = BLOCK_D // 2 if IN_EIGHT_BITS else BLOCK_D
+        in_value = tl.expand_dims(tl.arange(0, SIZE), 1 - AXIS)
+        is_real = in_value < (HEAD_DIM // 2 if IN_EIGHT_BITS else HEAD_DIM)
+        if AXIS == 0:
+            tile = tl.trans(tile)
         highest, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-        result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        result = tl.zeros([BLOCK_M, SIZE] if AXIS == 1 else [SIZE, BLOCK_M], tl.float32)
+        second = result
         for start in range(split * chunk, end, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
-            inside = (column < end)[:, None] & real
-            place = column
-            if IS_SHARED:
-                place += tl.where(column < number_shared, away, 0)
-            if HAS_OWN:
-                place = tl.where((column >= own_first) & (column < own_last), column + aside, place)
-            key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
+            # The last key is read again for those behind it, which no query sees: a mask would cost instructions for each load.
+            seen = tl.minimum(column, end - 1)
+            place = _place(seen, parts_of_row, IS_SHARED, HAS_OWN)
+            key_place = tl.expand_dims(place, 1 - AXIS) * key_column
+            key = tl.load(keys + key_place + tl.expand_dims(dims, AXIS), mask=tl.expand_dims(real, AXIS), other=0.0)
             if IN_EIGHT_BITS:
-                pair = tl.load(pairs + place, mask=column < end, other=0)
-                key = key.to(tile.dtype)
+                pair = tl.load(pairs + place)
             # Inductor passes Python floats as fp64; cast back.
-            score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
+            score = (_product(tile, key.to(tile.dtype), AXIS, PRECISION) * scale).to(tl.float32)
             if IN_EIGHT_BITS:
-                exponent = (pair >> 23) & 255  # of the value's scale, a power of two
-                score = score * (pair << 16).to(tl.float32, bitcast=True) + (exponent - 127).to(tl.float32)
-            score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
-            higher, prob, fade = _weights(score, highest)
+                score, inverse = _scaled(score, tl.expand_dims(pair, 1 - AXIS))
+            score = tl.where(tl.expand_dims(column, 1 - AXIS) < bound, score, -float("inf"))
+            higher, prob, fade = _weights(score, highest, AXIS)
+            value = tl.load(values + tl.expand_dims(place, AXIS) * value_column + in_value, mask=is_real, other=0)
+            weight = prob.to(tile.dtype)
             if IN_EIGHT_BITS:
-                total = total * fade + tl.sum(prob * ((254 - exponent) << 23).to(tl.float32, bitcast=True), 1)
-            else:
-                total = total * fade + tl.sum(prob, 1)
-            value = tl.load(values + place[:, None] * value_column + dims, mask=inside, other=0.0)
-            result = result * fade[:, None]
-            if IN_EIGHT_BITS:
-                value = _converted(value, tile.dtype, BLOCK_N, BLOCK_D)
-            result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
-            highest = higher
+                prob *= inverse
+                value, other = _two_floats(value, tile.dtype)
+                second = second * tl.expand_dims(fade, AXIS) + _product(weight, other, AXIS, PRECISION)
+            result = result * tl.expand_dims(fade, AXIS) + _product(weight, value, AXIS, PRECISION)
+            total, highest = total * fade + tl.sum(prob, AXIS), higher
 
+        result = _rows(result, second, AXIS, IN_EIGHT_BITS)
         row = (first + token).to(tl.int64) * kv_heads * GROUPS + head
         part, target = split.to(tl.int64) * number, parts if IS_SPLIT else out
         _store(target, sums, row, part, result, total, highest, exists, IS_SPLIT, HEAD_DIM, BLOCK_D)

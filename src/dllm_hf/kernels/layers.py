@@ -306,9 +306,10 @@ if triton is not None:
             first, second = first.to(tl.float32), second.to(tl.float32)
             largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
             bits = ((largest / 448.0).to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-            scale = tl.maximum(bits, 226492416).to(tl.float32, bitcast=True)  # `SMALLEST`
+            bits = tl.maximum(bits, 226492416)  # `SMALLEST`
+            scale, inverse = bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
             tl.store(scales + (head.to(tl.int64) * columns + column) * 2, scale.to(tl.bfloat16), mask=exists)
-            first, second = first / scale[:, None], second / scale[:, None]
+            first, second = first * inverse[:, None], second * inverse[:, None]
         target += column * column_stride + head[:, None].to(tl.int64) * head_stride
         tl.store(target + one, first.to(target.dtype.element_ty), mask=inside)
         tl.store(target + two, second.to(target.dtype.element_ty), mask=inside)
