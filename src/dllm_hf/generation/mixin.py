@@ -39,6 +39,7 @@ from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of,
 from .ranks import Ranks, SharedCriterion, ranks_of
 from .requests import Request
 from .sampling import make_processors
+from .self_speculation import check_self_speculation
 from .stopping import StopStrings
 
 logger = logging.get_logger(__name__)
@@ -163,8 +164,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         if past_key_values is None:
             return self._decode(requests, texts, input_ids, hooks)
         if not hasattr(past_key_values, "used_by_one"):
-            name = type(past_key_values).__name__
-            raise ValueError(f"`past_key_values` is a {name}: pass the one that an earlier call returned.")
+            raise ValueError(f"`past_key_values` is a {type(past_key_values).__name__}: pass what an earlier call returned.")
         with past_key_values.used_by_one():
             return self._decode(requests, texts, input_ids, hooks, past_key_values)
 
@@ -341,6 +341,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             )
         config.remasking_strategy = config.remasking_strategy or self.default_remasking_strategy
         check_editing(self, config)
+        check_self_speculation(self, config)
         config.block_length = config.block_length or self.default_block_length
         if self.has_fixed_block_length and config.block_length != self.default_block_length:
             raise ValueError(
@@ -440,7 +441,7 @@ def _hooks(config: DiffusionGenerationConfig, tokens, logits, processors, criter
     """What a call of `diffusion_generate` watches or changes."""
     every = LogitsProcessorList([*make_processors(config), *(processors or [])])
     strings = StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None
-    return Hooks(tokens, logits, every, criteria, strings, streamer, config.output_history)
+    return Hooks(tokens, logits, every, criteria, strings, streamer, config.output_history).checked(config)
 
 
 def _criteria(config: DiffusionGenerationConfig, given: Any, ranks: Ranks | None) -> StoppingCriteriaList:
