@@ -25,7 +25,6 @@ from ..builders import (
     tiny_model,
 )
 from ..contracts.calls import FEW_ENDS, MANY_ENDS, assert_cache_is_final, columns_fed, prompts, span
-from ..generation.conftest import captured  # noqa: F401  a fixture of these tests too
 from ..generation.recorded_graphs import both_ways, fresh_model
 
 SPECULATES = {"self_speculation": True, "eos_token_id": []}
@@ -103,19 +102,24 @@ def published(model, prompt: list[int], number: int, block: int) -> tuple[list[i
 
 @torch.no_grad()
 def test_it_takes_no_more_passes_than_the_published_loop():
-    """On the weights of the golden cases, from several places, in blocks that divide the number of tokens and others."""
+    """On the weights of the golden cases, from several places, in blocks that divide the number of tokens and others. The
+    tokens are those of `ar_generate`, which are those of blocks of one token, whatever the strategy."""
     model = AutoModelForCausalLM.from_pretrained(GOLDEN)
     for prompt, number, block in ((span(5, 15), 16, 8), (span(40, 43), 21, 4), ([7] * 9, 24, 16), (span(90, 95), 1, 8)):
         tokens, passes = published(model, prompt, number, block)
         output = generate(model, [prompt], max_new_tokens=number, block_length=block, **SPECULATES)
         assert output.sequences[0, len(prompt) :].tolist() == tokens
         assert output.num_forward_passes <= passes
+        plain = generate(model, [prompt], max_new_tokens=number, block_length=1, eos_token_id=[])
+        assert plain.sequences.tolist() == output.sequences.tolist() and plain.num_forward_passes == number
 
 
 # --- passes
 
 
-@pytest.mark.parametrize("number, length, passes", [(1, 4, 1), (2, 4, 2), (13, 4, 7), (14, 4, 8), (9, 32, 3), (5, 1, 5)])
+@pytest.mark.parametrize(
+    "number, length, passes", [(1, 4, 1), (2, 4, 2), (13, 4, 7), (14, 4, 8), (9, 32, 3), (5, 1, 5)]
+)
 def test_a_draft_that_is_right_costs_two_passes(number, length, passes):
     """One for the first token, then two for each block; a single token that is left needs no draft."""
     output = generate(walking({5: 7, 7: 7}, 7), [[5]], max_new_tokens=number, block_length=length, **SPECULATES)
@@ -179,7 +183,10 @@ def test_graphs_speculate_too(captured):
     model = fresh_model("nemotron_diffusion")
     found = both_ways(model, **options, **SPECULATES)
     assert captured
-    assert found.sequences.tolist() == both_ways(model, **{**options, "block_length": 1}, eos_token_id=[]).sequences.tolist()
+    assert (
+        found.sequences.tolist()
+        == both_ways(model, **{**options, "block_length": 1}, eos_token_id=[]).sequences.tolist()
+    )
 
 
 def test_a_conversation_goes_on(model):

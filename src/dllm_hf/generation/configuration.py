@@ -74,7 +74,7 @@ _REMEDIES = {
     "min_length": "list the end-of-sequence token in `suppress_tokens`",
     "guidance_scale": "the option is called `cfg_scale`",
     "block_size": "the option is called `block_length`",
-    "causal_context": "what the text before a block sees is part of the model (`model.causal_context`); leave it out",
+    "causal_context": "whether the text before a block is causal is a matter of the model (`model.causal_context`), so leave it out",
     "max_denoising_steps": "the option is called `denoising_steps` (per block) or `steps` (in all)",
 }
 
@@ -266,9 +266,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         _refuse_unknown(options)
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
-        if options.get("self_speculation") and (given := [name for name in OF_DENOISING_STEPS if name in options]):
+        unread = [f"`{name}`" for name in OF_DENOISING_STEPS if name in options]
+        if unread and options.get("self_speculation"):
             raise ValueError(
-                f"`self_speculation=True` keeps the tokens of autoregressive decoding, in which {', '.join(given)} would have no "
+                f"`self_speculation=True` keeps the tokens of autoregressive decoding, in which {', '.join(unread)} would have no "
                 "part: leave either out."
             )
         config = copy.copy(self)  # no value is ever changed, only replaced

@@ -142,8 +142,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         check_drafts(config := self._prepare_diffusion_config(generation_config, kwargs))
         input_ids, lengths = check_inputs(input_ids, attention_mask, self.config.vocab_size)
         new_tokens = count_new_tokens(config, input_ids.shape[1], max(lengths))
-        width = max(lengths) + new_tokens
-        check_fits(self.config, width, new_tokens)
+        check_fits(self.config, width := max(lengths) + new_tokens, new_tokens)
         whole_block = config.block_length or 0 if self.block_grid == "zero" else 0
         check_batch(len(lengths) * config.num_return_sequences, max(width, whole_block), generator, streamer)
         of_caller = (generation_tokens_hook_func, generation_logits_hook_func, logits_processor)
@@ -164,7 +163,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         if past_key_values is None:
             return self._decode(requests, texts, input_ids, hooks)
         if not hasattr(past_key_values, "used_by_one"):
-            raise ValueError(f"`past_key_values` is a {type(past_key_values).__name__}: pass what an earlier call returned.")
+            name = type(past_key_values).__name__
+            raise ValueError(f"`past_key_values` is a {name}: pass the one that an earlier call returned.")
         with past_key_values.used_by_one():
             return self._decode(requests, texts, input_ids, hooks, past_key_values)
 

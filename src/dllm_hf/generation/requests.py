@@ -208,9 +208,10 @@ class Row:
     def _speculative_blocks(self, column: int) -> list[Part]:
         """The block that begins with the first mask from `column` on, if there is one. Before the first block the clean text
         gives a single token, since a draft begins with the last one that is known."""
-        if self.mask not in self.text[column : self.shown]:
+        try:
+            start = self.text.index(self.mask, column, self.shown)
+        except ValueError:
             return []
-        start = self.text.index(self.mask, column)
         end = min(start + self.block_length, self.shown) if column else start + 1
         masks = self.text[start:end].count(self.mask)
         if masks == 1:  # which needs no draft
@@ -388,9 +389,12 @@ class Row:
         """End a block that speculates with so many of its masks, and append the next one."""
         start, end = self.part.span
         last = [column for column in range(start, end) if self.text[column] == self.mask][number - 1]
-        self.blocks[self.block_index :] = [self.part._replace(span=(start, last + 1)), *self._speculative_blocks(last + 1)]
+        self.blocks[self.block_index :] = [
+            self.part._replace(span=(start, last + 1)),
+            *self._speculative_blocks(last + 1),
+        ]
         if self.first_feeds == "not yet final":
-            self.final_length = last  # which no pass has fed
+            self.final_length = last  # the keys from there on are a draft's
 
     def needs_check(self, is_hooked: bool) -> bool:
         """Whether the host must read from the canvas if the block is filled: logits or a hook decide how many tokens a step

@@ -26,8 +26,8 @@ class Features:
 
     scores, rules: see [`remasking`].
     needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"edits"` for an
-        `editing_threshold`, `"speculates"` for drafts that a pass verifies, `"logprobs"` for log-probabilities of transferred tokens, `"top_logprobs"` for those of the most
-        probable ones as well, `"constraint"` for tokens that the caller allows.
+        `editing_threshold`, `"speculates"` for drafts that a pass verifies, `"logprobs"` for log-probabilities of transferred
+        tokens, `"top_logprobs"` for those of the most probable ones as well, `"constraint"` for tokens that the caller allows.
     widths: of the lists of `LISTS`; 0 where no row has one.
     mask_token_id: the mask of every row.
     """
