@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, TextDiffusionStreamer
 
-from dllm_hf import LLM, SamplingParams
+from dllm_hf import LLM, DiffusionGenerationConfig, SamplingParams
 from dllm_hf.engine.engine import Engine
 from dllm_hf.engine.sampling_params import StructuredOutputsParams
 
@@ -280,6 +280,13 @@ def test_other_families_refuse_it_and_name_those_that_can():
 )
 def test_what_would_have_no_part_in_it_is_refused(model, options, mention):
     refused(model, mention, "self_speculation", **{"self_speculation": True, **options})
+
+
+def test_a_strategy_of_a_call_is_not_ignored_where_the_generation_config_speculates():
+    config = DiffusionGenerationConfig(self_speculation=True, remasking_strategy="low_confidence_dynamic")
+    with pytest.raises(ValueError, match="`steps`.*give `self_speculation=False`"):
+        config.updated(steps=3)
+    assert config.updated(steps=3, self_speculation=False).steps == 3
 
 
 def test_a_form_is_decoded_without_it():

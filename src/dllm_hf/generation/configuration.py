@@ -266,12 +266,6 @@ class DiffusionGenerationConfig(GenerationConfig):
         _refuse_unknown(options)
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
-        unread = [f"`{name}`" for name in OF_DENOISING_STEPS if name in options]
-        if unread and options.get("self_speculation"):
-            raise ValueError(
-                f"`self_speculation=True` keeps the tokens of autoregressive decoding, in which {', '.join(unread)} would have no "
-                "part: leave either out."
-            )
         config = copy.copy(self)  # no value is ever changed, only replaced
         for given, stored in _REPLACES.items():
             if given in options and stored not in options:
@@ -279,6 +273,12 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name, value in options.items():
             setattr(config, name, value)
         config.validate()
+        unread = [f"`{name}`" for name in OF_DENOISING_STEPS if name in options]
+        if unread and config.self_speculation:
+            raise ValueError(
+                f"`self_speculation=True` keeps the tokens of autoregressive decoding, in which {', '.join(unread)} would have no "
+                "part: leave that out, or give `self_speculation=False`."
+            )
         return config
 
     @property
