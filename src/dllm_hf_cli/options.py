@@ -33,6 +33,7 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "steps": (int, "denoising steps of the whole completion", ("max_steps",)),
     "denoising_steps": (int, "denoising steps of each block", ()),
     "draft_steps": (str, "so many further steps in each forward pass where their tokens are the same, or auto", ()),
+    "self_speculation": (bool, "draft a block and keep what autoregressive decoding gives, where the model can (Nemotron)", ()),
     "temperature": (float, "0 proposes the most likely token", ("temperature_",)),
     "do_sample": (bool, "draw proposals, or (--no-do-sample) take the most likely ones", ()),
     "top_k": (int, "draw from the k most likely tokens", ("topk",)),

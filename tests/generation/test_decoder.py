@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dllm_hf import STRATEGIES
 from dllm_hf.generation.backend import ModelBackend
+from dllm_hf.generation.configuration import OF_DENOISING_STEPS
 from dllm_hf.generation.decoder import Decoder
 from dllm_hf.generation.pool import fused_of
 
@@ -45,7 +46,8 @@ def calls(draw):
 
 
 def calls_of(family: str, every):
-    """The calls as the family takes them: in its own blocks; some with tokens that are edited, or with sub-blocks."""
+    """The calls as the family takes them: in its own blocks; some with tokens that are edited, with sub-blocks, or with blocks
+    that are drafted and verified."""
     if family == "gla_dream":
         return [(prompt, seed, {**options, "block_length": None}) for prompt, seed, options in every]
     if family == "fast_dllm_v2":
@@ -53,6 +55,10 @@ def calls_of(family: str, every):
             {"small_block_size": 2, "use_block_cache": True} if options["block_length"] == 4 else {}
         )
         return [(prompt, seed, {**options, **(halves(options) if seed % 3 else {})}) for prompt, seed, options in every]
+    if family == "nemotron_diffusion":
+        rest = lambda options: {name: value for name, value in options.items() if name not in OF_DENOISING_STEPS}
+        speculating = lambda seed, options: {**rest(options), "self_speculation": True} if seed % 3 else options
+        return [(prompt, seed, speculating(seed, options)) for prompt, seed, options in every]
     if family != "llada2":
         return every
     edits = lambda seed, options: seed % 2 and STRATEGIES[options["remasking_strategy"]].confidence == "probability"

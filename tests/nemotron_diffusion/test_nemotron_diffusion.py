@@ -8,7 +8,7 @@ from transformers import AutoModel
 from dllm_hf import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from dllm_hf.nemotron_diffusion import NemotronLabsDiffusionEncoder
 
-from ..builders import MASK, nemotron_diffusion_config, new_model
+from ..builders import MASK, nemotron_diffusion_config, new_model, refused
 
 CLEAN = torch.tensor([[5, 17, 33, 2, 8, 40, 9, 11, 12], [7, 8, 9, 10, 11, 12, 13, 14, 15]])
 NOISED = torch.tensor([[0, 0, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 0, 1, 0, 0]]).bool()
@@ -81,6 +81,7 @@ def test_the_stack_alone_loads_its_weights(model, tmp_path):
         ({"sliding_window": 64}, "sliding_window"),
         ({"dlm_paradigm": "block_diff"}, "dlm_paradigm='block_diff'.*'bidirectional'"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"causal_context": False}, "`causal_context=False`.*Leave it out"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "llama_4_scaling_beta"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
@@ -88,6 +89,10 @@ def test_the_stack_alone_loads_its_weights(model, tmp_path):
 def test_a_configuration_of_another_model_is_refused(changes, mentions):
     with pytest.raises(ValueError, match=mentions):
         nemotron_diffusion_config(**changes)
+
+
+def test_a_call_cannot_choose_what_the_text_before_a_block_sees(model):
+    refused(model, "`causal_context`.*leave it out", causal_context=False)
 
 
 def test_the_defaults_are_those_of_the_8b_model():

@@ -309,7 +309,7 @@ class Engine:
                 continue
             # A row that was ended stands in a block of which some may be final.
             index = row.block_index - (row in finished)
-            start, end = row.blocks[index][0] if index < len(row.blocks) else (0, 0)
+            start, end = row.blocks[index][0] if index < len(row.blocks) and not row.holds_draft else (0, 0)
             pieces.append(Piece(row, start, end, row.passes, row.is_done))
         return Reading(self._decoder.canvas, pieces)
 

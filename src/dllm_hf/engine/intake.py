@@ -98,6 +98,7 @@ class Intake:
         if params.structured_outputs is not None:  # as many steps as a block may have masks: one token a step
             length = options.get("block_length") or self._defaults.block_length or self.limits["max_model_len"]
             options |= {"remasking_strategy": "sequential", "denoising_steps": length, "editing_threshold": None}
+            options["self_speculation"] = False
         return options
 
     def _grammar(self, params: SamplingParams, request: Request) -> Grammar | None:

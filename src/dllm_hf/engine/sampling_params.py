@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..generation.configuration import canonical_options
+from ..generation.configuration import OF_DENOISING_STEPS, canonical_options
 
 # Options of `diffusion_generate` that are about a whole batch or look at its logits, and what to do instead.
 _REMEDIES = {
@@ -27,7 +27,7 @@ _REMEDIES = {
 
 MAX_FORM = 2**16  # characters; a parser takes milliseconds for a thousand
 # Options that would transfer several tokens in a step, or not the leftmost one.
-_OTHER_ORDERS = ("steps", "denoising_steps", "confidence_threshold", "entropy_bound", "factor", "eps", "alg_temp")
+_OTHER_ORDERS = tuple(name for name in OF_DENOISING_STEPS if name != "remasking_strategy") + ("self_speculation",)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class _Text:
         given = numpy.flatnonzero(~scored)
         length = int(given[-1]) + 1 if len(given) else 0  # of what decoding would be given as the prompt
         prompt = numpy.where(scored, self.mask, tokens)[:length].tolist()
-        request = model.diffusion_request(prompt, max_new_tokens=len(tokens) - length)
+        request = model.diffusion_request(prompt, max_new_tokens=len(tokens) - length, self_speculation=False)
         row = Row(request, 0, model.block_grid, True, model.logits_shift, model.seeds_blocks, model.causal_context)
         self.canvas = numpy.concatenate([tokens, numpy.array(row.text[len(tokens) :], dtype=tokens.dtype)])
         self.block_length = request.options.block_length

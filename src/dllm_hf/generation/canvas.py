@@ -32,7 +32,8 @@ class Canvas:
         plan: `(slots, capacity + 1)`, the step of its block at which a position may be transferred.
         schedule: `(slots, capacity + 2)`, how many tokens the steps of a row's block must have transferred, after none of them,
             after the first, and so on. Steps are those that transfer something.
-        steps: `(slots,)`, how many of these steps the block has had.
+        steps: `(slots,)`, how many of these steps the block has had. Of a row that speculates, how many tokens its verification
+            has kept.
         numbers: `(slots, 9)` float32, see `NUMBERS`; a `top_p` or `editing_threshold` of 1 and a `min_p` or `alg_temp` of 0
             change nothing.
         choices: `(slots, 4)`: score, rule (see [`remasking`]), `top_k` (0: all), prompt length.

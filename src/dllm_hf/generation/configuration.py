@@ -46,6 +46,9 @@ STRATEGY_OF_OPTION = {
     "factor": "factor",
 }
 
+# What decides how denoising steps transfer tokens, and means nothing where they are drafted and verified.
+OF_DENOISING_STEPS = ("remasking_strategy", *STRATEGY_OF_OPTION, "steps", "denoising_steps", "alg_temp", "eps")
+
 # What the library's text-generation pipeline fills in for options that the caller leaves out. The values are meant for
 # autoregressive models: here an option that is left out has the model's own default.
 PIPELINE_DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
@@ -71,6 +74,7 @@ _REMEDIES = {
     "min_length": "list the end-of-sequence token in `suppress_tokens`",
     "guidance_scale": "the option is called `cfg_scale`",
     "block_size": "the option is called `block_length`",
+    "causal_context": "whether the text before a block is causal is a matter of the model (`model.causal_context`), so leave it out",
     "max_denoising_steps": "the option is called `denoising_steps` (per block) or `steps` (in all)",
 }
 
@@ -100,6 +104,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Any, Callable[[Any], bool], str], ...] = (
     (("eps",), float, lambda v: 0 < v < 1, "a number between 0 and 1"),
     (("do_sample", "disable_compile", "torch_compile", *LLADA_SWITCHES), bool, lambda v: True, "True or False"),
     (("output_history", "return_dict_in_generate", "use_block_cache"), bool, lambda v: True, "True or False"),
+    (("self_speculation",), bool, lambda v: True, "True or False"),
     (("mask_token_id", "pad_token_id", "bos_token_id"), int, lambda v: v >= 0, "a token id"),
 )
 
@@ -154,6 +159,9 @@ class DiffusionGenerationConfig(GenerationConfig):
             tokens: the pass feeds guesses of the next canvases beside the present one, as rows of their own, and goes as far as
             they were right ([`drafts`]). Only where nothing is drawn at random in a step, and the strategy knows beforehand how
             many tokens it transfers. `"auto"`: as many as cost about nothing beside the reading of the weights, none on a CPU.
+        self_speculation (`bool`): the tokens of autoregressive decoding, those of `block_length=1`: a pass drafts a block, and
+            another one keeps of it what it would have given itself ([`self_speculation`]). No strategy decides anything then.
+            Only for models whose text is causal (`causal_context`).
         temperature (`float`, defaults to 0.0): 0 proposes the arg-max.
         do_sample (`bool`): `False` means temperature 0; `True` where no temperature is set means temperature 1.
         top_k (`int`), top_p, min_p (`float`): the library's warpers, applied after the temperature, without the mask.
@@ -203,6 +211,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     steps: int | None = None
     denoising_steps: int | None = None
     draft_steps: int | str | None = None
+    self_speculation: bool = False
     temperature: float = 0.0
     do_sample: bool | None = None
     top_k: int | None = None
@@ -264,6 +273,12 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name, value in options.items():
             setattr(config, name, value)
         config.validate()
+        unread = [f"`{name}`" for name in OF_DENOISING_STEPS if name in options]
+        if unread and config.self_speculation:
+            raise ValueError(
+                f"`self_speculation=True` keeps the tokens of autoregressive decoding, in which {', '.join(unread)} would have no "
+                "part: leave that out, or give `self_speculation=False`."
+            )
         return config
 
     @property

@@ -225,6 +225,8 @@ class Decoder:
     def _must_check(self, row: Row) -> bool:
         """Whether the host must read from the device if a row's block is filled, if it holds an end of sequence, or what the
         next pass is to feed."""
+        if row.speculates:
+            return not row.holds_draft
         if row.needs_first:
             return True
         if self.caller_ends_rows:

@@ -59,6 +59,8 @@ def number_of_drafts(draft_steps: int | str | None, device: torch.device) -> int
 
 def why_not(options: DiffusionGenerationConfig) -> str | None:
     """What of the options of a row keeps its steps from being drafted, and what to do; None where nothing does."""
+    if options.self_speculation:
+        return "with `self_speculation=True` it depends on the logits where the next block begins: leave it out"
     strategy = STRATEGIES[options.remasking_strategy]
     named = f"`remasking_strategy={options.remasking_strategy!r}`"
     if strategy.is_adaptive:

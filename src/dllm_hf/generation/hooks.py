@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .canvas import Canvas
+from .configuration import DiffusionGenerationConfig
 from .decoder import Decoder
 from .requests import Row
 from .sampling import process
@@ -41,6 +42,15 @@ class Hooks:
     def sees_steps(self) -> bool:
         """Whether something looks at the canvas after each step."""
         return self.sees_logits or self.keeps_history or hasattr(self.streamer, "put_draft")
+
+    def checked(self, options: DiffusionGenerationConfig) -> "Hooks":
+        """Itself. Raises a `ValueError` where something would read a draft as if it were the text, or change it."""
+        if options.self_speculation and self.sees_logits:
+            raise ValueError(
+                "`self_speculation=True` reads tokens that are only drafted, so that `repetition_penalty`, `logits_processor` "
+                "and the hooks would change what autoregressive decoding gives: decode with `block_length=1` instead."
+            )
+        return self
 
 
 class Session:

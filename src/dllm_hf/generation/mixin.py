@@ -39,6 +39,7 @@ from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of,
 from .ranks import Ranks, SharedCriterion, ranks_of
 from .requests import Request
 from .sampling import make_processors
+from .self_speculation import check_self_speculation
 from .stopping import StopStrings
 
 logger = logging.get_logger(__name__)
@@ -141,8 +142,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         check_drafts(config := self._prepare_diffusion_config(generation_config, kwargs))
         input_ids, lengths = check_inputs(input_ids, attention_mask, self.config.vocab_size)
         new_tokens = count_new_tokens(config, input_ids.shape[1], max(lengths))
-        width = max(lengths) + new_tokens
-        check_fits(self.config, width, new_tokens)
+        check_fits(self.config, width := max(lengths) + new_tokens, new_tokens)
         whole_block = config.block_length or 0 if self.block_grid == "zero" else 0
         check_batch(len(lengths) * config.num_return_sequences, max(width, whole_block), generator, streamer)
         of_caller = (generation_tokens_hook_func, generation_logits_hook_func, logits_processor)
@@ -341,6 +341,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             )
         config.remasking_strategy = config.remasking_strategy or self.default_remasking_strategy
         check_editing(self, config)
+        check_self_speculation(self, config)
         config.block_length = config.block_length or self.default_block_length
         if self.has_fixed_block_length and config.block_length != self.default_block_length:
             raise ValueError(
@@ -440,7 +441,7 @@ def _hooks(config: DiffusionGenerationConfig, tokens, logits, processors, criter
     """What a call of `diffusion_generate` watches or changes."""
     every = LogitsProcessorList([*make_processors(config), *(processors or [])])
     strings = StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None
-    return Hooks(tokens, logits, every, criteria, strings, streamer, config.output_history)
+    return Hooks(tokens, logits, every, criteria, strings, streamer, config.output_history).checked(config)
 
 
 def _criteria(config: DiffusionGenerationConfig, given: Any, ranks: Ranks | None) -> StoppingCriteriaList:

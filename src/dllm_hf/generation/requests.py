@@ -12,7 +12,7 @@ import torch
 from .configuration import DiffusionGenerationConfig
 from .drafts import drafts_of
 from .remasking import STRATEGIES, Strategy, bernoulli_plan, transfer_quotas
-from .window import Frame
+from .window import DRAFT, VERIFICATION, Frame
 
 # As many of the most probable tokens as OpenAI's API gives.
 MAX_LOGPROBS = 20
@@ -111,6 +111,8 @@ class Row:
         blocks: what is decoded, one after the other, each a [`Part`].
         shown, length: the number of columns that the output shows, and of all.
         edits: whether tokens of a block may be replaced until it is done.
+        speculates: whether blocks are drafted and verified, see [`self_speculation`]. Where the next one begins depends on how
+            much of the draft is kept, so that `blocks` ends with the present one.
         causal_grid: the block length where blocks see earlier ones alone, 0 where a token sees the whole row.
         final_length: the column up to which the cache holds final keys and values (policy `block`).
         whole_cell: the block of which a pass has fed all columns last.
@@ -136,7 +138,9 @@ class Row:
         self.seeds_blocks, self.causal_context = seeds_blocks, causal_context
         self.request, self.slot, self.block_grid, self.logits_shift = request, slot, block_grid, logits_shift
         self.block_length, self.mask = options.block_length, options.mask_token_id
-        self.strategy: Strategy = STRATEGIES[options.remasking_strategy]
+        self.speculates = options.self_speculation
+        # Of a draft every proposal counts.
+        self.strategy: Strategy = STRATEGIES["sequential" if self.speculates else options.remasking_strategy]
         self.first_feeds, self.others_feed = POLICIES[options.cache_policy]
         self.edits = options.editing_threshold is not None and options.editing_threshold < 1  # no probability exceeds 1
         size = self.block_length or 1
@@ -152,6 +156,14 @@ class Row:
 
     def begin(self, text: list[int]) -> None:
         """Start to decode the masks of `text`, the row's present canvas."""
+        self.blocks = self._speculative_blocks(0) if self.speculates else self._blocks(text)
+        self.block_index, self.is_open, self.is_done, self.taken = 0, False, not self.blocks, 0
+        self.quotas: list[int] = []
+        self.whole_cell: tuple[int, int] | None = None
+        self.first_is_masked = False
+
+    def _blocks(self, text: list[int]) -> list[Part]:
+        """What is decoded of a text, one after the other."""
         cells = self._cells(text)
         steps: list[int | None] = [self.request.options.denoising_steps] * len(cells)
         if self.request.options.steps is not None:
@@ -159,10 +171,7 @@ class Row:
         if self.request.quota_source == "block":
             to_fill = text[: self.shown].count(self.mask)
             steps = [None if number is None else min(number, to_fill) for number in steps]
-        self.blocks = [part for cell, number in zip(cells, steps) for part in self._parts(text, cell, number)]
-        self.block_index, self.is_open, self.is_done = 0, False, not self.blocks
-        self.whole_cell: tuple[int, int] | None = None
-        self.first_is_masked = False
+        return [part for cell, number in zip(cells, steps) for part in self._parts(text, cell, number)]
 
     def _cells(self, text: list[int]) -> list[tuple[int, int]]:
         """The grid's cells that hold masks among the columns that are shown, as (start, end)."""
@@ -196,13 +205,27 @@ class Row:
             parts.append(Part(span, text[slice(*span)].count(self.mask), number, cell, sub_block, False))
         return parts
 
+    def _speculative_blocks(self, column: int) -> list[Part]:
+        """The block that begins with the first mask from `column` on, if there is one. Before the first block the clean text
+        gives a single token, since a draft begins with the last one that is known."""
+        try:
+            start = self.text.index(self.mask, column, self.shown)
+        except ValueError:
+            return []
+        end = min(start + self.block_length, self.shown) if column else start + 1
+        masks = self.text[start:end].count(self.mask)
+        if masks == 1:  # which needs no draft
+            end = start + 1
+        return [Part((start, end), masks, 1, (start, end), (start, end), start > 0)]
+
     @property
     def part(self) -> Part:
         return self.blocks[self.block_index]
 
     @property
     def span(self) -> tuple[int, int]:
-        return self.part.span
+        start, end = self.part.span
+        return start, end - self.is_drafting  # a verification feeds the draft and decides one token more
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -232,6 +255,8 @@ class Row:
             self._set_quotas(transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole))
             if self.edits and masks:  # as many steps as there may be at most
                 self.quotas += [1] * self.request.options.max_post_steps
+            if self.speculates and masks > 1:  # the verification
+                self.quotas += [1]
             return None
         # Without a number of steps: as many as there are masks, so that one token a step is expected.
         plan = bernoulli_plan(uniform(end - start), steps or masks or 1, self.request.options.eps).cpu()
@@ -247,6 +272,16 @@ class Row:
         transferring = [quota for quota in quotas if quota]
         self.schedule = [0, *accumulate(transferring)]
         self.quotas = transferring if self.leaps else quotas
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether the next pass drafts the block, which another one verifies."""
+        return self.speculates and self.taken + 1 < len(self.quotas)
+
+    @property
+    def holds_draft(self) -> bool:
+        """Whether the canvas holds a draft of the block that no pass has verified."""
+        return self.speculates and 0 < self.taken < len(self.quotas)
 
     @property
     def is_adaptive(self) -> bool:
@@ -286,6 +321,8 @@ class Row:
             stop = self.final_length + self.chunk
             causal = stop if self.causal_context else 0
             return Frame(self.final_length, stop, 0, 0, self.length, self.shown, stop, grid, causal)
+        if self.speculates:
+            return self._speculative_frame()
         feeds = self.first_feeds if self.is_first else self.others_feed
         before = 0 if self.causal_grid else self.logits_shift
         begin = {"canvas": 0, "not yet final": min(self.final_length, start)}.get(feeds, max(start - before, 0))
@@ -297,6 +334,19 @@ class Row:
         causal = start if self.causal_context else 0
         return Frame(begin, stop, *part.span, self.length, self.shown, start, grid, causal, int(part.is_seed))
 
+    def _speculative_frame(self) -> Frame:
+        """A draft feeds the last token before the block, which sees the block, too, and the block without its last column. A
+        verification feeds the same as clean text."""
+        part, is_drafting = self.part, self.is_drafting
+        start, end = part.span
+        before, fed = start - part.is_seed, end - part.is_seed
+        begin, stop = (min(self.final_length, before), fed) if self.first_feeds == "not yet final" else (0, self.length)
+        seen = (self.length, self.shown, before if is_drafting else start, end - start)
+        if is_drafting:
+            return Frame(begin, stop, *self.span, *seen, causal=before, speculation=DRAFT)
+        is_seed = int(part.is_seed)
+        return Frame(begin, stop, *part.span, *seen, fed * is_seed, is_seed, VERIFICATION)
+
     def note_pass(self, drafts: int = 0) -> None:
         """Go on after the pass that [`Row.frame`] described, with so many drafts."""
         self.passes += 1
@@ -305,7 +355,7 @@ class Row:
             return
         if self.first_feeds == "not yet final":
             # The block's own keys are not final: the first pass of the next block writes them again.
-            self.final_length = self.cell[0]
+            self.final_length = self.cell[0] - self.is_drafting
         if not self.part.is_seed and self.feeds_whole_block:
             self.whole_cell = self.cell
         self.is_first = False
@@ -318,7 +368,7 @@ class Row:
         Args:
             is_filled: whether the block is known to be done.
             first_is_masked: whether the first of the columns that are decoded is known to be masked.
-            steps: with drafts, how many the block has had, if that is known.
+            steps: with drafts, how many the block has had, if that is known. After a verification, how many tokens it has kept.
 
         Returns:
             Whether the block is finished.
@@ -327,11 +377,24 @@ class Row:
         if self.leaps and steps:
             self.step = self.most_steps = steps
         self.first_is_masked = first_is_masked and self.span[0] == self.part.sub_block[0]
-        if not is_filled and self.step < len(self.quotas):
+        if self.speculates and self.step == len(self.quotas):
+            self._keep(steps)
+        elif not is_filled and self.step < len(self.quotas):
             return False
         self.block_index, self.is_open = self.block_index + 1, False
         self.is_done = self.block_index == len(self.blocks)
         return True
+
+    def _keep(self, number: int) -> None:
+        """End a block that speculates with so many of its masks, and append the next one."""
+        start, end = self.part.span
+        last = [column for column in range(start, end) if self.text[column] == self.mask][number - 1]
+        self.blocks[self.block_index :] = [
+            self.part._replace(span=(start, last + 1)),
+            *self._speculative_blocks(last + 1),
+        ]
+        if self.first_feeds == "not yet final":
+            self.final_length = last  # the keys from there on are a draft's
 
     def needs_check(self, is_hooked: bool) -> bool:
         """Whether the host must read from the canvas if the block is filled: logits or a hook decide how many tokens a step

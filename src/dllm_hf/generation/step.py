@@ -13,7 +13,8 @@ from .remasking import RULES, SCORES, select
 from .requests import MAX_LOGPROBS, Row
 from .sampling import Noise, distribution, filtered, propose
 from .sampling import score as score_of
-from .window import Window
+from .self_speculation import verify
+from .window import DRAFT, Window
 
 # What a step needs for which a process must have the logits of all tokens: filters rank them.
 WHOLE_ROWS = {"filters", "logprobs", "constraint"}
@@ -25,8 +26,8 @@ class Features:
 
     scores, rules: see [`remasking`].
     needs: `"samples"` for a temperature, `"filters"` for top-k, top-p or min-p, `"draws"` for an `alg_temp`, `"edits"` for an
-        `editing_threshold`, `"logprobs"` for log-probabilities of transferred tokens, `"top_logprobs"` for those of the most
-        probable ones as well, `"constraint"` for tokens that the caller allows.
+        `editing_threshold`, `"speculates"` for drafts that a pass verifies, `"logprobs"` for log-probabilities of transferred
+        tokens, `"top_logprobs"` for those of the most probable ones as well, `"constraint"` for tokens that the caller allows.
     widths: of the lists of `LISTS`; 0 where no row has one.
     mask_token_id: the mask of every row.
     """
@@ -48,6 +49,7 @@ class Features:
             "top_logprobs": row.request.logprobs,
             "constraint": row.request.is_constrained,
             "edits": row.edits,
+            "speculates": row.speculates,
         }
         return cls(
             frozenset([strategy.confidence]),
@@ -135,10 +137,14 @@ def denoise(
     proposals, scores, transfers = decide(
         canvas, window, logits, masked, quota, noise, features, reads_raw_logits, part
     )
-    transferred, goes_on, taken = transfers[:, 0].sum(-1), None, None
+    final = transfers[:, 0]
+    if "speculates" in features.needs:
+        now, transfers = verify(canvas, window, now, proposals, transfers, features.mask_token_id)
+        final = transfers[:, 0] & (window.speculation != DRAFT)[:, None]
+    transferred, goes_on, taken = final.sum(-1), None, None
     if edits:
         replaced, goes_on = edit(canvas, window, now, masked[:, 0], proposals, scores, inside.any(-1, keepdim=True))
-        transfers = transfers | replaced[:, None]
+        transfers, final = transfers | replaced[:, None], final | replaced
     if held is not None:
         later = transfers[:, 1:] & ~transfers[:, :-1]
         drafted = (held[..., None] & later[:, None]).any(2)
@@ -151,7 +157,7 @@ def denoise(
         every = [(slice(None), True)] if taken is None else zip(window.copies.unbind(1), taken[..., None].unbind(1))
         for rows, is_taken in every:
             of_rows = (each[rows] for each in (chosen, *raw))
-            transfer = transfers[rows, 0] & is_taken
+            transfer = final[rows] & is_taken
             keep_logprobs(canvas, window.slots[rows, None], window.block[rows], transfer, *of_rows)
     finish(canvas, window, features, taken, level, nexts, transferred, shown, goes_on)
 
@@ -221,8 +227,11 @@ def finish(
         canvas.tokens.index_put_((lines[..., None], block[:, None].expand_as(nexts)), nexts)
     else:
         canvas.tokens.index_put_((slots[:, None], block), nexts[:, 0])
-    canvas.steps.index_add_(0, slots, inside.long() if taken is None else inside * taken.sum(-1))
-    passes = transferred > 0
+    steps, passes = inside.long() if taken is None else inside * taken.sum(-1), transferred > 0
+    if "speculates" in features.needs:
+        speculates = (window.speculation if taken is None else window.speculation[window.copies[:, 0]]) > 0
+        steps, passes = torch.where(speculates, transferred, steps), passes | speculates
+    canvas.steps.index_add_(0, slots, steps)
     if "edits" in features.needs:
         passes |= (canvas.numbers[slots, NUMBERS.index("editing_threshold")] < 1) & inside
     canvas.counts.index_add_(0, slots, torch.stack([passes.long(), transferred], dim=-1))

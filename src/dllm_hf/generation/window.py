@@ -11,6 +11,8 @@ from .uploads import uploaded
 
 # Tokens of one row that attention reads as one run of a list, see [`Window`].
 RUN_LENGTH = 64
+# What a pass of a row that speculates does, see [`self_speculation`].
+DRAFT, VERIFICATION = 1, 2
 
 
 class Frame(NamedTuple):
@@ -23,7 +25,9 @@ class Frame(NamedTuple):
     final: the column up to which the row is final after the pass.
     grid: the block length if a token sees up to the end of its block alone; 0 if it sees the whole row.
     causal: the columns before it see none behind themselves, and blocks are counted from it.
-    is_seed: 1 if the logits are those of the token behind the clean text, which stand at its last column; else 0.
+    is_seed: 1 if the logits are those of the token behind the clean text, which stand at its last column; else 0. So it is in
+        a verification, for each token of its block.
+    speculation: `DRAFT`, `VERIFICATION` or, in a denoising step, 0.
     """
 
     start: int
@@ -36,6 +40,7 @@ class Frame(NamedTuple):
     grid: int
     causal: int = 0
     is_seed: int = 0
+    speculation: int = 0
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Window:
     final: `(rows, 1)`, see [`Frame`].
     block: `(rows, block)`, the block's columns; a block that is shorter than others is padded with the scratch column.
     shown: `(rows, block)` bool, the positions of the block that the output shows.
+    speculation: `(rows,)`, see [`Frame`].
     runs: `(runs, 3)`, pieces of a list of which each belongs to one row: slot, index of the first token, number of tokens.
         A rectangle has none.
     longest: no run has more tokens.
@@ -89,6 +95,7 @@ class Window:
     seen: str
     is_canvas: bool
     is_every_slot: bool
+    speculation: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     texts: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     draft: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     copies: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
@@ -155,7 +162,7 @@ def make_window(
         drafts: for each row, which draft of its slot it is, see [`Window`]; the canvases themselves come first.
     """
     table = torch.tensor(frames)[:, :, None]
-    start, end, first, last, length, _, _, grid, causal, is_seed = table.unbind(1)
+    start, end, first, last, length, _, _, grid, causal, is_seed, _ = table.unbind(1)
     width, block_width = int((end - start).max()), int((last - first).max())
     if not grid.any() and width > block_width + shift and not (start == 0).all():
         width += -width % multiple
@@ -194,7 +201,7 @@ def make_list(
             equally many: fewer shapes, fewer graphs.
     """
     table = torch.tensor(frames)[:, :, None]
-    start, end, first, last, length, _, _, grid, causal, is_seed = table[:, :, 0].unbind(1)
+    start, end, first, last, length, _, _, grid, causal, is_seed, _ = table[:, :, 0].unbind(1)
     slot, width = torch.tensor(slots), end - start
     begin = width.cumsum(0) - width
     row = _repeated(width)
@@ -276,7 +283,7 @@ def _kept(first, last, shift: int, is_seed) -> torch.Tensor:
 
 def _window(table: torch.Tensor, slots: list[int], number: int, scratch: int, **tokens) -> Window:
     """A window of tokens that are known already. `table`: `(rows, fields, 1)`, the frames."""
-    start, end, first, last, length, shown, final, grid, *_ = table.unbind(1)
+    start, end, first, last, length, shown, final, grid, *_, speculation = table.unbind(1)
     position = first + torch.arange(int((last - first).max()))
     exists = position < last
     return Window(
@@ -284,6 +291,7 @@ def _window(table: torch.Tensor, slots: list[int], number: int, scratch: int, **
         final=final,
         block=torch.where(exists, position, scratch),
         shown=exists & (position < shown),
+        speculation=speculation[:, 0],
         is_canvas=bool(((start == 0) & (end == length) & (grid == 0)).all()),
         is_every_slot=slots == list(range(number)),
         **tokens,

@@ -41,6 +41,11 @@ class NemotronLabsDiffusionConfig(BlockDiffusionConfigMixin, Ministral3Config):
             raise ValueError(
                 f"`dlm_paradigm={self.dlm_paradigm!r}` is not supported, only 'bidirectional', that of the published models."
             )
+        if not kwargs.get("causal_context", True):
+            raise ValueError(
+                "`causal_context=False` is not supported: the text before a block is causal, as the published models' recommended "
+                "settings say. Leave it out."
+            )
         for name in ("attention_bias", "mlp_bias"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}=True` is not supported: no layer of the published models has a bias.")
