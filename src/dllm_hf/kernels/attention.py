@@ -114,7 +114,8 @@ def canvas_attention(
         keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.int16)
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
     # Most runs of a list may be short beside the longest one: they get tiles of their size, in a launch of their own.
-    sizes = [rows] if runs is None or block_m <= SHORT else [SHORT, rows]
+    is_mixed = runs is not None and window < readers * longest
+    sizes = [SHORT, rows] if is_mixed and block_m > SHORT else [rows]
     for least, most in zip([0, *sizes], sizes):
         axis, block_m, block_n, warps = tile_of(most, *kind)
         row = block_d * query.element_size()  # of keys in 8 bits too, which may stand there as they are multiplied
