@@ -114,10 +114,11 @@ def canvas_attention(
         keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.int16)
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
     # Most runs of a list may be short beside the longest one: they get tiles of their size, in a launch of their own.
-    sizes = [rows] if runs is None or block_m <= SHORT else [SHORT, rows]
+    is_mixed = runs is not None and window < readers * longest
+    sizes = [SHORT, rows] if is_mixed and block_m > SHORT else [rows]
     for least, most in zip([0, *sizes], sizes):
         axis, block_m, block_n, warps = tile_of(most, *kind)
-        queries, columns = block_m * block_d * query.element_size(), 2 * block_n * block_d * keys.element_size()
+        row = block_d * query.element_size()  # of keys in 8 bits too, which may stand there as they are multiplied
         _attend[(triton.cdiv(most, block_m), readers * kv_heads, splits)](
             query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
             base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
@@ -126,7 +127,7 @@ def canvas_attention(
             GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis,
             IS_SPLIT=splits > 1, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
             IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=warps, num_stages=number_of_stages(queries, columns, query.device),
+            num_warps=warps, num_stages=number_of_stages(block_m, block_n, row, query.device),
         )  # fmt: skip
     if splits > 1:
         _combine[(number,)](
@@ -144,13 +145,12 @@ def number_of_splits(programs: int, width: int, device: torch.device, load: floa
     return max(1, min(wanted, width // 64, 32))
 
 
-def number_of_stages(queries: int, keys: int, device: torch.device) -> int:
-    """Pipeline stages of the loads: three, or as many as fit into shared memory. `queries`: bytes of a tile of them; `keys`: of
-    keys and of their values."""
+def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device) -> int:
+    """Pipeline stages of the loads: three, or as many as fit into shared memory. `row`: bytes of a row."""
     room = 48 * 1024
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined] # not in the stub
-    return max(1, min(3, (room - queries) // keys))
+    return max(1, min(3, (room - block_m * row) // (2 * block_n * row)))
 
 
 def tile_of(rows: int, is_float32: bool, in_eight_bits: bool) -> tuple[int, int, int, int]:
