@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllm_hf import STRATEGIES
-from dllm_hf.generation.configuration import ALIASES
+from dllm_hf.generation.configuration import ALIASES, OF_DENOISING_STEPS
 
 from ..builders import MASK, PAD, VOCAB, character_tokenizer, generate, generators, tiny_model
 
@@ -85,6 +85,10 @@ def random_call(dice: random.Random):
     maybe(dice, 0.2, options, "stop_strings", ["e"], ["xy", "d", "!"])
     if "stop_strings" in options:
         options["tokenizer"] = character_tokenizer()
+    if model.causal_context and dice.random() < 0.5:
+        left_out = (*OF_DENOISING_STEPS, "repetition_penalty")
+        options = {name: value for name, value in options.items() if name not in left_out}
+        options["self_speculation"] = True
     return model, rows, options
 
 

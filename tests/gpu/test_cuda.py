@@ -60,6 +60,17 @@ def test_drafts_change_no_token_on_kernels_and_graphs(folder):
             assert torch.equal(model.diffusion_generate(**inputs, draft_steps=drafts, **options), alone), policy
 
 
+@pytest.mark.parametrize("length", [4, 32])
+def test_self_speculation_gives_the_tokens_of_autoregressive_decoding_on_kernels_and_graphs(length):
+    model, inputs = load("nemotron_labs_diffusion-gqa", dtype=torch.float32), left_pad([[5, 6, 7, 8, 9, 10], [11, 12]])
+    inputs = {name: value.cuda() for name, value in inputs.items()}
+    options = {"max_new_tokens": 40, "eos_token_id": []}
+    plain = model.diffusion_generate(**inputs, block_length=1, disable_compile=True, **options)
+    for _ in range(3):  # as it is, captured, replayed
+        found = model.diffusion_generate(**inputs, block_length=length, self_speculation=True, **options)
+        assert torch.equal(found, plain)
+
+
 def test_sampling_with_a_generator_on_the_gpu_is_reproducible():
     model, prompt = load("llada-mha"), torch.tensor([[1, 2, 3]], device="cuda")
     runs = [
