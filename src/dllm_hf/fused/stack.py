@@ -113,6 +113,8 @@ class FusedStack:
             self.sums = SharedSums.of(
                 self.ranks, self.dtype, local(self._lm_head.weight).device, self.config.hidden_size
             )
+        # Whether all that adds to the total are sums over all processes, so that of many tokens each needs its share alone.
+        self.divides_total = self.sums is not None and all(map(self._is_summed, range(len(self.layers))))
 
     def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         """The modules that read an attention's input, in groups that can be joint products."""
@@ -224,9 +226,11 @@ class FusedStack:
                     return total
             norm, gates = layer.post_attention_layernorm, self.gates[index]
             is_float8 = gates is not None and gates.takes_float8 and total.shape[:-1].numel() <= MLP_CHUNK
-            normed, total = self._project(layer.self_attn.o_proj, attended, total, norm, is_float8)
+            is_whole = not self.divides_total
+            normed, total = self._project(layer.self_attn.o_proj, attended, total, norm, is_float8, is_whole)
             norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
-            normed, total = self._feed_forward(index, normed, total, norm, self._reads_float8(index + 1))
+            is_whole |= index + 2 == len(self.layers)  # the last layer selects tokens
+            normed, total = self._feed_forward(index, normed, total, norm, self._reads_float8(index + 1), is_whole)
         return normed
 
     def _reads_float8(self, index: int) -> bool:
@@ -273,19 +277,30 @@ class FusedStack:
         quantized = self.quantized.get(linear)
         return linear(x) if quantized is None else quantized.product(x)
 
-    def _project(self, linear: nn.Linear, x: Any, total: torch.Tensor, norm: Any, is_float8: bool = False):
+    def _is_summed(self, index: int) -> bool:
+        """Whether both that a layer adds to the total are sums of [`SharedSums`]."""
+        layer, has_gates = self.layers[index], self.gates[index] is not None
+        linears = [layer.self_attn.o_proj, layer.mlp.down_proj] if has_gates else [layer.self_attn.o_proj]
+        is_divided = all(linear in self.divided and linear.bias is None for linear in linears)
+        return is_divided and (has_gates or self.mixtures[index] is not None)
+
+    def _project(
+        self, linear: nn.Linear, x: Any, total: torch.Tensor, norm: Any, is_float8: bool, is_whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a product to `total`: the norm of the sum, in 8 bits or not, and the sum. Where the input is divided between
-        processes, so is the sum over it."""
+        processes, so is the sum over it. `is_whole`: see [`SharedSums.product_and_norm`]."""
         if self.ranks is None or linear not in self.divided:
             return self._add_norm(self._product(linear, x), total, norm, is_float8)
         weight, sums = local(linear.weight), self.sums
         if sums is not None and sums.covers(total) and linear.bias is None:
-            return sums.product_and_norm(weight, x, total, norm, *self._norm_options(norm))
+            return sums.product_and_norm(weight, x, total, norm, *self._norm_options(norm), is_whole)
         out = self.ranks.all_reduce(nn.functional.linear(x, weight))
         return self._add_norm(out if linear.bias is None else out + local(linear.bias), total, norm)
 
-    def _feed_forward(self, index: int, normed: Any, total: torch.Tensor, norm: Any, is_float8: bool):
-        """Add what a feed-forward network makes of `normed` to `total`: the norm of the sum, in 8 bits or not, and the sum."""
+    def _feed_forward(
+        self, index: int, normed: Any, total: torch.Tensor, norm: Any, is_float8: bool, is_whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what a feed-forward network makes of `normed` to `total`: as [`FusedStack._project`]."""
         mlp, gates, sums = self.layers[index].mlp, self.gates[index], self.sums
         if gates is None:
             mixture = self.mixtures[index]
@@ -294,13 +309,13 @@ class FusedStack:
             if mixture is None or self.ranks is None:
                 return self._add_norm(out, total, norm, is_float8)
             if sums is not None and sums.covers(total):
-                return sums.sum_and_norm(out, total, norm, *self._norm_options(norm))
+                return sums.sum_and_norm(out, total, norm, *self._norm_options(norm), is_whole)
             return self._add_norm(self.ranks.all_reduce(out.contiguous()), total, norm)
         if total.shape[:-1].numel() <= MLP_CHUNK:
             down = self.quantized.get(mlp.down_proj)
             gate, up = gates(normed)
             inside = self.gate(gate, up, down is not None and down.takes_float8)
-            return self._project(mlp.down_proj, inside, total, norm, is_float8)
+            return self._project(mlp.down_proj, inside, total, norm, is_float8, is_whole)
         tokens = normed.flatten(0, 1)
         pieces = (each[None] for each in tokens.split(MLP_CHUNK))
         out = torch.empty_like(tokens)
