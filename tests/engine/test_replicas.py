@@ -187,10 +187,13 @@ def take_long(is_at_work: bool) -> list:
 
     plain = Decoder.launch
 
+    def dig(depth: int) -> None:
+        dig(depth - 1) if depth else time.sleep(0.01)
+
     def compile_aside() -> None:
         end = time.monotonic() + 5
         while time.monotonic() < end:
-            time.sleep(0.01 * random.random())
+            dig(random.randrange(100))  # now here, now there
 
     def launch(self):
         Decoder.launch = plain
