@@ -166,7 +166,7 @@ class FusedStack:
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window, a list, into the cache: `(tokens,)` tokens ->
         `(rows, kept, vocab)` logits."""
-        if self.is_fused and self.ranks is None and not torch.compiler.is_compiling():
+        if self.is_fused and not torch.compiler.is_compiling():
             self._compile_for(tokens, window, cache)
         base, shared, own, columns = cache.locate(window)
         sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared, own)
