@@ -22,8 +22,9 @@ PUSHED = {2: 8 * 2**20, 4: 3 * 2**20, 8: 2 * 2**20}
 
 
 class SharedSums:
-    """Buffers of each GPU that all can write, and flags. Sums of few tokens use two buffers in turn: who begins the second sum knows
-    that all have read the first. From one forward pass to the next the reductions of embedding and head see to that.
+    """Buffers of each GPU that all can write, and flags. Sums of few tokens use buffers in turn: who begins the second sum knows
+    that all have read the first. The first sum of a forward pass has a buffer of its own: a graph does not know which one the
+    pass before has used last.
 
     Args:
         ranks: see [`SharedSums.of`].
@@ -35,10 +36,10 @@ class SharedSums:
     max_bytes = 32 * 2**20
 
     def __init__(self, ranks: Ranks, dtype: torch.dtype, device: torch.device, size: int):
-        self.ranks, self.turn = ranks, 0
+        self.ranks, self.turn = ranks, -1
         self.pushed, self.tokens = self.limits(size * dtype.itemsize, ranks.size)
         new = lambda *shape, dtype=dtype: symmetric_memory.empty(*shape, dtype=dtype, device=device)
-        own = new(2, ranks.size, self.pushed, size).fill_(-0.0), new(3, self.tokens, size)
+        own = new(3, ranks.size, self.pushed, size).fill_(-0.0), new(3, self.tokens, size)
         flags = new(2, -(-self.tokens // ranks.size), ranks.size, dtype=torch.int32).zero_()
         handles = [symmetric_memory.rendezvous(each, ranks.group) for each in (*own, flags)]
         self._held = own, flags, handles
@@ -72,7 +73,7 @@ class SharedSums:
 
     def begin(self) -> None:
         """A forward pass begins."""
-        self.turn = 0
+        self.turn = -1
 
     def covers(self, x: torch.Tensor) -> bool:
         return x.shape[:-1].numel() <= self.tokens
@@ -112,7 +113,7 @@ class SharedSums:
         return self._divide(total, norm, eps, rounds_once, is_whole)
 
     def _push(self, x, total, norm, eps: float, rounds_once: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        self.turn ^= 1
+        self.turn = 2 if self.turn < 0 else self.turn & 1 ^ 1
         inboxes, rank = self.inboxes[self.turn], self.ranks.rank
         return push_add_rms_norm(x, inboxes, rank, self.pushed, total, norm.weight, eps, rounds_once)
 

@@ -189,14 +189,17 @@ class FusedStack:
             if logits.numel():
                 best_tokens(logits, 0)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(rows, window)` -> `(rows, window, hidden)`."""
-        weight, part = local(self._embedding.weight), self.part
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(rows, window)` -> `(rows, window, hidden)` twice: the first layer's norm of the embeddings, and these."""
+        weight, part, norm = local(self._embedding.weight), self.part, self.layers[0].input_layernorm
         if part is None or self.ranks is None or len(weight) == part.vocab_size:
-            return nn.functional.embedding(tokens, weight)
+            return self._add_norm(nn.functional.embedding(tokens, weight), None, norm, self._reads_float8(0))
         index = part.index(tokens)
-        own = nn.functional.embedding(index.clamp(min=0), weight)
-        return self.ranks.all_reduce(own.masked_fill_((index < 0)[..., None], 0))
+        own = nn.functional.embedding(index.clamp(min=0), weight).masked_fill_((index < 0)[..., None], 0)
+        if self.sums is None or not self.sums.covers(own):
+            return self._add_norm(self.ranks.all_reduce(own), None, norm)
+        is_whole = not self.divides_total or len(self.layers) == 1
+        return self.sums.sum_and_norm(own, torch.zeros_like(own), norm, *self._norm_options(norm), is_whole)
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., hidden)` -> `(..., vocab)`, or the `part` of it."""
@@ -211,12 +214,11 @@ class FusedStack:
     def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
         """The output of the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: see
         [`FusedStack.attend`]."""
-        total = self.embed(tokens)
         if self.sums is not None:
             self.sums.begin()
+        normed, total = self.embed(tokens)
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
         angles = (cos, sin, self.query_scales(columns, cache))
-        normed, total = self._add_norm(total, None, self.layers[0].input_layernorm, self._reads_float8(0))
         for index, layer in enumerate(self.layers):
             attended = self.attend(index, normed, angles, sees, cache)
             if keep is not None and index + 1 == len(self.layers):
