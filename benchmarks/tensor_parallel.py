@@ -1,6 +1,6 @@
 """What a denoising step costs on one GPU and on several that divide a model, and what of it the all-reduces are.
 
-usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl shared] [--throughput FOLDER] [--kernels]
+usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl divide shared] [--throughput FOLDER] [--kernels]
 
 Random bf16 weights in the shapes of LLaDA-8B (policy `dual`, blocks of 32), SDAR-8B and SDAR-30B-A3B (`block`, blocks of
 4), made on each GPU for its part; one sequence, a prompt of 512 tokens and 128 new ones. `step`: milliseconds of one step
@@ -38,7 +38,7 @@ from dllm_hf.generation.ranks import Ranks
 from dllm_hf.kernels.layers import add_rms_norm, add_rms_norm_torch
 
 SETTINGS = {"llada": ("dual", 32), "sdar": ("block", 4), "sdar_moe": ("block", 4)}
-WAYS = ("nccl", "shared")
+WAYS = ("nccl", "divide", "shared")  # divide: sums of few tokens as those of many
 PROMPT, NEW, SLOTS, REQUESTS = 512, 128, 128, 512
 KERNEL_TOKENS, HIDDEN, PUSHED = (4, 8, 32, 64, 128, 256, 512, 640, 1024, 2048, 4096), 4096, 2048
 
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> None:
     """One process of a group, on its GPU."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank)
-    all_reduce, shared_bytes = Ranks.all_reduce, SharedSums.max_bytes
+    all_reduce, shared_bytes, pushed = Ranks.all_reduce, SharedSums.max_bytes, shared_sums.PUSHED
     for name in args.models:
         model, (policy, block) = build(name, size), SETTINGS[name]
         ids = prompts(model.config.vocab_size, 1, PROMPT)
@@ -87,7 +87,8 @@ def measure(args: argparse.Namespace) -> None:
         for way in args.sums if size > 1 else ["none"]:
             # What stands on the fused path is made anew with the fingerprint of the configuration.
             model.config.sums = way
-            SharedSums.max_bytes = shared_bytes if way == "shared" else 0
+            SharedSums.max_bytes = 0 if way == "nccl" else shared_bytes
+            shared_sums.PUSHED = {} if way == "divide" else pushed
             step, mean = step_of(model, ids, options, block)
             if without is None:
                 Ranks.all_reduce, SharedSums.max_bytes = (lambda ranks, x: x), 0
