@@ -21,8 +21,7 @@ SIZE, MOST = 32, 12
 
 def allocated(size: int) -> list[torch.Tensor]:
     """What a process allocates, for all of them."""
-    sums = SharedSums.limits(4 * SIZE, size)
-    shapes = ((3, size, sums[0], SIZE), (3, sums[1], SIZE)), (2, -(-sums[1] // size), size)
+    shapes = ((3, size, 16, SIZE), (3, MOST, SIZE)), (2, -(-MOST // size), size)
     floats = [torch.zeros(size, *shape) for shape in shapes[0]]
     return [each.share_memory_() for each in (*floats, torch.zeros(size, *shapes[1], dtype=torch.int32))]
 

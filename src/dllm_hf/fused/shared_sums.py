@@ -39,7 +39,8 @@ class SharedSums:
         self.ranks, self.turn = ranks, -1
         self.pushed, self.tokens = self.limits(size * dtype.itemsize, ranks.size)
         new = lambda *shape, dtype=dtype: symmetric_memory.empty(*shape, dtype=dtype, device=device)
-        own = new(3, ranks.size, self.pushed, size).fill_(-0.0), new(3, self.tokens, size)
+        self.room = max(self.pushed, 16)  # memory of no bytes cannot be shared
+        own = new(3, ranks.size, self.room, size).fill_(-0.0), new(3, self.tokens, size)
         flags = new(2, -(-self.tokens // ranks.size), ranks.size, dtype=torch.int32).zero_()
         handles = [symmetric_memory.rendezvous(each, ranks.group) for each in (*own, flags)]
         self._held = own, flags, handles
@@ -115,7 +116,7 @@ class SharedSums:
     def _push(self, x, total, norm, eps: float, rounds_once: bool) -> tuple[torch.Tensor, torch.Tensor]:
         self.turn = 2 if self.turn < 0 else self.turn & 1 ^ 1
         inboxes, rank = self.inboxes[self.turn], self.ranks.rank
-        return push_add_rms_norm(x, inboxes, rank, self.pushed, total, norm.weight, eps, rounds_once)
+        return push_add_rms_norm(x, inboxes, rank, self.room, total, norm.weight, eps, rounds_once)
 
     def _divide(self, total, norm, eps: float, rounds_once: bool, is_whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
         places = (self.parts, self.flags, self.ranks.rank)
