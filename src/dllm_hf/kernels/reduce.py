@@ -1,5 +1,5 @@
 """The sum of what several GPUs have computed, and what follows it in a layer, as one kernel that reads and writes the memory of
-all. Every GPU runs a kernel with the same shapes, and all come to the same bits: parts are added in the order of their ranks.
+all. Every GPU runs a kernel with the same shapes, and all come to the same bits: parts are added in the same order.
 """
 
 import torch
@@ -63,8 +63,7 @@ def divide_add_rms_norm(
 
     Args:
         parts: `(ranks,)` int64, on each GPU the address of its part of x, `(tokens, size)`, contiguous.
-        flags: `(2, ranks)` int64, on each GPU the addresses of two arrays `(tokens, ranks)` int32, zeros between two calls. The
-            first must not be that of the sum before.
+        flags: `(2, ranks)` int64, on each GPU the addresses of two arrays `(tokens, ranks)` int32, zeros between two calls.
         rank: of this GPU. The number of GPUs must be a power of two.
         residual: `(..., size)`, contiguous, of the shape and type of x; read at the tokens of this GPU.
         results: `(2, ranks)` int64, on each GPU the addresses of the norm times `weight` and of the total, of the shape of x.
