@@ -1,6 +1,6 @@
 """What a denoising step costs on one GPU and on several that divide a model, and what of it the all-reduces are.
 
-usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl shared] [--throughput FOLDER]
+usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl divide shared] [--throughput FOLDER] [--kernels]
 
 Random bf16 weights in the shapes of LLaDA-8B (policy `dual`, blocks of 32), SDAR-8B and SDAR-30B-A3B (`block`, blocks of
 4), made on each GPU for its part; one sequence, a prompt of 512 tokens and 128 new ones. `step`: milliseconds of one step
@@ -9,6 +9,10 @@ milliseconds of a call divided by its forward passes. `ratio`: the step beside t
 
 `--throughput FOLDER`: tokens a second of SDAR-8B through `LLM` in 128 slots, 512 requests of 256 + 256 tokens, a
 denoising step transferring one token; the weights, 16 GB, are saved into FOLDER first if they are not there.
+
+`--kernels`: microseconds of a sum over all GPUs with the norm behind it, in a graph, by the number of tokens of 4,096 numbers in
+bf16: `nccl`, an all-reduce and a kernel; `push`, `divide` and, where all have the total of all tokens, `whole`, see
+`SharedSums`. Before it measures it checks that all GPUs have the same bits, and that they are right.
 """
 
 import argparse
@@ -28,12 +32,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from dllm_hf import LLM, SamplingParams
+from dllm_hf.fused import shared_sums
 from dllm_hf.fused.shared_sums import SharedSums
 from dllm_hf.generation.ranks import Ranks
+from dllm_hf.kernels.layers import add_rms_norm, add_rms_norm_torch
 
 SETTINGS = {"llada": ("dual", 32), "sdar": ("block", 4), "sdar_moe": ("block", 4)}
-WAYS = ("nccl", "shared")
+WAYS = ("nccl", "divide", "shared")  # divide: sums of few tokens as those of many
 PROMPT, NEW, SLOTS, REQUESTS = 512, 128, 128, 512
+KERNEL_TOKENS, HIDDEN, PUSHED = (4, 8, 32, 64, 128, 256, 512, 640, 1024, 2048, 4096), 4096, 2048
 
 
 def build(name: str, size: int):
@@ -68,7 +75,7 @@ def measure(args: argparse.Namespace) -> None:
     """One process of a group, on its GPU."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank)
-    all_reduce, shared_bytes = Ranks.all_reduce, SharedSums.max_bytes
+    all_reduce, shared_bytes, pushed = Ranks.all_reduce, SharedSums.max_bytes, shared_sums.PUSHED
     for name in args.models:
         model, (policy, block) = build(name, size), SETTINGS[name]
         ids = prompts(model.config.vocab_size, 1, PROMPT)
@@ -80,7 +87,8 @@ def measure(args: argparse.Namespace) -> None:
         for way in args.sums if size > 1 else ["none"]:
             # What stands on the fused path is made anew with the fingerprint of the configuration.
             model.config.sums = way
-            SharedSums.max_bytes = shared_bytes if way == "shared" else 0
+            SharedSums.max_bytes = 0 if way == "nccl" else shared_bytes
+            shared_sums.PUSHED = {} if way == "divide" else pushed
             step, mean = step_of(model, ids, options, block)
             if without is None:
                 Ranks.all_reduce, SharedSums.max_bytes = (lambda ranks, x: x), 0
@@ -99,13 +107,86 @@ def measure(args: argparse.Namespace) -> None:
         distributed.destroy_process_group()
 
 
+def measure_kernels() -> None:
+    """One process of a group, on its GPU."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.cuda.set_device(rank)
+    distributed.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    shared_sums.PUSHED[size] = PUSHED * (size - 1) * HIDDEN * 2
+    ranks = Ranks(distributed.group.WORLD)
+    sums = SharedSums(ranks, torch.bfloat16, torch.device("cuda", rank), HIDDEN)
+    norm = torch.nn.RMSNorm(HIDDEN, dtype=torch.bfloat16, device="cuda")
+    for tokens in KERNEL_TOKENS:
+        found = kernels_of(tokens, sums, norm, ranks)
+        if rank == 0:
+            print(json.dumps({"tokens": tokens, **found}), flush=True)
+    distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def kernels_of(tokens: int, sums: SharedSums, norm: torch.nn.Module, ranks: Ranks) -> dict[str, float]:
+    """Microseconds of each way to a sum, and of the copies before those that stand for a product's result."""
+    generator = torch.Generator().manual_seed(tokens)
+    parts = torch.randn(ranks.size, tokens, HIDDEN, generator=generator).cuda().bfloat16()
+    residual = torch.randn(1, tokens, HIDDEN, generator=generator).cuda().bfloat16()
+    own, options = parts[ranks.rank], (1e-6, False)
+
+    def divide(is_whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        sums.part[:tokens].copy_(own)
+        return sums._divide(residual, norm, *options, is_whole)
+
+    ways = {
+        "nccl": lambda: add_rms_norm(ranks.all_reduce(own.clone())[None], residual, norm.weight, *options),
+        "divide": lambda: divide(False),
+        "whole": lambda: divide(True),
+    }
+    if tokens <= PUSHED:
+        ways["push"] = lambda: sums._push(own, residual, norm, *options)
+    expected = add_rms_norm_torch(parts.float().sum(0).bfloat16()[None], residual, norm.weight, *options)
+    found = {}
+    for name, run in ways.items():
+        normed, total = (each.clone() for each in run())
+        every = ranks.all_gather(normed)
+        shown = slice(ranks.rank, None, ranks.size) if name == "divide" else slice(None)
+        errors = [normed - expected[0], (total - expected[1])[:, shown]]
+        is_right = all(float(each.abs().max()) < 0.1 for each in errors if each.numel())
+        if not is_right or (name != "nccl" and not bool((every == every[0]).all())):
+            raise SystemExit(f"{name}, {tokens} tokens, rank {ranks.rank}: a wrong sum")
+        found[name] = microseconds(run, ranks)
+    return {**found, "copy": microseconds(lambda: sums.part[:tokens].copy_(own), ranks)}
+
+
+def microseconds(run, ranks: Ranks, number: int = 40, replays: int = 20) -> float:
+    """Of a call in a graph of many."""
+    run()
+    torch.cuda.synchronize()
+    graph, begin, end = (
+        torch.cuda.CUDAGraph(),
+        torch.cuda.Event(enable_timing=True),
+        torch.cuda.Event(enable_timing=True),
+    )
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(number):
+            run()
+    times = []
+    for _ in range(replays):
+        ranks.least(0, torch.device("cuda"))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * begin.elapsed_time(end) / number)
+    return round(sorted(times)[replays // 2], 2)
+
+
 def measure_in_processes(size: int, args: argparse.Namespace):
-    """Run [`measure`] in `size` processes. Yields what the first prints."""
+    """Run [`measure`] or [`measure_kernels`] in `size` processes. Yields what the first prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, __file__, "--rank", "--models", *args.models, "--sums", *args.sums]
+    command += ["--kernels"] if args.kernels else []
     running = []
     for rank in range(size):
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -137,10 +218,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--sums", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--throughput", type=Path)
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.rank:
-        measure(args)
+        measure_kernels() if args.kernels else measure(args)
+        return
+    if args.kernels:
+        for size in args.gpus:
+            for row in measure_in_processes(size, args) if size > 1 else ():
+                print(f"{size} GPUs", *(f"{name} {value}" for name, value in row.items()), flush=True)
         return
     first: dict[str, float] = {}
     for size in args.gpus if args.models else ():

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ import torch
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import llm as llm_module
-from dllm_hf.engine import replicas
+from dllm_hf.engine import remote, replicas
 from dllm_hf.engine.replica import Replica
 from dllm_hf.engine.replicas import MUCH_FULLER, Replicas
 
@@ -136,6 +137,75 @@ def test_a_replica_that_is_killed_fails_its_requests_and_nobody_elses(folder, le
         assert llm.generate([[1]], LONG)[0].outputs[0].finish_reason == "error"
     with LLM(folder, data_parallel_size=2, device="cpu") as llm:
         assert llm.generate([[1]], LONG)[0].outputs[0].finish_reason == "length"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stands still", "is stopped", "is stopped before it is asked", "compiles"])
+def test_a_replica_that_hangs_is_ended_and_one_that_compiles_is_not(how, folder, leaves_no_process, monkeypatch):
+    for module in (replicas, remote):
+        monkeypatch.setattr(module, "HANG_SECONDS", 2.5)
+    with LLM(folder, data_parallel_size=2, device="cpu") as llm:
+        hung, other = llm._driver.engine._replicas
+        if how == "is stopped before it is asked":
+            os.kill(hung.process.pid, signal.SIGSTOP)
+        few = [[each] for each in range(60)]
+        prompts = [100 * each for each in few * 5] if "before" in how else few  # more than a pipe takes
+        names = [llm.submit(each, SamplingParams(max_tokens=4, ignore_eos=True)) for each in prompts]
+        if "stopped" not in how:
+            hung.send(TakesLong(is_at_work=how == "compiles"))
+        begun, outputs, is_stopped = time.monotonic(), {}, False
+        for event in llm.events():
+            if how == "is stopped" and not is_stopped:
+                os.kill(hung.process.pid, signal.SIGSTOP)
+                is_stopped = True
+            if event.output is not None:
+                outputs[event.request_id] = event.output
+        assert time.monotonic() - begun < 10 and set(outputs) == set(names)
+        failed = {name for name, output in outputs.items() if output.finish_reason == "error"}
+        if how == "compiles":
+            assert not failed and hung.process.is_alive()
+            return
+        assert failed and all("replica 0" in outputs[name].error for name in failed)
+        assert {outputs[name].finish_reason for name in set(names) - failed} == {"length"}
+        assert not hung.process.is_alive() and other.process.is_alive()
+        assert llm.generate([[1]], LONG)[0].outputs[0].finish_reason == "length"
+
+
+class TakesLong(list):
+    """A message that tells a replica nothing. Where it is unpacked, the next pass takes five seconds."""
+
+    def __init__(self, is_at_work: bool):
+        super().__init__()
+        self.is_at_work = is_at_work
+
+    def __reduce__(self):
+        return take_long, (self.is_at_work,)
+
+
+def take_long(is_at_work: bool) -> list:
+    from dllm_hf.generation.decoder import Decoder
+
+    plain = Decoder.launch
+
+    def dig(depth: int) -> None:
+        dig(depth - 1) if depth else time.sleep(0.01)
+
+    def compile_aside() -> None:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            dig(random.randrange(100))  # now here, now there
+
+    def launch(self):
+        Decoder.launch = plain
+        if is_at_work:  # as kernels are compiled: by other threads, for which this one waits
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(compile_aside).result()
+        else:
+            time.sleep(5)
+        return plain(self)
+
+    Decoder.launch = launch
+    return []
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from dllm_hf.kernels.columns import copy_columns
 from dllm_hf.kernels.experts import choose_experts, routed_experts
 from dllm_hf.kernels.layers import Float8Rows, add_rms_norm, quantize_rows, rotate_and_store, swiglu
 from dllm_hf.kernels.products import few_rows_product
-from dllm_hf.kernels.reduce import reduce_add_rms_norm
+from dllm_hf.kernels.reduce import divide_add_rms_norm, push_add_rms_norm
 
 DTYPE, FLOATS = getattr(torch, sys.argv[1]), sys.argv[2]
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -73,7 +73,10 @@ for residual, rounds_once in ((None, True), (x, False)):
     for quantizes in (False, True):
         add_rms_norm(x, residual, new(4096), 1e-6, rounds_once, quantizes)
 for ranks in (2, 8):
-    reduce_add_rms_norm(new(ranks, dtype=torch.long), new(ranks, dtype=torch.long), 0, x, new(4096), 1e-6)
+    addresses, both = new(ranks, dtype=torch.long), new(2, ranks, dtype=torch.long)
+    push_add_rms_norm(x, addresses, 0, 512, x, new(4096), 1e-6)
+    for is_whole in (False, True):
+        divide_add_rms_norm(addresses, both, 0, x, new(4096), 1e-6, both, is_whole, ranks == 2)
 for quantizes in (False, True):
     swiglu(x, x, quantizes)
 quantize_rows(x)

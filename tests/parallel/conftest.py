@@ -9,7 +9,7 @@ from torch import distributed
 
 from ..builders import BUILDERS, character_tokenizer, new_model
 from ..generation.recorded_graphs import DEVICE
-from .ranks import run_rank
+from .ranks import FAMILIES, run_rank
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +45,18 @@ def sdar(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def outcomes_of(context, folders):
-    """`size -> outcomes`: what so many processes find, by family."""
+def outcomes_of(context, folders, request):
+    """`size -> outcomes`: what so many processes find, by family, of those that were asked for."""
     found: dict[int, dict] = {}
+    params = [getattr(item, "callspec", None) for item in request.session.items]
+    asked = {each.params["outcome"] for each in params if each is not None and "outcome" in each.params}
 
     def outcomes(size: int) -> dict:
         if DEVICE == "cuda" and torch.cuda.device_count() < size:
             pytest.skip(f"needs {size} GPUs")
         if size not in found:
-            processes = [context.Process(target=run_rank, args=(folders, rank, size)) for rank in range(size)]
+            families = [family for family in FAMILIES[size] if (size, family) in asked]
+            processes = [context.Process(target=run_rank, args=(folders, rank, size, families)) for rank in range(size)]
             for process in processes:
                 process.start()
             for process in processes:

@@ -11,7 +11,10 @@ from .ranks import FAMILIES
 ATTENTION = {"gla_dream": 0.5}
 
 
-@pytest.fixture(params=[(size, family) for size, families in FAMILIES.items() for family in families])
+@pytest.fixture(
+    params=[(size, family) for size, families in FAMILIES.items() for family in families],
+    ids=lambda param: "{}-{}".format(*param),
+)
 def outcome(request, outcomes_of) -> dict:
     size, family = request.param
     return {"size": size, "family": family, **outcomes_of(size)[family]}

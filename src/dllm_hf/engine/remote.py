@@ -2,10 +2,15 @@
 
 import multiprocessing
 import os
+import select
+import threading
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from .heart import HANG_SECONDS
 from .intake import Intake
 from .outputs import Event
 from .sampling_params import SamplingParams
@@ -28,6 +33,27 @@ def start(process: BaseProcess, environment: dict[str, str]) -> None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def send(connection: Connection, process: BaseProcess, message: object) -> None:
+    """Send a message to a process. One that has stopped to read would keep the sender waiting forever: it is killed.
+
+    Raises:
+        OSError: the process has ended.
+    """
+    packed = ForkingPickler.dumps(message)
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLOUT)
+    if len(packed) < select.PIPE_BUF // 2 and poll.poll(0):  # there is room
+        connection.send_bytes(packed)
+        return
+    killing = threading.Timer(HANG_SECONDS, process.kill)
+    killing.daemon = True
+    killing.start()
+    try:
+        connection.send_bytes(packed)
+    finally:
+        killing.cancel()
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from .heart import Heart
 from .outputs import Load
-from .remote import Remote
+from .remote import Remote, send
 
 CLOSING_SECONDS = 5.0
 
@@ -22,6 +23,7 @@ class Replica:
 
     requests, events: the pipes to it and from it.
     outstanding: its completions that have not finished, by request and index; `columns` of them all.
+    heard: when it has said something last, or has been given something to do; for how many seconds it was `stuck` then.
     """
 
     index: int
@@ -31,6 +33,8 @@ class Replica:
     load: Load = Load(0, 0, 0.0, 0)
     outstanding: dict[str, dict[int, Remote]] = field(default_factory=dict)
     columns: int = 0
+    heard: float = 0.0
+    stuck: float = 0.0
     _sending: threading.Lock = field(
         default_factory=threading.Lock
     )  # a handle that is closed in the middle may be another's
@@ -38,7 +42,7 @@ class Replica:
     def send(self, message: Any) -> None:
         """Raises OSError where its process has ended, or [`close`] was called."""
         with self._sending:
-            self.requests.send(message)
+            send(self.requests, self.process, message)
 
     def close(self) -> None:
         """End the pipe to it, and so its process."""
@@ -93,17 +97,18 @@ def run_replica(
     intake = driver.engine.intake
     events.send((driver.engine.capacity, intake.options, intake.limits))
     threading.Thread(target=_receive, args=(llm, requests), daemon=True).start()
-    try:
-        while mailbox.is_open or not driver.is_closed:
-            driver.wait(mailbox)
-            driver.turn(mailbox)
-            told = list(mailbox.take())
-            if told:
-                events.send((told, driver.engine.load()))
-            if any(event.output is not None and event.output.error is not None for event in told):
-                driver.engine.check()
-    except BrokenPipeError:  # nobody reads any more
-        pass
+    heart = Heart(events)
+    heart.start()
+    while mailbox.is_open or not driver.is_closed:
+        heart.is_working = False
+        driver.wait(mailbox)
+        heart.is_working = True
+        driver.turn(mailbox)
+        told = list(mailbox.take())
+        if told:
+            heart.send((told, driver.engine.load()))
+        if any(event.output is not None and event.output.error is not None for event in told):
+            driver.engine.check()
 
 
 def _receive(llm: Any, requests: Connection) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..generation.mixin import DiffusionGenerationMixin
+from .heart import HANG_SECONDS, Beat
 from .intake import Intake
 from .outputs import Event, Load
 from .remote import CONTEXT, Remote, Submission, start
@@ -36,7 +37,7 @@ class Replicas:
     beginning of its prompt, where that is not much fuller. Has the methods of [`Engine`] that [`Driver`] asks for; what
     Engine computes in a step, `step` receives.
 
-    A replica whose process ends gives its requests the finish reason "error"; the others go on.
+    A replica whose process ends or hangs gives its requests the finish reason "error"; the others go on.
 
     Args:
         make: `LLM`, which is called in each process.
@@ -115,6 +116,8 @@ class Replicas:
             except OSError:
                 self._told += self._bury(chosen)
                 continue
+            if not chosen.outstanding:
+                chosen.heard, chosen.stuck = time.monotonic(), 0.0
             chosen.outstanding[submission.request_id] = {each.index: Remote(each) for each in sequences}
             chosen.columns += columns
             return
@@ -156,12 +159,16 @@ class Replicas:
         events, self._told = self._told, []
         alive = {each.events: each for each in self._replicas if each.is_alive}
         for connection in wait(list(alive), 0 if events else POLL_SECONDS):
-            each = alive[connection]  # type: ignore[index]  # nothing else was waited for
+            each = alive.pop(connection)  # type: ignore[call-overload]  # nothing else was waited for
             try:
-                received, each.load = each.events.recv()
+                message = each.events.recv()
             except (EOFError, OSError):
                 events += self._bury(each)
                 continue
+            each.heard, each.stuck = time.monotonic(), message.stuck if isinstance(message, Beat) else 0.0
+            if each.stuck >= HANG_SECONDS:
+                events += self._bury(each, f"has not moved for {each.stuck:.0f} s")
+            received, each.load = ([], each.load) if isinstance(message, Beat) else message
             for event in received:
                 remote = each.outstanding[event.request_id][event.index]
                 remote.note(event)
@@ -171,16 +178,22 @@ class Replicas:
                     if not each.outstanding[event.request_id]:
                         del each.outstanding[event.request_id]
             events += received
+        for each in alive.values():  # who have said nothing
+            if each.outstanding and time.monotonic() - each.heard > HANG_SECONDS:
+                events += self._bury(each, f"has not answered for {HANG_SECONDS:.0f} s")
         return events
 
-    def _bury(self, dead: Replica) -> list[Event]:
-        """End what a process that has ended has not finished."""
+    def _bury(self, dead: Replica, hangs: str | None = None) -> list[Event]:
+        """End what a process that has ended has not finished, or one that `hangs`."""
         was_closed, reason, error = dead.requests.closed, "abort", None
+        if hangs is not None:
+            dead.process.kill()
         dead.close()
         dead.events.close()
         if not was_closed:
             dead.process.join(timeout=1)
-            reason, error = "error", RuntimeError(f"{dead} has died with exit code {dead.process.exitcode}")
+            reason = "error"
+            error = RuntimeError(f"{dead} {hangs or f'has died with exit code {dead.process.exitcode}'}")
             logger.error("%s; its requests have failed, and the other replicas go on.", error)
         left = [remote for request in dead.outstanding.values() for remote in request.values()]
         dead.outstanding, dead.columns, dead.load = {}, 0, Load(0, 0, 0.0, 0)

@@ -3,7 +3,6 @@ model, and all do the same: see [`Workers`]."""
 
 import os
 import signal
-import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -20,10 +19,9 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..generation.ranks import divides_heads
+from .heart import Heart
 from .outputs import Event, Load
 from .remote import Submission
-
-BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,6 @@ class Command:
 
     now: float
     changes: list[Submission | set[str]]
-
-
-@dataclass(frozen=True)
-class Beat:
-    """Tells, in the middle of a step, that a process is there. stuck: seconds for which it has stood at one instruction."""
-
-    stuck: float
 
 
 @dataclass(frozen=True)
@@ -54,32 +45,6 @@ class Stepped:
     load: Load
     digest: tuple
     error: str | None
-
-
-class Heart(threading.Thread):
-    """Sends beats while the process is at work."""
-
-    def __init__(self, connection: Connection):
-        super().__init__(daemon=True)
-        self.connection, self.lock, self.is_working = connection, threading.Lock(), False
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        main, last, stuck = threading.main_thread().ident, None, 0.0
-        while not self._stopped.wait(BEAT_SECONDS):
-            frame = sys._current_frames().get(main or 0)
-            place = frame and (id(frame), frame.f_lasti)
-            stuck = stuck + BEAT_SECONDS if self.is_working and place == last else 0.0
-            last = place
-            if self.is_working:
-                self.send(Beat(stuck))
-
-    def send(self, message: object) -> None:
-        try:
-            with self.lock:
-                self.connection.send(message)
-        except OSError:  # the parent has gone, and a collective that waits for another process cannot be left otherwise
-            os._exit(1)
 
 
 def run_worker(

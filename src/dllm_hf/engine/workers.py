@@ -13,17 +13,15 @@ from transformers.utils import logging
 
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.ranks import divides_heads
+from .heart import HANG_SECONDS, Beat
 from .intake import Intake
 from .outputs import Event, Load
-from .remote import CONTEXT, Remote, Submission, start
+from .remote import CONTEXT, Remote, Submission, send, start
 from .sequence import Sequence
-from .worker import Beat, Command, Stepped, run_worker
+from .worker import Command, Stepped, run_worker
 
 logger = logging.get_logger(__name__)
 
-# A process that says nothing for so long is taken for dead, and a group all of whose processes stand at one instruction: one that
-# is at work, at a compilation for example, may keep the others waiting.
-HANG_SECONDS = 7.0
 # One that has failed alone has left the others waiting for it.
 FAILED_SECONDS = 2.0
 POLL_SECONDS = 0.25
@@ -185,7 +183,7 @@ class Workers:
             self._sent, self._replies, self._submitted = 0, {}, 0
         try:
             while self._sent < self._size:
-                self._connections[self._sent].send(self._command)
+                send(self._connections[self._sent], self._processes[self._sent], self._command)
                 self._sent += 1
         except (OSError, ValueError):  # ValueError: it cannot be pickled, or is closed
             self._receive(self._sent)  # says how it has ended
@@ -200,6 +198,7 @@ class Workers:
                     stuck = dict.fromkeys(stuck, 0.0)  # those that waited for it move now
                 elif isinstance(message, Beat):
                     stuck[rank] = message.stuck
+            # One that is at work, at a compilation for example, may keep the others waiting.
             if min(stuck[rank] for rank in left) >= HANG_SECONDS:
                 raise WorkersError(f"{' and '.join(map(self._name, left))} have not moved for {HANG_SECONDS:.0f} s")
             now = time.monotonic()

@@ -113,6 +113,8 @@ class FusedStack:
             self.sums = SharedSums.of(
                 self.ranks, self.dtype, local(self._lm_head.weight).device, self.config.hidden_size
             )
+        # Whether all that adds to the total are sums over all processes, so that of many tokens each needs its share alone.
+        self.divides_total = self.sums is not None and all(map(self._is_summed, range(len(self.layers))))
 
     def inputs_of(self, attention: Any) -> list[list[nn.Module]]:
         """The modules that read an attention's input, in groups that can be joint products."""
@@ -164,7 +166,7 @@ class FusedStack:
     def __call__(self, tokens: torch.Tensor, window: Window, cache: Any) -> torch.Tensor:
         """A forward pass that writes keys and values of its window, a list, into the cache: `(tokens,)` tokens ->
         `(rows, kept, vocab)` logits."""
-        if self.is_fused and self.ranks is None and not torch.compiler.is_compiling():
+        if self.is_fused and not torch.compiler.is_compiling():
             self._compile_for(tokens, window, cache)
         base, shared, own, columns = cache.locate(window)
         sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared, own)
@@ -187,14 +189,17 @@ class FusedStack:
             if logits.numel():
                 best_tokens(logits, 0)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(rows, window)` -> `(rows, window, hidden)`."""
-        weight, part = local(self._embedding.weight), self.part
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(rows, window)` -> `(rows, window, hidden)` twice: the first layer's norm of the embeddings, and these."""
+        weight, part, norm = local(self._embedding.weight), self.part, self.layers[0].input_layernorm
         if part is None or self.ranks is None or len(weight) == part.vocab_size:
-            return nn.functional.embedding(tokens, weight)
+            return self._add_norm(nn.functional.embedding(tokens, weight), None, norm, self._reads_float8(0))
         index = part.index(tokens)
-        own = nn.functional.embedding(index.clamp(min=0), weight)
-        return self.ranks.all_reduce(own.masked_fill_((index < 0)[..., None], 0))
+        own = nn.functional.embedding(index.clamp(min=0), weight).masked_fill_((index < 0)[..., None], 0)
+        if self.sums is None or not self.sums.covers(own):
+            return self._add_norm(self.ranks.all_reduce(own), None, norm)
+        is_whole = not self.divides_total or len(self.layers) == 1
+        return self.sums.sum_and_norm(own, torch.zeros_like(own), norm, *self._norm_options(norm), is_whole)
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., hidden)` -> `(..., vocab)`, or the `part` of it."""
@@ -209,12 +214,11 @@ class FusedStack:
     def last_hidden(self, tokens, columns, sees, cache: Any, keep=None) -> torch.Tensor:
         """The output of the last norm: `(rows, kept, hidden)`, or `(rows, window, hidden)` without `keep`. `sees`: see
         [`FusedStack.attend`]."""
-        total = self.embed(tokens)
         if self.sums is not None:
             self.sums.begin()
+        normed, total = self.embed(tokens)
         cos, sin = (x.expand(len(tokens), -1, -1).contiguous() for x in self.rotary(total, columns))
         angles = (cos, sin, self.query_scales(columns, cache))
-        normed, total = self._add_norm(total, None, self.layers[0].input_layernorm, self._reads_float8(0))
         for index, layer in enumerate(self.layers):
             attended = self.attend(index, normed, angles, sees, cache)
             if keep is not None and index + 1 == len(self.layers):
@@ -224,9 +228,11 @@ class FusedStack:
                     return total
             norm, gates = layer.post_attention_layernorm, self.gates[index]
             is_float8 = gates is not None and gates.takes_float8 and total.shape[:-1].numel() <= MLP_CHUNK
-            normed, total = self._project(layer.self_attn.o_proj, attended, total, norm, is_float8)
+            is_whole = not self.divides_total
+            normed, total = self._project(layer.self_attn.o_proj, attended, total, norm, is_float8, is_whole)
             norm = self.layers[index + 1].input_layernorm if index + 1 < len(self.layers) else self.norm
-            normed, total = self._feed_forward(index, normed, total, norm, self._reads_float8(index + 1))
+            is_whole |= index + 2 == len(self.layers)  # the last layer selects tokens
+            normed, total = self._feed_forward(index, normed, total, norm, self._reads_float8(index + 1), is_whole)
         return normed
 
     def _reads_float8(self, index: int) -> bool:
@@ -273,19 +279,30 @@ class FusedStack:
         quantized = self.quantized.get(linear)
         return linear(x) if quantized is None else quantized.product(x)
 
-    def _project(self, linear: nn.Linear, x: Any, total: torch.Tensor, norm: Any, is_float8: bool = False):
+    def _is_summed(self, index: int) -> bool:
+        """Whether both that a layer adds to the total are sums of [`SharedSums`]."""
+        layer, has_gates = self.layers[index], self.gates[index] is not None
+        linears = [layer.self_attn.o_proj, layer.mlp.down_proj] if has_gates else [layer.self_attn.o_proj]
+        is_divided = all(linear in self.divided and linear.bias is None for linear in linears)
+        return is_divided and (has_gates or self.mixtures[index] is not None)
+
+    def _project(
+        self, linear: nn.Linear, x: Any, total: torch.Tensor, norm: Any, is_float8: bool, is_whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a product to `total`: the norm of the sum, in 8 bits or not, and the sum. Where the input is divided between
-        processes, so is the sum over it."""
+        processes, so is the sum over it. `is_whole`: see [`SharedSums.product_and_norm`]."""
         if self.ranks is None or linear not in self.divided:
             return self._add_norm(self._product(linear, x), total, norm, is_float8)
         weight, sums = local(linear.weight), self.sums
         if sums is not None and sums.covers(total) and linear.bias is None:
-            return sums.product_and_norm(weight, x, total, norm, *self._norm_options(norm))
+            return sums.product_and_norm(weight, x, total, norm, *self._norm_options(norm), is_whole)
         out = self.ranks.all_reduce(nn.functional.linear(x, weight))
         return self._add_norm(out if linear.bias is None else out + local(linear.bias), total, norm)
 
-    def _feed_forward(self, index: int, normed: Any, total: torch.Tensor, norm: Any, is_float8: bool):
-        """Add what a feed-forward network makes of `normed` to `total`: the norm of the sum, in 8 bits or not, and the sum."""
+    def _feed_forward(
+        self, index: int, normed: Any, total: torch.Tensor, norm: Any, is_float8: bool, is_whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what a feed-forward network makes of `normed` to `total`: as [`FusedStack._project`]."""
         mlp, gates, sums = self.layers[index].mlp, self.gates[index], self.sums
         if gates is None:
             mixture = self.mixtures[index]
@@ -294,13 +311,13 @@ class FusedStack:
             if mixture is None or self.ranks is None:
                 return self._add_norm(out, total, norm, is_float8)
             if sums is not None and sums.covers(total):
-                return sums.sum_and_norm(out, total, norm, *self._norm_options(norm))
+                return sums.sum_and_norm(out, total, norm, *self._norm_options(norm), is_whole)
             return self._add_norm(self.ranks.all_reduce(out.contiguous()), total, norm)
         if total.shape[:-1].numel() <= MLP_CHUNK:
             down = self.quantized.get(mlp.down_proj)
             gate, up = gates(normed)
             inside = self.gate(gate, up, down is not None and down.takes_float8)
-            return self._project(mlp.down_proj, inside, total, norm, is_float8)
+            return self._project(mlp.down_proj, inside, total, norm, is_float8, is_whole)
         tokens = normed.flatten(0, 1)
         pieces = (each[None] for each in tokens.split(MLP_CHUNK))
         out = torch.empty_like(tokens)

@@ -1,0 +1,46 @@
+"""Signs of life: how a process that other processes wait for tells that it is there, and whether it moves."""
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+BEAT_SECONDS = 1.0
+# A process that says nothing for so long while it is at work is taken for dead, and so is one that stands at one instruction.
+HANG_SECONDS = 7.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Tells, in the middle of a step, that a process is there. stuck: seconds for which it has stood at one instruction."""
+
+    stuck: float
+
+
+class Heart(threading.Thread):
+    """Sends beats while the process is at work. It moves as long as one of its threads does: those that compile side by side
+    keep the main one waiting. Daemons, which wait for messages, do not count."""
+
+    def __init__(self, connection: Connection):
+        super().__init__(daemon=True)
+        self.connection, self.lock, self.is_working = connection, threading.Lock(), False
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        last, stuck = None, 0.0
+        while not self._stopped.wait(BEAT_SECONDS):
+            frames = sys._current_frames()
+            own = [frames.get(each.ident or 0) for each in threading.enumerate() if not each.daemon]
+            places = [(id(frame), frame.f_lasti) for frame in own if frame is not None]
+            stuck = stuck + BEAT_SECONDS if self.is_working and places == last else 0.0
+            last = places
+            if self.is_working:
+                self.send(Beat(stuck))
+
+    def send(self, message: object) -> None:
+        try:
+            with self.lock:
+                self.connection.send(message)
+        except OSError:  # the parent has gone, and a collective that waits for another process cannot be left otherwise
+            os._exit(1)
