@@ -13,7 +13,6 @@ LOG2E = 1.4426950408889634
 # Queries of a key head in one row, on average, up to which several programs for each processor pay. Every part writes the
 # results of its queries in float32: for many queries two programs for each processor cost up to twice the time.
 FEW = 24
-SHORT = 16  # rows of a product on the GPU
 
 
 def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
@@ -98,8 +97,7 @@ def canvas_attention(
     groups = heads // kv_heads
     readers, rows = (batch, window * groups) if runs is None else (len(runs), longest * groups)
     lengths = lengths.contiguous()
-    kind = query.element_size() > 2, scales is not None
-    block_m = tile_of(rows, *kind)[1]
+    axis, block_m, block_n, warps = tile_of(rows, query.element_size() > 2, scales is not None)
     tiles = triton.cdiv(rows, block_m)
     few = number / (readers * kv_heads) <= FEW
     splits = number_of_splits(tiles * readers * kv_heads, width, query.device, 3.6 if few else 0)
@@ -113,22 +111,17 @@ def canvas_attention(
     if scales is not None:
         keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.int16)
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
-    # Most runs of a list may be short beside the longest one: they get tiles of their size, in a launch of their own.
-    is_mixed = runs is not None and window < readers * longest
-    sizes = [SHORT, rows] if is_mixed and block_m > SHORT else [rows]
-    for least, most in zip([0, *sizes], sizes):
-        axis, block_m, block_n, warps = tile_of(most, *kind)
-        row = block_d * query.element_size()  # of keys in 8 bits too, which may stand there as they are multiplied
-        _attend[(triton.cdiv(most, block_m), readers * kv_heads, splits)](
-            query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
-            base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
-            window, kv_heads, number, splits, least, most,
-            *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
-            GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis,
-            IS_SPLIT=splits > 1, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
-            IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=warps, num_stages=number_of_stages(block_m, block_n, row, query.device),
-        )  # fmt: skip
+    row = block_d * query.element_size()  # of keys in 8 bits too, which may stand there as they are multiplied
+    _attend[(tiles, readers * kv_heads, splits)](
+        query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
+        base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
+        window, kv_heads, number, splits,
+        *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
+        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis,
+        IS_SPLIT=splits > 1, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
+        IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=number_of_stages(block_m, block_n, row, query.device),
+    )  # fmt: skip
     if splits > 1:
         _combine[(number,)](
             out, parts, sums, number, splits,
@@ -160,8 +153,10 @@ def tile_of(rows: int, is_float32: bool, in_eight_bits: bool) -> tuple[int, int,
     """
     if is_float32:  # serves comparisons: small, so that it stays in registers
         return 1, 16, 16, 4
+    if in_eight_bits and rows <= 8:
+        return 0, 8, 32, 1
     if in_eight_bits and rows <= 16:
-        return 0, max(8, triton.next_power_of_2(rows)), 64, 2
+        return 1, 16, 128, 4
     return 1, max(16, min(64, triton.next_power_of_2(rows))), 64, 4
 
 
@@ -266,10 +261,10 @@ if triton is not None:
         tl.store(target + row[:, None] * HEAD_DIM + dims, result.to(target.dtype.element_ty), mask=inside)
 
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
-    @triton.jit(do_not_specialize=["window", "number", "splits", "least", "most", "pair_head"])
+    @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
     def _attend(
         query, keys, values, lengths, base, runs, shared, own, pairs, out, parts, sums, scale,
-        window, kv_heads, number, splits, least, most,
+        window, kv_heads, number, splits,
         query_batch, query_token, query_head, key_head, key_column: tl.constexpr, value_head, value_column: tl.constexpr,
         pair_head, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, AXIS: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
@@ -281,8 +276,7 @@ if triton is not None:
         if IS_LIST:
             first, tokens = tl.load(runs + 3 * reader + 1), tl.load(runs + 3 * reader + 2)
             start_of_row = first * query_token
-            number_of_rows = tokens * GROUPS
-            if (number_of_rows <= least) | (number_of_rows > most) | (tl.program_id(0) * BLOCK_M >= number_of_rows):
+            if tl.program_id(0) * BLOCK_M >= tokens * GROUPS:
                 return
         else:
             first, tokens = reader.to(tl.int64) * window, window
