@@ -288,7 +288,12 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         check_fits(self.config, len(prompt) + new_tokens, new_tokens)
         request = Request(list(prompt), new_tokens, config, generator, self.quota_source, logprobs)
-        check_inputs(torch.from_numpy(request.ids)[None], None, self.config.vocab_size)
+        for token in (request.ids.min(initial=0), request.ids.max(initial=0)):
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"the prompt holds the token id {token}, but the vocabulary has {self.config.vocab_size} tokens: was it "
+                    "made for this model?"
+                )
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
 

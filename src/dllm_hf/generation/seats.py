@@ -55,8 +55,7 @@ class Seats:
         """
         backend, size = self.backend, request.options.block_length
         columns = request.columns(backend.block_grid)
-        (masks,) = (request.ids == request.options.mask_token_id).nonzero()
-        known = request.ids[: masks[0]] if len(masks) else request.ids
+        known = request.ids[: request.given]
         # The pass that decides a seed feeds at least the last token before it, which no other slot may read.
         found = known[:-1] if self.seeds_blocks else known
         holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(found, size)
@@ -172,7 +171,9 @@ class Seats:
         self._sources.pop(row, None)
         self._bequeath(row, is_intact)
         if self._beginnings is not None:
-            text = row.request.ids if tokens is None else numpy.array(tokens)
+            given, text = row.request.given, row.request.ids
+            if tokens is not None:
+                text = numpy.concatenate([text[:given], numpy.array(tokens[given:], dtype=numpy.int64)])
             self._beginnings.put(slot, text[: row.final_length if is_intact else 0], row.block_length)
             self._final_lengths[slot] = row.final_length
         self.rows[slot] = None
