@@ -79,6 +79,7 @@ class Engine:
     ):
         self.model, self.max_queue = model, max_queue
         self.max_passed_over, self._cache_columns = max_passed_over, cache_columns
+        self._token_budget: float = token_budget
         options = {"prefill_chunk_size": token_budget, **options}
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Row, Sequence] = {}
@@ -247,10 +248,10 @@ class Engine:
     def _next(self) -> list[Sequence]:
         """The completions that get a slot now: the first that wait, and those behind them that fit where they do not. While the
         device has nothing to do, no more than the prompts that one step computes."""
-        decoder, seats, found = self._decoder, self._decoder.seats, list[Sequence]()
-        most, left = ADMITTED + decoder.columns_fed // COLUMNS_PER_ADMISSION, math.inf
+        seats, found = self._decoder.seats, list[Sequence]()
+        most, left = ADMITTED + self._decoder.columns_fed // COLUMNS_PER_ADMISSION, math.inf
         if not self.running:
-            most, left = ADMITTED, decoder.token_budget
+            most, left = ADMITTED, self._token_budget
         free, room = min(len(seats.free), most), math.inf if seats.room is None else seats.room
         blocked: list[Sequence] = []
         for sequence in itertools.islice(self.waiting, free + LOOKAHEAD):
