@@ -34,7 +34,7 @@ from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
-from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, unpack_inputs
+from .inputs import check_batch, check_fits, check_inputs, check_tokens, count_new_tokens, unpack_inputs
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
 from .ranks import Ranks, SharedCriterion, ranks_of
 from .requests import Request
@@ -288,12 +288,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         check_fits(self.config, len(prompt) + new_tokens, new_tokens)
         request = Request(list(prompt), new_tokens, config, generator, self.quota_source, logprobs)
-        for token in (request.ids.min(initial=0), request.ids.max(initial=0)):
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"the prompt holds the token id {token}, but the vocabulary has {self.config.vocab_size} tokens: was it "
-                    "made for this model?"
-                )
+        check_tokens(request.ids, self.config.vocab_size)
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
 

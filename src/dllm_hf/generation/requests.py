@@ -159,11 +159,11 @@ class Row:
         self.length, self.final_length, self.passes = len(self.text), 0, 0
         self.ends_at, self.has_ended = self.shown, False
         self.draft_steps, self.leaps = 0, False
-        self.begin(self.text)
+        self.begin(self.text, request.given)
 
-    def begin(self, text: list[int]) -> None:
-        """Start to decode the masks of `text`, the row's present canvas."""
-        cells = self._cells(text)
+    def begin(self, text: list[int], given: int = 0) -> None:
+        """Start to decode the masks of `text`, the row's present canvas. `given`: no column before it holds one."""
+        cells = self._cells(text, given)
         steps: list[int | None] = [self.request.options.denoising_steps] * len(cells)
         if self.request.options.steps is not None:
             steps = spread(self.request.options.steps, len(cells))
@@ -175,10 +175,10 @@ class Row:
         self.whole_cell: tuple[int, int] | None = None
         self.first_is_masked = False
 
-    def _cells(self, text: list[int]) -> list[tuple[int, int]]:
+    def _cells(self, text: list[int], given: int) -> list[tuple[int, int]]:
         """The grid's cells that hold masks among the columns that are shown, as (start, end)."""
         try:
-            first, length = text.index(self.mask, 0, self.shown), self.block_length
+            first, length = text.index(self.mask, given, self.shown), self.block_length
         except ValueError:
             return []
         if length is None:

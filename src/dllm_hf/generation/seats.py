@@ -119,16 +119,15 @@ class Seats:
         self._extents.release(slot)
         if source is not None:
             self._extents.share(source, slot, shared)
-        others = [each for each in self.free if each != slot]
-        others.sort(key=set(holders).__contains__)
-        while not self._extents.acquire(slot, columns) and others:
-            self._extents.release(other := others.pop(0))
+        if self._extents.acquire(slot, columns):
+            return
+        for other in sorted((each for each in self.free if each != slot), key=set(holders).__contains__):
+            self._extents.release(other)
             if self._beginnings is not None:
                 self._beginnings.drop(other)
-        if not self._extents.size_of(slot):
-            raise ValueError(
-                f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first."
-            )
+            if self._extents.acquire(slot, columns):
+                return
+        raise ValueError(f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first.")
 
     def _take_over(self, row: Row, source: int, shared: int) -> None:
         """`shared`: columns that the source holds or will hold."""
