@@ -5,14 +5,10 @@ import pytest
 import torch
 
 from dllm_hf import LLM, SamplingParams
-from dllm_hf.engine import engine
-from dllm_hf.generation import cache_layers, window
 from dllm_hf.generation.beginnings import Beginnings
-from dllm_hf.kernels.attention import canvas_attention
 
-from ..builders import MASK, new_model, recorded, tiny_model
+from ..builders import MASK, recorded, tiny_model
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
 BEGINNING = [(7 * position) % 50 for position in range(40)]
 
@@ -58,23 +54,6 @@ def test_a_beginning_that_is_shared_stands_in_the_cache_once():
     for slot in range(8):
         extents.release(slot)
     assert extents.free == extents.columns - 1
-
-
-def test_rows_that_share_a_beginning_read_it_together(monkeypatch):
-    """Where attention is our kernel: a tile for several rows, beside one of another text."""
-    pytest.importorskip("triton")
-    model, found, groups = new_model("sdar").to(DEVICE), [], window._groups
-    prompts = [BEGINNING + [number] for number in range(4)] + [[3, 4, 5]]
-    expected = alone(model, prompts)
-    monkeypatch.setattr(window, "GROUP_COLUMNS", 8)
-    monkeypatch.setattr(window, "_groups", lambda *of: found.append(groups(*of)) or found[-1])
-    monkeypatch.setattr(cache_layers, "canvas_attention_torch", canvas_attention)
-    monkeypatch.setattr(engine, "are_possible", lambda device: True)
-    llm = LLM(model, max_num_seqs=5)
-    llm._driver.engine._decoder.uses_graphs = DEVICE == "cuda"  # nothing records what Triton's interpreter does
-    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
-    assert [output.outputs[0].token_ids for output in outputs] == expected
-    assert max(number for each in found for _, number in each) >= 3
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6])

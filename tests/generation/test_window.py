@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_hf.generation.window import GROUP_LENGTH, RUN_LENGTH, Frame, make_list, make_window
+from dllm_hf.generation.window import RUN_LENGTH, Frame, make_list, make_window
 
 SCRATCH, SLOTS = 300, 8
 
@@ -55,24 +55,6 @@ def test_padded_lists_have_few_shapes(widths):
         assert len(flat.columns) == sum(widths) and len(flat.runs) == len(widths)
     else:
         assert len(flat.columns) in (16, 32, 64) and len(flat.runs) == len(widths) + len(flat.columns) // 8
-
-
-@given(st.lists(st.tuples(st.sampled_from([(0, 0), (9, 256), (10, 300)]), st.sampled_from([4, 8, 70])), min_size=1))
-def test_runs_that_share_a_beginning_form_groups(every):
-    """Each run is in one group, whose runs share a beginning, stand one behind the other, and are no more than a tile."""
-    every = sorted(every)[: 2 * SLOTS]
-    frames = [Frame(300, 300 + width, 300, 304, 380, 380, 300, 4) for _, width in every]
-    flat = make_list(frames, list(range(len(every))), 2 * SLOTS, 400, 0, 1024, beginnings=[each for each, _ in every])
-    shared = [each for each, width in every if each[1] and width <= 8]
-    assert (flat.runs.shape[1] == 5) == (len(shared) > len(set(shared)))
-    if flat.runs.shape[1] == 5:
-        table = flat.runs.tolist()
-        members = [range(first, first + number) for *_, first, number in table]
-        assert sorted(run for each in members for run in each) == list(range(len(table)))
-        for each in (each for each in members if len(each) > 1):
-            assert len({every[table[run][0]][0] for run in each}) == 1
-            assert all(table[run][1] + table[run][2] == table[run + 1][1] for run in each[:-1])
-            assert sum(table[run][2] for run in each) <= GROUP_LENGTH <= flat.longest
 
 
 def test_copies_of_a_list_stand_behind_it():

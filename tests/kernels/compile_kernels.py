@@ -65,13 +65,10 @@ for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     canvas_attention(query, keys, keys, lengths, base, 768, 0.1)
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window)
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window, base.repeat(2, 2))
-    grouped = new(2, 5, dtype=torch.long)
-    canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, grouped, window, base.repeat(2, 2))
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window, own=base.repeat(3, 2))
     small, scales = new(kv_heads, 768, 128, dtype=torch.uint8), new(kv_heads, 768, 2, dtype=torch.bfloat16)
     places = (base.repeat(2, 2), base.repeat(3, 2))
     canvas_attention(query, small, small, lengths, base.repeat(2), 768, 0.1, runs, window, *places, scales)
-    canvas_attention(query, small, small, lengths, base.repeat(2), 768, 0.1, grouped, window, places[0], None, scales)
 for each in (keys, small, scales):
     copy_columns(each, new(2, 3, dtype=torch.long), 40)
 for residual, rounds_once in ((None, True), (x, False)):

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from dllm_hf.fused import stack as fused
 from dllm_hf.generation import cache_layers
 from dllm_hf.generation.remasking import ABSOLUTE, RELATIVE, RULES, select
-from dllm_hf.kernels import attention
 from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch, number_of_stages
 from dllm_hf.kernels.best_tokens import BLOCK, best_tokens, best_tokens_torch
 from dllm_hf.kernels.columns import copy_columns, copy_columns_torch
@@ -151,29 +150,6 @@ def test_rows_read_the_beginning_that_they_share_where_it_stands(is_list):
             columns = [(first if column < number else begin) + column for column in range(length)]
             one, alone = slice(row, row + 1), (x[None, :, columns] for x in (keys, values))
             close(got[one], attend(canvas_attention_torch, query[one], *alone, lengths[one], 0.1), torch.float32)
-
-
-@pytest.mark.parametrize("parts", [1, 3])
-def test_runs_that_share_a_beginning_read_it_together(parts, monkeypatch):
-    """Groups of three runs, of two, and of one without a beginning, in one part and in several, beside an empty group."""
-    monkeypatch.setattr(attention, "number_of_splits", lambda *_: parts)
-    counts, seen, own_columns = [4, 8, 3, 4, 2, 20], [80, 110, 70, 96, 77, 115], [600, 650, 500, 150, 300, 0]
-    shared = [(33, 70), (33, 70), (33, 70), (450, 64), (450, 64), (0, 0)]
-    groups = [(3, 2), (0, 3), (5, 1), (0, 0), (0, 0), (0, 0)]
-    begins = [sum(counts[:run]) for run in range(6)]
-    query, keys, values = random(1, 41, 4, 64), random(2, 900, 64), random(2, 900, 64, seed=1)
-    lengths = torch.tensor(
-        [seen[run] for run in range(6) for _ in range(counts[run])], dtype=torch.int32, device=DEVICE
-    )
-    lengths[[0, 30]] -= 3
-    runs = torch.tensor([[9, *of] for of in zip(begins, counts, *zip(*groups))], device=DEVICE)
-    base = torch.tensor([each - number for each, (_, number) in zip(own_columns, shared)], device=DEVICE)
-    arguments = (keys, values, lengths[None], base, 300, 0.1)
-    table = torch.tensor(shared, device=DEVICE).T.contiguous()
-    got = canvas_attention(query, *arguments, runs, 32, table)
-    close(got, canvas_attention_torch(query, *arguments, runs, 32, table), torch.float32)
-    plain = canvas_attention(query, *arguments, runs[:, :3].contiguous(), 32, table)
-    close(got, plain, torch.float32)
 
 
 @pytest.mark.parametrize("is_list, has_beginning", [(False, False), (True, False), (True, True)])

@@ -267,8 +267,6 @@ class Decoder:
         """One forward pass over the windows of rows, and a denoising step of those that have a block in it."""
         # `process` gets the logits of all rows.
         rows = [row for row in self.rows if row is not None and (row in chosen or self.process is not None)]
-        # Rows that share a beginning stand together, so that they can read it together.
-        rows.sort(key=lambda row: self.seats.beginning_of(row.slot))
         frames, slots = [chosen.get(row) or self._idle_frame() for row in rows], [row.slot for row in rows]
         is_stepping = [row in chosen and not row.is_prefilling for row in rows]
         stepping = [row for row, steps in zip(rows, is_stepping) if steps]
@@ -384,9 +382,9 @@ class Decoder:
                 frames, slots = frames + [frame for frame, *_ in copies], slots + [slot for _, slot, _ in copies]
             every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift)
             if backend.takes_lists:
-                padded_up_to = MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0
-                beginnings = [self.seats.beginning_of(slot) for slot in slots]
-                window = make_list(*every, drafts=numbers, padded_up_to=padded_up_to, beginnings=beginnings)
+                window = make_list(
+                    *every, drafts=numbers, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0
+                )
             else:
                 # A seed is not decided by the hidden state before its block, which only a recurrent cache keeps.
                 has_hidden = backend.sees_earlier_blocks and not self.seats.seeds_blocks

@@ -56,14 +56,9 @@ class Extents:
         """Columns of a slot's canvas, those that it shares included; 0 without an extent."""
         return self._held[slot][1] + self.shared_of(slot) if slot in self._held else 0
 
-    def beginning_of(self, slot: int) -> tuple[int, int]:
-        """A number for the shared beginning that a slot reads, and how many columns of it the slot reads; zeros where it
-        reads none."""
-        return self._shared.get(slot, (0, 0))
-
     def shared_of(self, slot: int) -> int:
         """Columns that a slot reads from a shared beginning."""
-        return self.beginning_of(slot)[1]
+        return self._shared.get(slot, (0, 0))[1]
 
     @property
     def free(self) -> int:

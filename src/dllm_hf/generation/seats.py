@@ -160,10 +160,6 @@ class Seats:
         if self._extents is not None:
             self._extents.upload()
 
-    def beginning_of(self, slot: int) -> tuple[int, int]:
-        """Which beginning a slot reads where it stands in an arena, see [`Extents.beginning_of`]."""
-        return (0, 0) if self._extents is None else self._extents.beginning_of(slot)
-
     def waits(self, row: Row) -> bool:
         """Whether a row waits for a beginning that another row computes."""
         return row in self._sources

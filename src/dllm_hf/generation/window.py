@@ -11,9 +11,6 @@ from .uploads import uploaded
 
 # Tokens of one row that attention reads as one run of a list, see [`Window`].
 RUN_LENGTH = 64
-# Tokens of rows that read a shared beginning together: with four queries of a key head each, a tile of attention; and the
-# columns that a beginning must have for that.
-GROUP_LENGTH, GROUP_COLUMNS = 16, 256
 
 
 class Frame(NamedTuple):
@@ -57,9 +54,8 @@ class Window:
     block: `(rows, block)`, the block's columns; a block that is shorter than others is padded with the scratch column.
     shown: `(rows, block)` bool, the positions of the block that the output shows.
     runs: `(runs, 3)`, pieces of a list of which each belongs to one row: slot, index of the first token, number of tokens.
-        A rectangle has none. Where rows share a beginning, `(runs, 5)`: what follows is a table of groups of runs that read it
-        together, see [`canvas_attention`].
-    longest: no run, and no group, has more tokens.
+        A rectangle has none.
+    longest: no run has more tokens.
     visible: the largest of `lengths`.
     seen: what `lengths` depends on: `"all"` (the same for all tokens), `"row"` or `"token"`.
     is_canvas: whether every row's window is its whole canvas, so that the pass refreshes the whole cache.
@@ -189,7 +185,6 @@ def make_list(
     shift: int,
     padded_up_to: int = 0,
     drafts: list[int] | None = None,
-    beginnings: list[tuple[int, int]] | None = None,
 ) -> Window:
     """The list of a pass over rows with any frames, on the CPU. Rows whose window is empty take part with their block alone.
     The other arguments are those of [`make_window`].
@@ -197,7 +192,6 @@ def make_list(
     Args:
         padded_up_to: lists of at most so many tokens are filled up with idle tokens and empty runs, unless all rows feed
             equally many: fewer shapes, fewer graphs.
-        beginnings: for each row, which beginning it shares, see [`Extents.beginning_of`]; those that share one stand together.
     """
     table = torch.tensor(frames)[:, :, None]
     start, end, first, last, length, _, _, grid, causal, is_seed = table[:, :, 0].unbind(1)
@@ -213,13 +207,7 @@ def make_list(
     skipped = longest * (torch.arange(len(of)) - (pieces.cumsum(0) - pieces)[of])
     runs = torch.stack([slot[of], begin[of] + skipped, (width[of] - skipped).clamp(max=longest)], dim=1)
     # The rows that see most first: a GPU that comes to them last would wait for them alone.
-    visible_of = torch.where(grid > 0, end, length)[of]
-    groups = (
-        []
-        if drafts or not beginnings
-        else _groups(runs, start[of], visible_of, [beginnings[each] for each in of.tolist()])
-    )
-    order = torch.arange(len(of)) if groups else visible_of.argsort(descending=True)
+    order = torch.where(grid > 0, end, length)[of].argsort(descending=True)
     runs, owners, of_drafts = runs[order], slot[row], {}
     if drafts is not None:
         first_aside, own, copies = _drafts(table[:, :2, 0], slots, drafts)
@@ -243,41 +231,11 @@ def make_list(
             of_drafts["texts"] = nn.functional.pad(of_drafts["texts"], (0, more), value=slots[0])
             of_drafts["aside"] = nn.functional.pad(of_drafts["aside"], (0, more), value=-1)
             of_drafts["own"] = nn.functional.pad(of_drafts["own"], (0, 0, 0, len(idle)))
-    if groups:
-        behind = ((run, 1) for run in range(len(of), len(runs)))
-        table_of_groups = torch.tensor([*groups, *behind])
-        table_of_groups = nn.functional.pad(table_of_groups, (0, 0, 0, len(runs) - len(table_of_groups)))
-        runs, longest = torch.cat([runs, table_of_groups], dim=1), max(longest, GROUP_LENGTH)
     kept = _kept(first[:, None], last[:, None], shift, is_seed[:, None])
     keep = begin[:, None] + (kept - start[:, None]) * (last > first)[:, None]
     tokens = {"owners": owners, "columns": columns, "lengths": lengths.to(torch.int32)}
     tokens |= {"keep": keep.clamp(0, len(columns) - 1), "runs": runs, **of_drafts}
     return _window(table, slots, number, scratch, **tokens, longest=longest, visible=visible, seen="token")
-
-
-def _groups(
-    runs: torch.Tensor, starts: torch.Tensor, visible: torch.Tensor, beginnings: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """The groups of runs that read a shared beginning together, each as its first run and their number, those that see most
-    first; none where no two runs do.
-
-    Args:
-        runs: in the order of the list. The others are given for each run.
-        starts: the first column that its row feeds, which must see all of the beginning.
-        visible: the columns that its row sees.
-    """
-    found: list[list[int]] = []  # first run, their number, columns, tokens
-    last, every = (0, 0), zip(runs[:, 2].tolist(), starts.tolist(), visible.tolist(), beginnings)
-    for run, (tokens, start, columns, beginning) in enumerate(every):
-        of = beginning if start >= beginning[1] >= GROUP_COLUMNS else (0, 0)
-        if of[1] and of == last and found[-1][3] + tokens <= GROUP_LENGTH:
-            found[-1][1:] = found[-1][1] + 1, found[-1][2] + columns - of[1], found[-1][3] + tokens
-        else:
-            found.append([run, 1, columns, tokens])
-        last = of
-    if len(found) == len(runs):
-        return []
-    return [(first, number) for first, number, *_ in sorted(found, key=lambda group: -group[2])]
 
 
 def _repeated(counts: torch.Tensor) -> torch.Tensor:

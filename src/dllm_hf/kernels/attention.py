@@ -30,7 +30,7 @@ def canvas_attention_torch(
     """The twin of [`canvas_attention`]."""
     if runs is not None:  # each run is a row of a rectangle
         tokens, inside = query.shape[1], torch.arange(longest, device=query.device)
-        index = torch.where(inside < runs[:, 2:3], runs[:, 1:2] + inside, tokens)
+        index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
         padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
         padded[:tokens], seen[:tokens] = query[0], lengths[0]
         places = {"shared": shared, "own": own, "scales": scales}
@@ -80,10 +80,8 @@ def canvas_attention(
         scale: of the scores.
         runs: `(runs, 3)` int64, if the batch of one is a list of tokens of several rows, see [`window.Window`]: the second
             number is the index of a run's first token, the third how many tokens it has. `base` is `(runs,)` then. Each
-            token must be in one run. Where runs share a beginning, `(runs, 5)`: the last two are the first run and the number
-            of runs of a group, which one tile of rows reads the beginning for. The runs of a group, and their tokens, stand one
-            behind the other, and see all of the beginning; each run is in one group, and groups of no run fill the table up.
-        longest: no run, and no group, has more tokens.
+            token must be in one run.
+        longest: no run has more tokens.
         shared: `(2, batch)` int64, contiguous, where rows share the beginning of their canvases: column i of a row is column
             shared[0] + i of the arena for i < shared[1]. Of the shape of `base` otherwise, as with `runs`.
         own: `(3, batch)` int64, contiguous, where rows have some columns for themselves beside a canvas that they share with
@@ -121,8 +119,7 @@ def canvas_attention(
         window, kv_heads, number, splits,
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, IS_SPLIT=splits > 1,
-        IS_LIST=runs is not None, IS_GROUPED=runs is not None and runs.shape[1] > 3, IS_SHARED=shared is not None,
-        HAS_OWN=own is not None,
+        IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
         IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=number_of_stages(block_m, block_n, block_d * query.element_size(), query.device),
     )  # fmt: skip
@@ -195,71 +192,6 @@ if triton is not None:
             tl.store(sums + row, logsum, mask=exists)
         tl.store(target + row[:, None] * HEAD_DIM + dims, result.to(target.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def _see(
-        tile, scale, keys, values, pairs, column, place, end, length, result, total, highest, key_column, value_column,
-        HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IN_EIGHT_BITS: tl.constexpr,
-        PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """Of the rows of a tile, the sums of values and of weights, and the highest score, with some more keys: those of the
-        columns of a canvas before `end`, which stand at `place`. Each row sees the columns before its `length`."""
-        dims = tl.arange(0, BLOCK_D)
-        inside = (column < end)[:, None] & (dims < HEAD_DIM)
-        key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
-        if IN_EIGHT_BITS:
-            pair = tl.load(pairs + place, mask=column < end, other=0)
-            key = key.to(tile.dtype)
-        # Inductor passes Python floats as fp64; cast back.
-        score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
-        if IN_EIGHT_BITS:
-            exponent = (pair >> 23) & 255  # of the value's scale, a power of two
-            score = score * (pair << 16).to(tl.float32, bitcast=True) + (exponent - 127).to(tl.float32)
-        score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
-        higher, prob, fade = _weights(score, highest)
-        if IN_EIGHT_BITS:
-            total = total * fade + tl.sum(prob * ((254 - exponent) << 23).to(tl.float32, bitcast=True), 1)
-        else:
-            total = total * fade + tl.sum(prob, 1)
-        value = tl.load(values + place[:, None] * value_column + dims, mask=inside, other=0.0)
-        result = result * fade[:, None]
-        if IN_EIGHT_BITS:
-            value = _converted(value, tile.dtype, BLOCK_N, BLOCK_D)
-        result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
-        return result, total, higher
-
-    @triton.jit
-    def _see_group(
-        tile, scale, keys, values, pairs, runs, base, shared, run, members, readers, first, token, length, start_of_part, end,
-        result, total, highest, key_column, value_column,
-        HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IN_EIGHT_BITS: tl.constexpr,
-        PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """A part of the columns of a group of runs: of the beginning that all of them see, then of those that each has for
-        itself."""
-        begin, number_shared = tl.load(shared + run), tl.load(shared + readers + run).to(tl.int32)
-        stop = tl.minimum(end, number_shared)
-        for start in range(start_of_part, stop, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)
-            result, total, highest = _see(
-                tile, scale, keys + begin * key_column, values + begin * value_column, pairs + begin, column, column, stop,
-                length, result, total, highest, key_column, value_column,
-                HEAD_DIM, BLOCK_D, BLOCK_N, IN_EIGHT_BITS, PRECISION,
-            )  # fmt: skip
-        for member in range(members):
-            place = runs + 5 * (run + member)
-            begin, from_token = tl.load(base + run + member), tl.load(place + 1) - first
-            is_its = (token >= from_token) & (token < from_token + tl.load(place + 2))
-            its_length = tl.where(is_its, length, 0)
-            stop = tl.minimum(end, tl.max(its_length, 0))
-            for start in range(tl.maximum(start_of_part, number_shared), stop, BLOCK_N):
-                column = start + tl.arange(0, BLOCK_N)
-                result, total, highest = _see(
-                    tile, scale, keys + begin * key_column, values + begin * value_column, pairs + begin, column, column,
-                    stop, its_length, result, total, highest, key_column, value_column,
-                    HEAD_DIM, BLOCK_D, BLOCK_N, IN_EIGHT_BITS, PRECISION,
-                )  # fmt: skip
-        return result, total, highest
-
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
     @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
     def _attend(
@@ -267,21 +199,14 @@ if triton is not None:
         window, kv_heads, number, splits,
         query_batch, query_token, query_head, key_head, key_column, value_head, value_column, pair_head,
         GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr, IS_GROUPED: tl.constexpr,
+        BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
         IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, IN_EIGHT_BITS: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
         reader, kv_head, split = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads, tl.program_id(2)
         rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         if IS_LIST:
-            if IS_GROUPED:
-                run, members = tl.load(runs + 5 * reader + 3), tl.load(runs + 5 * reader + 4).to(tl.int32)
-                if members == 0:
-                    return
-                first, last = tl.load(runs + 5 * run + 1), 5 * (run + members - 1)
-                tokens = tl.load(runs + last + 1) + tl.load(runs + last + 2) - first
-            else:
-                first, tokens = tl.load(runs + 3 * reader + 1), tl.load(runs + 3 * reader + 2)
+            first, tokens = tl.load(runs + 3 * reader + 1), tl.load(runs + 3 * reader + 2)
             start_of_row = first * query_token
             if tl.program_id(0) * BLOCK_M >= tokens * GROUPS:
                 return
@@ -295,10 +220,19 @@ if triton is not None:
         length = tl.load(lengths + first + token, mask=exists, other=0)
         start_of_row += token * query_token + head * query_head
         tile = tl.load(query + start_of_row[:, None] + dims, mask=exists[:, None] & real, other=0.0)
-        keys += kv_head.to(tl.int64) * key_head
-        values += kv_head.to(tl.int64) * value_head
+        begin = tl.load(base + reader)
+        # From here on places are counted from the row's base: 32 bits, which are faster, have room for their distance.
+        keys += begin * key_column + kv_head.to(tl.int64) * key_head
+        values += begin * value_column + kv_head.to(tl.int64) * value_head
+        if IS_SHARED:
+            away = (tl.load(shared + reader) - begin).to(tl.int32)
+            number_shared = tl.load(shared + tl.num_programs(1) // kv_heads + reader).to(tl.int32)
+        if HAS_OWN:
+            readers = tl.num_programs(1) // kv_heads
+            own_first, own_last = tl.load(own + reader).to(tl.int32), tl.load(own + readers + reader).to(tl.int32)
+            aside = (tl.load(own + 2 * readers + reader) - begin).to(tl.int32) - own_first
         if IN_EIGHT_BITS:
-            pairs += kv_head.to(tl.int64) * pair_head
+            pairs += begin + kv_head.to(tl.int64) * pair_head
             tile, scale = _fractions(tile, scale, query.dtype.element_ty != tl.float32)
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
         longest = tl.max(length, 0)
@@ -306,34 +240,35 @@ if triton is not None:
         end = tl.minimum(longest, (split + 1) * chunk)
         highest, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
         result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        readers = tl.num_programs(1) // kv_heads
-        if IS_GROUPED:
-            result, total, highest = _see_group(
-                tile, scale, keys, values, pairs, runs, base, shared, run, members, readers, first, token, length,
-                split * chunk, end, result, total, highest, key_column, value_column,
-                HEAD_DIM, BLOCK_D, BLOCK_N, IN_EIGHT_BITS, PRECISION,
-            )  # fmt: skip
-        else:
-            begin = tl.load(base + reader)
-            # From here on places are counted from the row's base: 32 bits, which are faster, have room for their distance.
-            keys, values, pairs = keys + begin * key_column, values + begin * value_column, pairs + begin
+        for start in range(split * chunk, end, BLOCK_N):
+            column = start + tl.arange(0, BLOCK_N)
+            inside = (column < end)[:, None] & real
+            place = column
             if IS_SHARED:
-                away = (tl.load(shared + reader) - begin).to(tl.int32)
-                number_shared = tl.load(shared + readers + reader).to(tl.int32)
+                place += tl.where(column < number_shared, away, 0)
             if HAS_OWN:
-                own_first, own_last = tl.load(own + reader).to(tl.int32), tl.load(own + readers + reader).to(tl.int32)
-                aside = (tl.load(own + 2 * readers + reader) - begin).to(tl.int32) - own_first
-            for start in range(split * chunk, end, BLOCK_N):
-                column = start + tl.arange(0, BLOCK_N)
-                place = column
-                if IS_SHARED:
-                    place += tl.where(column < number_shared, away, 0)
-                if HAS_OWN:
-                    place = tl.where((column >= own_first) & (column < own_last), column + aside, place)
-                result, total, highest = _see(
-                    tile, scale, keys, values, pairs, column, place, end, length, result, total, highest, key_column,
-                    value_column, HEAD_DIM, BLOCK_D, BLOCK_N, IN_EIGHT_BITS, PRECISION,
-                )  # fmt: skip
+                place = tl.where((column >= own_first) & (column < own_last), column + aside, place)
+            key = tl.load(keys + place[:, None] * key_column + dims, mask=inside, other=0.0)
+            if IN_EIGHT_BITS:
+                pair = tl.load(pairs + place, mask=column < end, other=0)
+                key = key.to(tile.dtype)
+            # Inductor passes Python floats as fp64; cast back.
+            score = (tl.dot(tile, tl.trans(key), input_precision=PRECISION) * scale).to(tl.float32)
+            if IN_EIGHT_BITS:
+                exponent = (pair >> 23) & 255  # of the value's scale, a power of two
+                score = score * (pair << 16).to(tl.float32, bitcast=True) + (exponent - 127).to(tl.float32)
+            score = tl.where((column < end) & (column < length[:, None]), score, -float("inf"))
+            higher, prob, fade = _weights(score, highest)
+            if IN_EIGHT_BITS:
+                total = total * fade + tl.sum(prob * ((254 - exponent) << 23).to(tl.float32, bitcast=True), 1)
+            else:
+                total = total * fade + tl.sum(prob, 1)
+            value = tl.load(values + place[:, None] * value_column + dims, mask=inside, other=0.0)
+            result = result * fade[:, None]
+            if IN_EIGHT_BITS:
+                value = _converted(value, tile.dtype, BLOCK_N, BLOCK_D)
+            result += tl.dot(prob.to(value.dtype), value, input_precision=PRECISION)
+            highest = higher
 
         row = (first + token).to(tl.int64) * kv_heads * GROUPS + head
         part, target = split.to(tl.int64) * number, parts if IS_SPLIT else out
