@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from dllm_hf.generation.remasking import RULES
 from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states, read_block, short_convolutions
 from dllm_hf.kernels.attention import canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens
@@ -21,6 +22,7 @@ from dllm_hf.kernels.experts import choose_experts, routed_experts
 from dllm_hf.kernels.layers import Float8Rows, add_rms_norm, quantize_rows, rotate_and_store, swiglu
 from dllm_hf.kernels.products import few_rows_product
 from dllm_hf.kernels.reduce import divide_add_rms_norm, push_add_rms_norm
+from dllm_hf.kernels.selection import select_positions
 
 DTYPE, FLOATS = getattr(torch, sys.argv[1]), sys.argv[2]
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -93,6 +95,14 @@ for norms in ((), (new(128), new(128), 1e-6)):
 small, scales = new(8, 64, 128, dtype=torch.uint8), new(8, 64, 2, dtype=torch.bfloat16)
 rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, small, small, *norms, scales)
 best_tokens(new(1, 32, 126464), 5)
+for size in (4, 64):
+    scores, numbers, flags = (
+        new(2, size, dtype=torch.float32),
+        new(2, 1, dtype=torch.long),
+        new(2, 64, dtype=torch.bool),
+    )
+    bounds = [scores[:, :1]] * 3
+    select_positions(RULES, (5e-7, 4e-6), numbers, scores, scores, flags[:, :1], flags[:, :size], numbers, *bounds)
 logits = new(32, 256, dtype=torch.float32)
 weights, chosen = choose_experts(logits, 8, True, logits[0], 8, 4, 2.5)
 choose_experts(new(32, 96), 8, False)

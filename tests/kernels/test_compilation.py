@@ -27,6 +27,7 @@ KERNELS = {
     "_quantize_rows",
     "_quantize_parts",
     "_few_rows_product",
+    "_select",
 }
 KERNELS |= {"_choose", "_assign", "_product", "_weighted_sum"}
 KERNELS |= {"_short_convolutions", "_read_block", "_move_states", "_mix_scans"}

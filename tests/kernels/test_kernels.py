@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
 from dllm_hf.fused import stack as fused
 from dllm_hf.generation import cache_layers
+from dllm_hf.generation.remasking import ABSOLUTE, RELATIVE, RULES, select
 from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch, number_of_stages
 from dllm_hf.kernels.best_tokens import BLOCK, best_tokens, best_tokens_torch
 from dllm_hf.kernels.columns import copy_columns, copy_columns_torch
@@ -18,6 +21,7 @@ from dllm_hf.kernels.layers import (
     swiglu,
     swiglu_torch,
 )
+from dllm_hf.kernels.selection import select_positions
 
 from ..builders import as_list, new_model, pairwise, window_of
 
@@ -290,6 +294,30 @@ def test_where_nothing_is_a_number_some_token_is_proposed(mask):
     best, probability, _, _ = best_tokens(logits, mask)
     assert 0 <= best[0, 0] < 2 * BLOCK and best[0, 0] != mask
     assert probability[0, 0].isnan() and best[0, 1] == best_tokens_torch(logits, mask)[0][0, 1]
+
+
+@given(data=st.data())
+@settings(max_examples=40)
+def test_positions_are_those_that_the_rules_name(data):
+    """Ties within rounding too, and scores that are no numbers, which the step has made the lowest."""
+    size = data.draw(st.sampled_from([1, 3, 4, 32]))
+    score = st.sampled_from([0.0, 0.25, 0.5, 0.5 + 2**-22, 0.50001, 1.0, torch.finfo(torch.float32).min])
+    each = [st.lists(score, min_size=size, max_size=size), st.lists(st.booleans(), min_size=size, max_size=size)]
+    each += [
+        st.sampled_from(RULES),
+        st.booleans(),
+        st.integers(0, size),
+        st.tuples(*[st.sampled_from([0.1, 0.5, 2])] * 3),
+    ]
+    scores, masked, rule, is_probability, quota, bounds = zip(
+        *data.draw(st.lists(st.tuples(*each), min_size=1, max_size=3))
+    )
+    column = lambda values: torch.tensor(values)[:, None]
+    before = (column([RULES.index(name) for name in rule]), torch.tensor(scores))
+    behind = (column(is_probability), torch.tensor(masked), column(quota), *torch.tensor(bounds).T[..., None])
+    expected = select(frozenset({*rule, "quota"}), *before, *behind)
+    ruled, scores, *behind = (x.to(DEVICE) for x in (*before, *behind))
+    assert torch.equal(select_positions(RULES, (ABSOLUTE, RELATIVE), ruled, scores, scores, *behind).cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

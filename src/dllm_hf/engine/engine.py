@@ -29,8 +29,9 @@ from .sequence import Sequence
 
 # Completions behind the free slots among which one is looked for that fits where the first do not.
 LOOKAHEAD = 64
-# Completions that are admitted in one step; the host admits others while the device computes.
-ADMITTED = 16
+# Completions that are admitted in one step, and columns of it for each further one: the host admits them while the device
+# computes, and has done so before the device is ready. (Numbers and no clock: the processes of a divided model do the same.)
+ADMITTED, COLUMNS_PER_ADMISSION = 16, 32
 
 
 class QueueFullError(RuntimeError):
@@ -78,6 +79,7 @@ class Engine:
     ):
         self.model, self.max_queue = model, max_queue
         self.max_passed_over, self._cache_columns = max_passed_over, cache_columns
+        self._token_budget: float = token_budget
         options = {"prefill_chunk_size": token_budget, **options}
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Row, Sequence] = {}
@@ -244,17 +246,21 @@ class Engine:
         self._admitting = []
 
     def _next(self) -> list[Sequence]:
-        """The completions that get a slot now: the first that wait, and those behind them that fit where they do not."""
+        """The completions that get a slot now: the first that wait, and those behind them that fit where they do not. While the
+        device has nothing to do, no more than the prompts that one step computes."""
         seats, found = self._decoder.seats, list[Sequence]()
-        free, room = min(len(seats.free), ADMITTED), math.inf if seats.room is None else seats.room
+        most, left = ADMITTED + self._decoder.columns_fed // COLUMNS_PER_ADMISSION, math.inf
+        if not self.running:
+            most, left = ADMITTED, self._token_budget
+        free, room = min(len(seats.free), most), math.inf if seats.room is None else seats.room
         blocked: list[Sequence] = []
         for sequence in itertools.islice(self.waiting, free + LOOKAHEAD):
-            if len(found) == free or (blocked and blocked[0].passed_over >= self.max_passed_over):
+            if len(found) == free or left <= 0 or (blocked and blocked[0].passed_over >= self.max_passed_over):
                 break
             if sequence.columns > room:
                 blocked.append(sequence)
                 continue
-            room -= sequence.columns
+            room, left = room - sequence.columns, left - len(sequence.request.prompt)
             found.append(sequence)
             for each in blocked:
                 each.passed_over += 1

@@ -54,12 +54,8 @@ class Intake:
         """
         options = self._options_of(params)
         vocab = self.model.config.vocab_size
-        for name, tokens in (("the prompt", prompt), ("`stop_token_ids`", params.stop_token_ids or ())):
-            extremes = min(tokens, default=0), max(tokens, default=0)
-            if wrong := [token for token in extremes if not 0 <= token < vocab]:
-                raise ValueError(
-                    f"{name} holds the token id {wrong[0]}, but the vocabulary has {vocab} tokens: was it made for this model?"
-                )
+        if wrong := [token for token in params.stop_token_ids or () if not 0 <= token < vocab]:
+            raise ValueError(f"`stop_token_ids` holds the token id {wrong[0]}, but the vocabulary has {vocab} tokens.")
         ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
         first = int(torch.randint(2**62, ())) if params.seed is None else params.seed

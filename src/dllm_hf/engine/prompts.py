@@ -14,7 +14,7 @@ def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     Raises:
         ValueError: it is none, or needs a tokenizer or a chat template that is not there.
     """
-    if isinstance(prompt, (list, tuple)) and set(map(type, prompt)) <= {int}:
+    if isinstance(prompt, (list, tuple)) and [*map(type, prompt)].count(int) == len(prompt):
         return list(prompt)
     is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
     if not (is_chat or isinstance(prompt, str)):

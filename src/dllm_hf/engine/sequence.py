@@ -62,8 +62,9 @@ class Sequence:
     is_finished: bool = False
 
     def admit(self, row: Row) -> None:
-        self.row, self.text = row, row.text[: row.shown]
-        self.logprobs = [None] * row.shown
+        self.row, self.text, self.final = row, row.text[: row.shown], self.request.given
+        if self.request.logprobs is not None:
+            self.logprobs = [None] * row.shown
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End it wherever it stands."""
@@ -122,7 +123,7 @@ class Sequence:
         gave the row a token; `transferred`: how many it got."""
         row, prompt = self.row, self.request.prompt
         mask, filled = self.request.options.mask_token_id, None
-        if row is not None and mask in prompt and mask not in self.text[: len(prompt)]:
+        if row is not None and self.request.given < len(prompt) and mask not in self.text[: len(prompt)]:
             filled = self.text[: len(prompt)]
         has_end = bool(self.tokens) and self.tokens[-1] in as_token_list(self.request.options.eos_token_id)
         text, filled_text = "", None

@@ -17,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 
 from ..generation.divided_head import VocabularyPart
 from ..generation.ranks import divided_modules, local, ranks_of
+from ..generation.remasking import select
 from ..generation.window import Window
 from ..kernels.ahead import compiled_ahead
 from ..kernels.best_tokens import best_tokens
@@ -187,7 +188,9 @@ class FusedStack:
         with compiled_ahead():
             logits = first(tokens, window, cache)
             if logits.numel():
-                best_tokens(logits, 0)
+                best, scores, *_ = best_tokens(logits, 0)
+                masked, first_best, bounds = scores > 0, best[:, :1], [scores[:, :1]] * 3
+                select(frozenset(["quota"]), first_best, scores, masked[:, :1], masked, first_best, *bounds)
 
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(rows, window)` -> `(rows, window, hidden)` twice: the first layer's norm of the embeddings, and these."""

@@ -38,8 +38,8 @@ class Beginnings:
         (slots,) = alike.nonzero()
         if not len(slots):
             return [], 0
-        # The last column differs from everything, so that each row has a first difference.
-        differs = numpy.ones((len(slots), whole + 1), dtype=bool)
-        numpy.not_equal(self._tokens[slots, :whole], text, out=differs[:, :whole])
-        common = numpy.minimum(differs.argmax(1), self._lengths[slots]) // block_length * block_length
+        differs = self._tokens[slots, :whole] != text
+        first = differs.argmax(1)
+        first[~differs[numpy.arange(len(slots)), first]] = whole  # there is no difference
+        common = numpy.minimum(first, self._lengths[slots]) // block_length * block_length
         return slots[common == common.max()].tolist(), int(common.max())

@@ -45,6 +45,7 @@ class Decoder:
 
     Attributes:
         num_forward_passes: of all rows together.
+        columns_fed: of the step that was launched last, the columns of all its passes.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Decoder:
         self.seats = Seats(backend, workspace.state, slots, columns, shares_beginnings)
         self.rows = self.seats.rows
         self.features: dict[int, Features] = {}  # by slot
-        self.num_forward_passes, self._steps = 0, 0
+        self.num_forward_passes, self.columns_fed, self._steps = 0, 0, 0
         self._launched: list[Row] = []  # rows of the step that has not been settled
         self._last_steps: dict[int, int] = {}  # by slot, in which step the row took part last
         self._windows: dict[bool, tuple[tuple, Window]] = {}  # the last without drafts, and with
@@ -163,7 +164,7 @@ class Decoder:
             self._open_block(row)
         if opened:
             self.canvas.load_schedules(opened)
-        self._steps += 1
+        self._steps, self.columns_fed = self._steps + 1, 0
         rows, frames = self._within_budget(rows)
         has_passed = bool(frames)
         if self.token_budget is None:  # the rows of a call stay in step: the longer prompts first
@@ -280,6 +281,7 @@ class Decoder:
         window = wide = self._make_window(frames, slots)
         if drafts:
             wide = self._make_window(frames, slots, tuple(drafts.get(slot, 0) for slot in slots))
+        self.columns_fed += wide.columns.numel()
         features = Features.union(self.features[row.slot] for row in chosen)
         if drafts and self.watches_steps:
             self._step_ahead(window, wide, features, self._may_capture(frames))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
 import torch
 from transformers import PreTrainedConfig
 
@@ -65,6 +66,15 @@ def check_inputs(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[
     if attention_mask is None:
         return input_ids, [input_ids.shape[1]] * len(input_ids)
     return input_ids, (attention_mask == 1).sum(-1).tolist()
+
+
+def check_tokens(ids: numpy.ndarray, vocab_size: int) -> None:
+    """Refuse a prompt, `(tokens,)`, that was made for another vocabulary."""
+    for token in (ids.min(initial=0), ids.max(initial=0)):
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"the prompt holds the token id {token}, but the vocabulary has {vocab_size} tokens: was it made for this model?"
+            )
 
 
 def count_new_tokens(config: DiffusionGenerationConfig, prompt_length: int, longest: int) -> int:

@@ -34,7 +34,7 @@ from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
-from .inputs import check_batch, check_fits, check_inputs, count_new_tokens, unpack_inputs
+from .inputs import check_batch, check_fits, check_inputs, check_tokens, count_new_tokens, unpack_inputs
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
 from .ranks import Ranks, SharedCriterion, ranks_of
 from .requests import Request
@@ -288,7 +288,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         check_fits(self.config, len(prompt) + new_tokens, new_tokens)
         request = Request(list(prompt), new_tokens, config, generator, self.quota_source, logprobs)
-        check_inputs(torch.from_numpy(request.ids)[None], None, self.config.vocab_size)
+        check_tokens(request.ids, self.config.vocab_size)
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
 

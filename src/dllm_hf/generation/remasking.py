@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.selection import LARGEST_BLOCK, select_positions
+
 # Scores closer than `ABSOLUTE * (1 + |score|)` tie; of probabilities, whose rounding is relative, also no closer than
 # `RELATIVE * score`. The smallest values under which rows did not depend on their neighbours, on CPUs and on an H100:
 # benchmarks/tie_tolerance.py.
@@ -139,15 +141,18 @@ def select(
     quota = quota.expand(len(masked), 1)
     if rules <= {"bernoulli"}:
         return masked & (quota > 0)
-    leftmost = masked & (masked.cumsum(-1) <= quota)
     if rules <= {"sequential"}:
-        return leftmost
+        return leftmost_of(masked, quota)
     has = lambda name: rule == RULES.index(name)
     ranked_by = scores
     if gumbel is not None and alg_temp is not None:
         drawn = (scores / alg_temp.clamp(min=1e-30)).clamp(min=torch.finfo(torch.float32).min / 2) + gumbel
         draws = (alg_temp > 0) & (has("quota") | has("threshold"))
         ranked_by, is_probability = torch.where(draws, drawn, scores), is_probability & ~draws
+    if scores.is_cuda and scores.shape[1] <= LARGEST_BLOCK:
+        numbers = (quota, threshold, entropy_bound, factor)
+        tolerances = (ABSOLUTE, RELATIVE)
+        return select_positions(RULES, tolerances, rule, scores, ranked_by, is_probability, masked, *numbers)
     order, rank = rank_of(torch.where(masked, ranked_by, -torch.inf), is_probability)
     count = quota
     number = torch.arange(1, order.shape[1] + 1, device=order.device)
@@ -166,10 +171,15 @@ def select(
         is_enough = has("threshold") & (above.sum(-1, keepdim=True) >= quota)
         chosen = torch.where(is_enough, above, chosen)
     if "sequential" in rules:
-        chosen = torch.where(has("sequential"), leftmost, chosen)
+        chosen = torch.where(has("sequential"), leftmost_of(masked, quota), chosen)
     if "bernoulli" in rules:
         chosen = torch.where(has("bernoulli"), masked, chosen)
     return chosen & (quota > 0)
+
+
+def leftmost_of(masked: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+    """The first `quota` positions of `masked`, `(rows, block)`."""
+    return masked & (masked.cumsum(-1) <= quota)
 
 
 def rank_of(scores: torch.Tensor, is_probability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

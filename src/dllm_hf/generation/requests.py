@@ -59,8 +59,19 @@ class Request:
 
     @cached_property
     def ids(self) -> numpy.ndarray:
-        """The prompt, `(prompt,)`. Made once: lists become arrays at some 30 ns a token."""
-        return numpy.array(self.prompt, dtype=numpy.int64)
+        """The prompt, `(prompt,)`. Made once: lists become arrays at some 15 ns a token."""
+        try:
+            return numpy.fromiter(self.prompt, numpy.int64, len(self.prompt))
+        except OverflowError:
+            raise ValueError(
+                f"the prompt holds the token id {max(self.prompt, key=abs)}, which no vocabulary has."
+            ) from None
+
+    @cached_property
+    def given(self) -> int:
+        """How many tokens of the prompt stand before its first mask."""
+        (masks,) = (self.ids == self.options.mask_token_id).nonzero()
+        return int(masks[0]) if len(masks) else len(self.prompt)
 
     def length(self, block_grid: str) -> int:
         """Columns of the canvas. With the grid at 0, a last block that holds masks is filled up with masks."""
@@ -152,19 +163,19 @@ class Row:
         self.length, self.final_length, self.passes = len(self.text), 0, 0
         self.ends_at, self.has_ended = self.shown, False
         self.draft_steps, self.leaps = 0, False
-        self.begin(self.text)
+        self.begin(self.text, request.given)
 
-    def begin(self, text: list[int]) -> None:
-        """Start to decode the masks of `text`, the row's present canvas."""
-        self.blocks = self._speculative_blocks(0) if self.speculates else self._blocks(text)
+    def begin(self, text: list[int], given: int = 0) -> None:
+        """Start to decode the masks of `text`, the row's present canvas. `given`: no column before it holds one."""
+        self.blocks = self._speculative_blocks(0) if self.speculates else self._blocks(text, given)
         self.block_index, self.is_open, self.is_done, self.taken = 0, False, not self.blocks, 0
         self.quotas: list[int] = []
         self.whole_cell: tuple[int, int] | None = None
         self.first_is_masked = False
 
-    def _blocks(self, text: list[int]) -> list[Part]:
+    def _blocks(self, text: list[int], given: int) -> list[Part]:
         """What is decoded of a text, one after the other."""
-        cells = self._cells(text)
+        cells = self._cells(text, given)
         steps: list[int | None] = [self.request.options.denoising_steps] * len(cells)
         if self.request.options.steps is not None:
             steps = spread(self.request.options.steps, len(cells))
@@ -173,10 +184,10 @@ class Row:
             steps = [None if number is None else min(number, to_fill) for number in steps]
         return [part for cell, number in zip(cells, steps) for part in self._parts(text, cell, number)]
 
-    def _cells(self, text: list[int]) -> list[tuple[int, int]]:
+    def _cells(self, text: list[int], given: int) -> list[tuple[int, int]]:
         """The grid's cells that hold masks among the columns that are shown, as (start, end)."""
         try:
-            first, length = text.index(self.mask, 0, self.shown), self.block_length
+            first, length = text.index(self.mask, given, self.shown), self.block_length
         except ValueError:
             return []
         if length is None:

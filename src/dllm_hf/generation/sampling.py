@@ -124,7 +124,9 @@ def propose(
     """
     if gumbel is None and logits.is_cuda:
         proposals, probability, margin, entropy = best_tokens(logits, mask_token_id)
-        return proposals, {"probability": probability, "margin": margin, "neg_entropy": -entropy, None: probability * 0}
+        found = {"probability": probability, "margin": margin}
+        found |= {"neg_entropy": -entropy} if "neg_entropy" in scores else {}
+        return proposals, found | ({None: probability * 0} if None in scores else {})
     mask_logit = logits[..., mask_token_id].clone()
     logits[..., mask_token_id] = -torch.inf
     proposals = first_of_the_largest(logits) if gumbel is None else (logits.double() + gumbel).argmax(-1)

@@ -55,8 +55,7 @@ class Seats:
         """
         backend, size = self.backend, request.options.block_length
         columns = request.columns(backend.block_grid)
-        (masks,) = (request.ids == request.options.mask_token_id).nonzero()
-        known = request.ids[: masks[0]] if len(masks) else request.ids
+        known = request.ids[: request.given]
         # The pass that decides a seed feeds at least the last token before it, which no other slot may read.
         found = known[:-1] if self.seeds_blocks else known
         holders, shared = ([], 0) if self._beginnings is None else self._beginnings.find(found, size)
@@ -120,16 +119,17 @@ class Seats:
         self._extents.release(slot)
         if source is not None:
             self._extents.share(source, slot, shared)
-        others = [each for each in self.free if each != slot]
-        others.sort(key=set(holders).__contains__)
-        while not self._extents.acquire(slot, columns) and others:
-            self._extents.release(other := others.pop(0))
+        if self._extents.acquire(slot, columns):
+            return
+        for other in sorted((each for each in self.free if each != slot), key=set(holders).__contains__):
+            self._extents.release(other)
             if self._beginnings is not None:
                 self._beginnings.drop(other)
-        if not self._extents.size_of(slot):
-            raise ValueError(
-                f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first."
-            )
+            if self._extents.acquire(slot, columns):
+                return
+        raise ValueError(
+            f"{columns} columns do not fit into the {self._extents.free} that are free: remove rows first."
+        )
 
     def _take_over(self, row: Row, source: int, shared: int) -> None:
         """`shared`: columns that the source holds or will hold."""
@@ -172,7 +172,9 @@ class Seats:
         self._sources.pop(row, None)
         self._bequeath(row, is_intact)
         if self._beginnings is not None:
-            text = row.request.ids if tokens is None else numpy.array(tokens)
+            given, text = row.request.given, row.request.ids
+            if tokens is not None:
+                text = numpy.concatenate([text[:given], numpy.array(tokens[given:], dtype=numpy.int64)])
             self._beginnings.put(slot, text[: row.final_length if is_intact else 0], row.block_length)
             self._final_lengths[slot] = row.final_length
         self.rows[slot] = None
