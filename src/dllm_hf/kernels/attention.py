@@ -157,7 +157,8 @@ def tile_of(rows: int, is_float32: bool, in_eight_bits: bool) -> tuple[int, int,
         return 0, 8, 32, 1
     if in_eight_bits and rows <= 16:
         return 1, 16, 128, 4
-    return 1, max(16, min(64, triton.next_power_of_2(rows))), 64, 4
+    most = 32 if in_eight_bits else 64
+    return 1, max(16, min(most, triton.next_power_of_2(rows))), 64, 4
 
 
 if triton is not None:
