@@ -286,9 +286,9 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         """What a [`Decoder`] decodes in one row: a prompt, and options resolved as [`diffusion_generate`] resolves them."""
         config = self._prepare_diffusion_config(None, options)
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
-        check_fits(self.config, len(prompt) + new_tokens, new_tokens)
         request = Request(list(prompt), new_tokens, config, generator, self.quota_source, logprobs)
         check_tokens(request.ids, self.config.vocab_size)
+        check_fits(self.config, len(prompt) + new_tokens, new_tokens)
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
 
