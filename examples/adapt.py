@@ -43,7 +43,7 @@ from dllm_hf.training import DataCollatorForMaskedDiffusion
 sys.path.insert(0, str(Path(__file__).parent))
 from adapt_data import END, MASK, WINDOW, Windows, find_gguf, prepare  # noqa: E402
 from adapt_measure import evaluate, report  # noqa: E402
-from train import check_checkpoint, interrupted  # noqa: E402
+from train import check_run, interrupted  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,9 @@ def aligned(model: GLADreamModel, gguf: Path, tokenizer, args: Arguments, traini
         rows = Windows(Path(args.out) / "data", tokenizer, "sequential", number, labelled=False)
         own = TrainingArguments(str(folder.parent / "alignment"), save_strategy="no", **given(training))
         own.learning_rate = 1e-3
+        if args.compile_layers:
+            for layer in model.model.layers:  # without the hooks of the stage
+                layer.self_attn.forward = torch.compile(layer.self_attn.forward)
         stage = Alignment(model, original(gguf))
         trainer = run_stage(stage, rows, args, own, default_data_collator, [])
         if trainer.is_world_process_zero():
@@ -285,7 +288,7 @@ def train(argv: list[str]) -> None:
     if args.batch % (devices * training.gradient_accumulation_steps):
         raise SystemExit(f"--batch {args.batch} must be a multiple of the devices times --gradient_accumulation_steps.")
     training.per_device_train_batch_size = args.batch // devices // training.gradient_accumulation_steps
-    check_checkpoint(training)
+    check_run(training)
     gguf = find_gguf(args.gguf)
     tokenizer = tokenizer_of(gguf)
     # It skips the two thirds of the mask over noisy and clean text where nothing is seen.

@@ -13,6 +13,7 @@ The dataset is a text file, a JSON-lines file or the name of a dataset (with the
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,11 +243,13 @@ def check(args: Arguments, training: TrainingArguments) -> None:
     for name in ("context", "stride"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"--{name} {getattr(args, name)} must be at least 1.")
-    check_checkpoint(training)
+    check_run(training)
 
 
-def check_checkpoint(training: TrainingArguments) -> None:
-    """Make the folder of the last checkpoint of `last`."""
+def check_run(training: TrainingArguments) -> None:
+    """Refuse processes that would each train a model of its own, and make the folder of the last checkpoint of `last`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != training.world_size:
+        raise SystemExit("Several processes without a GPU take --use_cpu true --ddp_backend gloo.")
     checkpoint = training.resume_from_checkpoint
     if checkpoint in ("last", "True", "true"):
         training.resume_from_checkpoint = last_checkpoint(training.output_dir)

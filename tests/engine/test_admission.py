@@ -44,7 +44,9 @@ def test_shorter_ones_pass_one_that_waits_for_room_but_not_without_end():
 
 def test_the_device_waits_for_one_step_s_prompts_and_the_others_are_admitted_beside_it():
     """The prompts of 40 tokens that a step of 64 computes; beside a long step more than beside a short one."""
-    engine = LLM(tiny_model("sdar"), max_num_seqs=64, num_cache_tokens=64 * 50, max_num_batched_tokens=64)._driver.engine
+    engine = LLM(
+        tiny_model("sdar"), max_num_seqs=64, num_cache_tokens=64 * 50, max_num_batched_tokens=64
+    )._driver.engine
     for number in range(60):
         engine.submit(engine.intake.prepare([number] * 40, params(4), str(number)))
     add, admitted = engine._decoder.add, []

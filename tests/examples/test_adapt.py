@@ -150,6 +150,12 @@ def losses(folder: Path, arm: str, measure: str = "training") -> list[float]:
     return [loss for line in lines if line["measure"] == measure for _, loss in line["loss"]]
 
 
+def test_processes_that_would_each_train_a_model_are_refused(adapt, folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as by torchrun, on a machine without a GPU
+    with pytest.raises(SystemExit, match="--ddp_backend gloo"):
+        run(adapt, folder, "train", "--arm", "control", *TRAIN)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["control", "dream", "sdar", "gla_dream"])
 def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsys, monkeypatch):
