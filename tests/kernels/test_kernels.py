@@ -22,6 +22,7 @@ from dllm_hf.kernels.layers import (
     swiglu_torch,
 )
 from dllm_hf.kernels.selection import select_positions
+from dllm_hf.kernels.triton import has_kernels
 
 from ..builders import as_list, new_model, pairwise, window_of
 
@@ -372,3 +373,11 @@ def test_loads_fit_into_the_shared_memory(room, head_dim, stages, monkeypatch):
     properties = type("Properties", (), {"shared_memory_per_block_optin": room * 1024})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert number_of_stages(64, 64, 2 * head_dim, torch.device("cuda")) == stages
+
+
+def test_a_gpu_without_triton_gets_the_twins(monkeypatch):
+    on_gpu = type("OnGPU", (), {"is_cuda": True})
+    monkeypatch.setattr("dllm_hf.kernels.triton.triton", None)
+    assert not has_kernels(on_gpu)
+    monkeypatch.setattr("dllm_hf.kernels.triton.triton", object())
+    assert has_kernels(on_gpu) and not has_kernels(torch.zeros(1))

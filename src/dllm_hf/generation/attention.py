@@ -9,7 +9,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from ..kernels.attention import canvas_attention
-from ..kernels.triton import triton
+from ..kernels.triton import has_kernels
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ def canvas_attention_forward(
         attention_mask = torch.arange(key.shape[2], device=key.device) < attention_mask
     elif attention_mask is None and not is_causal:
         lengths = torch.full((batch, queries), key.shape[2], dtype=torch.int32, device=key.device)
-    has_kernel = query.is_cuda and triton is not None and value.shape[-1] == head_dim and dropout == 0
+    has_kernel = has_kernels(query) and value.shape[-1] == head_dim and dropout == 0
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     changed = any(kwargs.get(name) is not None for name in CHANGES_SCORES)
     if has_kernel and lengths is not None and not needs_gradient and not changed:

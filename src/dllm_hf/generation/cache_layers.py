@@ -11,7 +11,7 @@ from ..kernels.attention import canvas_attention, canvas_attention_torch
 from ..kernels.columns import copy_columns, copy_columns_torch
 from ..kernels.eight_bits import dequantised, quantised
 from ..kernels.layers import rotate_and_store, rotate_and_store_torch
-from ..kernels.triton import triton
+from ..kernels.triton import has_kernels
 from .window import Window
 
 
@@ -113,7 +113,7 @@ class CanvasCacheLayer(CacheLayerMixin):
 
     @property
     def _on_kernels(self) -> bool:
-        return self.keys.is_cuda and triton is not None
+        return has_kernels(self.keys)
 
     def rotate_and_write(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places) -> torch.Tensor:
         """Rotate queries and keys, and write keys and values. `places`: cosines, sines, columns of the arena, and norms where

@@ -3,6 +3,7 @@
 import torch
 
 from ..kernels.best_tokens import BLOCK, merge, merge_torch, scan, scan_torch
+from ..kernels.triton import has_kernels
 from .ranks import Ranks
 
 
@@ -43,7 +44,7 @@ class VocabularyPart:
             gumbel: `(rows, block, vocab_size)`; as without one if it is None.
         """
         mask = mask_token_id - self.begin if self.begin <= mask_token_id < self.end else -1
-        first, second = (scan, merge) if logits.is_cuda else (scan_torch, merge_torch)
+        first, second = (scan, merge) if has_kernels(logits) else (scan_torch, merge_torch)
         parts = first(scored, mask, self.begin, -(-self.size // BLOCK))
         parts = self.ranks.all_gather(parts).movedim(0, 2).flatten(2, 3)  # (6, positions, chunks)
         proposals, probability, margin, entropy, logsum = second(parts, mask_token_id, logits.shape[:-1])

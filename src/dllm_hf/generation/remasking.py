@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.selection import LARGEST_BLOCK, select_positions
+from ..kernels.triton import has_kernels
 
 # Scores closer than `ABSOLUTE * (1 + |score|)` tie; of probabilities, whose rounding is relative, also no closer than
 # `RELATIVE * score`. The smallest values under which rows did not depend on their neighbours, on CPUs and on an H100:
@@ -149,7 +150,7 @@ def select(
         drawn = (scores / alg_temp.clamp(min=1e-30)).clamp(min=torch.finfo(torch.float32).min / 2) + gumbel
         draws = (alg_temp > 0) & (has("quota") | has("threshold"))
         ranked_by, is_probability = torch.where(draws, drawn, scores), is_probability & ~draws
-    if scores.is_cuda and scores.shape[1] <= LARGEST_BLOCK:
+    if has_kernels(scores) and scores.shape[1] <= LARGEST_BLOCK:
         numbers = (quota, threshold, entropy_bound, factor)
         tolerances = (ABSOLUTE, RELATIVE)
         return select_positions(RULES, tolerances, rule, scores, ranked_by, is_probability, masked, *numbers)

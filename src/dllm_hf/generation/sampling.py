@@ -7,6 +7,7 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from ..kernels.best_tokens import best_tokens
+from ..kernels.triton import has_kernels
 from .configuration import DiffusionGenerationConfig
 from .uploads import uploaded
 
@@ -122,7 +123,7 @@ def propose(
     Returns:
         `(rows, block)` tokens, and by name the scores, `(rows, block)` float32, NaN where the logits are.
     """
-    if gumbel is None and logits.is_cuda:
+    if gumbel is None and has_kernels(logits):
         proposals, probability, margin, entropy = best_tokens(logits, mask_token_id)
         found = {"probability": probability, "margin": margin}
         found |= {"neg_entropy": -entropy} if "neg_entropy" in scores else {}
