@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -32,7 +33,10 @@ class Heart(threading.Thread):
         while not self._stopped.wait(BEAT_SECONDS):
             frames = sys._current_frames()
             own = [frames.get(each.ident or 0) for each in threading.enumerate() if not each.daemon]
-            places = [(id(frame), frame.f_lasti) for frame in own if frame is not None]
+            # All calls of a stack: its last frame may be another one at the same place in memory, and at the same instruction.
+            places = [
+                [(each.f_code, each.f_lasti) for each, _ in traceback.walk_stack(frame)] for frame in own if frame
+            ]
             stuck = stuck + BEAT_SECONDS if self.is_working and places == last else 0.0
             last = places
             if self.is_working:
