@@ -3,7 +3,6 @@
 import gc
 import multiprocessing
 import os
-import random
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from dllm_hf.engine.replica import Replica
 from dllm_hf.engine.replicas import MUCH_FULLER, Replicas
 
 from ..builders import character_tokenizer, new_model
+from ..stalling import Told, before_the_next_pass, move_about
 
 ROOM = {"max_tokens": 8, "block_length": 4}
 LONG = SamplingParams(max_tokens=120, ignore_eos=True, denoising_steps=4)
@@ -152,7 +152,7 @@ def test_a_replica_that_hangs_is_ended_and_one_that_compiles_is_not(how, folder,
         prompts = [100 * each for each in few * 5] if "before" in how else few  # more than a pipe takes
         names = [llm.submit(each, SamplingParams(max_tokens=4, ignore_eos=True)) for each in prompts]
         if "stopped" not in how:
-            hung.send(TakesLong(is_at_work=how == "compiles"))
+            hung.send(Told(take_long, how == "compiles"))
         begun, outputs, is_stopped = time.monotonic(), {}, False
         for event in llm.events():
             if how == "is stopped" and not is_stopped:
@@ -171,40 +171,14 @@ def test_a_replica_that_hangs_is_ended_and_one_that_compiles_is_not(how, folder,
         assert llm.generate([[1]], LONG)[0].outputs[0].finish_reason == "length"
 
 
-class TakesLong(list):
-    """A message that tells a replica nothing. Where it is unpacked, the next pass takes five seconds."""
-
-    def __init__(self, is_at_work: bool):
-        super().__init__()
-        self.is_at_work = is_at_work
-
-    def __reduce__(self):
-        return take_long, (self.is_at_work,)
-
-
 def take_long(is_at_work: bool) -> list:
-    from dllm_hf.generation.decoder import Decoder
-
-    plain = Decoder.launch
-
-    def dig(depth: int) -> None:
-        dig(depth - 1) if depth else time.sleep(0.01)
+    """The next pass takes five seconds: at work as kernels are compiled, by other threads, for which this one waits."""
 
     def compile_aside() -> None:
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            dig(random.randrange(100))  # now here, now there
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(move_about, 5).result()
 
-    def launch(self):
-        Decoder.launch = plain
-        if is_at_work:  # as kernels are compiled: by other threads, for which this one waits
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(compile_aside).result()
-        else:
-            time.sleep(5)
-        return plain(self)
-
-    Decoder.launch = launch
+    before_the_next_pass(compile_aside if is_at_work else lambda: time.sleep(5))
     return []
 
 

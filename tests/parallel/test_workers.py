@@ -2,7 +2,6 @@
 
 import gc
 import os
-import random
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ from dllm_hf.engine.remote import Submission
 from dllm_hf.engine.worker import Command
 
 from ..generation.recorded_graphs import DEVICE
+from ..stalling import Told, before_the_next_pass, move_about
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11] * 9]
 LONG = SamplingParams(max_tokens=100, ignore_eos=True, block_length=4, logprobs=0)
@@ -88,7 +88,7 @@ def test_a_process_that_dies_or_hangs_ends_the_group_within_ten_seconds(number, 
 def test_a_process_that_fails_alone_ends_the_group(new_pair, monkeypatch):
     """As where one GPU has no memory left."""
     with new_pair() as llm:
-        llm._driver.engine._changes.append(FailsInOne())
+        llm._driver.engine._changes.append(Told(fail_in_one))
         outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
     assert all("OutOfMemory: of rank 1" in output.outputs[0].error for output in outputs)
 
@@ -99,7 +99,7 @@ def test_only_a_group_in_which_nobody_moves_hangs(is_at_work, new_pair, monkeypa
     """One that compiles for long keeps the other waiting."""
     monkeypatch.setattr(workers, "HANG_SECONDS", 4.0)
     with new_pair() as llm:
-        llm._driver.engine._changes.append(TakesLong(is_at_work))
+        llm._driver.engine._changes.append(Told(take_long, is_at_work))
         outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
     if is_at_work:
         assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 3
@@ -176,14 +176,8 @@ class OutOfMemory(RuntimeError):
     pass
 
 
-class FailsInOne(set):
-    """A change that no engine knows. Where it is unpacked, the pass of one process fails from then on."""
-
-    def __reduce__(self):
-        return fail_in_one, ()
-
-
 def fail_in_one() -> set:
+    """The passes of one process fail from here on."""
     from dllm_hf.generation.decoder import Decoder
 
     def launch(self):
@@ -194,32 +188,8 @@ def fail_in_one() -> set:
     return set()
 
 
-class TakesLong(set):
-    """A change that no engine knows. Where it is unpacked, the next pass of one process takes seven seconds."""
-
-    def __init__(self, is_at_work: bool):
-        super().__init__()
-        self.is_at_work = is_at_work
-
-    def __reduce__(self):
-        return take_long, (self.is_at_work,)
-
-
 def take_long(is_at_work: bool) -> set:
-    from dllm_hf.generation.decoder import Decoder
-
-    plain = Decoder.launch
-
-    def dig(depth: int) -> int:
-        return depth and dig(depth - 1)
-
-    def launch(self):
-        Decoder.launch, end = plain, time.monotonic() + 7
-        while is_at_work and time.monotonic() < end:
-            dig(random.randrange(100))  # now here, now there
-        time.sleep(0 if is_at_work else 7)
-        return plain(self)
-
+    """The next pass of one process takes seven seconds."""
     if os.environ["RANK"] == "1":
-        Decoder.launch = launch
+        before_the_next_pass(lambda: move_about(7) if is_at_work else time.sleep(7))
     return set()
