@@ -75,6 +75,9 @@ class Arguments:
     batch: int = field(default=64, metadata={"help": "windows of a step, on all devices together"})
     block_size: int | None = field(default=None, metadata={"help": "of the arms in blocks, 8 if not given"})
     align_tokens: int = field(default=8_000_000, metadata={"help": "of gla_dream's first stage; 0 leaves it out"})
+    line_weight: float = field(
+        default=4.0, metadata={"help": "in place: of a line's masked token beside one of a text, of which there are more"}
+    )
     minutes: float | None = field(default=None, metadata={"help": "save and stop after so many"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile each layer"})
     attention: str | None = field(
@@ -114,12 +117,20 @@ def start(arm: Arm, gguf: Path, block_size: int | None, attention: str) -> PreTr
     return arm.family.from_ar_pretrained(gguf.parent, **options, **fields)
 
 
+@dataclass
 class WholeRows(DataCollatorForMaskedDiffusion):
-    """Without an attention mask, which says nothing where all rows are full, and costs the attention its fast paths."""
+    """Without an attention mask, which says nothing where all rows are full, and costs the attention its fast paths.
+
+    line_weight: of the loss of a masked token in rows of which a part alone is to be filled.
+    """
+
+    line_weight: float = 1.0
 
     def __call__(self, features):
         batch = super().__call__(features)
         del batch["attention_mask"]
+        is_part = torch.tensor([-100 in each.get("labels", ()) for each in features])
+        batch["mask_ratio"][is_part] /= self.line_weight
         return batch
 
 
@@ -305,7 +316,8 @@ def train(argv: list[str]) -> None:
     collator: Any = default_data_collator
     callbacks: list[Any] = []
     if arm.family is not None:
-        collator = WholeRows(tokenizer, "dream", weighting="none", mask_token_id=MASK, seed=training.seed)
+        own = {"mask_token_id": MASK, "seed": training.seed, "line_weight": args.line_weight}
+        collator = WholeRows(tokenizer, "dream", weighting="none", **own)
         callbacks = [collator]
     trainer = run_stage(model, rows, args, training, collator, callbacks)
     if not trainer.is_world_process_zero():

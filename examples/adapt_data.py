@@ -10,7 +10,9 @@ import random
 import re
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ END, PREFIX, SUFFIX, MIDDLE, MASK = 0, 8, 9, 10, 16
 WINDOW = 512
 BYTES = range(800, 60_001)  # of a file
 HELD_OUT = 100  # one of so many files
+PIECE = (128, 384)  # tokens of a task, so that neither where it stands nor how long it is says how long the lines are
 MAX_LINE = 64  # tokens of the lines to fill
 MAX_ENDS = 48  # end tokens masked behind them, so that a model learns where a line ends among more masks
 PERMISSIVE = re.compile(r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|HPND)", re.IGNORECASE)
@@ -181,8 +184,22 @@ def read_stream(folder: Path, split: str) -> np.ndarray:
         return np.load(file)
 
 
-def split_window(text: str, chance: random.Random) -> tuple[str, str, str] | None:
-    """Prefix, one to three whole lines without the last line break, and suffix; None where a text has too few lines."""
+@dataclass
+class Piece:
+    """A part of a window that becomes a task.
+
+    window, start, length: where it is, in tokens. texts: what stands before the lines, without the line breaks between, the
+        lines with these, and what stands behind.
+    """
+
+    window: int
+    start: int
+    length: int
+    texts: tuple[str, str, str]
+
+
+def split_text(text: str, chance: random.Random) -> tuple[str, str, str] | None:
+    """The texts of a [`Piece`], with one to three whole lines as the task; None where there are too few."""
     lines = text.split("\n")
     number = chance.randint(1, 3)
     if len(lines) < number + 4 or "\ufffd" in text:
@@ -190,8 +207,23 @@ def split_window(text: str, chance: random.Random) -> tuple[str, str, str] | Non
     first = chance.randint(1, len(lines) - number - 1)
     if not any(line.strip() for line in lines[first : first + number]):
         return None
-    middle = "\n".join(lines[first : first + number])
-    return "\n".join(lines[:first]) + "\n", middle, "\n" + "\n".join(lines[first + number :])
+    before = "\n".join(lines[:first]).rstrip("\n")
+    last = sum(map(len, lines[: first + number])) + first + number - 1
+    return before, text[len(before) : last], text[last:]
+
+
+def pieces_of(windows: np.ndarray, tokenizer, seed: int) -> Iterator[Piece]:
+    """The tasks in half of the windows."""
+    for number, window in enumerate(windows):
+        chance = random.Random(f"{seed} {number}")
+        start = WINDOW if chance.random() < 0.5 else 0
+        while WINDOW - start >= PIECE[0]:
+            length = min(chance.randint(*PIECE), WINDOW - start)
+            text = tokenizer.decode(window[start : start + length])
+            found = next(filter(None, (split_text(text, chance) for _ in range(4))), None)
+            if found:
+                yield Piece(number, start, length, found)
+            start += length
 
 
 def fitted(prefix: list[int], suffix: list[int], room: int) -> tuple[list[int], list[int]]:
@@ -201,38 +233,44 @@ def fitted(prefix: list[int], suffix: list[int], room: int) -> tuple[list[int], 
 
 
 def make_rows(stream: np.ndarray, tokenizer, seed: int = 0) -> dict[str, np.ndarray]:
-    """The windows of a text, in half of which one to three lines are the task.
+    """The windows of a text, in half of which one to three lines of each piece are the task.
 
     Returns:
-        `sequential`: `(windows, WINDOW)`, a task as prefix, suffix and lines behind each other, with a token before each.
-        `in_place`: `(windows, WINDOW)`, a task as prefix, lines with end tokens, and suffix; `spans`: `(windows, 2)`, where the
-        lines with their end tokens begin and end, 0 and 0 in windows without a task.
+        `sequential`: `(windows, WINDOW)`, a task as prefix, suffix and lines, with a token before each, or as suffix and
+        prefix, which the lines continue. `in_place`: `(windows, WINDOW)`, a task as prefix, lines with end tokens, and
+        suffix. `filled`: `(windows, WINDOW)`, whether a token in place is one of the lines or of their end tokens.
     """
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
-    rows = {"sequential": windows.copy(), "in_place": windows.copy(), "spans": np.zeros((len(windows), 2), np.int16)}
-    for start in range(0, len(windows), 4096):
-        numbers, pieces = [], []
-        for number in range(start, min(start + 4096, len(windows))):
-            chance = random.Random(f"{seed} {number}")
-            if chance.random() < 0.5:
-                text = tokenizer.decode(windows[number])
-                for _ in range(4):
-                    if found := split_window(text, chance):
-                        numbers.append(number)
-                        pieces.append(found)
-                        break
-        for number, prefix, middle, suffix in zip(numbers, *(encoded(tokenizer, list(each)) for each in zip(*pieces))):
-            if len(middle) <= MAX_LINE:
-                chance = random.Random(f"{seed} {number} ends")
-                ends = 0 if chance.random() < 0.25 else chance.randint(1, MAX_ENDS)
-                before, behind = fitted(prefix, suffix, WINDOW - len(middle) - 4)
-                row = [PREFIX, *before, SUFFIX, *behind, MIDDLE, *middle, END]
-                rows["sequential"][number] = row + [END] * (WINDOW - len(row))
-                before, behind = fitted(prefix, suffix, WINDOW - len(middle) - ends)
-                row = [*before, *middle, *[END] * ends, *behind]
-                rows["in_place"][number] = row + [END] * (WINDOW - len(row))
-                rows["spans"][number] = len(before), len(before) + len(middle) + ends
+    rows = {"sequential": windows.copy(), "in_place": windows.copy(), "filled": np.zeros(windows.shape, bool)}
+    pieces = pieces_of(windows, tokenizer, seed)
+    while some := list(islice(pieces, 4096)):
+        breaks = [len(middle) - len(middle.lstrip("\n")) for _, middle, _ in (each.texts for each in some)]
+        before, continued, behind = (encoded(tokenizer, list(each)) for each in zip(*(each.texts for each in some)))
+        ended = encoded(tokenizer, [each.texts[0] + "\n" * number for each, number in zip(some, breaks)])
+        apart = encoded(tokenizer, [each.texts[1][number:] for each, number in zip(some, breaks)])
+        for piece, *parts in zip(some, before, ended, continued, apart, behind):
+            if max(len(parts[2]), len(parts[3])) <= MAX_LINE:
+                _write(rows, piece, *parts, random.Random(f"{seed} {piece.window} {piece.start}"))
     return rows
+
+
+def _write(rows, piece: Piece, before, ended, continued, apart, behind, chance: random.Random) -> None:
+    """A task, in each form. before, continued: prefix and lines if these go on where it ends; ended, apart: if they do not, the
+    line breaks between being the prefix's."""
+    number, first, length = piece.window, piece.start, piece.length
+    if chance.random() < 0.5:
+        prefix, suffix = fitted(ended, behind, length - len(apart) - 4)
+        row = [PREFIX, *prefix, SUFFIX, *suffix, MIDDLE, *apart]
+    else:
+        prefix, suffix = fitted(before, behind, length - len(continued) - 3)
+        row = [SUFFIX, *suffix, PREFIX, *prefix, *continued]
+    rows["sequential"][number, first : first + length] = row + [END] * (length - len(row))
+    ends = 0 if chance.random() < 0.25 else chance.randint(1, MAX_ENDS)
+    prefix, suffix = fitted(ended, behind, length - len(apart) - ends)
+    row = [*prefix, *apart, *[END] * ends, *suffix]
+    rows["in_place"][number, first : first + length] = row + [END] * (length - len(row))
+    start = first + len(prefix)
+    rows["filled"][number, start : start + len(apart) + ends] = True
 
 
 class Windows(Dataset):
@@ -252,7 +290,7 @@ class Windows(Dataset):
             np.savez(unfinished, **make_rows(read_stream(folder, "train"), tokenizer, seed))
             unfinished.replace(made)
         with np.load(made) as rows:
-            self.rows, self.spans = rows[kind], rows["spans"] if kind == "in_place" else None
+            self.rows, self.filled = rows[kind], rows["filled"] if kind == "in_place" else None
         if not len(self.rows):
             raise SystemExit(f"{folder} holds less than one window of {WINDOW} tokens: prepare more text.")
         self.labelled = labelled
@@ -269,9 +307,8 @@ class Windows(Dataset):
         if not self.labelled:
             return {"input_ids": row}
         labels = row.clone()
-        if self.spans is not None and self.spans[number, 1]:
-            first, last = self.spans[number].tolist()
-            labels[:first], labels[last:] = -100, -100
+        if self.filled is not None and self.filled[number].any():
+            labels[~torch.from_numpy(self.filled[number])] = -100
         return {"input_ids": row, "labels": labels}
 
 

@@ -1,6 +1,7 @@
 """What `adapt.py` measures: held-out text in nats a token, lines of HumanEval filled in, and the report of both."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, An
         if name in known or not name.startswith(args.only or ""):
             continue
         run = {"end_token_ids": [END], "batch_size": args.batch, "workers": args.workers}
+        began = time.monotonic()
         result = fill_in(model, tokenizer, form, every, **run, **options)
         line = {"measure": name, **{key: value for key, value in result.to_dict().items() if key != "completions"}}
-        write({**line, "problems_sha256": problems_sha256(), "passed": [x.id for x in result.completions if x.passed]})
+        line |= {"seconds": round(time.monotonic() - began, 1), "problems_sha256": problems_sha256()}
+        write({**line, "lines": [[x.id, x.passed, x.line] for x in result.completions]})
         print(
             f"{name}: {100 * result.pass_at_1:.1f}% of {len(every)} pass, {result.tokens_per_forward:.2f} tokens a pass"
         )
@@ -52,7 +55,9 @@ def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         yield "in place, true length", InPlace(), one
         name, form = f"in place, {NUM_MASKS} masks", InPlace(NUM_MASKS)
     else:
-        name, form = "prefix and suffix", LeftToRight([PREFIX], [SUFFIX], [MIDDLE], NUM_MASKS)
+        yield "prefix and suffix", LeftToRight([PREFIX], [SUFFIX], [MIDDLE], max_new_tokens=NUM_MASKS), one
+        name = "suffix and prefix"
+        form = LeftToRight([PREFIX], [SUFFIX], suffix_first=True, max_new_tokens=NUM_MASKS)
     if not is_diffusion:
         yield name, form, one
         return

@@ -84,6 +84,15 @@ def test_blocks_that_see_earlier_ones_alone_get_the_line_last(ascii_tokenizer):
     assert result.settings["middle"] == [3] and result.tokens_per_forward == 1
 
 
+def test_the_suffix_comes_first_for_a_model_that_continues_the_prefix(ascii_tokenizer):
+    form = LeftToRight([1], [2], suffix_first=True)
+    prompt = form.prompt(TASK, ascii_tokenizer, None).token_ids
+    assert prompt == [2, *map(ord, TASK.suffix), 1, *map(ord, TASK.prefix.rstrip("\n"))]
+    assert form.text([ord(character) for character in f"\n{TASK.middle}\n    more"], ascii_tokenizer) == TASK.middle
+    with pytest.raises(ValueError, match="`suffix_first` needs `suffix`"):
+        LeftToRight([1], suffix_first=True)
+
+
 def test_a_causal_model_continues_what_stands_before_the_line(ascii_tokenizer):
     """Without the last line break, which it has to write."""
     torch.manual_seed(0)

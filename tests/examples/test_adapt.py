@@ -46,41 +46,56 @@ def rows(text) -> dict[str, np.ndarray]:
 
 
 def test_half_of_the_windows_are_tasks_the_same_ones_in_both_forms(rows):
-    has_task = rows["spans"][:, 1] > 0
+    has_task = rows["filled"].any(1)
     assert 0.35 < has_task.mean() < 0.6
     assert ((rows["sequential"] == PREFIX).any(1) == has_task).all()
     assert (rows["sequential"][~has_task] == rows["in_place"][~has_task]).all()
 
 
-def test_a_task_is_one_to_three_whole_lines_in_both_forms(rows, text):
-    lines = text.split("\n")
-    for row, other, (first, last) in zip(rows["sequential"], rows["in_place"], rows["spans"]):
-        if not last:
-            continue
-        row, span = row.tolist(), other[first:last].tolist()
-        middle = row[row.index(MIDDLE) + 1 :]
-        task = Bytes().decode(middle[: middle.index(END)])
-        assert 1 <= len(task.split("\n")) <= 3 and all(line in lines for line in task.split("\n"))
-        ends = span.count(END)
-        assert Bytes().decode(span[: len(span) - ends]) == task and ends <= adapt_data.MAX_ENDS
-        before, behind = row[1 : row.index(SUFFIX)], row[row.index(SUFFIX) + 1 : row.index(MIDDLE)]
-        assert Bytes().decode(before).endswith("\n") and Bytes().decode(behind).startswith("\n")
-        # What the window holds is in its order in the text, around the task.
-        assert Bytes().decode(before) + task + Bytes().decode(behind) in text
+def tasks_of(row: list[int]) -> list[tuple[str, str, str]]:
+    """Prefix, lines and suffix of each task in a row that is read from left to right."""
+    found, signs = [], [index for index, token in enumerate(row) if token in (PREFIX, SUFFIX, MIDDLE)] + [len(row)]
+    until_end = lambda ids: Bytes().decode(ids[: ids.index(END)])
+    while len(signs) > 1:
+        parts = [row[start + 1 : end] for start, end in zip(signs, signs[1:])]
+        if row[signs[0]] == PREFIX:
+            found.append((Bytes().decode(parts[0]), until_end(parts[2]), Bytes().decode(parts[1])))
+            signs = signs[3:]
+        else:
+            found.append((until_end(parts[1]), "", Bytes().decode(parts[0])))
+            signs = signs[2:]
+    return found
+
+
+def test_a_task_is_one_to_three_whole_lines_in_every_form(rows, text):
+    lines, starts = text.split("\n"), set()
+    for row, other, filled in zip(rows["sequential"], rows["in_place"], rows["filled"]):
+        starts |= {index for index in np.flatnonzero(row == MIDDLE)}
+        spans = [span for span in np.split(np.arange(len(row)), np.flatnonzero(np.diff(filled)) + 1) if filled[span[0]]]
+        in_place = [other[span].tolist() for span in spans]
+        in_place = [(Bytes().decode(each[: len(each) - each.count(END)]), each.count(END)) for each in in_place]
+        tasks = tasks_of(row.tolist()) if spans else []
+        assert len(tasks) == len(spans)
+        for (before, task, behind), (same, ends) in zip(tasks, in_place):
+            assert 1 <= len(same.split("\n")) <= 3 and all(line in lines for line in same.split("\n"))
+            assert ends <= adapt_data.MAX_ENDS
+            # What a piece holds is in its order in the text, around the task; what the model continues ends with the task.
+            assert before + task + behind in text and behind.startswith("\n")
+            assert task == same and before.endswith("\n") if task else before.endswith("\n" + same)
+    assert len(starts) > 20  # where the lines stand does not say how many there are
 
 
 def test_windows_come_in_the_order_of_the_seed_and_again_where_the_text_is_short(tmp_path, rows):
     np.savez(tmp_path / "rows-0.npz", **rows)
-    number = len(rows["spans"])
+    number = len(rows["filled"])
     windows = adapt_data.Windows(tmp_path, Bytes(), "in_place", 2 * number, labelled=True)
     assert sorted(windows.order[:number]) == sorted(windows.order[number:]) == list(range(number))
     assert (
         windows.order.tolist() == adapt_data.Windows(tmp_path, Bytes(), "sequential", 2 * number, False).order.tolist()
     )
-    index = next(index for index, each in enumerate(windows.order) if rows["spans"][each, 1])
-    row, (first, last) = windows[index], rows["spans"][windows.order[index]]
-    assert (row["labels"][first:last] == row["input_ids"][first:last]).all()
-    assert (row["labels"][:first] == -100).all() and (row["labels"][last:] == -100).all()
+    index = next(index for index, each in enumerate(windows.order) if rows["filled"][each].any())
+    row, filled = windows[index], torch.from_numpy(rows["filled"][windows.order[index]])
+    assert (row["labels"][filled] == row["input_ids"][filled]).all() and (row["labels"][~filled] == -100).all()
 
 
 def test_files_are_taken_once_named_with_their_sha256_and_dropped_for_a_reason(tmp_path):

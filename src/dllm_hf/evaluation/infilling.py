@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -81,40 +82,53 @@ class LeftToRight:
     first end token or line break.
 
     prefix, suffix, middle: token ids that stand before the text before the line, before that behind it, and before the line,
-        as the model was trained to read them. With a `suffix` of None the model continues what stands before the line,
-        without the last line break: tokenizers make one token of a line break and the spaces behind it, so that a text which
-        is cut between them is none that models have seen. The line is the first that is not blank.
+        as the model was trained to read them. With a `suffix` of None the model is given no text behind the line.
+    suffix_first: what stands behind the line comes first, so that the model continues what stands before the line (Bavarian
+        et al., section 3), as it does with a `suffix` of None. It then writes the last line break too: tokenizers make one
+        token of a line break and the spaces behind it, so that a text which is cut between them is none that models have
+        seen. The line is the first that is not blank.
     max_new_tokens: of the line.
     """
 
     prefix: Sequence[int] = ()
     suffix: Sequence[int] | None = None
     middle: Sequence[int] = ()
+    suffix_first: bool = False
     max_new_tokens: int = 48
 
     def __post_init__(self) -> None:
+        if self.suffix_first and self.suffix is None:
+            raise ValueError("`suffix_first` needs `suffix`, the token ids before the text behind the line.")
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens={self.max_new_tokens!r}` must be an integer of at least 1.")
 
     @property
     def stop(self) -> str | None:
-        return None if self.suffix is None else "\n"
+        return None if self._continues else "\n"
+
+    @property
+    def _continues(self) -> bool:
+        return self.suffix is None or self.suffix_first
 
     def prompt(self, task: Task, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> Prompt:
-        before, behind = task.prefix, list[int]()
-        if self.suffix is None:
-            before = before.rstrip("\n")
-        else:
-            behind = [*self.suffix, *_encode(task.suffix, tokenizer)]
-        tokens = [*self.prefix, *tokenizer(before)["input_ids"], *behind, *self.middle]
-        return Prompt(tokens, self.max_new_tokens)
+        before = task.prefix.rstrip("\n") if self._continues else task.prefix
+        parts = [[*self.prefix, *_encode(before, tokenizer)]]
+        if self.suffix is not None:
+            parts.insert(0 if self.suffix_first else 1, [*self.suffix, *_encode(task.suffix, tokenizer)])
+        first = tokenizer("")["input_ids"]  # of a text, if the tokenizer has any
+        return Prompt([*first, *chain(*parts), *self.middle], self.max_new_tokens)
 
     def filled(self, prompt: Prompt, sequence: list[int]) -> list[int]:
         return sequence[len(prompt.token_ids) :]
 
     def text(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
         text = _decode(tokens, tokenizer)
-        return (text.lstrip("\n") if self.suffix is None else text).partition("\n")[0]
+        return (text.lstrip("\n") if self._continues else text).partition("\n")[0]
+
+
+def _longest_first(prompts: list[Prompt]) -> list[int]:
+    """Rows that are decoded together are about as long."""
+    return sorted(range(len(prompts)), key=lambda index: -len(prompts[index].token_ids))
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -309,10 +323,11 @@ def _diffuse(
         SamplingParams(max_tokens=prompt.new_tokens, seed=seed + index, stop=stop, options=options)
         for index, prompt in enumerate(prompts)
     ]
-    texts: list[Any] = [prompt.token_ids for prompt in prompts]
-    names = [str(index) for index in range(len(prompts))]
+    order = _longest_first(prompts)
+    texts: list[Any] = [prompts[index].token_ids for index in order]
+    names = [str(index) for index in order]
     with llm:
-        for event in llm.generate_streaming(texts, params, request_ids=names):
+        for event in llm.generate_streaming(texts, [params[index] for index in order], request_ids=names):
             if event.output is None or event.usage is None:
                 continue
             output, index = event.output, int(event.request_id)
@@ -339,8 +354,7 @@ def _continue(
     options = {"do_sample": False, "eos_token_id": ends or None, "pad_token_id": filler, **options}
     if stop is not None:
         options |= {"stop_strings": [stop], "tokenizer": tokenizer}
-    # Rows of a batch are about as long.
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].token_ids))
+    order = _longest_first(prompts)
     torch.manual_seed(seed)
     for first in range(0, len(order), batch_size):
         batch = [(index, prompts[index].token_ids) for index in order[first : first + batch_size]]
