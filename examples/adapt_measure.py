@@ -61,6 +61,8 @@ def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     if not is_diffusion:
         yield name, form, one
         return
+    if model.causal_context:
+        yield f"{name}, self-speculation", form, {"self_speculation": True}
     for policy in model.cache_policies:
         for threshold in THRESHOLDS:
             options = {"cache_policy": policy, **one}

@@ -24,9 +24,11 @@ NAMES |= {
 
 
 def write_gguf(model, path: Path, tokens: list[str], merges: list[str]) -> None:
-    """A Qwen2 as llama.cpp has it, with a byte-level tokenizer, of which tokens like `<this>` are special."""
+    """A Qwen2 or a Llama as llama.cpp has it, with a byte-level tokenizer, of which tokens like `<this>` are special."""
     gguf = pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
-    writer, config = gguf.GGUFWriter(path, "qwen2"), model.config
+    writer, config = gguf.GGUFWriter(path, model.config.model_type), model.config
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -43,6 +45,10 @@ def write_gguf(model, path: Path, tokens: list[str], merges: list[str]) -> None:
     for name, value in model.state_dict().items():
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
+        if config.model_type == "llama" and ("attn_q." in name or "attn_k." in name):
+            # The two numbers that a rotation turns stand side by side there.
+            heads = config.num_attention_heads if "attn_q." in name else config.num_key_value_heads
+            value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
         writer.add_tensor(name, value.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -65,6 +65,7 @@ FITTING = [
     (SDARForCausalLM, "qwen2"),
     (SDARForCausalLM, "qwen3"),
     (NemotronLabsDiffusionModel, "ministral3"),
+    (NemotronLabsDiffusionModel, "llama"),
 ]
 TOKENS = torch.arange(40)[None]
 
@@ -132,6 +133,18 @@ def test_an_sdar_decodes_with_blocks_of_one_token_what_the_original_generates(sh
         TOKENS[:, :5], do_sample=False, suppress_tokens=[MASK], max_new_tokens=12, eos_token_id=-1
     )
     assert torch.equal(model.diffusion_generate(TOKENS[:, :5], block_length=1, **options), expected)
+
+
+@torch.no_grad()
+def test_a_llama_drafts_its_own_text_as_a_nemotron(originals):
+    """Whatever the drafts of a model that has not been trained are worth."""
+    original, folder = originals["llama"]
+    model = started(NemotronLabsDiffusionModel, folder)
+    expected = original.generate(
+        TOKENS[:, :5], do_sample=False, suppress_tokens=[MASK], max_new_tokens=12, eos_token_id=-1
+    )
+    options = {"max_new_tokens": 12, "eos_token_id": [], "self_speculation": True, "temperature": 0.0}
+    assert torch.equal(model.diffusion_generate(TOKENS[:, :5], **options), expected)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)], ids=str)

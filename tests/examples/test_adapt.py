@@ -135,17 +135,17 @@ def adapt():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, adapt, text) -> Path:
     """What `prepare` writes of a small text, with a GGUF of two layers beside it."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     folder = tmp_path_factory.mktemp("adapt")
     tokens = [f"<{index}>" for index in range(17)] + list(bytes_to_unicode().values()) + ["ab", "yz"]
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokens), intermediate_size=32, eos_token_id=2, max_position_embeddings=1024, **sizes
     )
     torch.manual_seed(0)
-    write_gguf(Qwen2ForCausalLM(config), folder / "model.gguf", tokens, ["a b", "y z"])
+    write_gguf(LlamaForCausalLM(config), folder / "model.gguf", tokens, ["a b", "y z"])
     found = adapt_data.Collected([])
     found.texts = {split: [text] for split in adapt_data.SPLITS}
     with pytest.MonkeyPatch.context() as patch:
@@ -173,7 +173,7 @@ def test_processes_that_would_each_train_a_model_are_refused(adapt, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["control", "dream", "sdar", "gla_dream"])
+@pytest.mark.parametrize("arm", ["control", "dream", "sdar", "nemotron", "gla_dream"])
 def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsys, monkeypatch):
     stage = ["--align_tokens", "8192"] if arm == "gla_dream" else []
     run(adapt, folder, "train", "--arm", arm, *TRAIN, "--learning_rate", "3e-3", *stage)

@@ -20,7 +20,7 @@ class NemotronLabsDiffusionConfig(BlockDiffusionConfigMixin, Ministral3Config):
     """
 
     model_type = "nemotron_labs_diffusion"
-    ar_model_types = ("ministral3",)
+    ar_model_types = ("ministral3", "llama")
     default_theta = 1000000.0
 
     block_size: int = 32
@@ -32,7 +32,13 @@ class NemotronLabsDiffusionConfig(BlockDiffusionConfigMixin, Ministral3Config):
 
     @classmethod
     def _taken_over(cls, config: PreTrainedConfig) -> dict[str, Any]:
-        return {"head_dim": config.head_dim, "sliding_window": config.sliding_window}
+        # A Llama is a Ministral 3 whose queries have no scale.
+        scale = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": config.max_position_embeddings}
+        return {
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "sliding_window": getattr(config, "sliding_window", None),
+            "rope_parameters": {**scale, **config.rope_parameters},
+        }
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
         if self.sliding_window is not None:
