@@ -84,12 +84,14 @@ class Arguments:
     block_size: int | None = field(default=None, metadata={"help": "of the arms in blocks, 8 if not given"})
     align_tokens: int = field(default=8_000_000, metadata={"help": "of gla_dream's first stage; 0 leaves it out"})
     line_weight: float = field(
-        default=4.0, metadata={"help": "in place: of a line's masked token beside one of a text, of which there are more"}
+        default=4.0,
+        metadata={"help": "in place: of a line's masked token beside one of a text, of which there are more"},
     )
     minutes: float | None = field(default=None, metadata={"help": "save and stop after so many"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile each layer"})
     attention: str | None = field(
-        default=None, metadata={"help": "of the library's; on a GPU flex_attention for sdar and nemotron, else sdpa, if not given"}
+        default=None,
+        metadata={"help": "of the library's; on a GPU flex_attention for sdar and nemotron, else sdpa, if not given"},
     )
 
 

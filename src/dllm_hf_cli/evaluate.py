@@ -106,7 +106,7 @@ def _run_infilling(arguments: argparse.Namespace, session: Session) -> dict[str,
     if not is_in_place:
         names = arguments.infilling_tokens or []
         ids = [list(session.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
-        where = dict(zip(("prefix", "suffix", "middle"), ids))
+        where: dict[str, Any] = dict(zip(("prefix", "suffix", "middle"), ids))
         form = LeftToRight(max_new_tokens=length, **where)
     measured = fill_in(
         session.model,

@@ -41,6 +41,10 @@ class NemotronLabsDiffusionConfig(BlockDiffusionConfigMixin, Ministral3Config):
         }
 
     def _complete(self, kwargs: dict[str, Any]) -> None:
+        if (self.rope_parameters or {}).get("rope_type") == "default":
+            # The scale of queries reads it, though the embeddings do not.
+            ignored = {"original_max_position_embeddings"}
+            self.ignore_keys_at_rope_validation = self.ignore_keys_at_rope_validation | ignored
         if self.sliding_window is not None:
             raise ValueError("`sliding_window` is not supported, a block sees every earlier block: leave it out.")
         if self.dlm_paradigm != "bidirectional":
