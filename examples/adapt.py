@@ -45,6 +45,7 @@ from dllm_hf import (
     SDARForCausalLM,
     ar_tokenizer,
 )
+from dllm_hf.quantization import quantization_config
 from dllm_hf.training import DataCollatorForMaskedDiffusion
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -364,6 +365,8 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", help="measures whose names begin so")
     parser.add_argument("--batch", type=int, default=64, help="tasks decoded together")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="programs that run side by side")
+    parser.add_argument("--weights", choices=["fp8", "int8", "int4"], help="quantise the weights of an arm")
+    parser.add_argument("--cache_dtype", choices=["fp8"], help="of keys and values; those of the weights if not given")
     return parser.parse_args(argv)
 
 
@@ -387,13 +390,17 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(summary, indent=1))
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.arm == "original":
-        model = original(gguf)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder / args.arm / "model")
+    if (args.weights and args.arm == "original") or (args.cache_dtype and args.arm in ("original", "control")):
+        raise SystemExit("--weights is for arms that were trained, --cache_dtype for those of diffusion: leave it out.")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    options = {"quantization_config": quantization_config(args.weights, device)} if args.weights else {}
+    if args.arm != "original":
+        path = folder / args.arm / "model"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device, **options)
+    else:
+        model = original(gguf).to(device, dtype)
     measured = lambda line: write_line(args, {"arm": args.arm, **line, **versions()})
-    evaluate(model.to(device, dtype).eval(), tokenizer, folder, args, measured)
+    evaluate(model.eval(), tokenizer, folder, args, measured)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,22 @@ HELD_OUT = {
 def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, Any]], None]) -> None:
     """Measure what is not in the arm's results yet. `args`: of `adapt.py evaluate`. `write`: takes a line of the results."""
     known = {line["measure"] for line in read_lines(folder / "results" / f"{args.arm}.jsonl")}
+    bits = f", {args.weights} weights" if args.weights else ""
     for split in HELD_OUT:
-        name = f"nats {split}"
+        name = f"nats {split}{bits}"
         if name not in known and name.startswith(args.only or ""):
             write({"measure": name, **held_out(model, read_stream(folder / "data", split), args.windows, args.samples)})
     every = tasks()[: args.tasks]
+    if args.cache_dtype:
+        bits += f", {args.cache_dtype} cache"
     for name, form, options in settings(model):
+        name += bits
         if name in known or not name.startswith(args.only or ""):
             continue
+        if args.cache_dtype:
+            if options.get("cache_policy", "none") == "none":
+                continue
+            options = {**options, "cache_dtype": args.cache_dtype}
         run = {"end_token_ids": [END], "batch_size": args.batch, "workers": args.workers}
         began = time.monotonic()
         result = fill_in(model, tokenizer, form, every, **run, **options)
@@ -149,13 +157,11 @@ def draw(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
         curves: dict[str, list[tuple[float, float]]] = {}
         for line in lines:
             if "pass_at_1" in line:
-                name = (
-                    arm + ", cache" + line["measure"].split("cache")[1].split(",")[0]
-                    if "cache" in line["measure"]
-                    else arm
-                )
-                if name != arm or "prefix" in line["measure"]:
-                    curves.setdefault(name, []).append((line["tokens_per_forward"], 100 * line["pass_at_1"]))
+                form, *parts = line["measure"].split(", ")
+                parts = [each for each in parts if each.startswith("cache ") or each.endswith((" cache", " weights"))]
+                if parts or "prefix" in form:
+                    points = curves.setdefault(", ".join([arm, *parts]), [])
+                    points.append((line["tokens_per_forward"], 100 * line["pass_at_1"]))
         for name, points in curves.items():
             axes.plot(*zip(*sorted(points)), marker="o", label=name)
     axes.set(xlabel="tokens a forward pass", ylabel="tasks passed, %", title="HumanEval, one line filled in")

