@@ -86,6 +86,17 @@ def test_blocks_that_see_earlier_ones_alone_get_the_line_last(ascii_tokenizer):
     assert result.settings["middle"] == [3] and result.tokens_per_forward == 1
 
 
+def test_options_that_all_rows_share_reach_the_engine(ascii_tokenizer):
+    model, shared = (
+        new_model("dream", max_position_embeddings=1000, **SPECIAL),
+        {"cache_dtype": "fp8", "draft_steps": 2},
+    )
+    result = evaluate(model, ascii_tokenizer, InPlace(), [TASK], cache_policy="dual", **shared, **QUIET)
+    [completion] = result.completions
+    assert completion.num_forward_passes < completion.num_tokens
+    assert shared.items() <= result.settings["generation"].items()
+
+
 def test_the_suffix_comes_first_for_a_model_that_continues_the_prefix(ascii_tokenizer):
     form = LeftToRight([1], [2], suffix_first=True)
     prompt = form.prompt(TASK, ascii_tokenizer, None).token_ids

@@ -11,6 +11,8 @@ from ..generation.configuration import canonical_options
 # Options of `diffusion_generate` that are one for all requests, by the names of `LLM`.
 _OF_THE_ENGINE = {
     "cache_policy": "cache_policy",
+    "cache_dtype": "cache_dtype",
+    "draft_steps": "draft_steps",
     "mask_token_id": "mask_token_id",
     "disable_compile": "enforce_eager",
 }
