@@ -59,6 +59,8 @@ def test_requests_get_the_tokens_of_one_process_and_nothing_is_left_behind(sdar,
         for event in llm.generate_streaming(PROMPTS, params):
             key = event.request_id, event.index
             texts[key] = texts.get(key, "") + event.text
+            # No process waits for the parent: each has its next command.
+            assert [exchange.sent for exchange in llm._driver.engine._exchanges] == [2]
         with pytest.raises(ValueError, match="the token id 1000"):
             llm.generate([1000])
     same = lambda every: [(each.text, each.token_ids) for output in every for each in output.outputs]
