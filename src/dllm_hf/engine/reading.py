@@ -40,13 +40,13 @@ class Reading:
         starts = numpy.array([piece.start for piece in pieces])[:, None]
         offsets = numpy.arange(max(piece.end - piece.start for piece in pieces))
         columns = numpy.minimum(starts + offsets, canvas.capacity)
-        slots = numpy.array([piece.row.slot for piece in pieces])[:, None]
-        places = uploaded(torch.from_numpy(numpy.concatenate([slots, columns], axis=1)), canvas.device)
-        slots, columns = places[:, :1], places[:, 1:]
-        self._values = to_host(torch.cat([canvas.counts[places[:, 0]], canvas.tokens[slots, columns]], dim=1))
+        lines = numpy.array([piece.row.slot for piece in pieces])[:, None]
+        places = uploaded(torch.from_numpy(numpy.concatenate([lines, columns], axis=1)), canvas.device)
+        place = places[:, :1], places[:, 1:]
+        self._values = to_host(torch.cat([canvas.counts[places[:, 0]], canvas.tokens[place]], dim=1))
         asked = [piece.row.request.logprobs for piece in pieces if piece.row.request.logprobs is not None]
         names = ("own", "top", "top_tokens") if max(asked, default=0) else ("own",) if asked else ()
-        self._logprobs = [to_host(canvas.logprobs[name][slots, columns]) for name in names]
+        self._logprobs = [to_host(canvas.logprobs[name][place]) for name in names]
         if canvas.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()

@@ -214,7 +214,7 @@ class Decoder:
         frames = {row: row.frame() for row in rows if row.wants_pass}
         if self.token_budget is None:
             return rows, frames
-        longest_step = 2 * max((end - start for start, end in {row.cell for row in rows}), default=0) + 1
+        longest_step = 2 * max((row.cell[1] - row.cell[0] for row in rows), default=0) + 1
         wide = {row: width for row, frame in frames.items() if (width := frame[1] - frame[0]) > longest_step}
         left = self.token_budget
         for row in sorted(wide, key=lambda row: self._last_steps[row.slot]):

@@ -119,7 +119,7 @@ class Row:
 
     Attributes:
         text: the canvas before the first step.
-        blocks: what is decoded, one after the other, each a [`Part`].
+        blocks: what is decoded, one after the other, each a [`Part`]; `part` and its `cell` are those of the present one.
         shown, length: the number of columns that the output shows, and of all.
         edits: whether tokens of a block may be replaced until it is done.
         is_adaptive: whether it depends on the logits how many steps a block takes.
@@ -171,8 +171,8 @@ class Row:
     def begin(self, text: list[int], given: int = 0) -> None:
         """Start to decode the masks of `text`, the row's present canvas. `given`: no column before it holds one."""
         self.blocks = self._speculative_blocks(0) if self.speculates else self._blocks(text, given)
-        self.block_index, self.is_open, self.is_done, self.taken = 0, False, not self.blocks, 0
-        self.quotas: list[int] = []
+        self.taken, self.quotas = 0, list[int]()
+        self._go_to(0)
         self.whole_cell: tuple[int, int] | None = None
         self.first_is_masked = False
 
@@ -232,18 +232,17 @@ class Row:
             end = start + 1
         return [Part((start, end), masks, 1, (start, end), (start, end), start > 0)]
 
-    @property
-    def part(self) -> Part:
-        return self.blocks[self.block_index]
+    def _go_to(self, index: int) -> None:
+        """Make a block the present one, unless there is none left."""
+        self.block_index, self.is_open, self.is_done = index, False, index == len(self.blocks)
+        if not self.is_done:
+            self.part = self.blocks[index]
+            self.cell = self.part.cell
 
     @property
     def span(self) -> tuple[int, int]:
         start, end = self.part.span
         return start, end - self.is_drafting  # a verification feeds the draft and decides one token more
-
-    @property
-    def cell(self) -> tuple[int, int]:
-        return self.part.cell
 
     def open_block(
         self, uniform: Callable[[int], torch.Tensor], masked: torch.Tensor | None = None
@@ -401,8 +400,7 @@ class Row:
             self._keep(steps)
         elif not is_filled and self.step < len(self.quotas):
             return False
-        self.block_index, self.is_open = self.block_index + 1, False
-        self.is_done = self.block_index == len(self.blocks)
+        self._go_to(self.block_index + 1)
         return True
 
     def _keep(self, number: int) -> None:

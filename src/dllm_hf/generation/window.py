@@ -294,7 +294,7 @@ def _window(table: numpy.ndarray, slots: list[int], number: int, scratch: int, t
     start, end, first, last, length, shown, final, grid, *_, speculation = table.swapaxes(0, 1)
     position = first + numpy.arange((last - first).max())
     exists = position < last
-    arrays: dict[str, Any] = {
+    arrays = {
         "slots": numpy.array(slots),
         "final": final,
         "block": numpy.where(exists, position, scratch),
@@ -302,8 +302,11 @@ def _window(table: numpy.ndarray, slots: list[int], number: int, scratch: int, t
         "speculation": speculation[:, 0],
         **tokens,
     }
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(each) if name in TENSORS else each for name, each in arrays.items()
+    }
     return Window(
-        **{name: torch.from_numpy(each) if name in TENSORS else each for name, each in arrays.items()},
+        **tensors,
         is_canvas=bool(((start == 0) & (end == length) & (grid == 0)).all()),
         is_every_slot=slots == list(range(number)),
         **scalars,
