@@ -1,5 +1,6 @@
 """The decoding loop: rows join and leave, each at its own block and step, one denoising step at a time."""
 
+import math
 from collections.abc import Callable
 from itertools import compress
 
@@ -7,7 +8,7 @@ import torch
 
 from .backend import Backend
 from .canvas import LISTS, Canvas, list_of
-from .drafts import why_not
+from .drafts import FREE_TOKENS, why_not
 from .graphs import MAX_CAPTURED_TOKENS
 from .pool import Workspace
 from .requests import Request, Row
@@ -17,6 +18,8 @@ from .step import Features, denoise, draw
 from .uploads import uploaded
 from .window import Frame, Window, make_list, make_window
 
+# How often a row may begin a block one step later.
+MAX_DELAYS = 2
 # Columns of a rectangle up to which padding costs little.
 SMALL_PASS = 1024
 
@@ -80,6 +83,7 @@ class Decoder:
         self.num_forward_passes, self.columns_fed, self._steps = 0, 0, 0
         self._launched: list[Row] = []  # rows of the step that has not been settled
         self._last_steps: dict[int, int] = {}  # by slot, in which step the row took part last
+        self._delays: dict[int, int] = {}  # by slot, how often the row has begun a block one step later
         self._windows: dict[bool, tuple[tuple, Window]] = {}  # the last without drafts, and with
 
     @classmethod
@@ -114,7 +118,7 @@ class Decoder:
                 rows.append(row := self.seats.seat(request, length))
                 features = Features.of(row)
                 self.features[row.slot] = self._features.setdefault(features, features)
-                self._last_steps[row.slot] = self._steps
+                self._last_steps[row.slot], self._delays[row.slot] = self._steps, 0
                 if not request.is_constrained and why_not(request.options) is None:
                     row.draft_steps = self.canvas.drafts
                     row.leaps = row.draft_steps > 0 and not self.watches_steps
@@ -222,9 +226,33 @@ class Decoder:
                 del frames[row]
             else:
                 left -= wide[row]
-                self._last_steps[row.slot] = self._steps
+                self._last_steps[row.slot], self._delays[row.slot] = self._steps, 0
+        for row in self._late(rows, [row for row in frames if row not in wide]):
+            del frames[row]
+            rows.remove(row)
         self._last_steps.update(dict.fromkeys([row.slot for row in rows if row not in wide], self._steps))
         return [row for row in rows if row in frames or row not in wide], frames
+
+    def _late(self, rows: list[Row], short: list[Row]) -> list[Row]:
+        """Rows that begin a block one step later, so that no more begin one in this step than in others. A block's first pass feeds
+        the block before it as well; steps of one size take less time than larger and smaller ones in turn, since a GPU computes
+        matrix products in tiles.
+
+        Args:
+            rows: all that may take part in the step.
+            short: those of them whose window is not long.
+        """
+        if sum(row.cell[1] - row.cell[0] for row in short) <= FREE_TOKENS:
+            return []
+        beginning = [row for row in short if row.is_first]
+        share = math.ceil(sum(1 / max(len(row.quotas), 1) for row in rows))
+        free = [
+            row for row in beginning if self._delays[row.slot] < MAX_DELAYS and not (row.is_adaptive or row.speculates)
+        ]
+        late = free[: max(len(beginning) - share, 0)]
+        for row in late:
+            self._delays[row.slot] += 1
+        return late
 
     def _must_check(self, row: Row) -> bool:
         """Whether the host must read from the device if a row's block is filled, if it holds an end of sequence, or what the
