@@ -85,6 +85,8 @@ def test_a_process_that_dies_or_hangs_ends_the_group_within_ten_seconds(number, 
             llm.check()
     with new_pair() as other:  # in the same parent
         assert [each.outputs[0].finish_reason for each in other.generate(PROMPTS, LONG)] == ["length"] * 3
+        os.kill(processes_of(other)[1].pid, signal.SIGKILL)  # idle, its last reply unread
+        assert all("by signal 9" in each.outputs[0].error for each in other.generate(PROMPTS, LONG))
 
 
 def test_a_process_that_fails_alone_ends_the_group(new_pair, monkeypatch):
