@@ -1,6 +1,7 @@
 """What a denoising step costs on one GPU and on several that divide a model, and what of it the all-reduces are.
 
-usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl divide shared] [--throughput FOLDER] [--kernels]
+usage: tensor_parallel.py [--gpus 1 2 4] [--models llada sdar sdar_moe] [--sums nccl divide shared] [--throughput FOLDER] [--host FOLDER]
+                          [--kernels]
 
 Random bf16 weights in the shapes of LLaDA-8B (policy `dual`, blocks of 32), SDAR-8B and SDAR-30B-A3B (`block`, blocks of
 4), made on each GPU for its part; one sequence, a prompt of 512 tokens and 128 new ones. `step`: milliseconds of one step
@@ -8,7 +9,9 @@ more, as in generate.py. `reduces`: the part of it that the all-reduces are: the
 milliseconds of a call divided by its forward passes. `ratio`: the step beside that of the first number of GPUs.
 
 `--throughput FOLDER`: tokens a second of SDAR-8B through `LLM` in 128 slots, 512 requests of 256 + 256 tokens, a
-denoising step transferring one token; the weights, 16 GB, are saved into FOLDER first if they are not there.
+denoising step transferring one token; the weights, 16 GB, are saved into FOLDER first if they are not there. Two such rounds
+come first, since a step of a shape is captured the second time. `--host FOLDER`: the same of a model with as many layers that
+are small, so that what the host does limits it: processes, scheduling, launches.
 
 `--kernels`: microseconds of a sum over all GPUs with the norm behind it, in a graph, by the number of tokens of 4,096 numbers in
 bf16: `nccl`, an all-reduce and a kernel; `push`, `divide` and, where all have the total of all tokens, `whole`, see
@@ -40,13 +43,20 @@ from dllm_hf.kernels.layers import add_rms_norm, add_rms_norm_torch
 SETTINGS = {"llada": ("dual", 32), "sdar": ("block", 4), "sdar_moe": ("block", 4)}
 WAYS = ("nccl", "divide", "shared")  # divide: sums of few tokens as those of many
 PROMPT, NEW, SLOTS, REQUESTS = 512, 128, 128, 512
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
 KERNEL_TOKENS, HIDDEN, PUSHED = (4, 8, 32, 64, 128, 256, 512, 640, 1024, 2048, 4096), 4096, 2048
 
 
-def build(name: str, size: int):
+def build(name: str, size: int, **changes):
     """A model with random weights, in each process its part."""
     logging.set_verbosity_error()  # all weights are missing
-    config = AutoConfig.from_pretrained(CONFIGS / MODELS[name][0])
+    config = AutoConfig.from_pretrained(CONFIGS / MODELS[name][0], **changes)
     torch.manual_seed(0)
     if size == 1:
         with torch.device("cuda"):
@@ -196,20 +206,20 @@ def measure_in_processes(size: int, args: argparse.Namespace):
         sys.exit(f"A process on {size} GPUs has failed.")
 
 
-def throughput(folder: Path, size: int) -> float:
-    """Tokens a second of SDAR-8B through `LLM`."""
+def throughput(folder: Path, size: int, **changes) -> tuple[float, float]:
+    """Tokens a second of SDAR-8B through `LLM`, and milliseconds a forward pass. `changes`: of its configuration."""
     if not (folder / "config.json").exists():
-        build("sdar", 1).save_pretrained(folder)
+        build("sdar", 1, **changes).save_pretrained(folder)
         torch.cuda.empty_cache()
     generator = torch.Generator().manual_seed(0)
-    texts = torch.randint(0, 100_000, (REQUESTS, 256), generator=generator).tolist()
+    rounds = torch.randint(0, 100_000, (3, REQUESTS, 256), generator=generator).tolist()
     params = SamplingParams(max_tokens=256, temperature=0.0, ignore_eos=True, denoising_steps=4, block_length=4)
     with LLM(folder, tensor_parallel_size=size, max_num_seqs=SLOTS, max_model_len=1024) as llm:
-        llm.generate(texts[:SLOTS], params, use_tqdm=False)  # compiles and captures
-        began = time.perf_counter()
-        outputs = llm.generate(texts, params, use_tqdm=False)
-        seconds = time.perf_counter() - began
-    return sum(len(each.outputs[0].token_ids) for each in outputs) / seconds
+        for texts in rounds:
+            began, passes = time.perf_counter(), llm.load().num_forward_passes
+            outputs = llm.generate(texts, params, use_tqdm=False)
+            seconds, passes = time.perf_counter() - began, llm.load().num_forward_passes - passes
+    return sum(len(each.outputs[0].token_ids) for each in outputs) / seconds, 1000 * seconds / passes
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--sums", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--throughput", type=Path)
+    parser.add_argument("--host", type=Path)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -238,8 +249,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"{row['model']:9} {size} GPUs {row['sums']:9} {numbers} ratio {row['step'] / base:.3f}",
                 flush=True,
             )
-    for size in args.gpus if args.throughput else ():
-        print(f"sdar, {SLOTS} slots, {size} GPUs: {throughput(args.throughput, size):.0f} tokens/s", flush=True)
+    for name, folder, changes in (("sdar", args.throughput, {}), ("small layers", args.host, SMALL)):
+        for size in args.gpus if folder else ():
+            tokens, step = throughput(folder, size, **changes)
+            print(f"{name}, {SLOTS} slots, {size} GPUs: {tokens:.0f} tokens/s, {step:.2f} ms a step", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Who gets columns of the cache, and when."""
 
+import math
+
 import pytest
 import torch
 
 from dllm_hf import LLM, SamplingParams
+from dllm_hf.generation import decoder
 
 from ..builders import recorded, tiny_model
 
@@ -111,3 +114,24 @@ def test_no_memory_to_move_what_stands_in_the_cache_costs_no_slot(monkeypatch):
     outputs = llm.generate([[number] * 5 for number in range(4)], params(4))
     assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 4
     assert engine.is_idle and sorted(seats.free) == [0, 1] and seats.rows == [None, None]
+
+
+def test_of_many_rows_equally_many_begin_a_block_in_each_step(monkeypatch):
+    """A first pass feeds more tokens than others, and the products of steps of one size take least time."""
+
+    def run() -> tuple[list[int], list]:
+        llm = LLM(tiny_model("sdar"), max_num_seqs=40, num_cache_tokens=2000, max_model_len=48)
+        prompts, begun, events = iter([number] * 4 for number in range(40)), [], []
+        for number in [12, 9, 9, 10, *[0] * 50]:
+            for _ in range(number):
+                llm.submit(next(prompts), SamplingParams(max_tokens=40, block_length=4, ignore_eos=True))
+            llm._driver.turn(None)
+            events += llm._submitted.take()
+            begun.append(sum(row.taken == 1 for row in llm._driver.engine.running))
+        return begun[12:28], sorted((event.request_id, event.output.token_ids) for event in events if event.output)
+
+    begun, outputs = run()
+    assert begun == [10] * 16 and len(outputs) == 40
+    monkeypatch.setattr(decoder, "FREE_TOKENS", math.inf)
+    uneven, expected = run()
+    assert max(uneven) == 22 and outputs == expected

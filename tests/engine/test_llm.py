@@ -9,7 +9,7 @@ import torch
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import QueueFullError
 
-from ..builders import END, MASK, ScriptedModel, character_tokenizer, generators, script, tiny_model
+from ..builders import END, MASK, ScriptedModel, character_tokenizer, generators, new_model, script, tiny_model
 
 ROOM = {"max_tokens": 8, "block_length": 4}
 
@@ -404,3 +404,13 @@ def test_a_number_of_best_tokens_that_no_tensor_holds_is_all_of_them(llm):
 def test_as_many_parameters_as_prompts_or_one(llm):
     with pytest.raises(ValueError, match="lists 2 for 3 prompts"):
         llm.generate(["a", "b", "c"], [SamplingParams()] * 2)
+
+
+@pytest.mark.parametrize("name", ["", "model.layers.1.self_attn"])
+def test_dropout_is_off_and_what_was_in_training_mode_stays_in_it(name):
+    model = new_model("sdar", attention_dropout=0.9)
+    llm, params = LLM(model), SamplingParams(max_tokens=16, ignore_eos=True)
+    expected = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids
+    module = model.get_submodule(name).train()
+    assert llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert all(each.training for each in module.modules())

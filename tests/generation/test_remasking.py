@@ -13,7 +13,7 @@ EPS = 1e-3
 
 
 def quotas(masks, steps, strategy="low_confidence_static"):
-    return transfer_quotas(masks, steps, STRATEGIES[strategy], EPS)
+    return list(transfer_quotas(masks, steps, STRATEGIES[strategy], EPS))
 
 
 def transferred(

@@ -59,6 +59,8 @@ def test_requests_get_the_tokens_of_one_process_and_nothing_is_left_behind(sdar,
         for event in llm.generate_streaming(PROMPTS, params):
             key = event.request_id, event.index
             texts[key] = texts.get(key, "") + event.text
+            # No process waits for the parent: each has its next command.
+            assert [exchange.sent for exchange in llm._driver.engine._exchanges] == [2]
         with pytest.raises(ValueError, match="the token id 1000"):
             llm.generate([1000])
     same = lambda every: [(each.text, each.token_ids) for output in every for each in output.outputs]
@@ -83,6 +85,8 @@ def test_a_process_that_dies_or_hangs_ends_the_group_within_ten_seconds(number, 
             llm.check()
     with new_pair() as other:  # in the same parent
         assert [each.outputs[0].finish_reason for each in other.generate(PROMPTS, LONG)] == ["length"] * 3
+        os.kill(processes_of(other)[1].pid, signal.SIGKILL)  # idle, its last reply unread
+        assert all("by signal 9" in each.outputs[0].error for each in other.generate(PROMPTS, LONG))
 
 
 def test_a_process_that_fails_alone_ends_the_group(new_pair, monkeypatch):

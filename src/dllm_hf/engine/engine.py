@@ -10,12 +10,13 @@ from contextlib import nullcontext
 
 import numpy
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..generation.cache_layers import CACHE_LAYERS
 from ..generation.decoder import Decoder
 from ..generation.drafts import FREE_TOKENS, number_of_drafts
-from ..generation.evaluation_mode import evaluating
+from ..generation.evaluation_mode import evaluating, in_training
 from ..generation.graphs import are_possible
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.pool import fused_of
@@ -109,6 +110,7 @@ class Engine:
         self.clock: Callable[[], float] = time.monotonic
         self.failure: Exception | None = None
         self._modules = list(model.modules())  # a step does not look for them
+        self._in_training: list[nn.Module] = []  # of them, when completions were admitted last
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the second number orders equal ones
         self._order = itertools.count()
@@ -228,6 +230,8 @@ class Engine:
                 self._admitting = self._admitting[:kept]
             except Exception as error:  # nothing is left of them in the decoder, and the others go on
                 self._refuse(error)
+        if rows:
+            self._in_training = in_training(self._modules)
         for row, sequence in zip(rows, self._admitting):
             sequence.admit(row)
             self.running[row] = sequence
@@ -249,6 +253,8 @@ class Engine:
         """The completions that get a slot now: the first that wait, and those behind them that fit where they do not. While the
         device has nothing to do, no more than the prompts that one step computes."""
         seats, found = self._decoder.seats, list[Sequence]()
+        if not (seats.free and self.waiting):
+            return found
         most, left = ADMITTED + self._decoder.columns_fed // COLUMNS_PER_ADMISSION, math.inf
         if not self.running:
             most, left = ADMITTED, self._token_budget
@@ -270,7 +276,9 @@ class Engine:
         """Settle the step before, begin to read what it has left, and launch the next."""
         device, decoder = self.model.device, self._decoder
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with torch.no_grad(), evaluating(self._modules), current:
+        # To look at hundreds of modules in each step would take longer than all that a step does for some thirty rows.
+        modules = self._modules if in_training([self.model]) else self._in_training
+        with torch.no_grad(), evaluating(modules), current:
             finished = set(decoder.settle())
             self._follow_grammars()
             self._reading = self._read(finished)

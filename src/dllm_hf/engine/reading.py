@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy
 import torch
 
 from ..generation.canvas import Canvas
@@ -36,13 +37,16 @@ class Reading:
         self.pieces, self._copied = pieces, None
         if not pieces:
             return
-        starts = uploaded(torch.tensor([[piece.row.slot, piece.start] for piece in pieces]), canvas.device)
-        offsets = torch.arange(max(piece.end - piece.start for piece in pieces), device=canvas.device)
-        columns = (starts[:, 1:] + offsets).clamp(max=canvas.capacity)
-        self._values = to_host(torch.cat([canvas.counts[starts[:, 0]], canvas.tokens[starts[:, :1], columns]], dim=1))
+        starts = numpy.array([piece.start for piece in pieces])[:, None]
+        offsets = numpy.arange(max(piece.end - piece.start for piece in pieces))
+        columns = numpy.minimum(starts + offsets, canvas.capacity)
+        lines = numpy.array([piece.row.slot for piece in pieces])[:, None]
+        places = uploaded(torch.from_numpy(numpy.concatenate([lines, columns], axis=1)), canvas.device)
+        place = places[:, :1], places[:, 1:]
+        self._values = to_host(torch.cat([canvas.counts[places[:, 0]], canvas.tokens[place]], dim=1))
         asked = [piece.row.request.logprobs for piece in pieces if piece.row.request.logprobs is not None]
         names = ("own", "top", "top_tokens") if max(asked, default=0) else ("own",) if asked else ()
-        self._logprobs = [to_host(canvas.logprobs[name][starts[:, :1], columns]) for name in names]
+        self._logprobs = [to_host(canvas.logprobs[name][place]) for name in names]
         if canvas.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()

@@ -89,10 +89,12 @@ class Sequence:
         for column, each in enumerate(distributions or (), start):
             if column < row.shown and row.text[column] == row.mask:
                 self.logprobs[column] = self._logprobs_of(self.text[column], *each)
-        is_open = row.mask in self.text[self.final : row.shown]
-        self.final = self.text.index(row.mask, self.final) if is_open else row.shown
+        try:
+            self.final = self.text.index(row.mask, self.final, row.shown)
+        except ValueError:  # no mask is left
+            self.final = row.shown
         ends = as_token_list(self.request.options.eos_token_id)
-        if any(token in ends for token in self.text[max(start, prompt) : start + len(block)]):
+        if ends and any(token in ends for token in self.text[max(start, prompt) : start + len(block)]):
             self.is_over = True
             row.end(row.shown)
         end = self.stop.find(self.text[: self.final], prompt) if self.stop else None

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -75,16 +76,24 @@ def run_worker(
     heart = Heart(connection)
     heart.send((engine.capacity, engine.intake.options, engine.intake.limits))
     heart.start()
+    commands: SimpleQueue[Command] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, commands), daemon=True).start()
     while True:
-        try:
-            command = connection.recv()
-        except (EOFError, OSError):
-            # Not the usual end: that of a group waits for processes that have gone.
-            os._exit(0)
+        command = commands.get()
         heart.is_working = True
         stepped = _step(engine, command, rank)
         heart.is_working = False
         heart.send(stepped)
+
+
+def _receive(connection: Connection, commands: SimpleQueue) -> None:
+    """A thread, so that the parent never waits for a step: it sends the next command meanwhile."""
+    try:
+        while True:
+            commands.put(connection.recv())
+    except (EOFError, OSError):
+        # Not the usual end: that of a group waits for processes that have gone.
+        os._exit(0)
 
 
 def _join(connection: Connection, rank: int, size: int, device: str) -> None:

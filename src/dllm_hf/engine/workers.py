@@ -2,7 +2,9 @@
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -22,6 +24,8 @@ from .worker import Command, Stepped, run_worker
 
 logger = logging.get_logger(__name__)
 
+# Commands on their way: the processes have the next one before this process has read what came of the one that they work at.
+IN_FLIGHT = 2
 # One that has failed alone has left the others waiting for it.
 FAILED_SECONDS = 2.0
 POLL_SECONDS = 0.25
@@ -31,10 +35,28 @@ class WorkersError(RuntimeError):
     """A process of a group has died, hangs, or has come to another result than the others."""
 
 
+@dataclass
+class Exchange:
+    """A command that not all processes have answered.
+
+    submitted: completions that it takes in.
+    sent: how many processes have been sent it.
+    replies: by rank.
+    """
+
+    command: Command
+    submitted: int
+    sent: int = 0
+    replies: dict[int, Stepped] = field(default_factory=dict)
+
+
 class Workers:
     """Has the methods of [`Engine`] that [`Driver`] asks for. Every process has an engine on its part of the model; each step
     is one command to all of them, which do the same with it, so that they stay equal: queue, admission and decisions depend on
     nothing but the commands. No process of the group is this one, so that a group that hangs can be killed.
+
+    A step sends the next command before it waits for what came of the one before, so that no process waits for this one. What is
+    submitted or aborted takes effect one step later for that.
 
     Where a process dies, hangs or fails alone, all are killed, and every request gets the finish reason "error".
 
@@ -68,8 +90,7 @@ class Workers:
         _check_divides(size, model)
         self._load, self._changes, self._submitted = Load(0, 0, 0.0, 0), list[Submission | set[str]](), 0
         self._unfinished: dict[tuple[str, int], Remote] = {}
-        self._command: Command | None = None  # one that not all have answered
-        self._sent, self._replies = 0, dict[int, Stepped]()
+        self._exchanges: deque[Exchange] = deque()
         self._is_closed = False
         threads = max(1, torch.get_num_threads() // size)
         own = {**arguments, "tensor_parallel_size": 1, "tokenizer": tokenizer, "device": None}
@@ -131,7 +152,7 @@ class Workers:
 
     @property
     def num_waiting(self) -> int:
-        return self._load.waiting + self._submitted
+        return self._load.waiting + self._submitted + sum(each.submitted for each in self._exchanges)
 
     @property
     def is_idle(self) -> bool:
@@ -166,6 +187,7 @@ class Workers:
         reason = "abort" if self.failure is None else "error"
         left, self._unfinished, self._load = list(self._unfinished.values()), {}, Load(0, 0, 0.0, 0)
         self._submitted = 0
+        self._exchanges.clear()
         error = None if self.failure is None else WorkersError(self.failure)
         return [each.ended(reason, error) for each in left]
 
@@ -177,45 +199,57 @@ class Workers:
     # --- a step
 
     def _exchange(self) -> list[Stepped]:
-        """Send a command to all processes, and wait for what they say, which must agree."""
-        if self._command is None:
-            self._command, self._changes = Command(time.monotonic(), self._changes), []
-            self._sent, self._replies, self._submitted = 0, {}, 0
-        try:
-            while self._sent < self._size:
-                send(self._connections[self._sent], self._processes[self._sent], self._command)
-                self._sent += 1
-        except (OSError, ValueError):  # ValueError: it cannot be pickled, or is closed
-            self._receive(self._sent)  # says how it has ended
-            raise WorkersError(f"{self._name(self._sent)} takes no commands") from None
-        heard, failed_at = dict.fromkeys(range(self._size), time.monotonic()), None
-        stuck = dict.fromkeys(range(self._size), 0.0)
-        while left := [rank for rank in range(self._size) if rank not in self._replies]:
-            for rank in self._readable(left, POLL_SECONDS):
-                message, heard[rank] = self._receive(rank), time.monotonic()
-                if isinstance(message, Stepped):
-                    self._replies[rank] = message
-                    stuck = dict.fromkeys(stuck, 0.0)  # those that waited for it move now
-                elif isinstance(message, Beat):
-                    stuck[rank] = message.stuck
-            # One that is at work, at a compilation for example, may keep the others waiting.
-            if min(stuck[rank] for rank in left) >= HANG_SECONDS:
-                raise WorkersError(f"{' and '.join(map(self._name, left))} have not moved for {HANG_SECONDS:.0f} s")
-            now = time.monotonic()
-            for rank in left:
-                if rank not in self._replies and now - heard[rank] > HANG_SECONDS:
-                    raise WorkersError(f"{self._name(rank)} has not answered for {now - heard[rank]:.0f} s")
-            failed = [rank for rank, reply in self._replies.items() if reply.error]
-            failed_at = (failed_at or now) if failed else None
-            if failed_at is not None and now - failed_at > FAILED_SECONDS and len(self._replies) < self._size:
-                raise WorkersError(f"{self._name(failed[0])} has failed: {self._replies[failed[0]].error}")
-        self._command, replies = None, [self._replies[rank] for rank in range(self._size)]
+        """Send commands to all processes, and wait for what they say to the oldest, which must agree."""
+        while len(self._exchanges) < IN_FLIGHT:
+            self._exchanges.append(Exchange(Command(time.monotonic(), self._changes), self._submitted))
+            self._changes, self._submitted = [], 0
+        for exchange in self._exchanges:
+            self._send(exchange)
+        self._hear(self._exchanges[0].replies)
+        replies = [reply for _, reply in sorted(self._exchanges.popleft().replies.items())]
         if len({(reply.digest, reply.error) for reply in replies}) > 1:
             errors = [f"{self._name(rank)}: {reply.error}" for rank, reply in enumerate(replies) if reply.error]
             raise WorkersError(
                 f"the processes have come to different results{': ' if errors else ''}{'; '.join(errors)}"
             )
         return replies
+
+    def _send(self, exchange: Exchange) -> None:
+        try:
+            while (rank := exchange.sent) < self._size:
+                send(self._connections[rank], self._processes[rank], exchange.command)
+                exchange.sent += 1
+        except (OSError, ValueError):  # ValueError: it was closed meanwhile
+            while True:  # behind what it has said
+                self._receive(exchange.sent)  # raises how it has ended
+
+    def _hear(self, replies: dict[int, Stepped]) -> None:
+        """Wait until all have replied to the oldest command, some perhaps to the next one as well."""
+        everyone = range(self._size)
+        heard, stuck, failed_at = dict.fromkeys(everyone, time.monotonic()), dict.fromkeys(everyone, 0.0), None
+        while left := [rank for rank in everyone if rank not in replies]:
+            for rank in self._readable(list(everyone), POLL_SECONDS):
+                # Of beats that nobody has read while no step was asked for, the last one counts.
+                while isinstance(message := self._receive(rank), Beat) and self._connections[rank].poll():
+                    pass
+                heard[rank] = time.monotonic()
+                if isinstance(message, Beat):
+                    stuck[rank] = message.stuck
+                else:
+                    next(each for each in self._exchanges if rank not in each.replies).replies[rank] = message
+                    stuck = dict.fromkeys(everyone, 0.0)  # those that waited for it move now
+            left = [rank for rank in left if rank not in replies]
+            # One that is at work, at a compilation for example, may keep the others waiting.
+            if left and min(stuck[rank] for rank in left) >= HANG_SECONDS:
+                raise WorkersError(f"{' and '.join(map(self._name, left))} have not moved for {HANG_SECONDS:.0f} s")
+            now = time.monotonic()
+            for rank in left:
+                if now - heard[rank] > HANG_SECONDS:
+                    raise WorkersError(f"{self._name(rank)} has not answered for {now - heard[rank]:.0f} s")
+            failed = [rank for rank, reply in replies.items() if reply.error]
+            failed_at = (failed_at or now) if failed else None
+            if left and failed_at is not None and now - failed_at > FAILED_SECONDS:
+                raise WorkersError(f"{self._name(failed[0])} has failed: {replies[failed[0]].error}")
 
     def _noted(self, replies: list[Stepped]) -> list[Event]:
         self._load = replies[0].load

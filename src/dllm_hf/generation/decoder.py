@@ -1,5 +1,6 @@
 """The decoding loop: rows join and leave, each at its own block and step, one denoising step at a time."""
 
+import math
 from collections.abc import Callable
 from itertools import compress
 
@@ -7,7 +8,7 @@ import torch
 
 from .backend import Backend
 from .canvas import LISTS, Canvas, list_of
-from .drafts import why_not
+from .drafts import FREE_TOKENS, why_not
 from .graphs import MAX_CAPTURED_TOKENS
 from .pool import Workspace
 from .requests import Request, Row
@@ -17,6 +18,8 @@ from .step import Features, denoise, draw
 from .uploads import uploaded
 from .window import Frame, Window, make_list, make_window
 
+# How often a row may begin a block one step later.
+MAX_DELAYS = 2
 # Columns of a rectangle up to which padding costs little.
 SMALL_PASS = 1024
 
@@ -75,10 +78,12 @@ class Decoder:
         slots, columns = self.canvas.slots, self.canvas.capacity
         self.seats = Seats(backend, workspace.state, slots, columns, shares_beginnings)
         self.rows = self.seats.rows
-        self.features: dict[int, Features] = {}  # by slot
+        self.features: dict[int, Features] = {}  # by slot, those that are equal as one object
+        self._features: dict[Features, Features] = {}
         self.num_forward_passes, self.columns_fed, self._steps = 0, 0, 0
         self._launched: list[Row] = []  # rows of the step that has not been settled
         self._last_steps: dict[int, int] = {}  # by slot, in which step the row took part last
+        self._delays: dict[int, int] = {}  # by slot, how often the row has begun a block one step later
         self._windows: dict[bool, tuple[tuple, Window]] = {}  # the last without drafts, and with
 
     @classmethod
@@ -111,7 +116,9 @@ class Decoder:
         try:
             for request, length in zip(requests, final_lengths or [0] * len(requests), strict=True):
                 rows.append(row := self.seats.seat(request, length))
-                self.features[row.slot], self._last_steps[row.slot] = Features.of(row), self._steps
+                features = Features.of(row)
+                self.features[row.slot] = self._features.setdefault(features, features)
+                self._last_steps[row.slot], self._delays[row.slot] = self._steps, 0
                 if not request.is_constrained and why_not(request.options) is None:
                     row.draft_steps = self.canvas.drafts
                     row.leaps = row.draft_steps > 0 and not self.watches_steps
@@ -212,16 +219,40 @@ class Decoder:
         if self.token_budget is None:
             return rows, frames
         longest_step = 2 * max((row.cell[1] - row.cell[0] for row in rows), default=0) + 1
-        wide = {row: width for row, frame in frames.items() if (width := frame.end - frame.start) > longest_step}
+        wide = {row: width for row, frame in frames.items() if (width := frame[1] - frame[0]) > longest_step}
         left = self.token_budget
         for row in sorted(wide, key=lambda row: self._last_steps[row.slot]):
             if wide[row] > left and left < self.token_budget:
                 del frames[row]
             else:
                 left -= wide[row]
-                self._last_steps[row.slot] = self._steps
-        self._last_steps.update((row.slot, self._steps) for row in rows if row not in wide)
+                self._last_steps[row.slot], self._delays[row.slot] = self._steps, 0
+        for row in self._late(rows, [row for row in frames if row not in wide]):
+            del frames[row]
+            rows.remove(row)
+        self._last_steps.update(dict.fromkeys([row.slot for row in rows if row not in wide], self._steps))
         return [row for row in rows if row in frames or row not in wide], frames
+
+    def _late(self, rows: list[Row], short: list[Row]) -> list[Row]:
+        """Rows that begin a block one step later, so that no more begin one in this step than in others. A block's first pass feeds
+        the block before it as well; steps of one size take less time than larger and smaller ones in turn, since a GPU computes
+        matrix products in tiles.
+
+        Args:
+            rows: all that may take part in the step.
+            short: those of them whose window is not long.
+        """
+        if sum(row.cell[1] - row.cell[0] for row in short) <= FREE_TOKENS:
+            return []
+        beginning = [row for row in short if row.is_first]
+        share = math.ceil(sum(1 / max(len(row.quotas), 1) for row in rows))
+        free = [
+            row for row in beginning if self._delays[row.slot] < MAX_DELAYS and not (row.is_adaptive or row.speculates)
+        ]
+        late = free[: max(len(beginning) - share, 0)]
+        for row in late:
+            self._delays[row.slot] += 1
+        return late
 
     def _must_check(self, row: Row) -> bool:
         """Whether the host must read from the device if a row's block is filled, if it holds an end of sequence, or what the
@@ -268,16 +299,16 @@ class Decoder:
     def _pass(self, chosen: dict[Row, Frame]) -> None:
         """One forward pass over the windows of rows, and a denoising step of those that have a block in it."""
         # `process` gets the logits of all rows.
-        rows = [row for row in self.rows if row is not None and (row in chosen or self.process is not None)]
+        rows = list(chosen) if self.process is None else [row for row in self.rows if row is not None]
         frames, slots = [chosen.get(row) or self._idle_frame() for row in rows], [row.slot for row in rows]
         is_stepping = [row in chosen and not row.is_prefilling for row in rows]
         stepping = [row for row, steps in zip(rows, is_stepping) if steps]
         if self.uses_graphs and len(slots) < self.canvas.slots:
             # Each number of rows is a graph: idle rows fill it up to a power of two.
             wanted = min(1 << (len(slots) - 1).bit_length(), self.canvas.slots)
-            others = [slot for slot in range(self.canvas.slots) if slot not in slots][: wanted - len(slots)]
+            others = sorted({*range(self.canvas.slots)}.difference(slots))[: wanted - len(slots)]
             slots, frames = slots + others, frames + [self._idle_frame()] * len(others)
-        drafts = self._drafts(dict(zip(stepping, compress(frames, is_stepping))), frames)
+        drafts = self._drafts(dict(zip(stepping, compress(frames, is_stepping))), frames) if self.canvas.drafts else {}
         window = wide = self._make_window(frames, slots)
         if drafts:
             wide = self._make_window(frames, slots, tuple(drafts.get(slot, 0) for slot in slots))
@@ -318,8 +349,9 @@ class Decoder:
     def _may_capture(self, frames: list[Frame]) -> bool:
         """Whether a pass may be a graph. Prompts have many lengths; those of a call do not come again, while those that ride
         along with other rows share few lengths of lists."""
-        feeds_prompt = any(frame.grid and frame.end - frame.start > 2 * frame.grid for frame in frames)
-        return self.uses_graphs and (self.token_budget is not None or not feeds_prompt)
+        if not self.uses_graphs or self.token_budget is not None:
+            return self.uses_graphs
+        return not any(frame.grid and frame.end - frame.start > 2 * frame.grid for frame in frames)
 
     def _run(self, window: Window, noise: dict, features: Features, may_capture: bool) -> None:
         """A forward pass and what comes of it."""

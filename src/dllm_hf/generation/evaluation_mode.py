@@ -12,6 +12,13 @@ _lock = threading.Lock()
 _calls: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
 
 
+def in_training(every: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that are in training mode, or will return to it when calls end that are running."""
+    with _lock:
+        known = set(_calls)
+        return [module for module in every if module.training or module in known]
+
+
 @contextmanager
 def evaluating(every: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode of modules, so that dropout cannot change the tokens. The modules that were in training mode return to it when

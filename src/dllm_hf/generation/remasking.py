@@ -5,6 +5,7 @@ strategies share a step, and a row never depends on its neighbours.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -54,10 +55,11 @@ STRATEGIES = {
 }
 
 
+@lru_cache(1024)
 def transfer_quotas(
     masks: int, steps: int | None, strategy: Strategy, eps: float, whole: int | None = None
-) -> list[int]:
-    """How many tokens each step of a block must transfer.
+) -> tuple[int, ...]:
+    """How many tokens each step of a block must transfer. Known already of most blocks: they are like the one before.
 
     Args:
         masks: the masked positions in the block.
@@ -69,19 +71,19 @@ def transfer_quotas(
             length).
     """
     if steps is None or strategy.selection in ("factor", "entropy_bound"):
-        return [1] * masks
+        return (1,) * masks
     if strategy.schedule == "uniform":
         whole, quotas = masks if whole is None else whole, list[int]()
         while masks > 0:
             step = len(quotas)
             quotas.append(min(whole // steps + (step < whole % steps), masks))
             masks -= quotas[-1]
-        return quotas
+        return tuple(quotas)
     timesteps, quotas, left = _timesteps(steps, eps), [], masks
     for ratio in (1 - timesteps[1:] / timesteps[:-1])[:-1]:
         quotas.append(int(torch.tensor(left, dtype=torch.float32) * ratio))
         left -= quotas[-1]
-    return [*quotas, left] if masks else []
+    return (*quotas, left) if masks else ()
 
 
 def bernoulli_plan(noise: torch.Tensor, steps: int, eps: float) -> torch.Tensor:

@@ -119,9 +119,10 @@ class Row:
 
     Attributes:
         text: the canvas before the first step.
-        blocks: what is decoded, one after the other, each a [`Part`].
+        blocks: what is decoded, one after the other, each a [`Part`]; `part` and its `cell` are those of the present one.
         shown, length: the number of columns that the output shows, and of all.
         edits: whether tokens of a block may be replaced until it is done.
+        is_adaptive: whether it depends on the logits how many steps a block takes.
         speculates: whether blocks are drafted and verified, see [`self_speculation`]. Where the next one begins depends on how
             much of the draft is kept, so that `blocks` ends with the present one.
         causal_grid: the block length where blocks see earlier ones alone, 0 where a token sees the whole row.
@@ -154,6 +155,8 @@ class Row:
         self.strategy: Strategy = STRATEGIES["sequential" if self.speculates else options.remasking_strategy]
         self.first_feeds, self.others_feed = POLICIES[options.cache_policy]
         self.edits = options.editing_threshold is not None and options.editing_threshold < 1  # no probability exceeds 1
+        self.is_adaptive = self.strategy.is_adaptive or self.edits
+        self.uses_block_cache = options.use_block_cache
         size = self.block_length or 1
         self.causal_grid = (self.block_length or 0) if sees_earlier_blocks else 0
         # A piece of a prompt must not end inside a block, whose tokens see each other.
@@ -168,8 +171,8 @@ class Row:
     def begin(self, text: list[int], given: int = 0) -> None:
         """Start to decode the masks of `text`, the row's present canvas. `given`: no column before it holds one."""
         self.blocks = self._speculative_blocks(0) if self.speculates else self._blocks(text, given)
-        self.block_index, self.is_open, self.is_done, self.taken = 0, False, not self.blocks, 0
-        self.quotas: list[int] = []
+        self.taken, self.quotas = 0, list[int]()
+        self._go_to(0)
         self.whole_cell: tuple[int, int] | None = None
         self.first_is_masked = False
 
@@ -229,18 +232,17 @@ class Row:
             end = start + 1
         return [Part((start, end), masks, 1, (start, end), (start, end), start > 0)]
 
-    @property
-    def part(self) -> Part:
-        return self.blocks[self.block_index]
+    def _go_to(self, index: int) -> None:
+        """Make a block the present one, unless there is none left."""
+        self.block_index, self.is_open, self.is_done = index, False, index == len(self.blocks)
+        if not self.is_done:
+            self.part = self.blocks[index]
+            self.cell = self.part.cell
 
     @property
     def span(self) -> tuple[int, int]:
         start, end = self.part.span
         return start, end - self.is_drafting  # a verification feeds the draft and decides one token more
-
-    @property
-    def cell(self) -> tuple[int, int]:
-        return self.part.cell
 
     def open_block(
         self, uniform: Callable[[int], torch.Tensor], masked: torch.Tensor | None = None
@@ -257,13 +259,14 @@ class Row:
         """
         (start, end), masks, steps, _, sub_block, _ = self.part
         self.is_open, self.is_first, self.step, self.most_steps, self.taken = True, True, 0, 0, 0
+        self._later_frame: Frame | None = None  # of all passes of the block but the first
         first_is_masked = self.text[start] == self.mask if masked is None else bool(masked[0])
         self.first_is_masked = first_is_masked and start == sub_block[0]
         if masked is not None:  # a block whose shown part has no mask is not decoded
             masks = int(masked.sum()) if masked[: self.shown - start].any() else 0
         if self.strategy.selection != "bernoulli":
             whole = (self.block_length or masks) if self.request.quota_source == "block" else masks
-            self._set_quotas(transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole))
+            self._set_quotas([*transfer_quotas(masks, steps, self.strategy, self.request.options.eps, whole)])
             if self.edits and masks:  # as many steps as there may be at most
                 self.quotas += [1] * self.request.options.max_post_steps
             if self.speculates and masks > 1:  # the verification
@@ -295,11 +298,6 @@ class Row:
         return self.speculates and 0 < self.taken < len(self.quotas)
 
     @property
-    def is_adaptive(self) -> bool:
-        """Whether it depends on the logits how many steps a block takes."""
-        return self.strategy.is_adaptive or self.edits
-
-    @property
     def drafts(self) -> int:
         """How many drafts the next pass may feed. The first pass of a block has no logits to make them from."""
         if self.is_first:
@@ -322,10 +320,12 @@ class Row:
     def feeds_whole_block(self) -> bool:
         """Whether the next pass feeds the whole block, or only a sub-block of it whose other keys are in the cache (Fast-dLLM
         v2, arXiv:2509.26328: as long as the sub-block's first position is masked, and at least once in a block)."""
-        return not self.request.options.use_block_cache or self.first_is_masked or self.whole_cell != self.cell
+        return not self.uses_block_cache or self.first_is_masked or self.whole_cell != self.cell
 
     def frame(self) -> Frame:
         """The window of the next forward pass."""
+        if self._later_frame is not None and not self.is_first:
+            return self._later_frame
         part, (start, end) = self.part, self.cell
         grid = end - start if self.causal_context else self.causal_grid
         if self.is_prefilling:
@@ -335,15 +335,21 @@ class Row:
         if self.speculates:
             return self._speculative_frame()
         feeds = self.first_feeds if self.is_first else self.others_feed
-        before = 0 if self.causal_grid else self.logits_shift
-        begin = {"canvas": 0, "not yet final": min(self.final_length, start)}.get(feeds, max(start - before, 0))
+        if feeds == "canvas":
+            begin = 0
+        elif feeds == "not yet final":
+            begin = min(self.final_length, start)
+        else:
+            begin = max(start - (0 if self.causal_grid else self.logits_shift), 0)
         stop = end if feeds in ("block", "not yet final") else self.length
         if part.is_seed and feeds == "not yet final":
             begin, stop = min(begin, start - 1), start  # the last clean column has the logits
         elif begin == start and not self.feeds_whole_block:
             begin, stop = part.sub_block
         causal = start if self.causal_context else 0
-        return Frame(begin, stop, *part.span, self.length, self.shown, start, grid, causal, int(part.is_seed))
+        frame = Frame(begin, stop, *part.span, self.length, self.shown, start, grid, causal, int(part.is_seed))
+        self._later_frame = None if self.is_first or self.uses_block_cache else frame
+        return frame
 
     def _speculative_frame(self) -> Frame:
         """A draft feeds the last token before the block, which sees the block, too, and the block without its last column. A
@@ -364,14 +370,16 @@ class Row:
         if self.is_prefilling:
             self.final_length += self.chunk
             return
-        if self.first_feeds == "not yet final":
-            # The block's own keys are not final: the first pass of the next block writes them again.
-            self.final_length = self.cell[0] - self.is_drafting
-        if not self.part.is_seed and self.feeds_whole_block:
-            self.whole_cell = self.cell
+        if self.is_first or self.uses_block_cache or self.speculates:
+            part = self.part
+            if self.first_feeds == "not yet final":
+                # The block's own keys are not final: the first pass of the next block writes them again.
+                self.final_length = part.cell[0] - self.is_drafting
+            if not part.is_seed and self.feeds_whole_block:
+                self.whole_cell = part.cell
         self.is_first = False
         self.taken += 1
-        self.most_steps += 1 + max(map(len, drafts_of(self.strategy, drafts)), default=0)
+        self.most_steps += 1 + (max(map(len, drafts_of(self.strategy, drafts))) if drafts else 0)
 
     def note_step(self, is_filled: bool | None, first_is_masked: bool, steps: int = 0) -> bool:
         """Go on to the next step, or block.
@@ -392,8 +400,7 @@ class Row:
             self._keep(steps)
         elif not is_filled and self.step < len(self.quotas):
             return False
-        self.block_index, self.is_open = self.block_index + 1, False
-        self.is_done = self.block_index == len(self.blocks)
+        self._go_to(self.block_index + 1)
         return True
 
     def _keep(self, number: int) -> None:
@@ -423,7 +430,7 @@ class Row:
     def needs_first(self) -> bool:
         """Whether the host must read from the canvas if the first column of the sub-block is masked: what the next pass feeds
         depends on it."""
-        return self.request.options.use_block_cache and self.first_is_masked and self.step + 1 < len(self.quotas)
+        return self.uses_block_cache and self.first_is_masked and self.step + 1 < len(self.quotas)
 
     def rewind(self, final_length: int) -> None:
         """Make the next pass feed the columns from `final_length` on again: they have changed."""

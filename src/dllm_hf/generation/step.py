@@ -62,7 +62,9 @@ class Features:
     @classmethod
     def union(cls, every: Iterable["Features"]) -> "Features":
         """The features of a step over several rows."""
-        every = list(every)
+        every = list({id(each): each for each in every}.values())  # those of many rows are one object
+        if len(every) == 1:
+            return every[0]
         return cls(
             frozenset().union(*(each.scores for each in every)),
             frozenset().union(*(each.rules for each in every)),

@@ -1,11 +1,11 @@
 """Windows: the positions that one forward pass feeds, made on the host from a frame of each row."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy
 import torch
-from torch import nn
 
 from .uploads import uploaded
 
@@ -161,27 +161,27 @@ def make_window(
         multiple: windows that shrink from block to block are padded to a multiple of it: fewer shapes, fewer graphs.
         drafts: for each row, which draft of its slot it is, see [`Window`]; the canvases themselves come first.
     """
-    table = torch.tensor(frames)[:, :, None]
-    start, end, first, last, length, _, _, grid, causal, is_seed, _ = table.unbind(1)
+    table = _table(frames)[:, :, None]
+    start, end, first, last, length, _, _, grid, causal, is_seed, _ = table.swapaxes(0, 1)
     width, block_width = int((end - start).max()), int((last - first).max())
-    if not grid.any() and width > block_width + shift and not (start == 0).all():
+    if not grid.any() and width > block_width + shift and start.any():
         width += -width % multiple
-    columns = torch.minimum(start + torch.arange(width), end - 1)
+    columns = numpy.minimum(start + numpy.arange(width), end - 1)
     lengths = _lengths(columns, length, grid, causal)
     visible = int(lengths.max())
-    if bool((lengths == visible).all()):
+    if (lengths == visible).all():
         seen = "all"
     else:
-        seen = "row" if bool((lengths == lengths[:, :1]).all()) else "token"
+        seen = "row" if (lengths == lengths[:, :1]).all() else "token"
     keep = (_kept(first, last, shift, is_seed) - start) * (last > first)
-    tokens = {"owners": torch.tensor(slots)[:, None], "columns": columns, "lengths": lengths.to(torch.int32)}
-    tokens |= {"keep": keep.clamp(-before, width - 1), "runs": torch.empty(0, 3, dtype=torch.long)}
+    tokens = {"owners": numpy.array(slots)[:, None], "columns": columns, "lengths": lengths.astype(numpy.int32)}
+    tokens |= {"keep": keep.clip(-before, width - 1), "runs": numpy.empty((0, 3), numpy.int64)}
     if drafts is not None:
         begin, tokens["own"], copies = _drafts(table[:, :2, 0], slots, drafts)
-        draft = torch.tensor(drafts)[:, None]
-        tokens["aside"] = torch.where(draft > 0, begin[:, None] + columns - start, -1)
+        draft = numpy.array(drafts)[:, None]
+        tokens["aside"] = numpy.where(draft > 0, begin[:, None] + columns - start, -1)
         tokens |= {"texts": tokens["owners"] + number * draft, **copies}
-    return _window(table, slots, number, scratch, **tokens, longest=width, visible=visible, seen=seen)
+    return _window(table, slots, number, scratch, tokens, longest=width, visible=visible, seen=seen)
 
 
 def make_list(
@@ -200,99 +200,114 @@ def make_list(
         padded_up_to: lists of at most so many tokens are filled up with idle tokens and empty runs, unless all rows feed
             equally many: fewer shapes, fewer graphs.
     """
-    table = torch.tensor(frames)[:, :, None]
-    start, end, first, last, length, _, _, grid, causal, is_seed, _ = table[:, :, 0].unbind(1)
-    slot, width = torch.tensor(slots), end - start
-    begin = width.cumsum(0) - width
+    table = _table(frames)
+    start, end, first, last, length, _, _, grid, causal, is_seed, _ = table.T
+    slot, width = numpy.array(slots), end - start
+    begin = width.cumsum() - width
     row = _repeated(width)
-    columns = start[row] + torch.arange(len(row)) - begin[row]
+    columns = start[row] + numpy.arange(len(row)) - begin[row]
     lengths = _lengths(columns, length[row], grid[row], causal[row])
     visible, widest = int(lengths.max()), int(width.max())
     longest = min(1 << (widest - 1).bit_length(), RUN_LENGTH)
     pieces = -(-width // longest)
     of = _repeated(pieces)
-    skipped = longest * (torch.arange(len(of)) - (pieces.cumsum(0) - pieces)[of])
-    runs = torch.stack([slot[of], begin[of] + skipped, (width[of] - skipped).clamp(max=longest)], dim=1)
+    skipped = longest * (numpy.arange(len(of)) - (pieces.cumsum() - pieces)[of])
+    runs = numpy.stack([slot[of], begin[of] + skipped, numpy.minimum(width[of] - skipped, longest)], axis=1)
     # The rows that see most first: a GPU that comes to them last would wait for them alone.
-    order = torch.where(grid > 0, end, length)[of].argsort(descending=True)
+    order = (-numpy.where(grid > 0, end, length)[of]).argsort(kind="stable")
     runs, owners, of_drafts = runs[order], slot[row], {}
     if drafts is not None:
-        first_aside, own, copies = _drafts(table[:, :2, 0], slots, drafts)
-        draft = torch.tensor(drafts)[row]
-        aside = torch.where(draft > 0, first_aside[row] + columns - start[row], -1)
+        first_aside, own, copies = _drafts(table[:, :2], slots, drafts)
+        draft = numpy.array(drafts)[row]
+        aside = numpy.where(draft > 0, first_aside[row] + columns - start[row], -1)
         of_drafts = {"texts": owners + number * draft, "aside": aside, "own": own[of][order], **copies}
     if len(row) <= padded_up_to and (widest > RUN_LENGTH or int(width.min()) < widest):
         power = 1 << (len(row) - 1).bit_length()
         step = max(16, min(power, 64 if power <= 512 else power // 32))
+        more = -len(row) % step
         owners, columns, lengths = (
-            torch.cat([each, each.new_full((-len(row) % step,), value)])
-            for each, value in ((owners, slots[0]), (columns, scratch), (lengths, 0))
+            _lengthened(each, more, value) for each, value in ((owners, slots[0]), (columns, scratch), (lengths, 0))
         )
         # As many runs as any rows can need for so many tokens, so that the shape depends on nothing else.
         most = len(frames) + -(-step // longest) + (len(columns) // longest if widest > longest else 0)
-        begins = len(row) + longest * torch.arange(most - len(runs))
-        idle = (len(columns) - begins).clamp(0, longest)
-        runs = torch.cat([runs, torch.stack([torch.full_like(idle, slots[0]), begins, idle], dim=1)])
+        begins = len(row) + longest * numpy.arange(most - len(runs))
+        idle = (len(columns) - begins).clip(0, longest)
+        runs = numpy.concatenate([runs, numpy.stack([numpy.full_like(idle, slots[0]), begins, idle], axis=1)])
         if drafts is not None:
-            more = len(columns) - len(row)
-            of_drafts["texts"] = nn.functional.pad(of_drafts["texts"], (0, more), value=slots[0])
-            of_drafts["aside"] = nn.functional.pad(of_drafts["aside"], (0, more), value=-1)
-            of_drafts["own"] = nn.functional.pad(of_drafts["own"], (0, 0, 0, len(idle)))
+            of_drafts["texts"] = _lengthened(of_drafts["texts"], more, slots[0])
+            of_drafts["aside"] = _lengthened(of_drafts["aside"], more, -1)
+            of_drafts["own"] = numpy.pad(of_drafts["own"], ((0, len(idle)), (0, 0)))
     kept = _kept(first[:, None], last[:, None], shift, is_seed[:, None])
     keep = begin[:, None] + (kept - start[:, None]) * (last > first)[:, None]
-    tokens = {"owners": owners, "columns": columns, "lengths": lengths.to(torch.int32)}
-    tokens |= {"keep": keep.clamp(0, len(columns) - 1), "runs": runs, **of_drafts}
-    return _window(table, slots, number, scratch, **tokens, longest=longest, visible=visible, seen="token")
+    tokens = {"owners": owners, "columns": columns, "lengths": lengths.astype(numpy.int32)}
+    tokens |= {"keep": numpy.minimum(keep, len(columns) - 1), "runs": runs, **of_drafts}
+    return _window(table[:, :, None], slots, number, scratch, tokens, longest=longest, visible=visible, seen="token")
 
 
-def _repeated(counts: torch.Tensor) -> torch.Tensor:
-    """The index of each number, as often as it says. By NumPy: PyTorch starts its threads for it, which takes a millisecond
-    on 16 cores."""
-    return torch.from_numpy(numpy.arange(len(counts)).repeat(counts.numpy()))
+def _table(frames: list[Frame]) -> numpy.ndarray:
+    """`(rows, fields)`. By NumPy, as all that is made of it: arrays are as small as PyTorch's calls are slow."""
+    numbers = numpy.fromiter(chain.from_iterable(frames), numpy.int64, len(frames) * len(Frame._fields))
+    return numbers.reshape(len(frames), -1)
 
 
-def _drafts(fed: torch.Tensor, slots: list[int], drafts: list[int]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def _repeated(counts: numpy.ndarray) -> numpy.ndarray:
+    """The index of each number, as often as it says."""
+    return numpy.arange(len(counts)).repeat(counts)
+
+
+def _lengthened(array: numpy.ndarray, more: int, value: int) -> numpy.ndarray:
+    return numpy.concatenate([array, numpy.full(more, value, array.dtype)])
+
+
+def _drafts(fed: numpy.ndarray, slots: list[int], drafts: list[int]) -> tuple[numpy.ndarray, numpy.ndarray, dict]:
     """What a window knows of drafts, `fed`: `(rows, 2)`, the first column of each row's window and the one behind the last.
 
     Returns:
         `(rows,)`, the draft column of the first one; `(rows, 3)`, `Window.own` by rows; the fields that tokens have no part in.
     """
-    draft = torch.tensor(drafts)
-    width = torch.where(draft > 0, fed[:, 1] - fed[:, 0], 0)
-    begin = width.cumsum(0) - width
+    draft = numpy.array(drafts)
+    width = numpy.where(draft > 0, fed[:, 1] - fed[:, 0], 0)
+    begin = width.cumsum() - width
     canvases = {slot: index for index, slot in enumerate(slots) if not drafts[index]}
-    copies = torch.arange(len(canvases))[:, None].repeat(1, 1 + max(drafts))
+    copies = numpy.arange(len(canvases))[:, None].repeat(1 + max(drafts), axis=1)
     for index, (slot, number) in enumerate(zip(slots, drafts)):
         copies[canvases[slot], number] = index
-    own = torch.cat([fed, begin[:, None]], dim=1) * (draft > 0)[:, None]
+    own = numpy.concatenate([fed, begin[:, None]], axis=1) * (draft > 0)[:, None]
     return begin, own, {"draft": draft, "copies": copies, "draft_columns": int(width.sum())}
 
 
-def _lengths(columns, length, grid, causal) -> torch.Tensor:
+def _lengths(columns, length, grid, causal) -> numpy.ndarray:
     """How many columns each token sees."""
-    seen_by_block = ((columns - causal) // grid.clamp(min=1) + 1) * grid + causal
-    seen = torch.where(grid > 0, torch.minimum(seen_by_block, length), length)
-    return torch.where(columns < causal, columns + 1, seen)
+    seen_by_block = ((columns - causal) // numpy.maximum(grid, 1) + 1) * grid + causal
+    seen = numpy.where(grid > 0, numpy.minimum(seen_by_block, length), length)
+    return numpy.where(columns < causal, columns + 1, seen)
 
 
-def _kept(first, last, shift: int, is_seed) -> torch.Tensor:
+def _kept(first, last, shift: int, is_seed) -> numpy.ndarray:
     """`(rows, block)`, the column where the logits of each position of a block stand."""
-    width = int((last - first).max())
-    return (torch.minimum(first + torch.arange(width), last - 1) - is_seed.clamp(min=shift)).clamp(min=0)
+    positions = first + numpy.arange((last - first).max())
+    return numpy.maximum(numpy.minimum(positions, last - 1) - numpy.maximum(is_seed, shift), 0)
 
 
-def _window(table: torch.Tensor, slots: list[int], number: int, scratch: int, **tokens) -> Window:
+def _window(table: numpy.ndarray, slots: list[int], number: int, scratch: int, tokens: dict, **scalars) -> Window:
     """A window of tokens that are known already. `table`: `(rows, fields, 1)`, the frames."""
-    start, end, first, last, length, shown, final, grid, *_, speculation = table.unbind(1)
-    position = first + torch.arange(int((last - first).max()))
+    start, end, first, last, length, shown, final, grid, *_, speculation = table.swapaxes(0, 1)
+    position = first + numpy.arange((last - first).max())
     exists = position < last
+    arrays = {
+        "slots": numpy.array(slots),
+        "final": final,
+        "block": numpy.where(exists, position, scratch),
+        "shown": exists & (position < shown),
+        "speculation": speculation[:, 0],
+        **tokens,
+    }
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(each) if name in TENSORS else each for name, each in arrays.items()
+    }
     return Window(
-        slots=torch.tensor(slots),
-        final=final,
-        block=torch.where(exists, position, scratch),
-        shown=exists & (position < shown),
-        speculation=speculation[:, 0],
+        **tensors,
         is_canvas=bool(((start == 0) & (end == length) & (grid == 0)).all()),
         is_every_slot=slots == list(range(number)),
-        **tokens,
+        **scalars,
     )
