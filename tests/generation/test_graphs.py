@@ -46,7 +46,12 @@ def test_the_first_pass_foresees_in_which_runs_attention_reads_the_steps(family,
         return run(stack, tokens, window, cache)
 
     monkeypatch.setattr(FusedStack, "__call__", noted)
-    options = {"max_new_tokens": 12, "block_length": 4, "cache_policy": policy, "remasking_strategy": "low_confidence_static"}
+    options = {
+        "max_new_tokens": 12,
+        "block_length": 4,
+        "cache_policy": policy,
+        "remasking_strategy": "low_confidence_static",
+    }
     both_ways(fresh_model(family), [[5] * 20] * 2, **options)
     kinds = lambda every: {(len(each.runs), each.longest, each.keep.shape) for each in every}
     assert kinds(windows[1:]) <= kinds([windows[0], *steps_after(windows[0])])

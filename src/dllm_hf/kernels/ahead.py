@@ -21,7 +21,8 @@ class _Builders(ThreadPoolExecutor):
     def submit(self, compiled: Callable[[], Any]) -> Future:  # type: ignore[override]  # all that Triton hands over
         def build() -> Any:
             kernel = compiled()
-            kernel.run  # noqa: B018  loads it onto the device, and makes the function that launches it: up to Triton 3.6 of C code
+            # Loads it onto the device, and makes the function that launches it, for which Triton 3.6 takes a C compiler.
+            kernel.run  # noqa: B018
             return kernel
 
         return super().submit(build)
@@ -40,7 +41,9 @@ def compiled_ahead() -> Iterator[None]:
             return run(kernel, *args, grid=grid, warmup=warmup or threading.get_ident() == own, **options)
 
         function.run = compile_instead  # launches of other threads pass through
-        gc.disable()  # a collection that the compiler's many objects set off would hold all threads up for a third of a second
+        # The compiler's many objects would set off a collection, which holds all threads up for a third of a second, and in Python
+        # 3.11, if it switches threads, lets `ast` fail in others (https://github.com/python/cpython/issues/106905).
+        gc.disable()
         try:
             threads = _Builders(min(16, os.cpu_count() or 1), initializer=torch.cuda.set_device, initargs=(device,))
             with threads, triton.AsyncCompileMode(threads):
