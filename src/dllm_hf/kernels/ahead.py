@@ -12,7 +12,24 @@ import torch
 
 from .triton import triton
 
-_lock = threading.Lock()
+_lock, _counting = threading.Lock(), threading.Lock()
+_uncollected: list[
+    bool
+] = []  # one for each use of `without_collection` that goes on: whether the first has found it on
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Python collects no garbage while any thread is inside."""
+    with _counting:
+        _uncollected.append(_uncollected[0] if _uncollected else gc.isenabled())
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _counting:
+            if _uncollected.pop() and not _uncollected:
+                gc.enable()
 
 
 class _Builders(ThreadPoolExecutor):
@@ -34,24 +51,21 @@ def compiled_ahead() -> Iterator[None]:
     results hold anything. At the end all are. Triton's compiler works outside of Python's lock for the most part."""
     function, own = triton.runtime.jit.JITFunction, threading.get_ident()
     device = torch.cuda.current_device()  # of this thread: others begin with the first
-    with _lock:
-        run, collects = function.run, gc.isenabled()
+    # The compiler's many objects would set off a collection, which holds all threads up for a third of a second, and in Python
+    # 3.11, if it switches threads, lets `ast` fail in others (https://github.com/python/cpython/issues/106905).
+    with _lock, without_collection():
+        run = function.run
 
         def compile_instead(kernel, *args, grid, warmup, **options):
             return run(kernel, *args, grid=grid, warmup=warmup or threading.get_ident() == own, **options)
 
         function.run = compile_instead  # launches of other threads pass through
-        # The compiler's many objects would set off a collection, which holds all threads up for a third of a second, and in Python
-        # 3.11, if it switches threads, lets `ast` fail in others (https://github.com/python/cpython/issues/106905).
-        gc.disable()
         try:
             threads = _Builders(min(16, os.cpu_count() or 1), initializer=torch.cuda.set_device, initargs=(device,))
             with threads, triton.AsyncCompileMode(threads):
                 yield
         finally:
             function.run = run
-            if collects:
-                gc.enable()
 
 
 @contextmanager
