@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from dllm_hf.fused.stack import FusedStack
 from dllm_hf.generation.remasking import STRATEGIES
+from dllm_hf.generation.window import steps_after
 
 from ..test_golden import CASES, check_case, load_model
 from .recorded_graphs import DEVICE, ROWS, both_ways, fresh_model
@@ -31,6 +33,29 @@ STRATEGY_CELLS = [
     for row, policy in enumerate(POLICIES)
     for column, strategy in enumerate(STRATEGIES)
 ]
+
+
+@pytest.mark.parametrize("family, policy", [("llada", "dual"), ("dream", "dual"), ("sdar", "block")])
+def test_the_first_pass_foresees_in_which_runs_attention_reads_the_steps(family, policy, monkeypatch):
+    windows, run = [], FusedStack.__call__
+
+    def noted(stack, tokens, window, cache):
+        for each in [] if windows else steps_after(window):  # they can be run
+            run(stack, tokens[: len(each.columns)], each, copy.deepcopy(cache))
+        windows.append(window)
+        return run(stack, tokens, window, cache)
+
+    monkeypatch.setattr(FusedStack, "__call__", noted)
+    options = {
+        "max_new_tokens": 12,
+        "block_length": 4,
+        "cache_policy": policy,
+        "remasking_strategy": "low_confidence_static",
+    }
+    both_ways(fresh_model(family), [[5] * 20] * 2, **options)
+    kinds = lambda every: {(len(each.runs), each.longest, each.keep.shape) for each in every}
+    assert kinds(windows[1:]) <= kinds([windows[0], *steps_after(windows[0])])
+    assert len(kinds(windows)) > 1
 
 
 @pytest.mark.parametrize("folder, case", DECODED)

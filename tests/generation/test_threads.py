@@ -1,9 +1,12 @@
 """Models and caches that several threads use at once."""
 
+import gc
 import threading
 
 import pytest
 import torch
+
+from dllm_hf.kernels.ahead import without_collection
 
 from ..builders import ScriptedModel, generate, new_model, script, tiny_model
 
@@ -23,6 +26,22 @@ def in_a_thread(run):
     thread = threading.Thread(target=run)
     thread.start()
     return thread
+
+
+def test_nothing_is_collected_until_the_last_that_must_not_be_disturbed_has_ended():
+    gate = Gate()
+
+    def capture():
+        with without_collection():
+            gate()
+
+    with without_collection():
+        thread = in_a_thread(capture)
+        assert gate.inside.wait(600) and not gc.isenabled()
+    assert not gc.isenabled()
+    gate.may_go.set()
+    thread.join(600)
+    assert gc.isenabled()
 
 
 def test_a_model_in_training_stays_without_dropout_until_the_last_call_has_ended():

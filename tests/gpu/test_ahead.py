@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dllm_hf.fused.stack import FusedStack
+from dllm_hf.generation.decoder import Decoder
 from dllm_hf.kernels.ahead import compiled_ahead
 from dllm_hf.kernels.layers import _swiglu, swiglu, swiglu_torch
 
@@ -14,19 +15,57 @@ from ..builders import as_list, new_model, window_of
 pytestmark = pytest.mark.gpu
 
 
-def test_inside_kernels_are_compiled_and_not_launched():
+def test_inside_kernels_are_made_ready_and_not_launched():
     gate, up = torch.randn(2, 1, 3, 200, device="cuda", dtype=torch.float16)
     cache = _swiglu.device_caches[torch.cuda.current_device()][0]
-    before, found = len(cache), []
+    before, found = set(cache), []
     with compiled_ahead():
         poisoned = torch.full_like(gate, 7.0)
         _swiglu[(3, 1)](gate, up, poisoned, 200, 200, 200, BLOCK=256, num_warps=4)
         other = threading.Thread(target=lambda: found.append(swiglu(gate.bfloat16(), up.bfloat16())))
         other.start()
         other.join()
-    assert len(cache) > before and (poisoned == 7).all()
+    made = [kernel for key, kernel in cache.items() if key not in before]
+    assert made and all(kernel.module is not None for kernel in made) and (poisoned == 7).all()
     torch.testing.assert_close(found[0], swiglu_torch(gate.bfloat16(), up.bfloat16()))
     torch.testing.assert_close(swiglu(gate, up), swiglu_torch(gate, up))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_are_made_ready_for_the_current_device():
+    with torch.cuda.device(1):
+        gate, up = torch.randn(2, 1, 3, 300, device="cuda", dtype=torch.float16)
+        with compiled_ahead():
+            swiglu(gate, up)
+        torch.testing.assert_close(swiglu(gate, up), swiglu_torch(gate, up))
+
+
+# Heads of sizes that no other test has.
+@pytest.mark.parametrize(
+    ("family", "policy", "sizes"),
+    [
+        ("llada", "dual", {"n_heads": 2, "d_model": 144}),
+        ("dream", "dual", {"num_attention_heads": 2, "hidden_size": 176}),
+        ("sdar", "block", {"num_attention_heads": 2, "hidden_size": 208, "head_dim": 104}),
+    ],
+)
+def test_a_call_compiles_in_its_first_pass_alone(family, policy, sizes, monkeypatch):
+    from triton import knobs
+
+    compiled, passes, run = [], [], Decoder._pass
+
+    def counted(decoder, chosen):
+        passes.append(chosen)
+        run(decoder, chosen)
+
+    monkeypatch.setattr(Decoder, "_pass", counted)
+    monkeypatch.setattr(knobs.compilation, "listener", lambda src, **_: compiled.append((src.name, len(passes))))
+    model = new_model(family, **sizes).cuda()
+    options = {"max_new_tokens": 16, "block_length": 4, "cache_policy": policy, "eos_token_id": []}
+    options["remasking_strategy"] = "low_confidence_static"
+    model.diffusion_generate(torch.full((1, 100), 5), **options)
+    assert "_attend" in dict(compiled) and len(passes) > 3
+    assert {number for _, number in compiled} == {1}, compiled
 
 
 @pytest.mark.parametrize("family", ["llada", "sdar"])

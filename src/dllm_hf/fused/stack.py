@@ -1,6 +1,7 @@
 """The forward pass of a decoder of transformers on our kernels, for decoding on a GPU."""
 
 from collections import Counter
+from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
@@ -18,8 +19,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from ..generation.divided_head import VocabularyPart
 from ..generation.ranks import divided_modules, local, ranks_of
 from ..generation.remasking import select
-from ..generation.window import Window
-from ..kernels.ahead import compiled_ahead
+from ..generation.window import Window, steps_after
+from ..kernels.ahead import compiled_ahead, compiler_prepared
 from ..kernels.best_tokens import best_tokens
 from ..kernels.layers import add_rms_norm, add_rms_norm_torch, swiglu, swiglu_torch
 from .experts import on_kernels
@@ -98,8 +99,9 @@ class FusedStack:
             quantized = None if is_shared else QuantizedProducts.of(group)
             return quantized or JointProducts(group, is_shared, self.divided)
 
-        self.inputs = [[join(group) for group in of_layer] for of_layer in inputs]
-        self.gates = [join(group) if group else None for group in gates]
+        with compiler_prepared() if self.is_fused else nullcontext():
+            self.inputs = [[join(group) for group in of_layer] for of_layer in inputs]
+            self.gates = [join(group) if group else None for group in gates]
         others = [self._lm_head]
         for layer in self.layers:
             found = [(layer.self_attn, "query_key_value"), (layer.self_attn, "o_proj"), (layer.mlp, "down_proj")]
@@ -176,21 +178,22 @@ class FusedStack:
         return self.head(hidden_states).unflatten(0, window.keep.shape)
 
     def _compile_for(self, tokens: torch.Tensor, window: Window, cache: Any) -> None:
-        """Compile the kernels of a pass of these shapes side by side: one after the other, as they are launched, they take
-        seconds where none is in Triton's cache."""
-        shapes: tuple = (tokens.shape, window.keep.shape, window.runs.shape, window.longest)
-        shapes += (cache.longest_extent, window.draft_columns)
-        if shapes in self.seen or torch.cuda.is_current_stream_capturing():
+        """Make the kernels of a pass of these shapes ready, side by side, and those of the steps that follow: one after the
+        other, as they are launched, they take seconds where none is in Triton's cache."""
+        shapes = lambda each: (each.columns.shape, each.keep.shape, each.runs.shape, each.longest, each.draft_columns)
+        extent = cache.longest_extent
+        if (extent, *shapes(window)) in self.seen or torch.cuda.is_current_stream_capturing():
             return
-        self.seen.add(shapes)
         first = copy(self)
         first.layers = self.layers[:2]  # which launch all that the others do; what they write, the pass overwrites
         with compiled_ahead():
-            logits = first(tokens, window, cache)
-            if logits.numel():
-                best, scores, *_ = best_tokens(logits, 0)
-                masked, first_best, bounds = scores > 0, best[:, :1], [scores[:, :1]] * 3
-                select(frozenset(["quota"]), first_best, scores, masked[:, :1], masked, first_best, *bounds)
+            for each in (window, *steps_after(window)):
+                self.seen.add((extent, *shapes(each)))
+                logits = first(tokens[: len(each.columns)], each, cache)
+                if logits.numel():
+                    best, scores, *_ = best_tokens(logits, 0)
+                    masked, first_best, bounds = scores > 0, best[:, :1], [scores[:, :1]] * 3
+                    select(frozenset(["quota"]), first_best, scores, masked[:, :1], masked, first_best, *bounds)
 
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(rows, window)` -> `(rows, window, hidden)` twice: the first layer's norm of the embeddings, and these."""

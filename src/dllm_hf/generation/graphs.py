@@ -4,7 +4,6 @@ A graph replays recorded operations on the recorded tensors. So the inputs of a 
 before each replay, and canvas and cache are buffers that outlive a call, see [`pool`].
 """
 
-import gc
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from ..fused.joint_products import lock
+from ..kernels.ahead import without_collection
 from ..kernels.triton import triton
 from .window import TENSORS, Window
 
@@ -93,13 +93,11 @@ class StepGraphs:
 
 def capture(run: Callable[[], None], pool, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    collects = gc.isenabled()
-    gc.disable()  # a graph of several GPUs that is collected meanwhile would end the capture
     try:
-        with lock, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            run()
+        # A graph of several GPUs that is collected meanwhile would end the capture.
+        with without_collection(), lock:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                run()
     finally:
         torch.cuda.set_stream(current)  # a capture that fails may not restore it
-        if collects:
-            gc.enable()
     return graph

@@ -208,7 +208,7 @@ def make_list(
     columns = start[row] + numpy.arange(len(row)) - begin[row]
     lengths = _lengths(columns, length[row], grid[row], causal[row])
     visible, widest = int(lengths.max()), int(width.max())
-    longest = min(1 << (widest - 1).bit_length(), RUN_LENGTH)
+    longest = _longest_run(widest)
     pieces = -(-width // longest)
     of = _repeated(pieces)
     skipped = longest * (numpy.arange(len(of)) - (pieces.cumsum() - pieces)[of])
@@ -242,6 +242,29 @@ def make_list(
     tokens = {"owners": owners, "columns": columns, "lengths": lengths.astype(numpy.int32)}
     tokens |= {"keep": numpy.minimum(keep, len(columns) - 1), "runs": runs, **of_drafts}
     return _window(table[:, :, None], slots, number, scratch, tokens, longest=longest, visible=visible, seen="token")
+
+
+def steps_after(window: Window) -> list[Window]:
+    """Lists of the shapes of the steps that follow a pass, if each of its rows feeds its block, or that and the finished one:
+    the numbers mean nothing. None where the pass feeds no more than they do."""
+    rows, block = window.keep.shape
+    found = []
+    for width in (block, 2 * block) if block else ():
+        tokens, longest = rows * width, _longest_run(width)
+        if tokens < len(window.columns):
+            runs = rows * -(-width // longest)
+            shorter = {
+                name: getattr(window, name)[:tokens] for name in ("owners", "columns", "lengths", "texts", "aside")
+            }
+            shorter |= {"own": window.own[:runs], "runs": torch.zeros_like(window.runs[:runs])}
+            shorter |= {"keep": torch.zeros_like(window.keep)}
+            found.append(replace(window, **shorter, longest=longest))
+    return found
+
+
+def _longest_run(width: int) -> int:
+    """Tokens of the runs in which rows of up to `width` tokens are read."""
+    return min(1 << (width - 1).bit_length(), RUN_LENGTH)
 
 
 def _table(frames: list[Frame]) -> numpy.ndarray:

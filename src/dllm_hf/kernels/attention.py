@@ -261,8 +261,11 @@ if triton is not None:
             tl.store(sums + row, logsum, mask=exists)
         tl.store(target + row[:, None] * HEAD_DIM + dims, result.to(target.dtype.element_ty), mask=inside)
 
-    # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again.
-    @triton.jit(do_not_specialize=["window", "number", "splits", "pair_head"])
+    # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again, nor must where
+    # the tensors of a window begin, which are uploaded as one.
+    @triton.jit(
+        do_not_specialize=["lengths", "base", "runs", "shared", "own", "window", "number", "splits", "pair_head"]
+    )
     def _attend(
         query, keys, values, lengths, base, runs, shared, own, pairs, out, parts, sums, scale,
         window, kv_heads, number, splits,

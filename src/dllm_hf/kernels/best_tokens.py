@@ -124,8 +124,8 @@ def merge(parts: torch.Tensor, mask_token_id: int, shape: torch.Size) -> tuple[t
 
 
 if triton is not None:
-
-    @triton.jit
+    # Not specialised: another mask, or a number of positions that comes up for the first time, must not compile it again.
+    @triton.jit(do_not_specialize=["tokens", "mask_token_id", "first_token", "number"])
     def _scan(logits, parts, tokens, vocab, mask_token_id, first_token, number, BLOCK: tl.constexpr):
         """A chunk of a row: its maximum, sum of exponentials, their sum weighted by the logits' distance from the
         maximum, and the two best."""
@@ -153,7 +153,8 @@ if triton is not None:
         tl.store(parts + 4 * number + index, second)
         tl.store(tokens + index, tl.where(winner >= 0, winner + first_token, -1))
 
-    @triton.jit
+    # Nor these: where the results of some positions begin depends on how many there are.
+    @triton.jit(do_not_specialize=["tokens", "probability", "margin", "entropy", "log_sums", "number", "lowest"])
     def _merge(
         parts, tokens, best, probability, margin, entropy, log_sums, chunks, number, lowest, BLOCK: tl.constexpr
     ):

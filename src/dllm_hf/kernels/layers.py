@@ -314,8 +314,8 @@ if triton is not None:
         tl.store(target + one, first.to(target.dtype.element_ty), mask=inside)
         tl.store(target + two, second.to(target.dtype.element_ty), mask=inside)
 
-    # Not specialised: another number of columns must not compile it again.
-    @triton.jit(do_not_specialize=["number_of_columns"])
+    # Not specialised: another number of columns, or place of theirs in memory, must not compile it again.
+    @triton.jit(do_not_specialize=["columns", "number_of_columns"])
     def _rotate_and_store(
         query, key, value, cos, sin, columns, rotated, keys, values, scales, query_norm, key_norm, eps,
         heads, kv_heads, query_token, key_token, value_token,
