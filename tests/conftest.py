@@ -1,5 +1,6 @@
 """Fixtures that several test modules share. What they build comes from `builders.py`."""
 
+import atexit
 import gc
 import os
 import zlib
@@ -48,6 +49,13 @@ LONGEST += [
 LONGEST += ["toolbox/test_compile", "benchmarks/test_decoding_quality", "parallel/test_tensor_parallel"]
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where slow tests are left out, so are files of nothing else: the runtimes that they import take seconds to load."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return b"\npytestmark = pytest.mark.slow" in collection_path.read_bytes() or None
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     items[:], left_out = sampled(items)
     config.hook.pytest_deselected(items=left_out)
@@ -65,7 +73,8 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def pytest_unconfigure():
+@atexit.register  # no earlier: pytest collects garbage at its end, five times
+def unfreeze():
     gc.unfreeze()  # else nanobind, of which Triton is built, takes for leaks what lives at the end
 
 
