@@ -1,5 +1,6 @@
 """Fixtures that several test modules share. What they build comes from `builders.py`."""
 
+import atexit
 import gc
 import os
 import zlib
@@ -48,6 +49,13 @@ LONGEST += [
 LONGEST += ["toolbox/test_compile", "benchmarks/test_decoding_quality", "parallel/test_tensor_parallel"]
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where slow tests are left out, so are files of nothing else: the runtimes that they import take seconds to load."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return b"\npytestmark = pytest.mark.slow" in collection_path.read_bytes() or None
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     items[:], left_out = sampled(items)
     config.hook.pytest_deselected(items=left_out)
@@ -65,7 +73,8 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def pytest_unconfigure():
+@atexit.register  # no earlier: pytest collects garbage at its end, five times
+def unfreeze():
     gc.unfreeze()  # else nanobind, of which Triton is built, takes for leaks what lives at the end
 
 
@@ -75,10 +84,12 @@ def names(value: str, family: str) -> bool:
 
 
 def sampled(items: list) -> tuple[list, list]:
-    """The tests to run and those to leave out: each promise is tried on one of the families in `SAMPLED`, once, and those of
-    `contracts/` on each of them."""
+    """The tests to run and those to leave out: each promise is tried on one of the families in `SAMPLED`, once. `contracts/`
+    chooses by itself."""
     of, found = {}, {}
     for item in items:
+        if "/contracts/" in item.nodeid:
+            continue
         values = [str(value) for value in item.callspec.params.values()] if hasattr(item, "callspec") else []
         families = (name for name in filter(is_sampled, SAMPLED) for value in values if names(value, name))
         if (family := next(families, None)) is not None:
@@ -87,7 +98,7 @@ def sampled(items: list) -> tuple[list, list]:
     chosen = set()
     for promise, tests in found.items():
         turn = sorted(tests)[zlib.crc32(promise.encode()) % len(tests)]
-        chosen.update(tests.values() if "/contracts/" in promise else [tests[turn]])
+        chosen.add(tests[turn])
     kept = [item for item in items if item not in of or item in chosen]
     return kept, [item for item in items if item in of and item not in chosen]
 

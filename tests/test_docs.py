@@ -80,7 +80,7 @@ def commands(page: str) -> list[list[str]]:
 def tiny(tmp_path_factory) -> Path:
     """A LLaDA whose tokenizer has a chat template, and a mask that `mask_token` does not name: as the published one."""
     folder = tmp_path_factory.mktemp("docs") / "tiny"
-    new_model("llada", max_sequence_length=512).save_pretrained(folder)
+    new_model("llada", n_layers=1, max_sequence_length=512).save_pretrained(folder)
     tokenizer = character_tokenizer()
     tokenizer.mask_token = None
     tokenizer.chat_template = (

@@ -4,12 +4,11 @@ from contextlib import nullcontext
 
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from .generation.attention import uses_flash_attention, without_flash_attention
+from .generation.attention import mask_of_rule, uses_flash_attention, without_flash_attention
 from .modeling import MaskedDiffusionLM, counted_positions, sample_ids, text_positions
 
 
@@ -169,9 +168,7 @@ def block_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_
             seen = seen & (samples[batch_index, key_index] == samples[batch_index, query_index])
         return seen
 
-    return create_bidirectional_mask(
-        config, inputs_embeds, attention_mask, past_key_values=past_key_values, and_mask_function=sees
-    )
+    return mask_of_rule(config, inputs_embeds, attention_mask, sees, past_key_values)
 
 
 def block_diffusion_mask(
@@ -215,7 +212,7 @@ def block_diffusion_mask(
         earlier = (key_block < query_block) & (key_half == 1)
         return (own | earlier) & (samples[batch_index, query_index] == samples[batch_index, key_index])
 
-    return create_bidirectional_mask(config, inputs_embeds, attention_mask, and_mask_function=sees)
+    return mask_of_rule(config, inputs_embeds, attention_mask, sees)
 
 
 def checked_block_size(config: PreTrainedConfig, block_size: int | None) -> int:

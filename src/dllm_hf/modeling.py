@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -15,7 +14,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .evaluation.likelihood import log_likelihood
 from .from_autoregressive import FromAutoregressive
 from .fused.stack import FusedStack
-from .generation.attention import uses_flash_attention
+from .generation.attention import mask_of_rule, uses_flash_attention
 from .generation.contract import StepForward
 from .generation.mixin import DiffusionGenerationMixin
 from .training.losses import masked_diffusion_loss
@@ -257,7 +256,7 @@ def packed_mask(
 
     # Only shape, dtype and device of the embeddings are read.
     shaped_like = torch.empty(*tokens.shape, 1, dtype=dtype, device=tokens.device)
-    return create_bidirectional_mask(config, shaped_like, attention_mask, and_mask_function=sees)
+    return mask_of_rule(config, shaped_like, attention_mask, sees)
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ POLICIES = {
 PAIRS = [(family, policy) for family, policies in POLICIES.items() for policy in policies]
 BLOCK_LENGTHS = (1, 2, 3, 4, 8, 16)
 # Of a test that is tried on each family in turn.
-EXAMPLES = 90 // len(BLOCK_FAMILIES)
+EXAMPLES = 60 // len(BLOCK_FAMILIES)
 
 STATIC = {"remasking_strategy": "low_confidence_static"}
 # Bounds that models as unsure as the tiny ones reach now and then.

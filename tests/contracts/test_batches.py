@@ -38,7 +38,7 @@ def test_every_strategy_gives_each_row_of_a_batch_what_it_gets_alone(pair, strat
 
 
 @pytest.mark.parametrize("families", [("llada",), ("dream",), BLOCK_FAMILIES], ids="-".join)
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_batch_gives_each_row_what_it_gets_alone(families, data):
     """Also where it samples, is guided, or reads its prompts in pieces."""
@@ -51,7 +51,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(families, data):
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_no_output_holds_a_mask_and_no_token_of_the_prompt_changes(family, data):
     model, block_length = data.draw(models(family))
@@ -68,7 +68,7 @@ def test_no_output_holds_a_mask_and_no_token_of_the_prompt_changes(family, data)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_there_is_at_most_one_forward_pass_for_each_token(family, data):
     """Also for those that are decoded behind what was asked for, in the rest of the last block."""

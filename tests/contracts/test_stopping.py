@@ -3,7 +3,7 @@
 import pytest
 
 from ..builders import END, generate, new_tokens, recorded
-from .calls import STATIC, UNSEEDED, span
+from .calls import BLOCK_MODELS, STATIC, UNSEEDED, span
 
 
 def test_any_of_several_tokens_ends_a_row(model):
@@ -32,6 +32,8 @@ def test_a_row_that_has_ended_is_not_decoded_further(model):
     assert output.num_forward_passes == (index // 4 + 1) * 4
 
 
+# The blocks of Nemotron-Labs-Diffusion begin at the prompt's end, and its last one ends with the text.
+@pytest.mark.parametrize("kind", [kind for kind in BLOCK_MODELS if kind != "nemotron_diffusion"])
 @pytest.mark.parametrize("number", range(1, 10))
 def test_whole_blocks_are_decoded_and_the_output_cut(model, number):
     prompt = [1, 2, 3]

@@ -290,7 +290,7 @@ def test_ctrl_c_says_how_to_go_on(script, train, monkeypatch, capsys, saves):
 
 def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_the_unbroken_one(script, config, tmp_path, capsys):
     data = write(tmp_path / "text.txt", TEXT)
-    steps = "--max_steps 200 --save_strategy steps --save_steps 20 --save_dtype float32 --eval_strategy no".split()
+    steps = "--max_steps 100 --save_strategy steps --save_steps 10 --save_dtype float32 --eval_strategy no".split()
     arguments = ["--model", str(config), "--dataset", str(data), *RUN, *steps]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     process = subprocess.Popen(
@@ -301,20 +301,20 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_the_unbroken_
         text=True,
     )
     for _ in process.stdout:  # a line for each step
-        if (broken / "checkpoint-20" / "trainer_state.json").exists():
+        if (broken / "checkpoint-10" / "trainer_state.json").exists():
             break
     process.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL
     assert not (broken / "model.safetensors").exists()
     # It might have been killed while it wrote this one.
-    (broken / "checkpoint-180").mkdir(exist_ok=True)
-    (broken / "checkpoint-180" / "trainer_state.json").write_text('{"epoch": 1')
+    (broken / "checkpoint-90").mkdir(exist_ok=True)
+    (broken / "checkpoint-90" / "trainer_state.json").write_text('{"epoch": 1')
 
     script.main([*arguments, "--output_dir", str(unbroken)])
     capsys.readouterr()
     script.main([*arguments, "--output_dir", str(broken), "--resume_from_checkpoint", "last"])
     said = capsys.readouterr()
-    assert "checkpoint-180 is not complete" in said.out + said.err
+    assert "checkpoint-90 is not complete" in said.out + said.err
     one, other = (load_file(folder / "model.safetensors") for folder in (unbroken, broken))
     assert one.keys() == other.keys()
     for name, value in one.items():

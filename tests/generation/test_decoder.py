@@ -14,8 +14,9 @@ from dllm_hf.generation.pool import fused_of
 from ..builders import MASK, VOCAB, generate, new_model, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("none", "prefix", "dual")]
-CELLS += [(family, policy) for family in ("sdar", "sdar_moe", "gla_dream") for policy in ("block", "none")]
+# Each policy of each family; without a cache, where it is like any other, one that decodes in blocks and one that does not.
+CELLS = [(family, policy) for family in ("llada", "dream") for policy in ("prefix", "dual")]
+CELLS += [("dream", "none"), ("sdar", "none"), ("sdar", "block"), ("sdar_moe", "block"), ("gla_dream", "block")]
 CELLS += [("llada2", "block"), ("llada_moe", "dual"), ("nemotron_diffusion", "block"), ("fast_dllm_v2", "block")]
 SLOTS, CAPACITY = 3, 48
 

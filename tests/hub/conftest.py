@@ -8,8 +8,24 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, GenerationMixin
 
-from ..builders import BUILDERS, character_tokenizer, new_model
+from ..builders import BUILDERS, END, MASK, VOCAB, character_tokenizer, new_model
+
+# What the loop alone is tried with.
+LOOP_ROWS = [[5, 6, 7], [8, MASK, 9, 10, 11]]
+LOOP_OPTIONS = {"mask_token_id": MASK, "eos_token_id": END, "max_new_tokens": 9, "steps": 3}
+
+
+class MaskedBert(BertForMaskedLM, GenerationMixin):
+    """A masked model of the library with the library's `generate`."""
+
+
+def masked_bert() -> MaskedBert:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return MaskedBert(BertConfig(vocab_size=VOCAB, initializer_range=0.3, pad_token_id=0, **sizes)).eval()
 
 
 def content(folder: Path) -> dict[str, bytes]:

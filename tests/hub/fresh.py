@@ -14,7 +14,15 @@ from pathlib import Path
 sys.modules["dllm_hf"] = None
 
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    GenerationMixin,
+    pipeline,
+)
 
 torch.set_num_threads(1)
 
@@ -82,6 +90,20 @@ def from_config(name: str) -> list:
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     return [type(model).__module__, type(model).__name__]
+
+
+class MaskedBert(BertForMaskedLM, GenerationMixin):
+    """A masked model of the library with the library's `generate`."""
+
+
+def loop(name: str, code: str, rows: list, options: dict) -> list:
+    """What the loop alone decodes with a model of the library, of rows that are padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    model = MaskedBert.from_pretrained(name)
+    options = {"input_ids": ids, "attention_mask": mask, "custom_generate": code, **options}
+    return model.generate(**options, trust_remote_code=True).tolist()
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ from dllm_hf import (
     SDARMoeForCausalLM,
     SDARMoeModel,
 )
-from dllm_hf.hub import export
+from dllm_hf.generation.custom_generate import generate
+from dllm_hf.hub import export, export_loop
 
-from ..builders import BUILDERS, END, character_tokenizer, is_sampled, new_model
-from .conftest import Fresh, content, in_hub_cache, weights
+from ..builders import BUILDERS, END, character_tokenizer, is_sampled, left_pad, new_model
+from .conftest import LOOP_OPTIONS, LOOP_ROWS, Fresh, content, in_hub_cache, masked_bert, weights
 
 HERE = Path(__file__).parents[2]
 GOLDEN = sorted(path.parent for path in (HERE / "tests" / "golden").glob("*/cases.json"))
@@ -38,6 +39,8 @@ IDS = character_tokenizer()(PROMPT)["input_ids"]
 FIRM = {"max_new_tokens": 12, "remasking_strategy": "low_confidence_static", "suppress_tokens": [END], "temperature": 0}
 DRAWN = {**FIRM, "temperature": 0.9}
 SEED = 11
+# Families whose configurations alone are exported: the same code does that for all.
+CONFIG_ONLY = ("llada", "sdar_moe", "gla_dream")
 # What `AutoModel` gives, and what `AutoModelForCausalLM` gives.
 CLASSES = {
     "llada": (LLaDAModelLM, LLaDAModelLM),
@@ -75,13 +78,19 @@ class Made:
     def answer(self, kind, task):
         return self.fresh.answer((self.family, kind, task))
 
+    def again(self, kind) -> Path:
+        """Where the fresh process saves what it loaded."""
+        return self.source.parent / f"{kind}-{self.family}-again"
+
 
 # The kinds of repository that are tried: an export in a folder and in the hub's cache, and what was saved with its code.
 KINDS = ("exported", "cached", "saved")
-# What a process without dllm_hf tries: each family's export in a folder, and one of the other two, which have the same files.
-TRIED = [(family, "exported") for family in BUILDERS]
-TRIED += [(family, KINDS[1 + index % 2]) for index, family in enumerate(BUILDERS) if not is_sampled(family)]
+# What a process without dllm_hf tries: each family's export in a folder, and of the other two, which have the same files, one
+# each, of families that bring a tokenizer. What it saved is loaded again of few, since it has the same files too.
+TRIED = [*((family, "exported") for family in BUILDERS), ("dream", "cached"), ("gla_dream", "saved")]
+TRIED_AGAIN = [(family, "exported") for family in BUILDERS if not is_sampled(family)]
 each_repository = pytest.mark.parametrize("made, kind", TRIED, indirect=True)
+each_that_is_loaded_again = pytest.mark.parametrize("made, kind", TRIED_AGAIN, indirect=True)
 
 
 def make(family: str, top: Path, fresh: Fresh) -> Made:
@@ -111,8 +120,10 @@ def make(family: str, top: Path, fresh: Fresh) -> Made:
         ask("hidden", "hidden", name=place, ids=IDS)
         ask("text", "text", name=place, prompt=PROMPT, options=FIRM)
         ask("card", "card", name=place, folder=made.folders[kind])
-        again = top / f"{kind}-{family}-again"
+        again = made.again(kind)
         ask("saved again", "saved_again", name=place, folder=again)
+        if (family, kind) not in TRIED_AGAIN:
+            continue
         ask("again classes", "classes", name=again)
         ask("again tokenizer", "tokenizer", name=again, text=PROMPT)
         ask("again firm", "tokens", name=again, ids=IDS, options=FIRM)
@@ -121,17 +132,18 @@ def make(family: str, top: Path, fresh: Fresh) -> Made:
 
 
 @pytest.fixture(scope="module")
-def made_of_each(tmp_path_factory, fresh_processes) -> dict[str, Made]:
-    """One fresh process for all families: to import the libraries takes it longer than a family."""
+def tried(tmp_path_factory, fresh_processes) -> tuple[dict[str, Made], dict[str, Path], Fresh]:
+    """What was made of each family, exports of other sources by name, and the one fresh process that tried all of them: to
+    import the libraries takes it longer than a family."""
     top, fresh = tmp_path_factory.mktemp("made"), fresh_processes()
     made = {family: make(family, top / family, fresh) for family in BUILDERS}
-    fresh.run(HF_HUB_CACHE=top / "hub")
-    return made
+    folders = export_others(top, fresh)
+    return made, folders, fresh.run(HF_HUB_CACHE=top / "hub")
 
 
 @pytest.fixture(params=BUILDERS)
-def made(request, made_of_each) -> Made:
-    return made_of_each[request.param]
+def made(request, tried) -> Made:
+    return tried[0][request.param]
 
 
 @pytest.fixture
@@ -206,18 +218,20 @@ def test_the_usage_code_of_the_card_runs_as_it_is_written(made, kind):
 
 
 @each_repository
-def test_what_is_saved_there_has_the_same_files(made, kind):
-    expected = {*content(made.folders[kind])} - {"README.md"}
-    assert {*made.answer(kind, "saved again")} == expected
+def test_what_is_saved_there_has_the_same_files_and_the_same_code(made, kind):
+    expected = content(made.folders[kind])
+    assert {*made.answer(kind, "saved again")} == {*expected} - {"README.md"}
+    for name, data in content(made.again(kind)).items():
+        assert not name.endswith(".py") or data == expected[name], name
 
 
-@each_repository
+@each_that_is_loaded_again
 def test_what_is_saved_there_loads_by_its_own_code(made, kind):
     found = {auto: place_and_class(*where) for auto, where in made.answer(kind, "again classes").items()}
-    assert found == expected_classes(made, f"{kind}-{made.family}-again")
+    assert found == expected_classes(made, made.again(kind).name)
 
 
-@each_repository
+@each_that_is_loaded_again
 def test_what_is_saved_there_gives_the_same_again(made, kind):
     assert made.answer(kind, "again firm") == made.answer(kind, "firm")
     assert made.answer(kind, "again text") == made.answer(kind, "text")
@@ -283,62 +297,59 @@ def test_the_header_of_the_card_tells_the_hub_what_it_is(made):
         assert data.base_model is None
 
 
-# Sources of other kinds. They are exported to folders of one name, and tried in one fresh process.
+# Sources of other kinds. They are exported to folders of one name.
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory, fresh_processes):
-    """`(exports by name, the fresh process that tried them)`: the originals' tiny checkpoints, and ours of the docs."""
-    top = tmp_path_factory.mktemp("originals")
-    fresh = fresh_processes()
+def export_others(top: Path, fresh: Fresh) -> dict[str, Path]:
+    """Exports by name: the originals' tiny checkpoints, ours of the docs, shards, configurations alone, and the loop alone."""
     folders = {}
     for source in [*GOLDEN, SHAKESPEARE]:
         folders[source.name] = folder = export(str(source), top / source.name / "out")
-        fresh.ask((source.name, "classes"), "classes", name=folder)
         fresh.ask((source.name, "firm"), "tokens", name=folder, ids=[5, 6, 7], options=FIRM)
     fresh.ask("card", "card", name="", folder=folders[SHAKESPEARE.name])
     fresh.ask("text", "text", name=folders[SHAKESPEARE.name], prompt="ROMEO:", options=FIRM)
 
     sharded = top / "sharded"
-    model = new_model("sdar")
-    model.save_pretrained(sharded, max_shard_size="20KB")
+    new_model("sdar").save_pretrained(sharded, max_shard_size="20KB")
     folders["sharded"] = export(str(sharded), top / "of-shards")
     fresh.ask(("sharded", "firm"), "tokens", name=folders["sharded"], ids=IDS, options=FIRM)
-    for family in BUILDERS:
+    for family in CONFIG_ONLY:
         source = top / f"config-{family}"
         new_model(family).save_pretrained(source)
         character_tokenizer().save_pretrained(source)
         folders[f"config-{family}"] = export(str(source), top / "config-only" / family, config_only=True)
         fresh.ask(("config", family), "from_config", name=folders[f"config-{family}"])
-    return folders, fresh.run()
+
+    masked_bert().save_pretrained(top / "bert")
+    loop = export_loop(top / "loop")
+    fresh.ask("loop", "loop", name=top / "bert", code=loop, rows=LOOP_ROWS, options=LOOP_OPTIONS)
+    return folders
 
 
 @pytest.mark.parametrize("source", [*GOLDEN, SHAKESPEARE], ids=lambda source: source.name)
-def test_an_originals_files_give_what_they_give_here(originals, source):
-    folders, fresh = originals
+def test_an_originals_files_give_what_they_give_here(tried, source):
+    _, folders, fresh = tried
     expected = AutoModelForCausalLM.from_pretrained(source).diffusion_generate(torch.tensor([[5, 6, 7]]), **FIRM)
     assert fresh.answer((source.name, "firm")) == expected.tolist()[0]
     assert weights(folders[source.name]) == {"model.safetensors": (source / "model.safetensors").read_bytes()}
-    modules = {where[0].split(".")[0] for where in fresh.answer((source.name, "classes")).values()}
-    assert modules == {"transformers_modules"}
 
 
 @pytest.mark.parametrize("source", GOLDEN, ids=lambda source: source.name)
-def test_nothing_else_of_an_originals_folder_is_taken(originals, source):
-    there = {name for name in content(originals[0][source.name]) if not name.endswith(".py")}
+def test_nothing_else_of_an_originals_folder_is_taken(tried, source):
+    there = {name for name in content(tried[1][source.name]) if not name.endswith(".py")}
     assert there == COMMON - {"generation_config.json"}
 
 
-def test_the_small_model_of_the_documentation_writes_after_its_export(originals):
-    _, fresh = originals
+def test_the_small_model_of_the_documentation_writes_after_its_export(tried):
+    *_, fresh = tried
     assert fresh.answer("card").startswith("Once upon a time")
     here = AutoModelForCausalLM.from_pretrained(SHAKESPEARE)
     write = pipeline("text-generation", model=here, tokenizer=AutoTokenizer.from_pretrained(SHAKESPEARE))
     assert fresh.answer("text") == write("ROMEO:", **FIRM)[0]["generated_text"]
 
 
-def test_shards_and_their_index_are_taken_as_they_are(originals, tmp_path_factory):
-    folders, fresh = originals
+def test_shards_and_their_index_are_taken_as_they_are(tried):
+    _, folders, fresh = tried
     source = folders["sharded"].parent / "sharded"
     assert len(weights(source)) > 1 and weights(folders["sharded"]) == weights(source)
     index = "model.safetensors.index.json"
@@ -347,117 +358,14 @@ def test_shards_and_their_index_are_taken_as_they_are(originals, tmp_path_factor
     assert fresh.answer(("sharded", "firm")) == expected
 
 
-@pytest.mark.parametrize("family", BUILDERS)
-def test_a_configuration_alone_builds_the_model(originals, family):
-    folders, fresh = originals
+@pytest.mark.parametrize("family", CONFIG_ONLY)
+def test_a_configuration_alone_builds_the_model(tried, family):
+    _, folders, fresh = tried
     there = {name for name in content(folders[f"config-{family}"]) if not name.endswith(".py")}
     assert there == COMMON - {"model.safetensors"}
     module, name = fresh.answer(("config", family))
     assert module.startswith("transformers_modules.") and name == CLASSES[family][1].__name__
 
 
-# From here on in this process
-
-
-def test_files_that_the_model_does_not_use_are_not_taken(source, tmp_path):
-    clean = content(export(str(source), tmp_path / "clean"))
-    others = ["modeling_llada.py", "setup.py", "pytorch_model.bin", "optimizer.pt", "notes.txt", ".gitattributes"]
-    others += ["consolidated.safetensors", "training_args.bin", "evil.sh"]
-    for name in others:
-        (source / name).write_text("raise SystemExit('not yours')\n")
-    for folder in (".git", "onnx", "custom_generate"):
-        (source / folder).mkdir()
-        (source / folder / "config").write_text("x")
-    out = export(str(source), tmp_path / "out")
-    assert {path.name for path in out.iterdir()} == clean.keys()
-    assert content(out)["modeling_llada.py"] == clean["modeling_llada.py"]
-
-
-def test_a_chat_template_and_the_parts_of_a_slow_tokenizer_are_taken(source, tmp_path):
-    texts = {"chat_template.jinja": "{{ x }}", "vocab.json": "{}", "merges.txt": "", "special_tokens_map.json": "{}"}
-    for name, text in {**texts, "added_tokens.json": "{}"}.items():
-        (source / name).write_text(text)
-    out = export(str(source), tmp_path / "out")
-    assert {*texts, "added_tokens.json"} <= {*content(out)}
-
-
-def test_the_code_that_a_source_names_is_not_asked_for(source, tmp_path):
-    config = json.loads((source / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoModel": "somewhere/else--modeling_evil.Evil",
-        "AutoModelForMaskedLM": "modeling_evil.Evil",
-    }
-    (source / "config.json").write_text(json.dumps(config))
-    settings = json.loads((source / "tokenizer_config.json").read_text())
-    settings["auto_map"] = {"AutoTokenizer": ["tokenization_evil.Evil", None]}
-    (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    out = content(export(str(source), tmp_path / "out"))
-    assert not [name for name, data in out.items() if b"evil" in data]
-
-
-def test_what_was_exported_can_be_exported_again(source, tmp_path):
-    first = export(str(source), tmp_path / "first", name="org/name")
-    second = export(str(first), tmp_path / "second", name="org/name")
-    one, other = content(first), content(second)
-    assert one.keys() == other.keys()
-    assert [name for name in one if one[name] != other[name]] in ([], ["README.md"])
-
-
-def test_an_empty_folder_can_be_exported_to(source, tmp_path):
-    (tmp_path / "out").mkdir()
-    assert "config.json" in content(export(str(source), tmp_path / "out"))
-
-
-def test_the_folder_one_is_in_can_be_exported_to_if_it_is_empty(source, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    monkeypatch.chdir(tmp_path / "out")
-    export(str(source), ".")
-    assert "config.json" in content(tmp_path / "out")
-
-
-def test_a_path_that_is_relative_or_goes_through_new_folders_can_be_exported_to(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "config.json" in content(export("source", "new/deep/out"))
-    assert {path.name for path in (tmp_path / "new" / "deep").iterdir()} == {"out"}
-
-
-def test_saving_over_an_export_leaves_the_source_as_it_was(source, tmp_path):
-    (source / "chat_template.jinja").write_text("{{ messages }}")
-    before = content(source)
-    out = export(str(source), tmp_path / "out")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    torch.nn.init.zeros_(model.lm_head.weight)
-    model.save_pretrained(out)
-    tokenizer.add_tokens(["new"])
-    tokenizer.chat_template = "another"
-    tokenizer.save_pretrained(out)
-    assert content(source) == before
-
-
-def test_weights_that_cannot_be_linked_are_copied(source, tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError("another file system")
-
-    monkeypatch.setattr("os.link", refuse)
-    assert weights(export(str(source), tmp_path / "out")) == weights(source)
-
-
-def test_saving_with_code_keeps_a_card_that_is_there(tmp_path):
-    (tmp_path / "README.md").write_text("# Mine\n")
-    new_model("llada").save_pretrained(tmp_path, include_code=True)
-    assert (tmp_path / "README.md").read_text() == "# Mine\n"
-
-
-def test_saving_without_code_is_as_the_librarys(tmp_path):
-    new_model("llada").save_pretrained(tmp_path)
-    assert {*content(tmp_path)} == COMMON - {"README.md"}
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
-
-
-def test_saving_over_an_export_leaves_the_hubs_cache_as_it_was(source, cache, tmp_path):
-    in_hub_cache(source, cache, "org/original")
-    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    tokenizer = AutoTokenizer.from_pretrained(export("org/original", tmp_path / "out"))
-    tokenizer.add_tokens(["new"])
-    tokenizer.save_pretrained(tmp_path / "out")
-    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+def test_the_loop_alone_gives_what_it_gives_here(tried):
+    assert tried[2].answer("loop") == generate(masked_bert(), **left_pad(LOOP_ROWS, pad=0), **LOOP_OPTIONS).tolist()

@@ -1,8 +1,5 @@
 """Publishing is one commit or nothing, and says which. The Hub is a stand-in on this machine that speaks its HTTP."""
 
-import os
-import subprocess
-
 import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
@@ -11,7 +8,6 @@ from dllm_hf import hub as package
 from dllm_hf_cli import main
 
 from ..builders import character_tokenizer, new_model
-from ..cli.conftest import COMMAND
 from .standin import lead_library_to, running_hub
 
 NAME = "org/tiny"
@@ -220,19 +216,10 @@ def test_saving_with_code_and_pushing_at_once_is_refused_with_the_way_to_do_it(h
 # The command
 
 
-def test_the_command_writes_and_publishes(hub, source, tmp_path):
-    """In a process of its own, with the endpoint set as a user would."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [*COMMAND, "export", str(source), str(tmp_path / "out"), "--push", NAME, "--private"],
-        env={**os.environ, **settings, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_command_writes_and_publishes(hub, source, tmp_path, capsys):
+    assert main(["export", str(source), str(tmp_path / "out"), "--push", NAME, "--private"]) == 0
     published = f"Published: {hub.url}/{NAME}/commit/{1:040x}"
-    assert done.stdout.splitlines() == [f"Written: {tmp_path / 'out'}", published]
+    assert capsys.readouterr().out.splitlines() == [f"Written: {tmp_path / 'out'}", published]
     assert hub.commits(NAME) == [content(tmp_path / "out")]
     assert hub.repositories[NAME]["visibility"] == "private"
     assert f'name = "{NAME}"' in hub.files(NAME)["README.md"].decode()

@@ -91,8 +91,11 @@ def test_rotated_keys_and_values_are_stored_in_8_bits(sizes, part, has_norm, dty
     torch.testing.assert_close(*of_keys, rtol=0.15, atol=0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "head_dim"), [(1, 128), (4, 64), (7, 96), (8, 8)])
+@pytest.mark.parametrize(
+    ("groups", "head_dim", "dtype"),
+    [(1, 128, torch.float32), (1, 8, torch.bfloat16), (4, 64, torch.float32), (7, 96, torch.bfloat16)]
+    + [(8, 8, torch.float32), (8, 128, torch.bfloat16)],
+)
 def test_attention_reads_8_bits(groups, head_dim, dtype):
     """With columns between and behind what is seen that hold no numbers."""
     held, base = arena(2, 500, head_dim), torch.tensor([210, 3], device=DEVICE)
@@ -125,7 +128,7 @@ def test_numbers_that_float16_does_not_hold_are_read_too(has_large_queries):
     close(got, canvas_attention_torch(query.double(), *arguments, scales=scales), torch.bfloat16)
 
 
-@pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (4, torch.float32), (4, torch.bfloat16)])
+@pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (4, torch.bfloat16)])
 def test_runs_of_a_list_read_8_bits_where_they_stand(groups, dtype):
     """In bfloat16 short and long ones in tiles of two sizes."""
     keys, values, scales = arena(2, 900, 64)
@@ -167,7 +170,7 @@ def test_columns_are_copied_with_their_scales():
         assert torch.equal(each, expected) and not torch.equal(each, before)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "sdar_moe", "nemotron_diffusion"])
+@pytest.mark.parametrize("family", ["dream", "sdar_moe"])  # with biases, and with norms of queries and keys
 def test_a_decoder_on_the_kernels_reads_what_its_own_pass_has_written_in_8_bits_as_the_plain_path(family, monkeypatch):
     for name in ("rotate_and_store", "canvas_attention"):
         monkeypatch.setattr(cache_layers, f"{name}_torch", getattr(cache_layers, name))

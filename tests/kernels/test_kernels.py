@@ -64,8 +64,9 @@ def attention_case(batch, window, kv_heads, groups, head_dim, width, lengths, dt
     close(got, expected, dtype)
 
 
-@pytest.mark.parametrize("groups", [1, 4, 7, 8])
-@pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "groups"), [(8, 1), (8, 7), (64, 4), (64, 8), (96, 1), (96, 7), (128, 4), (128, 8)]
+)
 def test_attention_of_every_head_size_and_group(head_dim, groups):
     attention_case(1, 4, 2, groups, head_dim, 150, 131)
 
@@ -115,7 +116,7 @@ def test_extents_begin_anywhere_in_the_arena():
         close(got[one], attend(canvas_attention_torch, query[one], *alone, lengths[one], 0.1), torch.float32)
 
 
-@pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (4, torch.float32), (4, torch.float16)])
+@pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (4, torch.float16)])
 def test_runs_of_a_list_are_read_as_rows_of_their_own(groups, dtype):
     """Runs in any order, as long as tiles or shorter, of a row twice, and one without a token. In float16 short and long ones
     have tiles of two sizes."""
@@ -340,7 +341,7 @@ def test_a_vocabulary_of_the_real_size():
 
 @pytest.mark.parametrize(
     "family, tokens_at_a_time",
-    [("llada", 8192), ("llada", 5), ("dream", 8192), ("sdar", 5), ("sdar_moe", 8192), ("llada2", 5)],
+    [("llada", 5), ("dream", 8192), ("sdar_moe", 8192), ("llada2", 5)],
 )
 def test_a_decoder_on_the_kernels_has_the_library_s_logits(family, tokens_at_a_time, monkeypatch):
     monkeypatch.setattr(fused, "MLP_CHUNK", tokens_at_a_time)

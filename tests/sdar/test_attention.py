@@ -3,6 +3,10 @@
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.masking_utils import create_bidirectional_mask
+
+from dllm_hf import block_diffusion
+from dllm_hf.block_diffusion import block_causal_mask, block_diffusion_mask
 
 from ..builders import MASK, generate, left_pad, new_model
 
@@ -47,6 +51,24 @@ def test_a_token_sees_its_own_block_and_the_earlier_ones(model, attention):
     model.set_attn_implementation(attention)
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(sees(model), block_causal(len(ROW), 4))
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("mask_of, columns", [(block_causal_mask, 9), (block_diffusion_mask, 18)])
+def test_the_mask_of_sdpa_is_what_the_library_makes_of_the_rule(mask_of, columns, is_padded, monkeypatch):
+    """Also of samples that are packed into a row."""
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3], list(range(9))])
+    padding = torch.tensor([[1] * 9, [1] * 6 + [0] * 3]).repeat(1, columns // 9) if is_padded else None
+    behind = (None, 2) if mask_of is block_causal_mask else (2, True)
+    arguments = (new_model("sdar").config, torch.empty(2, columns, 1), padding, positions, *behind)
+    mask = mask_of(*arguments)
+
+    def by_the_library(config, like, padding, sees, cache=None):
+        return create_bidirectional_mask(config, like, padding, past_key_values=cache, and_mask_function=sees)
+
+    monkeypatch.setattr(block_diffusion, "mask_of_rule", by_the_library)
+    expected = mask_of(*arguments)
+    assert mask.shape == expected.shape == (2, 1, columns, columns) and torch.equal(mask, expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 16])

@@ -31,9 +31,7 @@ def inputs(names: list[str], batch: int, length: int) -> dict[str, torch.Tensor]
     return {name: given[name] for name in ["input_ids", *names]}
 
 
-def check_export(family: str, names: list[str]):
-    # Short convolutions come with GLADream's recommended configuration.
-    changes = {"conv_size": 5, "logits_shift": 1} if family == "gla_dream" else {}
+def check_export(family: str, names: list[str], **changes):
     model = Logits(new_model(family, **{"n_layers" if family == "llada" else "num_hidden_layers": 1, **changes}))
     example = inputs(names, 3, 11)
     free = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in example}
@@ -49,7 +47,9 @@ def check_export(family: str, names: list[str]):
 def test_an_exported_model_takes_any_batch_and_length(family):
     if family.startswith("sdar") and torch.__version__ < "2.10":
         pytest.skip("the trace of torch 2.9 loses a size in the block-causal mask")
-    check_export(family, ["attention_mask", "logits_to_keep"])
+    # Short convolutions come with GLADream's recommended configuration.
+    changes = {"conv_size": 5, "logits_shift": 1} if family == "gla_dream" else {}
+    check_export(family, ["attention_mask", "logits_to_keep"], **changes)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Attention back ends: SDPA instead of FlashAttention for masks that it ignores, and our kernel as a back end."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import create_bidirectional_mask, sdpa_mask
 from transformers.utils import logging
 
 from ..kernels.attention import canvas_attention
@@ -33,6 +35,30 @@ def without_flash_attention(config: PreTrainedConfig):
         yield
     finally:
         config._attn_implementation = attention
+
+
+def mask_of_rule(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sees: Callable[..., torch.Tensor],
+    past_key_values: Cache | None = None,
+) -> torch.Tensor | BlockMask | None:
+    """A mask for the attention in use: of what is no padding, a query sees what a rule says.
+
+    Args:
+        inputs_embeds: `(batch, length, ...)`, for shape, dtype and device.
+        attention_mask: `(batch, keys)`, 0 on padding, or None.
+        sees: `sees(row, head, query, key)`, a rule over indices, which are tensors that broadcast.
+    """
+    if config._attn_implementation != "sdpa" or past_key_values is not None:
+        return create_bidirectional_mask(
+            config, inputs_embeds, attention_mask, past_key_values=past_key_values, and_mask_function=sees
+        )
+    # The library would make the same by `vmap` over each index, which takes as long as ten small layers.
+    rows, columns = (torch.arange(size, device=inputs_embeds.device) for size in inputs_embeds.shape[:2])
+    mask = sees(rows[:, None, None, None], 0, columns[:, None], columns)
+    return mask if attention_mask is None else mask & attention_mask[:, None, None].bool()
 
 
 def canvas_mask(*args, **kwargs) -> torch.Tensor | None:
