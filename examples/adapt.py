@@ -367,7 +367,10 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="programs that run side by side")
     parser.add_argument("--weights", choices=["fp8", "int8", "int4"], help="quantise the weights of an arm")
     parser.add_argument("--cache_dtype", choices=["fp8"], help="of keys and values; those of the weights if not given")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.weights and args.arm == "original") or (args.cache_dtype and args.arm in ("original", "control")):
+        parser.error("--weights is for arms that were trained, --cache_dtype for those of diffusion: leave it out.")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -390,8 +393,6 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(summary, indent=1))
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (args.weights and args.arm == "original") or (args.cache_dtype and args.arm in ("original", "control")):
-        raise SystemExit("--weights is for arms that were trained, --cache_dtype for those of diffusion: leave it out.")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = {"quantization_config": quantization_config(args.weights, device)} if args.weights else {}
     if args.arm != "original":

@@ -173,6 +173,13 @@ def test_processes_that_would_each_train_a_model_are_refused(adapt, monkeypatch)
         adapt.check_run(SimpleNamespace(world_size=1, resume_from_checkpoint=None))  # as without a GPU
 
 
+@pytest.mark.parametrize("options", [["original", "--weights", "int8"], ["control", "--cache_dtype", "fp8"]])
+def test_bits_that_an_arm_cannot_have_are_refused_first(adapt, options, capsys):
+    with pytest.raises(SystemExit):
+        adapt.main(["evaluate", "--gguf", "nowhere", "--arm", *options])
+    assert "leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["control", "dream", "sdar", "nemotron", "gla_dream"])
 def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsys, monkeypatch):
@@ -192,8 +199,6 @@ def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsy
         run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", *bits)
         adapt.main(["report", "--out", str(folder / "out")])
         assert "cache block, 0.5, int8 weights, fp8 cache |" in capsys.readouterr().out
-        with pytest.raises(SystemExit, match="leave it out"):
-            run(adapt, folder, "evaluate", "--arm", "control", "--cache_dtype", "fp8")
     known = [json.loads(line)["measure"] for line in (folder / "out" / "results" / f"{arm}.jsonl").open()]
     run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", "--windows", "1", "--samples", "2")
     assert len((folder / "out" / "results" / f"{arm}.jsonl").read_text().splitlines()) == len(known) == len(set(known))
