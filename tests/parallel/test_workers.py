@@ -127,7 +127,13 @@ def test_closing_ends_processes_and_requests_also_in_another_thread(new_pair):
 
 def test_ctrl_c_ends_no_process(new_pair):
     with new_pair() as llm:
-        interrupting = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+
+        def interrupt():
+            while not llm._driver.engine.load().running:  # before that, `generate` has nothing to return
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        interrupting = threading.Thread(target=interrupt)
         interrupting.start()
         outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
         interrupting.join()
