@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dllm_hf.engine import LLM, CompletionOutput, SamplingParams
 from dllm_hf.engine.prompts import encode
+from dllm_hf.engine.sampling_params import OF_THE_ENGINE
 from dllm_hf.generation.configuration import canonical_options
 
 from .output import tell
@@ -126,9 +127,8 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
         given = canonical_options({key: value for key, value in line.items() if key not in PROMPTS})
     except ValueError as error:
         raise ValueError(f"request {name}: {error}") from error
-    options: dict[str, Any] = {**session.options, "num_return_sequences": session.resolved.num_return_sequences}
-    for shared in ("cache_policy", "cache_dtype", "mask_token_id", "disable_compile", "draft_steps"):
-        options.pop(shared, None)  # those of the engine
+    options: dict[str, Any] = {key: value for key, value in session.options.items() if key not in OF_THE_ENGINE}
+    options["num_return_sequences"] = session.resolved.num_return_sequences
     own = {key: given.pop(key) for key in ("n", "seed", "stop", "timeout") if key in given}
     options = {**options, **given}
     seed = session.arguments.seed
@@ -154,11 +154,7 @@ def _engine(session: Session) -> LLM:
         dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
         device=arguments.device,
-        mask_token_id=session.options.get("mask_token_id"),
-        cache_policy=session.options.get("cache_policy"),
-        cache_dtype=session.options.get("cache_dtype"),
-        enforce_eager=bool(session.options.get("disable_compile")),
-        draft_steps=session.options.get("draft_steps"),
+        **{own: session.options[name] for name, own in OF_THE_ENGINE.items() if name in session.options},
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,
         max_num_batched_tokens=arguments.max_num_batched_tokens,

@@ -8,6 +8,9 @@ from typing import Any
 
 from ..generation.configuration import OF_DENOISING_STEPS, canonical_options
 
+# Options of `diffusion_generate` that are one for all requests, by the names that they have in `LLM`.
+OF_THE_ENGINE = {name: name for name in ("cache_policy", "cache_dtype", "mask_token_id", "draft_steps")}
+OF_THE_ENGINE |= {"disable_compile": "enforce_eager"}
 # Options of `diffusion_generate` that are about a whole batch or look at its logits, and what to do instead.
 _REMEDIES = {
     "cfg_scale": "guidance runs every row twice: use `diffusion_generate`",
@@ -17,11 +20,11 @@ _REMEDIES = {
     "stop_strings": "the argument is called `stop`",
     "logprobs": "it is an argument of its own",
     "max_time": "the argument is called `timeout`",
-    "cache_policy": "it is one for all requests: pass it to `LLM`",
-    "cache_dtype": "it is one for all requests: pass it to `LLM`",
-    "mask_token_id": "it is one for all requests: pass it to `LLM`",
-    "draft_steps": "it is one for all requests: pass it to `LLM`",
-    **dict.fromkeys(("disable_compile", "torch_compile"), "it is one for all requests: pass `enforce_eager` to `LLM`"),
+    "torch_compile": "it is one for all requests: pass `enforce_eager` to `LLM`",
+}
+_REMEDIES |= {
+    name: f"it is one for all requests: pass {'it' if name == own else f'`{own}`'} to `LLM`"
+    for name, own in OF_THE_ENGINE.items()
 }
 
 

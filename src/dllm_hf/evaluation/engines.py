@@ -5,17 +5,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..engine.llm import LLM
-from ..engine.sampling_params import SamplingParams
+from ..engine.sampling_params import OF_THE_ENGINE, SamplingParams
 from ..generation.configuration import canonical_options
-
-# Options of `diffusion_generate` that are one for all requests, by the names of `LLM`.
-_OF_THE_ENGINE = {
-    "cache_policy": "cache_policy",
-    "cache_dtype": "cache_dtype",
-    "draft_steps": "draft_steps",
-    "mask_token_id": "mask_token_id",
-    "disable_compile": "enforce_eager",
-}
 
 
 def of_requests(options: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +15,7 @@ def of_requests(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: one of them is none of a request; the number of new tokens is that of the task.
     """
-    rest = {name: value for name, value in canonical_options(options).items() if name not in _OF_THE_ENGINE}
+    rest = {name: value for name, value in canonical_options(options).items() if name not in OF_THE_ENGINE}
     for name in ("max_new_tokens", "max_length"):
         if name in rest:
             raise ValueError(f"`{name}={rest[name]}` is no option here: tasks say how many tokens they ask for.")
@@ -52,7 +43,7 @@ def open_engine(
         options: of `diffusion_generate`. longest: tokens of a prompt and what is added to it.
     """
     given = canonical_options(options)
-    shared = {_OF_THE_ENGINE[name]: value for name, value in given.items() if name in _OF_THE_ENGINE}
+    shared = {OF_THE_ENGINE[name]: value for name, value in given.items() if name in OF_THE_ENGINE}
     # A last block is filled up.
     room = longest + (given.get("block_length") or model.default_block_length or 0)
     room = min(room, getattr(model.config, "max_position_embeddings", None) or room)
