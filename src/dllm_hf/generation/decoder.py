@@ -219,7 +219,7 @@ class Decoder:
         if self.token_budget is None:
             return rows, frames
         longest_step = 2 * max((row.cell[1] - row.cell[0] for row in rows), default=0) + 1
-        wide = {row: width for row, frame in frames.items() if (width := frame[1] - frame[0]) > longest_step}
+        wide = {row: width for row, frame in frames.items() if (width := frame.end - frame.start) > longest_step}
         left = self.token_budget
         for row in sorted(wide, key=lambda row: self._last_steps[row.slot]):
             if wide[row] > left and left < self.token_budget:

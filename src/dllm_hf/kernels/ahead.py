@@ -13,9 +13,8 @@ import torch
 from .triton import triton
 
 _lock, _counting = threading.Lock(), threading.Lock()
-_uncollected: list[
-    bool
-] = []  # one for each use of `without_collection` that goes on: whether the first has found it on
+# One for each use of `without_collection` that goes on: whether the first has found it on.
+_uncollected: list[bool] = []
 
 
 @contextmanager
