@@ -188,17 +188,17 @@ def read_stream(folder: Path, split: str) -> np.ndarray:
 class Piece:
     """A part of a window that becomes a task.
 
-    window, start, length: where it is, in tokens. texts: what stands before the lines, without the line breaks between, the
-        lines with these, and what stands behind.
+    window, start, length: where it is, in tokens. texts: what stands before the lines, the line breaks between, the lines, and
+        what stands behind.
     """
 
     window: int
     start: int
     length: int
-    texts: tuple[str, str, str]
+    texts: tuple[str, str, str, str]
 
 
-def split_text(text: str, chance: random.Random) -> tuple[str, str, str] | None:
+def split_text(text: str, chance: random.Random) -> tuple[str, str, str, str] | None:
     """The texts of a [`Piece`], with one to three whole lines as the task; None where there are too few."""
     lines = text.split("\n")
     number = chance.randint(1, 3)
@@ -209,7 +209,9 @@ def split_text(text: str, chance: random.Random) -> tuple[str, str, str] | None:
         return None
     before = "\n".join(lines[:first]).rstrip("\n")
     last = sum(map(len, lines[: first + number])) + first + number - 1
-    return before, text[len(before) : last], text[last:]
+    found = text[len(before) : last]
+    task = found.lstrip("\n")
+    return before, found[: len(found) - len(task)], task, text[last:]
 
 
 def pieces_of(windows: np.ndarray, tokenizer, seed: int) -> Iterator[Piece]:
@@ -244,11 +246,11 @@ def make_rows(stream: np.ndarray, tokenizer, seed: int = 0) -> dict[str, np.ndar
     rows = {"sequential": windows.copy(), "in_place": windows.copy(), "filled": np.zeros(windows.shape, bool)}
     pieces = pieces_of(windows, tokenizer, seed)
     while some := list(islice(pieces, 4096)):
-        breaks = [len(middle) - len(middle.lstrip("\n")) for _, middle, _ in (each.texts for each in some)]
-        before, continued, behind = (encoded(tokenizer, list(each)) for each in zip(*(each.texts for each in some)))
-        ended = encoded(tokenizer, [each.texts[0] + "\n" * number for each, number in zip(some, breaks)])
-        apart = encoded(tokenizer, [each.texts[1][number:] for each, number in zip(some, breaks)])
-        for piece, *parts in zip(some, before, ended, continued, apart, behind):
+        forms = (
+            (before, before + breaks, breaks + lines, lines, behind)
+            for before, breaks, lines, behind in (each.texts for each in some)
+        )
+        for piece, *parts in zip(some, *(encoded(tokenizer, list(each)) for each in zip(*forms))):
             if max(len(parts[2]), len(parts[3])) <= MAX_LINE:
                 _write(rows, piece, *parts, random.Random(f"{seed} {piece.window} {piece.start}"))
     return rows
