@@ -167,6 +167,10 @@ def losses(folder: Path, arm: str, measure: str = "training") -> list[float]:
     return [loss for line in lines if line["measure"] == measure for _, loss in line["loss"]]
 
 
+def test_git_ignores_the_folder_of_results(adapt):
+    assert f"{adapt.Arguments.out}/" in (adapt_data.ROOT / ".gitignore").read_text().splitlines()
+
+
 def test_processes_that_would_each_train_a_model_are_refused(adapt, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as by torchrun
     with pytest.raises(SystemExit, match="--ddp_backend gloo"):
