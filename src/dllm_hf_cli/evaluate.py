@@ -10,6 +10,7 @@ from dllm_hf.evaluation.infilling import InPlace, LeftToRight
 from dllm_hf.evaluation.infilling import evaluate as fill_in
 from dllm_hf.hub import checkpoint
 
+from .options import did_you_mean
 from .output import show, tell
 from .session import Session
 
@@ -19,13 +20,19 @@ INFILLING = "infilling"  # the task that is not lm-eval's
 def evaluate(arguments: argparse.Namespace) -> int:
     path = Path(arguments.results)
     results.check_new(path)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit {arguments.limit}: give at least 1.")
+    for option in ("limit", "batch_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {value}: give at least 1.")
     names = list(dict.fromkeys(arguments.tasks))
     of_harness = [name for name in names if name != INFILLING]
     _refuse_useless(arguments, names)
-    if of_harness:  # named where it is missing, before weights are read
+    # What is missing or mistyped is named before weights are read.
+    manager = None
+    if of_harness:
         from dllm_hf.evaluation.harness import DiffusionLM  # noqa: F401
+
+        manager = _manager(arguments.include_path, of_harness)
     if INFILLING in names:
         problems_sha256()
     session = Session(arguments)
@@ -33,11 +40,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
     result = results.circumstances(session.model, session.folder, arguments.command_line)
     result["settings"] = _settings(arguments, session)
     try:
-        filled = {INFILLING: _run_infilling(arguments, session)} if INFILLING in names else {}
-        result |= _run_harness(arguments, session, of_harness) if of_harness else {"results": {}}
+        form = _form(arguments, session) if INFILLING in names else None
+        result |= {"results": {}} if manager is None else _run_harness(arguments, session, of_harness, manager)
+        if form is not None:
+            result["results"][INFILLING] = _run_infilling(arguments, session, form)
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"decoding with {session.folder} failed: {checkpoint.first_line(error)}") from error
-    result["results"] |= filled
+    except KeyboardInterrupt:
+        tell(f"dllm-hf: interrupted: {path} is not written.")
+        raise
     results.write(path, result)
     for name, values in result["results"].items():
         for metric, value in values.items():
@@ -48,7 +59,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _is_given(arguments: argparse.Namespace, option: str) -> bool:
-    return getattr(arguments, option.replace("-", "_")) not in (None, False)
+    value = getattr(arguments, option.replace("-", "_"))
+    return value is not None and value is not False
 
 
 def _refuse_useless(arguments: argparse.Namespace, names: list[str]) -> None:
@@ -58,6 +70,9 @@ def _refuse_useless(arguments: argparse.Namespace, names: list[str]) -> None:
         useless = dict.fromkeys(["num-masks", "infilling-tokens", "infilling-order"], f"the task {INFILLING}")
     elif names == [INFILLING]:
         useless = dict.fromkeys(["num-fewshot", "apply-chat-template"], "a task of lm-eval")
+    for option in ("stop-strings", "num-return-sequences", "output-history", "max-length"):
+        if _is_given(arguments, option):
+            raise ValueError(f"--{option} is no option of a measure: leave it out.")
     for option, use in useless.items():
         if _is_given(arguments, option):
             raise ValueError(f"--{option} is for {use}: leave it out, or add it to --tasks.")
@@ -73,9 +88,25 @@ def _settings(arguments: argparse.Namespace, session: Session) -> dict[str, Any]
     return {**{name: getattr(arguments, name) for name in names}, "generation": session.options}
 
 
-def _run_harness(arguments: argparse.Namespace, session: Session, names: list[str]) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
+def _manager(folder: str | None, names: list[str]) -> Any:
+    """lm-eval's, which knows these tasks."""
     from lm_eval.tasks import TaskManager
+
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"--include-path {folder}: there is no such folder.")
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # lm-eval's own are so many that to list them takes seconds
+        manager = TaskManager(include_path=folder)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        meant = did_you_mean(unknown[0], [INFILLING, *manager.all_tasks])
+        raise ValueError(
+            f"There is no task {unknown[0]!r}{meant}: `lm_eval ls tasks` lists lm-eval's; --include-path adds yours."
+        )
+    return manager
+
+
+def _run_harness(arguments: argparse.Namespace, session: Session, names: list[str], manager: Any) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
 
     from dllm_hf.evaluation.harness import DiffusionLM
 
@@ -90,13 +121,6 @@ def _run_harness(arguments: argparse.Namespace, session: Session, names: list[st
         **({} if length is None else {"max_gen_toks": length}),
         **options,
     )
-    manager = TaskManager(include_path=arguments.include_path, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):  # lm-eval's own are so many that to list them takes seconds
-        manager = TaskManager(include_path=arguments.include_path)
-    if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise ValueError(
-            f"There is no task {unknown[0]!r}: `lm_eval ls tasks` lists lm-eval's; --include-path adds yours."
-        )
     found = simple_evaluate(
         model,
         tasks=names,
@@ -116,22 +140,28 @@ def _run_harness(arguments: argparse.Namespace, session: Session, names: list[st
     return {**{name: found[name] for name in kept if name in found}, "lm_eval": about}
 
 
-def _run_infilling(arguments: argparse.Namespace, session: Session) -> dict[str, Any]:
-    options = dict(session.options)
-    length = options.pop("max_new_tokens", 48)
-    form: InPlace | LeftToRight = InPlace(arguments.num_masks)
+def _form(arguments: argparse.Namespace, session: Session) -> InPlace | LeftToRight:
     is_in_place = not session.model.sees_earlier_blocks
     wrong, right = ["num-masks"], "infilling-tokens"
     if is_in_place:
         wrong, right = ["infilling-tokens", "infilling-order"], "num-masks"
+        if arguments.tasks == [INFILLING]:
+            wrong.append("max-new-tokens")
     if given := [f"--{name}" for name in wrong if _is_given(arguments, name)]:
         name = type(session.model).__name__
         raise ValueError(f"{name} takes no {' and no '.join(given)}: leave it out, or see --{right}.")
-    if not is_in_place:
-        names = arguments.infilling_tokens or []
-        ids = [list(session.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
-        where: dict[str, Any] = dict(zip(("prefix", "suffix", "middle"), ids))
-        form = LeftToRight(suffix_first=arguments.infilling_order == "spm", max_new_tokens=length, **where)
+    if is_in_place:
+        return InPlace(arguments.num_masks)
+    names = arguments.infilling_tokens or []
+    ids = [list(session.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
+    where: dict[str, Any] = dict(zip(("prefix", "suffix", "middle"), ids))
+    if "max_new_tokens" in session.options:
+        where["max_new_tokens"] = session.options["max_new_tokens"]
+    return LeftToRight(suffix_first=arguments.infilling_order == "spm", **where)
+
+
+def _run_infilling(arguments: argparse.Namespace, session: Session, form: InPlace | LeftToRight) -> dict[str, Any]:
+    options = {name: value for name, value in session.options.items() if name != "max_new_tokens"}
     measured = fill_in(
         session.model,
         session.tokenizer,

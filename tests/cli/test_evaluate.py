@@ -71,13 +71,27 @@ def test_what_is_wrong_is_said_before_anything_is_measured(run, folder, local):
         ("new.json", *INFILLING, *TOKENS, *SPM): "takes no --infilling-tokens and no --infilling-order: leave",
         ("new.json", *INFILLING, *SPM): "--infilling-order spm needs --infilling-tokens",
         ("new.json", *INFILLING, *TOKENS, "--infilling-order", "smp"): "'smp' is unknown: choose one of psm, spm",
+        ("new.json", "--tasks", "infiling"): "no task 'infiling' (did you mean infilling?)",
+        ("new.json", *INFILLING, "--batch-size", 0): "--batch-size 0: give at least 1",
+        ("new.json", *INFILLING, "--stop-strings", "x"): "--stop-strings is no option of a measure",
+        ("new.json", *INFILLING, "--max-new-tokens", 9): "takes no --max-new-tokens",
+        ("new.json", *INFILLING, "--num-masks", 0): "`num_masks=0` must be an integer of at least 1",
+        (
+            "new.json",
+            *INFILLING,
+            "local",
+            "--include-path",
+            local / "no",
+        ): f"--include-path {local / 'no'}: there is no",
         ("new.json", *INFILLING, "--num-fewshot", 2): "--num-fewshot is for a task of lm-eval",
         ("new.json", "--tasks", "local", "--num-masks", 4): "--num-masks is for the task infilling",
         ("new.json", "--tasks", "local", *SPM): "--infilling-order is for the task infilling",
     }.items():
         name, *rest = arguments
-        code, stdout, stderr = run("evaluate", folder, local / name, *rest, "--include-path", local)
-        assert (code, stdout) == (2, "") and message in stderr
+        code, stdout, stderr = run(
+            "evaluate", folder, local / name, *rest, *([] if "--include-path" in rest else ["--include-path", local])
+        )
+        assert (code, stdout) == (2, "") and "lines:" not in stderr and message in stderr
     assert not (local / "new.json").exists() and (local / "there.json").read_text() == "kept"
 
 
@@ -109,3 +123,25 @@ def test_the_suffix_comes_first_where_the_order_is_spm(run, blocks_folder, tmp_p
 def test_masks_in_place_are_refused_where_blocks_see_earlier_ones_alone(run, blocks_folder, tmp_path):
     code, _, stderr = run("evaluate", blocks_folder, tmp_path / "new.json", *INFILLING, "--num-masks", 4)
     assert code == 2 and "SDARForCausalLM takes no --num-masks: leave it out, or see --infilling-tokens" in stderr
+
+
+def test_a_mistyped_task_is_named_before_another_is_measured(run, folder, local, monkeypatch):
+    monkeypatch.setattr("dllm_hf_cli.evaluate.Session", None)  # nothing is read
+    code, _, stderr = run("evaluate", folder, local / "new.json", *INFILLING, "locl", "--include-path", local)
+    assert code == 2 and "There is no task 'locl' (did you mean local?)" in stderr
+
+
+def test_where_no_file_can_be_made_is_said_before_anything_is_measured(run, folder, monkeypatch):
+    monkeypatch.setattr("dllm_hf_cli.evaluate.Session", None)
+    code, _, stderr = run("evaluate", folder, "/proc/new.json", *INFILLING)  # not even by root
+    assert code == 2 and "/proc" in stderr
+
+
+def test_ctrl_c_says_that_nothing_is_written(run, folder, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dllm_hf_cli.evaluate.fill_in", interrupted)
+    code, _, stderr = run("evaluate", folder, tmp_path / "new.json", *INFILLING)
+    assert code == 130 and f"interrupted: {tmp_path / 'new.json'} is not written" in stderr
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import platform
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ def check_new(path: Path) -> None:
         raise ValueError(f"{path} exists: name another file for the results.")
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is no folder: make it, or name another file for the results.")
+    with NamedTemporaryFile(dir=path.parent):  # fails where no file can be made
+        pass
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
