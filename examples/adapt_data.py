@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -92,8 +93,8 @@ class Collected:
         self.dropped = Counter({LEAK: 0})
         self.seen: set[str] = set()
 
-    def add(self, path: Path, name: str, split: str | None) -> None:
-        """`name`: of the file in the manifest; by its hash it is in `train` or `held_out` where no `split` is given."""
+    def add(self, path: Path, name: str, split: str) -> None:
+        """`name`: of the file in the manifest."""
         try:
             data = path.read_bytes()
             text = data.decode("utf-8")
@@ -101,9 +102,6 @@ class Collected:
             self.dropped["unreadable"] += 1
             return
         digest = hashlib.sha256(data).hexdigest()
-        if split is None:
-            is_held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
-            split = "held_out" if is_held_out else "train"
         why = None
         if len(data) not in BYTES:
             why = "too short or too long"
@@ -123,10 +121,17 @@ class Collected:
         return any(each in squeezed for each in self.forbidden)
 
 
+def split_of(name: str) -> str:
+    """Of a package's file, by the hash of its name."""
+    is_held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
+    return "held_out" if is_held_out else "train"
+
+
 def collect(packages: list[Package], limit: int | None) -> Collected:
-    """The files of the packages, of this repository and of Python's standard library. `limit`: characters of each split."""
+    """The files of the packages, of this repository and of Python's standard library. `limit`: characters to train on."""
     found = Collected(docstrings())
-    files = [(path, f"{each.name}/{_inside(path)}", None) for each in packages for path in each.paths]
+    named = [(path, f"{each.name}/{_inside(path)}") for each in packages for path in each.paths]
+    files = [(path, name, split_of(name)) for path, name in named]
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     others = [
         path for path in sorted(stdlib.rglob("*.py")) if "site-packages" not in path.parts and "test" not in path.parts
@@ -136,7 +141,7 @@ def collect(packages: list[Package], limit: int | None) -> Collected:
     files += [(path, f"python/{path.relative_to(stdlib)}", "stdlib") for path in others[:200]]
     random.Random(1).shuffle(files)
     for path, name, split in files:
-        if split or limit is None or sum(map(len, found.texts["train"])) < limit:
+        if split != "train" or limit is None or sum(map(len, found.texts["train"])) < limit:
             found.add(path, name, split)
     return found
 
@@ -158,6 +163,8 @@ def prepare(folder: Path, tokenizer, source: dict[str, Any], limit: int | None =
     taken, left = installed_packages()
     found = collect(taken, limit)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / "manifest.json", *folder.glob("rows-*.npz")):  # of an earlier text
+        old.unlink(missing_ok=True)
     tokens = {}
     for split, texts in found.texts.items():
         parts = (encoded(tokenizer, texts[start : start + 256]) for start in range(0, len(texts), 256))
@@ -180,8 +187,14 @@ def encoded(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def read_stream(folder: Path, split: str) -> np.ndarray:
     """`(tokens,)` uint16."""
-    with lzma.open(folder / f"{split}.npy.xz", "rb") as file:
-        return np.load(file)
+    path = folder / f"{split}.npy.xz"
+    if not path.is_file():
+        raise SystemExit(f"{folder} holds no text: run `adapt.py prepare` first.")
+    try:
+        with lzma.open(path, "rb") as file:
+            return np.load(file)
+    except (lzma.LZMAError, EOFError, ValueError) as error:
+        raise SystemExit(f"{path} is damaged ({error}): run `adapt.py prepare` again.") from error
 
 
 @dataclass
@@ -291,8 +304,11 @@ class Windows(Dataset):
             unfinished = made.with_suffix(f".{os.getpid()}.npz")  # each of several processes makes them
             np.savez(unfinished, **make_rows(read_stream(folder, "train"), tokenizer, seed))
             unfinished.replace(made)
-        with np.load(made) as rows:
-            self.rows, self.filled = rows[kind], rows["filled"] if kind == "in_place" else None
+        try:
+            with np.load(made) as rows:
+                self.rows, self.filled = rows[kind], rows["filled"] if kind == "in_place" else None
+        except (BadZipFile, EOFError, ValueError) as error:
+            raise SystemExit(f"{made} is damaged ({error}): remove it, and it is made again.") from error
         if not len(self.rows):
             raise SystemExit(f"{folder} holds less than one window of {WINDOW} tokens: prepare more text.")
         self.labelled = labelled
