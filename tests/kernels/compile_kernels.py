@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from dllm_hf.generation.remasking import RULES
 from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states, read_block, short_convolutions
-from dllm_hf.kernels.attention import canvas_attention
+from dllm_hf.kernels.attention import Cascade, canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens
 from dllm_hf.kernels.columns import copy_columns
 from dllm_hf.kernels.experts import choose_experts, routed_experts
@@ -69,6 +69,10 @@ for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     small, scales = new(kv_heads, 768, 128, dtype=torch.uint8), new(kv_heads, 768, 2, dtype=torch.bfloat16)
     places = (base.repeat(2, 2), base.repeat(3, 2))
     canvas_attention(query, small, small, lengths, base.repeat(2), 768, 0.1, runs, window, *places, scales)
+cascade = Cascade(lengths, base.repeat(2), runs, 64, base.repeat(2))
+for arena in ((keys, keys, None), (small, small, scales)):
+    sees = (lengths, base.repeat(2), 768, 0.1, runs, window, places[0], None, arena[2])
+    canvas_attention(query, *arena[:2], *sees, cascade=cascade)
 for each in (keys, small, scales):
     copy_columns(each, new(2, 3, dtype=torch.long), 40)
 for residual, rounds_once in ((None, True), (x, False)):

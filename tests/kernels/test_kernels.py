@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from dllm_hf.fused import stack as fused
 from dllm_hf.generation import cache_layers
 from dllm_hf.generation.remasking import ABSOLUTE, RELATIVE, RULES, select
-from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch, number_of_stages
+from dllm_hf.kernels.attention import canvas_attention, canvas_attention_torch
 from dllm_hf.kernels.best_tokens import BLOCK, best_tokens, best_tokens_torch
 from dllm_hf.kernels.columns import copy_columns, copy_columns_torch
 from dllm_hf.kernels.layers import (
@@ -22,6 +22,7 @@ from dllm_hf.kernels.layers import (
     swiglu_torch,
 )
 from dllm_hf.kernels.selection import select_positions
+from dllm_hf.kernels.tiles import number_of_stages
 from dllm_hf.kernels.triton import has_kernels
 
 from ..builders import as_list, new_model, pairwise, window_of

@@ -2,17 +2,39 @@
 
 Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html) with two differences: the query heads that share
 a key head are rows of one product, so that each key is read once, and every query has its own number of visible keys.
+
+Rows that share the beginning of their canvases can read it together, as one run of queries: cascade attention
+(Hydragen, https://arxiv.org/abs/2402.05099). What they read together is one more part of the keys.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from .eight_bits import dequantised
+from .tiles import FEW, number_of_splits, number_of_stages, tile_of
 from .triton import tl, triton
 
 LOG2E = 1.4426950408889634
-# Queries of a key head in one row, on average, up to which several programs for each processor pay. Every part writes the
-# results of its queries in float32: for many queries two programs for each processor cost up to twice the time.
-FEW = 24
+
+
+class Cascade(NamedTuple):
+    """What the tokens of a list read together, of the beginnings that their rows share.
+
+    Attributes:
+        lengths: `(1, tokens)` int32, contiguous: a token reads so many columns of its piece's beginning in this way.
+        base: `(pieces,)` int64, where the beginning of each piece stands in the arena.
+        runs: `(pieces, 3)` int64, pieces of the list as the runs of [`canvas_attention`], but that a piece has tokens of several
+            rows; some may be empty. Each token must be in one piece.
+        longest: no piece has more tokens.
+        skipped: `(runs,)` int64, contiguous, by run the number of columns that its tokens read in this way.
+    """
+
+    lengths: torch.Tensor
+    base: torch.Tensor
+    runs: torch.Tensor
+    longest: int
+    skipped: torch.Tensor
 
 
 def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
@@ -25,35 +47,57 @@ def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
 
 
 def canvas_attention_torch(
-    query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, scales=None
-):
+    query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, scales=None,
+    cascade=None,
+):  # fmt: skip
     """The twin of [`canvas_attention`]."""
+    readings = _readings(lengths, base, runs, longest, shared, own, cascade)
+    parts = [_part_torch(query, keys, values, scales, width, scale, *reading) for reading in readings]
+    if len(parts) == 1:
+        return parts[0][0].to(query.dtype)
+    results, sums = (torch.stack(each) for each in zip(*parts))
+    return (results * sums.softmax(0).nan_to_num(0.0)[..., None]).sum(0).to(query.dtype)
+
+
+def _readings(lengths, base, runs, longest, shared, own, cascade: Cascade | None) -> list[tuple]:
+    """What is read for each row or run: these arguments, and how many columns are skipped; and what is read together."""
+    if cascade is None:
+        return [(lengths, base, runs, longest, shared, own, None)]
+    return [(lengths, base, runs, longest, shared, own, cascade.skipped), (*cascade[:4], None, None, None)]
+
+
+def _part_torch(
+    query, keys, values, scales, width, scale, lengths, base, runs, longest, shared, own, skipped
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result of a reading, in float32 at least, and the logarithm of its weights' sum."""
     if runs is not None:  # each run is a row of a rectangle
         tokens, inside = query.shape[1], torch.arange(longest, device=query.device)
         index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
         padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
         padded[:tokens], seen[:tokens] = query[0], lengths[0]
-        places = {"shared": shared, "own": own, "scales": scales}
-        rows = canvas_attention_torch(padded[index], keys, values, seen[index], base, width, scale, **places)
-        return padded.zero_().index_put_((index,), rows)[None, :tokens]
+        places = (seen[index], base, None, 0, shared, own, skipped)
+        rows, sums = _part_torch(padded[index], keys, values, scales, width, scale, *places)
+        result, total = (x.new_zeros(tokens + 1, *x.shape[2:]).index_put_((index,), x) for x in (rows, sums))
+        return result[None, :tokens], total[None, :tokens]
     columns = torch.arange(width, device=keys.device)
     shared, own = (None if each is None else each[..., None] for each in (shared, own))
     arena = place_in_arena(columns, base[:, None], shared, own)
     arena = arena.clamp(max=keys.shape[1] - 1)  # an extent at the end may be shorter
-    unseen = columns >= lengths[:, None, :, None]
-    # Keys behind the visible ones may hold anything, NaN too, which a weight of 0 would not remove.
-    behind = (columns >= lengths.amax(-1)[:, None])[:, None, :, None]
+    # Keys that no query sees may hold anything, NaN too, which a weight of 0 would not remove.
+    unread = (columns < (0 if skipped is None else skipped[:, None])) | (columns >= lengths.amax(-1)[:, None])
+    unseen = unread[:, None, None] | (columns >= lengths[:, None, :, None])
     groups = query.shape[2] // keys.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)
     seen = [each[:, arena] for each in (keys, values)]
     if scales is not None:
         seen = [dequantised(*each, wide) for each in zip(seen, scales[:, arena].unbind(-1))]
     keys, values = (
-        each.transpose(0, 1).to(wide).masked_fill(behind, 0).repeat_interleave(groups, dim=1) for each in seen
+        each.transpose(0, 1).to(wide).masked_fill(unread[:, None, :, None], 0).repeat_interleave(groups, dim=1)
+        for each in seen
     )
-    scores = query.to(wide).transpose(1, 2) @ keys.transpose(2, 3) * scale
-    probs = scores.masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return (probs @ values).transpose(1, 2).to(query.dtype)
+    scores = (query.to(wide).transpose(1, 2) @ keys.transpose(2, 3) * scale).masked_fill(unseen, -torch.inf)
+    result = scores.softmax(-1).nan_to_num(0.0) @ values
+    return result.transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
 
 
 def canvas_attention(
@@ -69,6 +113,7 @@ def canvas_attention(
     shared: torch.Tensor | None = None,
     own: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
+    cascade: Cascade | None = None,
 ) -> torch.Tensor:
     """Args:
         query: `(batch, window, heads, head_dim)`, the last dimension contiguous, as of `keys` and `values`.
@@ -88,6 +133,7 @@ def canvas_attention(
             others: column i of a row is column own[2] + i - own[0] of the arena for own[0] <= i < own[1]. As `shared`.
         scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values where these are in 8 bits (uint8), see
             [`eight_bits.quantised`].
+        cascade: of a list, what its tokens read together: these columns are not read for each run.
 
     Returns:
         `(batch, window, heads, head_dim)`, contiguous.
@@ -95,70 +141,53 @@ def canvas_attention(
     batch, window, heads, head_dim = query.shape
     kv_heads, number = keys.shape[0], batch * window * heads
     groups = heads // kv_heads
-    readers, rows = (batch, window * groups) if runs is None else (len(runs), longest * groups)
-    lengths = lengths.contiguous()
-    axis, block_m, block_n, warps = tile_of(rows, query.element_size() > 2, scales is not None)
-    tiles = triton.cdiv(rows, block_m)
-    few = number / (readers * kv_heads) <= FEW
-    splits = number_of_splits(tiles * readers * kv_heads, width, query.device, 3.6 if few else 0)
+    readings = _readings(lengths.contiguous(), base, runs, window if runs is None else longest, shared, own, cascade)
+    tiles = [tile_of(most * groups, query.element_size() > 2, scales is not None) for _, _, _, most, *_ in readings]
+    few = number / (len(base) * kv_heads) <= FEW
+    programs = triton.cdiv(readings[0][3] * groups, tiles[0][1]) * len(base) * kv_heads
+    splits = [number_of_splits(programs, width, query.device, 3.6 if few else 0)]
+    if cascade is not None:  # of its pieces some may be empty
+        programs = triton.cdiv(window * groups, tiles[1][1]) * kv_heads
+        splits.append(number_of_splits(programs, width, query.device))
     out = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
     parts, sums = out, lengths  # unused arguments of a single part
-    if splits > 1:
-        parts = torch.empty(splits, batch, window, heads, head_dim, dtype=torch.float32, device=query.device)
-        sums = torch.empty(splits, batch, window, heads, dtype=torch.float32, device=query.device)
+    if sum(splits) > 1:
+        parts = torch.empty(sum(splits), batch, window, heads, head_dim, dtype=torch.float32, device=query.device)
+        sums = torch.empty(sum(splits), batch, window, heads, dtype=torch.float32, device=query.device)
+    for reading, tile, number_of_parts, first in zip(readings, tiles, splits, (0, splits[0])):
+        results = (out, parts[first:], sums[first:], sum(splits) > 1)
+        _read(query, keys, values, scales, scale, reading, tile, number_of_parts, results)
+    if sum(splits) > 1:
+        _combine[(number,)](
+            out, parts, sums, number, sum(splits), BLOCK_S=triton.next_power_of_2(sum(splits)),
+            HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), num_warps=2,
+        )  # fmt: skip
+    return out
+
+
+def _read(query, keys, values, scales, scale, reading: tuple, tile: tuple, splits: int, results: tuple) -> None:
+    """Launch the programs of one of [`_readings`]. `results`: where they go, and whether they are parts."""
+    _, window, heads, head_dim = query.shape
+    kv_heads, number, groups = len(keys), query.shape[:-1].numel(), heads // len(keys)
+    lengths, base, runs, longest, shared, own, skipped = reading
+    (axis, block_m, block_n, warps), (out, parts, sums, is_split) = tile, results
     block_d = max(16, triton.next_power_of_2(head_dim))
     pairs = lengths  # unused without scales
     if scales is not None:
         keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.int16)
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
     row = block_d * query.element_size()  # of keys in 8 bits too, which may stand there as they are multiplied
-    _attend[(tiles, readers * kv_heads, splits)](
+    _attend[(triton.cdiv(longest * groups, block_m), len(base) * kv_heads, splits)](
         query, keys, values, lengths, base, base if runs is None else runs, base if shared is None else shared,
-        base if own is None else own, pairs, out, parts, sums, scale * LOG2E,
+        base if own is None else own, base if skipped is None else skipped, pairs, out, parts, sums, scale * LOG2E,
         window, kv_heads, number, splits,
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis,
-        IS_SPLIT=splits > 1, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
-        IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        IS_SPLIT=is_split, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
+        SKIPS=skipped is not None, IN_EIGHT_BITS=scales is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=number_of_stages(block_m, block_n, row, query.device),
     )  # fmt: skip
-    if splits > 1:
-        _combine[(number,)](
-            out, parts, sums, number, splits,
-            BLOCK_S=triton.next_power_of_2(splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=2,
-        )  # fmt: skip
-    return out
-
-
-def number_of_splits(programs: int, width: int, device: torch.device, load: float = 0) -> int:
-    """Parts of the keys: one program for each processor, or `load` of them in up to 16 parts, and at least 64 keys in a
-    part."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = max(processors // programs, min(round(load * processors / programs), 16))
-    return max(1, min(wanted, width // 64, 32))
-
-
-def number_of_stages(block_m: int, block_n: int, row: int, device: torch.device) -> int:
-    """Pipeline stages of the loads: three, or as many as fit into shared memory. `row`: bytes of a row."""
-    room = 48 * 1024
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined] # not in the stub
-    return max(1, min(3, (room - block_m * row) // (2 * block_n * row)))
-
-
-def tile_of(rows: int, is_float32: bool, in_eight_bits: bool) -> tuple[int, int, int, int]:
-    """The axis of a tile of scores along which the keys are, its queries and keys, and how many warps compute it.
-
-    A product on the GPU has at least 16 rows and 8 columns: a few queries are columns, so that less is computed for nothing.
-    """
-    if is_float32:  # serves comparisons: small, so that it stays in registers
-        return 1, 16, 16, 4
-    if in_eight_bits and rows <= 8:
-        return 0, 8, 32, 1
-    if in_eight_bits and rows <= 16:
-        return 1, 16, 128, 4
-    most = 32 if in_eight_bits else 64
-    return 1, max(16, min(most, triton.next_power_of_2(rows))), 64, 4
 
 
 if triton is not None:
@@ -264,15 +293,18 @@ if triton is not None:
     # Not specialised: a number of parts or of tokens that comes up for the first time must not compile it again, nor must where
     # the tensors of a window begin, which are uploaded as one.
     @triton.jit(
-        do_not_specialize=["lengths", "base", "runs", "shared", "own", "window", "number", "splits", "pair_head"]
-    )
+        do_not_specialize=[
+            "lengths", "base", "runs", "shared", "own", "skipped", "window", "number", "splits", "pair_head",
+        ]
+    )  # fmt: skip
     def _attend(
-        query, keys, values, lengths, base, runs, shared, own, pairs, out, parts, sums, scale,
+        query, keys, values, lengths, base, runs, shared, own, skipped, pairs, out, parts, sums, scale,
         window, kv_heads, number, splits,
         query_batch, query_token, query_head, key_head, key_column: tl.constexpr, value_head, value_column: tl.constexpr,
         pair_head, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, AXIS: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
-        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, IN_EIGHT_BITS: tl.constexpr, PRECISION: tl.constexpr,
+        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, SKIPS: tl.constexpr, IN_EIGHT_BITS: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
         reader, kv_head, split = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads, tl.program_id(2)
@@ -303,9 +335,12 @@ if triton is not None:
             tile, scale = _fractions(tile, scale, query.dtype.element_ty != tl.float32)
             scale = tl.expand_dims(scale, AXIS)
         # The parts are of what is seen: a step does not get slower with the room that an extent has left.
-        longest = tl.max(length, 0)
-        chunk = tl.cdiv(tl.cdiv(longest, splits), BLOCK_N) * BLOCK_N
-        end = tl.minimum(longest, (split + 1) * chunk)
+        longest, begin_of_part = tl.max(length, 0), 0
+        if SKIPS:
+            begin_of_part = tl.load(skipped + reader).to(tl.int32)
+        chunk = tl.cdiv(tl.cdiv(tl.maximum(longest - begin_of_part, 0), splits), BLOCK_N) * BLOCK_N
+        begin_of_part += split * chunk
+        end = tl.minimum(longest, begin_of_part + chunk)
         bound = tl.expand_dims(tl.minimum(length, end), AXIS)
         # Two numbers of a value in 8 bits are loaded as one: `result` is of the first ones, `second` of the others.
         SIZE: tl.constexpr = BLOCK_D // 2 if IN_EIGHT_BITS else BLOCK_D
@@ -316,7 +351,7 @@ if triton is not None:
         highest, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
         result = tl.zeros([BLOCK_M, SIZE] if AXIS == 1 else [SIZE, BLOCK_M], tl.float32)
         second = result
-        for start in range(split * chunk, end, BLOCK_N):
+        for start in range(begin_of_part, end, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             # The last key is read again for those behind it, which no query sees: a mask would cost instructions for each load.
             seen = tl.minimum(column, end - 1)
