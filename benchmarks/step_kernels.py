@@ -17,7 +17,8 @@ import torch
 from timing import captured, milliseconds
 from torch.nn import functional as F
 
-from dllm_hf.kernels.attention import canvas_attention
+from dllm_hf.generation.window import RUN_LENGTH, Frame, Pays, make_list
+from dllm_hf.kernels.attention import Cascade, canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens, best_tokens_torch
 from dllm_hf.kernels.eight_bits import quantised
 from dllm_hf.kernels.layers import (
@@ -144,6 +145,24 @@ def attention_of_a_list(rows: int, kv_heads: int) -> list[float]:
     return found
 
 
+def attention_of_a_beginning(rows: int, fed: int) -> list[float]:
+    """Of rows that share 2,000 columns, have 40 others and feed `fed` tokens each, 32 query and 8 key heads: microseconds where
+    each reads by itself, and where they read together."""
+    frames = [Frame(2040 - fed, 2040, 0, 0, 2040, 0, 0, 0)] * rows
+    flat = make_list(frames, list(range(rows)), rows, 0, 0, 0, None, [(1, 2000)] * rows, Pays(16, 1))
+    flat = flat.to(torch.device("cuda"))
+    arena = random(8, 2040 + 40 * rows, HEAD_DIM), random(8, 2040 + 40 * rows, HEAD_DIM)
+    base, shared = 40 * flat.runs[:, 0], torch.tensor([[0], [2000]], device="cuda").repeat(1, len(flat.runs))
+    places = (flat.lengths[None], base, 4096, HEAD_DIM**-0.5, flat.runs, flat.longest, shared)
+    begins = torch.zeros(len(flat.pieces), dtype=torch.long, device="cuda")
+    cascade = Cascade(flat.beginnings[None], begins, flat.pieces, RUN_LENGTH, flat.skipped)
+    query = random(1, rows * fed, HEADS, HEAD_DIM)
+    return [
+        microseconds(lambda: canvas_attention(query, *arena, *places, cascade=way))  # noqa: B023
+        for way in (None, cascade)
+    ]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,6 +190,12 @@ def main() -> None:
         for rows in every:
             found = attention_of_a_list(rows, kv_heads)
             print("| {} | {} | {:.1f} | {:.2f} | {:.1f} | {:.2f} |".format(kv_heads, rows, *found), flush=True)
+    print(
+        "\n| a shared beginning of 2,000, rows | tokens of each | microseconds, by itself | together |\n|---|---|---|---|"
+    )
+    for fed, rows in itertools.product((4, 8), (8, 16, 32, 64, 128)):
+        apart, together = attention_of_a_beginning(rows, fed)
+        print(f"| {rows} | {fed} | {apart:.1f} | {together:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

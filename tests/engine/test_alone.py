@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from dllm_hf import SamplingParams
 from dllm_hf.engine import engine
 from dllm_hf.engine.engine import Engine
+from dllm_hf.generation.backend import ModelBackend
+from dllm_hf.generation.window import Pays
 
 from ..builders import new_model, tiny_model
 from ..generation.test_decoder import CAPACITY, CELLS, DEVICE, alone, calls, calls_of
@@ -53,17 +55,21 @@ def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
     return outputs
 
 
+def alike(data, every):
+    """The calls as they are, or with beginnings, of different lengths, that block families share."""
+    if data.draw(st.booleans()):
+        return every
+    beginning = data.draw(st.lists(st.integers(0, 9), min_size=4, max_size=20))
+    cuts = st.integers(0, len(beginning))
+    return [(beginning[: data.draw(cuts)] + prompt[:8], *rest) for prompt, *rest in every]
+
+
 @pytest.mark.parametrize("family, policy", CELLS)
 @settings(max_examples=3)
 @given(data=st.data())
 def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_beside_it(family, policy, data):
     model = tiny_model(family)
-    every = data.draw(st.lists(calls(), min_size=2, max_size=7))
-    if data.draw(st.booleans()):  # beginnings that block families share
-        beginning = data.draw(st.lists(st.integers(0, 9), min_size=4, max_size=20))
-        cuts = st.integers(0, len(beginning))
-        every = [(beginning[: data.draw(cuts)] + prompt[:8], *rest) for prompt, *rest in every]
-    every = calls_of(family, every)
+    every = calls_of(family, alike(data, data.draw(st.lists(calls(), min_size=2, max_size=7))))
     actions = data.draw(st.lists(st.sampled_from(["submit", "submit", "step", "step", "abort"]), max_size=20))
     drafts = data.draw(st.sampled_from([None, 3]))
     served = engine_of(model, policy, budget=data.draw(st.sampled_from([1, 16, 1000])), draft_steps=drafts)
@@ -87,11 +93,12 @@ def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_besid
 @settings(max_examples=2)
 @given(data=st.data())
 def test_a_request_gets_it_from_graphs_too(family, policy, data, captured, monkeypatch):
-    """Steps are captured with extents as data: they move, grow and shrink without another capture."""
+    """Steps are captured with extents as data: they move, grow and shrink without another capture. Rows read together what
+    they share."""
     monkeypatch.setattr(engine, "are_possible", lambda device: True)
     model = new_model(family).to(DEVICE)
-    every = data.draw(st.lists(calls(), min_size=4, max_size=7))
-    every = calls_of(family, every)
+    monkeypatch.setattr(ModelBackend, "pays", Pays(tokens=1000, columns=1))
+    every = calls_of(family, alike(data, data.draw(st.lists(calls(), min_size=4, max_size=7))))
     drafts = data.draw(st.sampled_from([None, 3]))
     outputs = run(engine_of(model, policy, uses_graphs=True, columns=80, draft_steps=drafts), every, [])
     for number, call in enumerate(every):

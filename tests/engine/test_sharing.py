@@ -5,9 +5,16 @@ import pytest
 import torch
 
 from dllm_hf import LLM, SamplingParams
+from dllm_hf.engine import engine
+from dllm_hf.generation import decoder
+from dllm_hf.generation.backend import ModelBackend
 from dllm_hf.generation.beginnings import Beginnings
+from dllm_hf.generation.window import RUN_LENGTH, Pays
 
-from ..builders import MASK, recorded, tiny_model
+from ..builders import MASK, new_model, recorded, tiny_model
+from ..generation.test_decoder import DEVICE
+from ..generation.test_decoder import alone as as_a_call
+from .test_alone import run
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
 BEGINNING = [(7 * position) % 50 for position in range(40)]
@@ -88,6 +95,46 @@ def test_the_next_turn_of_a_conversation_finds_the_last_one():
     columns, [[second]] = fed(llm, [longer])
     assert second.token_ids == alone(llm.model, [longer])[0]
     assert columns < 40
+
+
+@pytest.mark.parametrize(
+    ("family", "cache_dtype", "draft_steps"),
+    [("sdar", None, None), ("sdar", "fp8", 3), ("llada2", None, None)]
+    + [("nemotron_diffusion", None, 2), ("fast_dllm_v2", "fp8", None)],
+)
+def test_rows_read_a_beginning_together_in_graphs(family, cache_dtype, draft_steps, captured, monkeypatch):
+    """Rows of two beginnings, of which some share less than others, beside rows that share none. They join, leave and are
+    aborted, greedy and sampled: each gets its tokens. Graphs serve whichever rows read together."""
+    windows, made = [], decoder.make_list
+    noted = lambda *args, **more: windows.append(made(*args, **more)) or windows[-1]
+    monkeypatch.setattr(engine, "are_possible", lambda device: True)
+    monkeypatch.setattr(ModelBackend, "pays", Pays(tokens=1000, columns=1))
+    monkeypatch.setattr(decoder, "make_list", noted)
+    other = [(5 * position + 3) % 50 for position in range(24)]
+    prompts = [beginning + [number] for number in range(4) for beginning in (BEGINNING[:32], other)]
+    prompts = [*prompts[:3], BEGINNING[:16] + [50, 51], *prompts[3:], [1, 2, 3], BEGINNING[:32] + [7, 8, 9, 10, 11]]
+    fixed = {"eos_token_id": [], "block_length": 4, "remasking_strategy": "low_confidence_static"}
+    options = [
+        {**fixed, "temperature": 0.8 * (number % 3 == 1), "max_new_tokens": 5 + 5 * number % 7}
+        for number in range(len(prompts))
+    ]
+    calls = [(prompt, number, each) for number, (prompt, each) in enumerate(zip(prompts, options))]
+    kinds = {"cache_policy": "block", "cache_dtype": cache_dtype}
+    model = new_model(family).to(DEVICE)
+    served = engine.Engine(model, None, 8, 48, kinds, 100, 64, 300, draft_steps=draft_steps)
+    actions = ["submit"] * 6 + ["step"] * 4 + ["submit"] * 3 + ["abort"] + ["submit"] * 3
+    outputs = run(served, calls, actions)
+    for number, (prompt, seed, each) in enumerate(calls):
+        text, _ = as_a_call(model, "block", (prompt, seed, {**each, "cache_dtype": cache_dtype}))
+        got = outputs[str(number)]
+        assert got.token_ids == text[len(prompt) :][: len(got.token_ids) if got.finish_reason == "abort" else None]
+    read = [window for window in windows if len(window.pieces)]
+    assert any(len(window.pieces[window.pieces[:, 2] > 0, 0].unique()) > 1 for window in read)  # two beginnings
+    assert any(len(window.beginnings[window.beginnings > 0].unique()) > 2 for window in read)  # of three lengths
+    stretches = [int((each.pieces[:, 2] > 0).sum()) - len(each.columns) // RUN_LENGTH for each in read]
+    # The rows of each beginning stand side by side. Of one there may be a first part that others share.
+    assert max(stretches) <= 3 * (1 + bool(draft_steps))
+    assert len(read) < len(windows) and len(captured) < served.num_forward_passes
 
 
 def test_texts_that_differ_in_their_block_length_share_nothing():

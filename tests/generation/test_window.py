@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_hf.generation.window import RUN_LENGTH, Frame, make_list, make_window
+from dllm_hf.generation.window import MOST_BEGINNINGS, RUN_LENGTH, Frame, Pays, make_list, make_window, steps_after
 
 SCRATCH, SLOTS = 300, 8
 
@@ -64,3 +64,75 @@ def test_copies_of_a_list_stand_behind_it():
     assert twice.owners.tolist() == flat.owners.tolist() + [owner + 2 for owner in flat.owners.tolist()]
     assert torch.equal(twice.columns[twice.keep[2:]], flat.columns[flat.keep])
     assert twice.runs.tolist()[2:] == [[slot + 2, first + 13, number] for slot, first, number in flat.runs.tolist()]
+
+
+# --- beginnings that rows read together
+
+
+@given(st.lists(st.tuples(frames(), st.integers(0, 4), st.integers(0, 60)), min_size=1, max_size=24))
+def test_each_token_is_in_one_piece_and_reads_the_beginning_of_its_row(every):
+    every = sorted(((frame, key, shared if key else 0) for frame, key, shared in every), key=lambda row: row[1])
+    beginnings, slots = [row[1:] for row in every], list(range(len(every)))
+    list_of = lambda pays: make_list(
+        [frame for frame, *_ in every], slots, 24, SCRATCH, 0, 1024, beginnings=beginnings, pays=pays
+    )
+    flat, apart = list_of(Pays(16, 1)), list_of(None)
+    assert not len(apart.pieces) and not len(apart.beginnings) and not len(apart.skipped)
+    if not len(flat.pieces):
+        return
+    assert len(flat.pieces) == len(flat.columns) // RUN_LENGTH + MOST_BEGINNINGS  # whatever rows read
+    assert len(flat.beginnings) == len(flat.columns) and len(flat.skipped) == len(flat.runs)
+    seen, together = [], set()
+    for slot, first, number in flat.pieces.tolist():
+        assert number <= RUN_LENGTH
+        seen += range(first, first + number)
+        for token in range(first, first + number):
+            row = flat.owners[token]
+            if count := int(flat.beginnings[token]):
+                together.add(every[slot][1])
+                assert every[slot][1] == every[row][1]
+                assert count == min(every[row][2], every[row][0].start) <= flat.lengths[token]
+    assert sorted(seen) == list(range(len(flat.columns)))
+    for (_, first, number), skipped in zip(flat.runs.tolist(), flat.skipped.tolist()):
+        assert not number or flat.beginnings[first : first + number].eq(skipped).all()
+    for row, (frame, key, shared) in enumerate(every):
+        used = flat.beginnings[flat.owners.eq(row) & flat.lengths.gt(0)]
+        assert key not in together or used.eq(min(shared, frame.start)).all()
+
+
+def test_rows_read_a_beginning_together_where_that_reads_fewer_columns():
+    """64 rows in blocks of 4, of which a tile has room for four: a quarter is read. Blocks of 16 fill tiles by themselves."""
+    kinds = lambda rows, width, columns: [
+        bool(len(window.pieces))
+        for least in (columns, columns + 1)
+        for window in [
+            make_list(
+                [Frame(2000, 2000 + width, 0, 0, 2100, 0, 0, 0)] * rows, list(range(rows)), 64, 3000, 0, 4096,
+                beginnings=[(64, 2000)] * rows, pays=Pays(16, least),
+            )
+        ]
+    ]  # fmt: skip
+    assert kinds(64, 4, (64 - 16) * 2000) == [True, False]
+    assert kinds(3, 4, 2 * 2000) == [True, False]
+    assert kinds(64, 16, 0) == kinds(1, 4, 0) == [False, False]
+
+
+def test_the_longest_sums_of_beginnings_are_read_together_where_there_are_many():
+    keys = [key for key in range(1, 12) for _ in range(3)]
+    rows = [Frame(100 + key, 104 + key, 0, 0, 200, 0, 0, 0) for key in keys]
+    every = list(range(len(rows)))
+    flat = make_list(rows, every, 40, SCRATCH, 0, 1024, None, [(key, 50 + key) for key in keys], Pays(16, 1))
+    read = {keys[slot] for slot, _, number in flat.pieces.tolist() if number}
+    assert read == set(range(4, 12)) and flat.beginnings[: 3 * 3 * 4].eq(0).all()
+
+
+def test_the_steps_after_a_pass_may_read_together_as_it_does():
+    rows = [Frame(100, 300, 296, 300, 400, 300, 0, 4) for _ in range(4)]
+    flat = make_list(rows, [0, 1, 2, 3], 4, 500, 0, 1024, None, [(4, 100)] * 4, Pays(1000, 1))
+    for after in steps_after(flat):
+        again = make_list(
+            [Frame(296, 296 + len(after.columns) // 4, 296, 300, 400, 300, 0, 4)] * 4, [0, 1, 2, 3], 4, 500, 0, 1024,
+            None, [(4, 100)] * 4, Pays(1000, 1),
+        )  # fmt: skip
+        for name in ("columns", "runs", "pieces", "beginnings", "skipped"):
+            assert getattr(after, name).shape == getattr(again, name).shape

@@ -172,7 +172,8 @@ class FusedStack:
         if self.is_fused and not torch.compiler.is_compiling():
             self._compile_for(tokens, window, cache)
         base, shared, own, columns = cache.locate(window)
-        sees = (base, window.lengths[None], columns[None], window.runs, window.longest, shared, own)
+        runs = (window.runs, window.longest, shared, own, cache.cascade(window))
+        sees = (base, window.lengths[None], columns[None], *runs)
         keep = window.keep.reshape(1, window.keep.numel())
         hidden_states = self.last_hidden(tokens[None], window.columns[None], sees, cache, keep)[0]
         return self.head(hidden_states).unflatten(0, window.keep.shape)
@@ -180,7 +181,8 @@ class FusedStack:
     def _compile_for(self, tokens: torch.Tensor, window: Window, cache: Any) -> None:
         """Make the kernels of a pass of these shapes ready, side by side, and those of the steps that follow: one after the
         other, as they are launched, they take seconds where none is in Triton's cache."""
-        shapes = lambda each: (each.columns.shape, each.keep.shape, each.runs.shape, each.longest, each.draft_columns)
+        parts = ("columns", "keep", "runs", "pieces")
+        shapes = lambda each: (*(getattr(each, name).shape for name in parts), each.longest, each.draft_columns)
         extent = cache.longest_extent
         if (extent, *shapes(window)) in self.seen or torch.cuda.is_current_stream_capturing():
             return
@@ -262,7 +264,8 @@ class FusedStack:
             angles: cosines and sines of the positions, `(rows, window, head_dim)`, and [`FusedStack.query_scales`].
             sees: where the canvas of each run begins in the arena of the cache, `(runs,)`; the number of its columns that
                 each token sees, `(rows, window)` int32; the column of each token in the arena, `(rows, window)`; the runs,
-                the longest of them, and the columns that they share and have for themselves, see [`canvas_attention`].
+                the longest of them, the columns that they share and have for themselves, and what they read together, see
+                [`canvas_attention`].
         """
         attention, slot = self.layers[index].self_attn, cache.layers[index]
         query, key, value = self.projected(index, normed)

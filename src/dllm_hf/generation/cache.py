@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..kernels.attention import place_in_arena
+from ..kernels.attention import Cascade, place_in_arena
 from .cache_layers import CACHE_LAYERS, CanvasCacheLayer
 from .configuration import DiffusionGenerationConfig
 from .contract import DenoisingModel
 from .extents import Extents
 from .ranks import divides_heads, ranks_of
 from .uploads import uploaded
-from .window import Window
+from .window import RUN_LENGTH, Window
 
 # Columns; more would take more memory beside the cache.
 MOVED_AT_ONCE = 16384
@@ -217,6 +217,13 @@ class CanvasCache(Cache):
         first, last, begin = window.own.unbind(1)
         own = torch.stack([first, last, behind + begin])
         return base, shared, own, torch.where(window.aside < 0, written, behind + window.aside)
+
+    def cascade(self, window: Window) -> Cascade | None:
+        """What the tokens of a list read together; None where they do not."""
+        if self.extents is None or not len(window.pieces):
+            return None
+        base = self.extents.table[2, window.pieces[:, 0]]
+        return Cascade(window.beginnings[None], base, window.pieces, RUN_LENGTH, window.skipped)
 
     @property
     def longest_extent(self) -> int:

@@ -123,12 +123,13 @@ class CanvasCacheLayer(CacheLayerMixin):
         return run(query, key, value, cos, sin, columns, keys, values, *(norms or (None, None, 0.0)), *scales)
 
     def attend(
-        self, query: torch.Tensor, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None
-    ) -> torch.Tensor:
+        self, query: torch.Tensor, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, cascade=None
+    ) -> torch.Tensor:  # fmt: skip
         """Attention to what is written. The arguments and the result are those of [`canvas_attention`]."""
         keys, values, *scales = self.arenas()
         run = canvas_attention if self._on_kernels else canvas_attention_torch
-        return run(query, keys, values, lengths, base, width, scale, runs, longest, shared, own, *scales)
+        places = (lengths, base, width, scale, runs, longest, shared, own)
+        return run(query, keys, values, *places, scales=scales[0] if scales else None, cascade=cascade)
 
     def copy_runs(self, runs: torch.Tensor, longest: int) -> None:
         """Copy runs of columns of the arena. The arguments are those of [`copy_columns`]."""

@@ -299,7 +299,9 @@ class Decoder:
     def _pass(self, chosen: dict[Row, Frame]) -> None:
         """One forward pass over the windows of rows, and a denoising step of those that have a block in it."""
         # `process` gets the logits of all rows.
-        rows = list(chosen) if self.process is None else [row for row in self.rows if row is not None]
+        rows = [row for row in self.rows if row is not None]
+        if self.process is None:  # rows of one beginning may read it together
+            rows = sorted(chosen, key=lambda row: self.seats.beginning_of(row.slot))
         frames, slots = [chosen.get(row) or self._idle_frame() for row in rows], [row.slot for row in rows]
         is_stepping = [row in chosen and not row.is_prefilling for row in rows]
         stepping = [row for row, steps in zip(rows, is_stepping) if steps]
@@ -403,7 +405,8 @@ class Decoder:
 
     def _make_window(self, frames: list[Frame], slots: list[int], drafts: tuple[int, ...] = ()) -> Window:
         """`drafts`: of each row, how many it has."""
-        key, has_drafts = (tuple(frames), tuple(slots), drafts), bool(drafts)
+        shared, has_drafts = list(map(self.seats.beginning_of, slots)), bool(drafts)
+        key = (tuple(frames), tuple(slots), drafts, tuple(shared))
         if has_drafts not in self._windows or self._windows[has_drafts][0] != key:
             backend, capacity, numbers = self.backend, self.canvas.capacity, None
             if drafts:
@@ -414,11 +417,12 @@ class Decoder:
                 ]
                 numbers = [0] * len(slots) + [number for *_, number in copies]
                 frames, slots = frames + [frame for frame, *_ in copies], slots + [slot for _, slot, _ in copies]
+                shared = list(map(self.seats.beginning_of, slots))
             every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift)
             if backend.takes_lists:
-                window = make_list(
-                    *every, drafts=numbers, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0
-                )
+                padded = MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0
+                pays = getattr(backend, "pays", None) if any(columns for _, columns in shared) else None
+                window = make_list(*every, drafts=numbers, padded_up_to=padded, beginnings=shared, pays=pays)
             else:
                 # A seed is not decided by the hidden state before its block, which only a recurrent cache keeps.
                 has_hidden = backend.sees_earlier_blocks and not self.seats.seeds_blocks

@@ -58,7 +58,11 @@ class Extents:
 
     def shared_of(self, slot: int) -> int:
         """Columns that a slot reads from a shared beginning."""
-        return self._shared.get(slot, (0, 0))[1]
+        return self.beginning_of(slot)[1]
+
+    def beginning_of(self, slot: int) -> tuple[int, int]:
+        """The key of the beginning that a slot reads, and how many columns of it; zeros where there is none."""
+        return self._shared.get(slot, (0, 0))
 
     @property
     def free(self) -> int:

@@ -157,6 +157,10 @@ class Seats:
         for row, *_ in ready:
             del self._sources[row]
 
+    def beginning_of(self, slot: int) -> tuple[int, int]:
+        """See [`Extents.beginning_of`]."""
+        return (0, 0) if self._extents is None else self._extents.beginning_of(slot)
+
     def upload(self) -> None:
         """Tell the device where the rows stand, before a step."""
         if self._extents is not None:

@@ -11,6 +11,8 @@ from .uploads import uploaded
 
 # Tokens of one row that attention reads as one run of a list, see [`Window`].
 RUN_LENGTH = 64
+# Beginnings of which rows of one pass read together, see [`Window`]: graphs have room for so many.
+MOST_BEGINNINGS = 8
 # What a pass of a row that speculates does, see [`self_speculation`].
 DRAFT, VERIFICATION = 1, 2
 
@@ -41,6 +43,17 @@ class Frame(NamedTuple):
     causal: int = 0
     is_seed: int = 0
     speculation: int = 0
+
+
+class Pays(NamedTuple):
+    """When it pays that rows read together the beginning that they share.
+
+    tokens: of one row, for so many attention reads a key once.
+    columns: at least so many must be saved from being read again.
+    """
+
+    tokens: int
+    columns: int
 
 
 @dataclass
@@ -79,6 +92,13 @@ class Window:
     own: `(rows, 3)` or `(runs, 3)`, the first column that a draft feeds, the one behind the last, and the draft column of the
         first; zeros for canvases.
     draft_columns: the number of draft columns that the pass writes.
+
+    In a list, rows that share a beginning may read it together, see [`Cascade`]. Which rows do is not a matter of shapes, but
+    whether any do: these are empty where it does not pay, see [`Pays`].
+
+    pieces: `(pieces, 3)`, as `runs`: the list cut into pieces that read of one beginning, that of the slot; empty ones behind.
+    beginnings: as `columns`, int32, how many columns each token reads with others.
+    skipped: `(runs,)`, how many columns the tokens of each run read with others.
     """
 
     slots: torch.Tensor
@@ -102,6 +122,9 @@ class Window:
     aside: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     own: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))
     draft_columns: int = 0
+    pieces: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))
+    beginnings: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    skipped: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def to(self, device: torch.device) -> "Window":
         """The window with its tensors on a device."""
@@ -134,6 +157,9 @@ class Window:
             own=torch.stack(
                 [together(own_first, 0), together(own_last, 0), together(begin, self.draft_columns)], dim=1
             ),
+            pieces=self.pieces[:0],
+            beginnings=self.beginnings[:0],
+            skipped=self.skipped[:0],
         )
 
 
@@ -192,6 +218,8 @@ def make_list(
     shift: int,
     padded_up_to: int = 0,
     drafts: list[int] | None = None,
+    beginnings: list[tuple[int, int]] | None = None,
+    pays: Pays | None = None,
 ) -> Window:
     """The list of a pass over rows with any frames, on the CPU. Rows whose window is empty take part with their block alone.
     The other arguments are those of [`make_window`].
@@ -199,6 +227,9 @@ def make_list(
     Args:
         padded_up_to: lists of at most so many tokens are filled up with idle tokens and empty runs, unless all rows feed
             equally many: fewer shapes, fewer graphs.
+        beginnings: for each row, which one it shares and how many columns of it, see [`Extents.beginning_of`]; rows of one,
+            but for drafts, stand side by side.
+        pays: when rows read them together; None: never.
     """
     table = _table(frames)
     start, end, first, last, length, _, _, grid, causal, is_seed, _ = table.T
@@ -209,10 +240,7 @@ def make_list(
     lengths = _lengths(columns, length[row], grid[row], causal[row])
     visible, widest = int(lengths.max()), int(width.max())
     longest = _longest_run(widest)
-    pieces = -(-width // longest)
-    of = _repeated(pieces)
-    skipped = longest * (numpy.arange(len(of)) - (pieces.cumsum() - pieces)[of])
-    runs = numpy.stack([slot[of], begin[of] + skipped, numpy.minimum(width[of] - skipped, longest)], axis=1)
+    of, runs = _cut(slot, begin, width, longest)
     # The rows that see most first: a GPU that comes to them last would wait for them alone.
     order = (-numpy.where(grid > 0, end, length)[of]).argsort(kind="stable")
     runs, owners, of_drafts = runs[order], slot[row], {}
@@ -237,10 +265,15 @@ def make_list(
             of_drafts["texts"] = _lengthened(of_drafts["texts"], more, slots[0])
             of_drafts["aside"] = _lengthened(of_drafts["aside"], more, -1)
             of_drafts["own"] = numpy.pad(of_drafts["own"], ((0, len(idle)), (0, 0)))
+    of_beginnings: dict = {}
+    if beginnings is not None and pays is not None:
+        skipped, of_beginnings = _cascade(slot, start, width, beginnings, pays, len(columns), drafts is not None)
+        if of_beginnings:
+            of_beginnings["skipped"] = _lengthened(skipped[of][order], len(runs) - len(order), 0)
     kept = _kept(first[:, None], last[:, None], shift, is_seed[:, None])
     keep = begin[:, None] + (kept - start[:, None]) * (last > first)[:, None]
     tokens = {"owners": owners, "columns": columns, "lengths": lengths.astype(numpy.int32)}
-    tokens |= {"keep": numpy.minimum(keep, len(columns) - 1), "runs": runs, **of_drafts}
+    tokens |= {"keep": numpy.minimum(keep, len(columns) - 1), "runs": runs, **of_drafts, **of_beginnings}
     return _window(table[:, :, None], slots, number, scratch, tokens, longest=longest, visible=visible, seen="token")
 
 
@@ -254,9 +287,12 @@ def steps_after(window: Window) -> list[Window]:
         if tokens < len(window.columns):
             runs = rows * -(-width // longest)
             shorter = {
-                name: getattr(window, name)[:tokens] for name in ("owners", "columns", "lengths", "texts", "aside")
+                name: getattr(window, name)[:tokens]
+                for name in ("owners", "columns", "lengths", "texts", "aside", "beginnings")
             }
             shorter |= {"own": window.own[:runs], "runs": torch.zeros_like(window.runs[:runs])}
+            fewer = len(window.columns) // RUN_LENGTH - tokens // RUN_LENGTH
+            shorter |= {"skipped": window.skipped[:runs], "pieces": torch.zeros_like(window.pieces[fewer:])}
             shorter |= {"keep": torch.zeros_like(window.keep)}
             found.append(replace(window, **shorter, longest=longest))
     return found
@@ -297,6 +333,49 @@ def _drafts(fed: numpy.ndarray, slots: list[int], drafts: list[int]) -> tuple[nu
         copies[canvases[slot], number] = index
     own = numpy.concatenate([fed, begin[:, None]], axis=1) * (draft > 0)[:, None]
     return begin, own, {"draft": draft, "copies": copies, "draft_columns": int(width.sum())}
+
+
+def _cut(slot, begin, width, longest: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Stretches of a list cut into runs: of each run, the index of its stretch; the runs."""
+    pieces = -(-width // longest)
+    of = _repeated(pieces)
+    before = longest * (numpy.arange(len(of)) - (pieces.cumsum() - pieces)[of])
+    return of, numpy.stack([slot[of], begin[of] + before, numpy.minimum(width[of] - before, longest)], axis=1)
+
+
+def _cascade(
+    slot, start, width, beginnings: list[tuple[int, int]], pays: Pays, tokens: int, has_drafts: bool
+) -> tuple[numpy.ndarray, dict]:
+    """By row the number of columns that it reads with others; and the fields of a window that follow, none if no rows do.
+
+    Args:
+        slot, start, width: `(rows,)`, of each row its slot, its window's first column, and the tokens in it.
+        tokens: of the list.
+    """
+    key, columns = numpy.array(beginnings).T
+    columns = numpy.minimum(columns, start)  # what a window feeds, drafts have elsewhere
+    every, of = numpy.unique(key, return_inverse=True)
+    longest = numpy.zeros(len(every), numpy.int64)
+    numpy.maximum.at(longest, of, columns)
+    # Reads of columns, one for each tile of queries.
+    apart = numpy.bincount(of, -(-width // pays.tokens) * columns)
+    saved = apart - numpy.ceil(numpy.bincount(of, width) / pays.tokens) * longest
+    chosen = saved.argsort(kind="stable")[-MOST_BEGINNINGS:]
+    chosen = chosen[saved[chosen] > 0]
+    if not len(chosen) or saved[chosen].sum() < pays.columns:
+        return columns, {}
+    columns = columns * numpy.isin(of, chosen)
+    (reading,) = columns.nonzero()
+    # A stretch goes on to the first row of the next beginning; rows that read none of it may be in it.
+    first = reading[numpy.diff(key[reading], prepend=-1) != 0]
+    begin = (width.cumsum() - width)[first]
+    begin[0] = 0
+    _, pieces = _cut(slot[first], begin, numpy.diff(begin, append=tokens), RUN_LENGTH)
+    most = tokens // RUN_LENGTH + MOST_BEGINNINGS * (1 + has_drafts)
+    return columns, {
+        "pieces": numpy.pad(pieces, ((0, most - len(pieces)), (0, 0))),
+        "beginnings": _lengthened(columns.repeat(width).astype(numpy.int32), tokens - int(width.sum()), 0),
+    }
 
 
 def _lengths(columns, length, grid, causal) -> numpy.ndarray:
