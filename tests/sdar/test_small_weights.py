@@ -8,6 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from dllm_hf import LLM, SDARForCausalLM
+from dllm_hf.edge import load_hf_model
+from dllm_hf.edge.export import _quantized
 from dllm_hf.fused.quantized_products import Int8Products
 from dllm_hf.fused.stack import FusedStack
 from dllm_hf.hub import quantize
@@ -148,3 +150,12 @@ def test_projections_of_zeros_are_no_reason_to_refuse_it(sdar):
         model.model.layers[1].self_attn.k_proj.weight.zero_()
     quantize_(model, quantization_config("int8", "cpu").quant_type)
     check_runs(model)
+
+
+@torch.no_grad()
+def test_other_eight_bits_and_float16_hold_its_projections_in_their_usual_size(sdar):
+    """PyTorch's own in `load_hf_model`, and what ExecuTorch gets."""
+    expected = loaded(sdar)(TOKENS).logits
+    assert 0 < distance(load_hf_model(sdar, dtype=torch.qint8)[0](TOKENS)[0], expected) < 0.2
+    weight = _quantized(loaded(sdar), "fp16").model.layers[0].self_attn.q_proj.weight
+    assert weight.dtype == torch.float16 and 0.1 < weight.std() < 0.3
