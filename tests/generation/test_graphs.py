@@ -37,7 +37,14 @@ STRATEGY_CELLS = [
 ]
 
 
-@pytest.mark.parametrize("family, policy", [("llada", "dual"), ("dream", "dual"), ("sdar", "block")])
+@pytest.mark.parametrize(
+    "family, policy",
+    [
+        ("llada", "dual"),
+        ("dream", "dual"),
+        *((family, "block") for family in ("sdar", "nemotron_diffusion", "fast_dllm_v2")),
+    ],
+)
 def test_the_first_pass_foresees_in_which_runs_attention_reads_the_steps(family, policy, monkeypatch):
     windows, run = [], ModelBackend.__call__
 

@@ -51,6 +51,8 @@ def test_kernels_are_made_ready_for_the_current_device():
         ("llada", "dual", {"n_heads": 2, "d_model": 144}),
         ("dream", "dual", {"num_attention_heads": 2, "hidden_size": 176}),
         ("sdar", "block", {"num_attention_heads": 2, "hidden_size": 208, "head_dim": 104}),
+        ("nemotron_diffusion", "block", {"num_attention_heads": 4, "hidden_size": 224, "head_dim": 56}),
+        ("fast_dllm_v2", "block", {"num_attention_heads": 4, "hidden_size": 160}),
     ],
 )
 def test_a_call_compiles_in_its_first_pass_alone(family, policy, sizes, monkeypatch):
