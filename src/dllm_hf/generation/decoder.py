@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import compress
+from itertools import compress, islice
 
 import torch
 
@@ -419,6 +419,8 @@ class Decoder:
                 window = make_list(
                     *every, drafts=numbers, padded_up_to=MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0
                 )
+                if self.seats.seeds_blocks:
+                    window.following = self._coming_passes()
             else:
                 # A seed is not decided by the hidden state before its block, which only a recurrent cache keeps.
                 has_hidden = backend.sees_earlier_blocks and not self.seats.seeds_blocks
@@ -426,6 +428,19 @@ class Decoder:
                 window = make_window(*every, before=before, multiple=64 if self.uses_graphs else 1, drafts=numbers)
             self._windows[has_drafts] = key, window.to(self.canvas.device)
         return self._windows[has_drafts][1]
+
+    def _coming_passes(self) -> tuple[tuple[int, int], ...]:
+        """See [`Window.following`]: those of each row up to the seed of the block that follows."""
+        coming = set[tuple[int, int]]()
+        for row in filter(None, self.rows):
+            if row.speculates and row.block_length:  # of which the coming blocks are not known yet
+                coming.add((row.block_length, row.block_length))
+            for index, part in enumerate(islice(row.blocks, row.block_index, None)):
+                feeds = [part.cell, part.sub_block] if row.uses_block_cache and not part.is_seed else [part.cell]
+                coming |= {(end - start, part.span[1] - part.span[0]) for start, end in feeds}
+                if index and part.is_seed:
+                    break
+        return tuple(sorted(coming))
 
     def _idle_frame(self) -> Frame:
         """The frame of an idle slot: in a list it feeds nothing, in a rectangle the scratch column."""
