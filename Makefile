@@ -65,7 +65,7 @@ test: $(DEV_STAMP) ## Install, then run the tests (GPU tests are skipped without
 
 # Files that take long come first: a file is one worker's.
 test-slow: $(DEV_STAMP) ## Search at random (DLLM_HF_FUZZ=10000 for more cases), try exports, the server, the wheel and whole grids
-	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow tests/parallel tests/kernels/test_compilation.py tests/runtimes tests/serving tests/packaging tests/fuzz tests/evaluation tests/engine/test_replicas.py tests/generation/test_graphs.py tests/hub/test_bad_sources.py tests/hub/test_quantize.py tests/examples/test_adapt.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(OMP_THREADS) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow tests/parallel tests/kernels/test_compilation.py tests/runtimes tests/serving tests/packaging tests/fuzz tests/evaluation tests/engine/test_replicas.py tests/generation/test_graphs.py tests/hub/test_bad_sources.py tests/hub/test_quantize.py tests/examples/test_adapt.py tests/examples/test_adapt_all.py $(PYTEST_ARGS)
 
 test-ray: $(DEV_STAMP) ## Install Ray, then try a dataset of prompts and the server on it (DLLM_HF_RAY_ROWS=10000 for more than 300 rows)
 	$(PIP) -e '.[ray]'

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-# Tokens of SmolLM2 that texts do not have: what a mask is, and what stands before prefix, suffix and line in a row that is
-# read from left to right. The first token ends a document and a line that was filled in.
-END, PREFIX, SUFFIX, MIDDLE, MASK = 0, 8, 9, 10, 16
+# Tokens of SmolLM2 that texts do not have: what a mask is, and what stands before prefix and suffix in a row that is read from
+# left to right. The first token ends a document and a line that was filled in.
+END, PREFIX, SUFFIX, MASK = 0, 8, 9, 16
 WINDOW = 512
 BYTES = range(800, 60_001)  # of a file
 HELD_OUT = 100  # one of so many files
@@ -251,8 +251,8 @@ def make_rows(stream: np.ndarray, tokenizer, seed: int = 0) -> dict[str, np.ndar
     """The windows of a text, in half of which one to three lines of each piece are the task.
 
     Returns:
-        `sequential`: `(windows, WINDOW)`, a task as prefix, suffix and lines, with a token before each, or as suffix and
-        prefix, which the lines continue. `in_place`: `(windows, WINDOW)`, a task as prefix, lines with end tokens, and
+        `sequential`: `(windows, WINDOW)`, a task as suffix and prefix, with a token before each, and the lines, which continue
+        the prefix. `in_place`: `(windows, WINDOW)`, a task as prefix, lines with end tokens, and
         suffix. `filled`: `(windows, WINDOW)`, whether a token in place is one of the lines or of their end tokens.
     """
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
@@ -273,12 +273,8 @@ def _write(rows, piece: Piece, before, ended, continued, apart, behind, chance: 
     """A task, in each form. before, continued: prefix and lines if these go on where it ends; ended, apart: if they do not, the
     line breaks between being the prefix's."""
     number, first, length = piece.window, piece.start, piece.length
-    if chance.random() < 0.5:
-        prefix, suffix = fitted(ended, behind, length - len(apart) - 4)
-        row = [PREFIX, *prefix, SUFFIX, *suffix, MIDDLE, *apart]
-    else:
-        prefix, suffix = fitted(before, behind, length - len(continued) - 3)
-        row = [SUFFIX, *suffix, PREFIX, *prefix, *continued]
+    prefix, suffix = fitted(before, behind, length - len(continued) - 3)
+    row = [SUFFIX, *suffix, PREFIX, *prefix, *continued]
     rows["sequential"][number, first : first + length] = row + [END] * (length - len(row))
     ends = 0 if chance.random() < 0.25 else chance.randint(1, MAX_ENDS)
     prefix, suffix = fitted(ended, behind, length - len(apart) - ends)

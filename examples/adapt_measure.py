@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from adapt_data import END, MIDDLE, PREFIX, SUFFIX, WINDOW, read_stream
+from adapt_data import END, PREFIX, SUFFIX, WINDOW, read_stream
 from torch.nn import functional as F
 
 from dllm_hf.evaluation.human_eval import problems_sha256, tasks
@@ -77,8 +77,9 @@ def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     if is_diffusion and not model.sees_earlier_blocks:
         yield "in place, true length", InPlace(), one
         name, form = f"in place, {NUM_MASKS} masks", InPlace(NUM_MASKS)
+        # Else the model is sure of the line's end before it is of the line.
+        yield f"{name}, end tokens last", form, {**one, "cache_policy": "dual", "confidence_suppress_tokens": [END]}
     else:
-        yield "prefix and suffix", LeftToRight([PREFIX], [SUFFIX], [MIDDLE], max_new_tokens=NUM_MASKS), one
         name = "suffix and prefix"
         form = LeftToRight([PREFIX], [SUFFIX], suffix_first=True, max_new_tokens=NUM_MASKS)
     if not is_diffusion:
@@ -168,7 +169,7 @@ def report(folder: Path) -> None:
 
 
 def draw(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Tokens a forward pass against the rate of tasks passed, a line for each arm and cache policy."""
+    """Tokens a forward pass against the rate of tasks passed, a line for each arm and cache policy, of the models' own types."""
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -180,8 +181,10 @@ def draw(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for line in lines:
             if "pass_at_1" in line:
                 form, *parts = line["measure"].split(", ")
-                parts = [each for each in parts if each.startswith("cache ") or each.endswith((" cache", " weights"))]
-                if parts or "prefix" in form:
+                if any(each.endswith((" cache", " weights")) for each in parts):
+                    continue
+                parts = [each for each in parts if each.startswith(("cache ", "self-"))]
+                if parts or form == "suffix and prefix":
                     points = curves.setdefault(", ".join([arm, *parts]), [])
                     points.append((line["tokens_per_forward"], 100 * line["pass_at_1"]))
         for name, points in curves.items():
@@ -190,6 +193,6 @@ def draw(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
         print("\nNo plot: no lines were filled in between prefix and suffix yet.")
         return
     axes.set(xlabel="tokens a forward pass", ylabel="tasks passed, %", title="HumanEval, one line filled in")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, bbox_inches="tight")
     print(f"\n{path}")

@@ -1,5 +1,7 @@
 """Weights in 8 and 4 bits: what torchao is asked for, and where it runs."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import TorchAoConfig
@@ -27,9 +29,10 @@ def quantization_config(weights: str, device: torch.device | str | None = None) 
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
             Int4WeightOnlyConfig,
-            Int8WeightOnlyConfig,
             PerRow,
         )
+
+        from .int8_config import Int8WeightOnlyConfig
     except ImportError as error:
         raise ImportError(
             f'Weights in 8 and 4 bits are an extra: `pip install "dllm-hf[quantize]"`. {error}'
@@ -62,8 +65,11 @@ def check_device(weights: str, device: torch.device) -> None:
 
 
 def check_runs(model: nn.Module) -> None:
-    """Raises a `ValueError` where a model has weights that its device cannot multiply with. (In fp8, which it cannot make, a CPU
-    can.)"""
+    """Raises a `ValueError` where a model has weights that its device cannot multiply with (in fp8, which it cannot make, a CPU
+    can), or that were quantised to zeros."""
+    check: Any = getattr(model, "check_weights", None)
+    if check is not None:
+        check()
     found = {(KINDS.get(type(each).__name__, ""), each.device) for each in model.parameters()}
     for weights, device in found:
         if (weights, device.type) != ("fp8", "cpu"):

@@ -23,7 +23,7 @@ pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import adapt_data  # noqa: E402
-from adapt_data import END, MIDDLE, PREFIX, SUFFIX  # noqa: E402
+from adapt_data import END, PREFIX, SUFFIX  # noqa: E402
 
 
 class Bytes:
@@ -55,36 +55,28 @@ def test_half_of_the_windows_are_tasks_the_same_ones_in_both_forms(rows):
     assert (rows["sequential"][~has_task] == rows["in_place"][~has_task]).all()
 
 
-def tasks_of(row: list[int]) -> list[tuple[str, str, str]]:
-    """Prefix, lines and suffix of each task in a row that is read from left to right."""
-    found, signs = [], [index for index, token in enumerate(row) if token in (PREFIX, SUFFIX, MIDDLE)] + [len(row)]
-    until_end = lambda ids: Bytes().decode(ids[: ids.index(END)])
-    while len(signs) > 1:
-        parts = [row[start + 1 : end] for start, end in zip(signs, signs[1:])]
-        if row[signs[0]] == PREFIX:
-            found.append((Bytes().decode(parts[0]), until_end(parts[2]), Bytes().decode(parts[1])))
-            signs = signs[3:]
-        else:
-            found.append((until_end(parts[1]), "", Bytes().decode(parts[0])))
-            signs = signs[2:]
-    return found
+def tasks_of(row: list[int]) -> list[tuple[str, str]]:
+    """Prefix with the lines, and suffix, of each task in a row that is read from left to right."""
+    signs = [index for index, token in enumerate(row) if token in (PREFIX, SUFFIX)] + [len(row)]
+    parts = [row[start + 1 : end] for start, end in zip(signs, signs[1:])]
+    decoded = lambda ids: Bytes().decode(ids[: ids.index(END)] if END in ids else ids)
+    return [(decoded(text), decoded(behind)) for behind, text in zip(parts[::2], parts[1::2])]
 
 
 def test_a_task_is_one_to_three_whole_lines_in_every_form(rows, text):
     lines, starts = text.split("\n"), set()
     for row, other, filled in zip(rows["sequential"], rows["in_place"], rows["filled"]):
-        starts |= {index for index in np.flatnonzero(row == MIDDLE)}
         spans = [span for span in np.split(np.arange(len(row)), np.flatnonzero(np.diff(filled)) + 1) if filled[span[0]]]
+        starts |= {span[0] for span in spans}
         in_place = [other[span].tolist() for span in spans]
         in_place = [(Bytes().decode(each[: len(each) - each.count(END)]), each.count(END)) for each in in_place]
         tasks = tasks_of(row.tolist()) if spans else []
         assert len(tasks) == len(spans)
-        for (before, task, behind), (same, ends) in zip(tasks, in_place):
+        for (read, behind), (same, ends) in zip(tasks, in_place):
             assert 1 <= len(same.split("\n")) <= 3 and all(line in lines for line in same.split("\n"))
             assert ends <= adapt_data.MAX_ENDS
-            # What a piece holds is in its order in the text, around the task; what the model continues ends with the task.
-            assert before + task + behind in text and behind.startswith("\n")
-            assert task == same and before.endswith("\n") if task else before.endswith("\n" + same)
+            # What a piece holds is in its order in the text, around the task, with which ends what the model reads.
+            assert read + behind in text and behind.startswith("\n") and read.endswith("\n" + same)
     assert len(starts) > 20  # where the lines stand does not say how many there are
 
 

@@ -150,7 +150,7 @@ def test_the_engine_gives_what_a_call_gives(family, uses_graphs, monkeypatch, re
 def test_more_columns_fit_into_the_memory_of_a_gpu(monkeypatch):
     """By what a column takes in the type that `LLM`, or the model's own configuration, asks for."""
     model = fresh_model("sdar")
-    llm = LLM(model)
+    llm = LLM(model, num_cache_tokens=130)  # not by what other processes leave of the card
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
     found = [llm._cache_columns(10**9, 100, 0.5, cache_dtype) for cache_dtype in (None, "fp8")]
@@ -166,5 +166,5 @@ def test_a_request_cannot_choose_the_type():
 def test_the_model_s_generation_config_may_say_it():
     model = fresh_model("sdar")
     model.generation_config = model.generation_config.updated(cache_dtype="fp8")
-    llm = LLM(model)
+    llm = LLM(model, num_cache_tokens=130)
     assert llm._driver.engine._decoder.workspace.state.cache_dtype == "fp8"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dllm_hf.fused.stack import FusedStack
+from dllm_hf.generation.backend import ModelBackend
 from dllm_hf.generation.remasking import STRATEGIES
 from dllm_hf.generation.window import steps_after
 
@@ -37,17 +37,25 @@ STRATEGY_CELLS = [
 ]
 
 
-@pytest.mark.parametrize("family, policy", [("llada", "dual"), ("dream", "dual"), ("sdar", "block")])
+@pytest.mark.parametrize(
+    "family, policy",
+    [
+        ("llada", "dual"),
+        ("dream", "dual"),
+        *((family, "block") for family in ("sdar", "nemotron_diffusion", "fast_dllm_v2")),
+    ],
+)
 def test_the_first_pass_foresees_in_which_runs_attention_reads_the_steps(family, policy, monkeypatch):
-    windows, run = [], FusedStack.__call__
+    windows, run = [], ModelBackend.__call__
 
-    def noted(stack, tokens, window, cache):
-        for each in [] if windows else steps_after(window):  # they can be run
-            run(stack, tokens[: len(each.columns)], each, copy.deepcopy(cache))
-        windows.append(window)
-        return run(stack, tokens, window, cache)
+    def noted(backend, tokens, window, state):
+        if backend.fused is not None:
+            for each in [] if windows else steps_after(window):  # they can be run
+                backend.fused(tokens[: len(each.columns)], each, copy.deepcopy(state))
+            windows.append(window)
+        return run(backend, tokens, window, state)
 
-    monkeypatch.setattr(FusedStack, "__call__", noted)
+    monkeypatch.setattr(ModelBackend, "__call__", noted)
     options = {
         "max_new_tokens": 12,
         "block_length": 4,

@@ -8,7 +8,8 @@ import torch
 from dllm_hf.fused.stack import FusedStack
 from dllm_hf.generation.decoder import Decoder
 from dllm_hf.kernels.ahead import compiled_ahead
-from dllm_hf.kernels.layers import _swiglu, swiglu, swiglu_torch
+from dllm_hf.kernels.columns import _copy_columns, copy_columns, copy_columns_torch
+from dllm_hf.kernels.layers import swiglu, swiglu_torch
 
 from ..builders import as_list, new_model, window_of
 
@@ -16,19 +17,22 @@ pytestmark = pytest.mark.gpu
 
 
 def test_inside_kernels_are_made_ready_and_not_launched():
-    gate, up = torch.randn(2, 1, 3, 200, device="cuda", dtype=torch.float16)
-    cache = _swiglu.device_caches[torch.cuda.current_device()][0]
+    cache = _copy_columns.device_caches[torch.cuda.current_device()][0]
+    arena = torch.randn(2, 40, 120, device="cuda")  # heads of a size that no other test has
+    runs, unchanged, copied = torch.tensor([[3, 20, 7]], device="cuda"), arena.clone(), arena.clone()
+    copy_columns_torch(copied, runs, 7)
+    gate, up = torch.randn(2, 1, 3, 200, device="cuda", dtype=torch.bfloat16)
     before, found = set(cache), []
     with compiled_ahead():
-        poisoned = torch.full_like(gate, 7.0)
-        _swiglu[(3, 1)](gate, up, poisoned, 200, 200, 200, BLOCK=256, num_warps=4)
-        other = threading.Thread(target=lambda: found.append(swiglu(gate.bfloat16(), up.bfloat16())))
+        copy_columns(arena, runs, 7)
+        other = threading.Thread(target=lambda: found.append(swiglu(gate, up)))
         other.start()
         other.join()
     made = [kernel for key, kernel in cache.items() if key not in before]
-    assert made and all(kernel.module is not None for kernel in made) and (poisoned == 7).all()
-    torch.testing.assert_close(found[0], swiglu_torch(gate.bfloat16(), up.bfloat16()))
-    torch.testing.assert_close(swiglu(gate, up), swiglu_torch(gate, up))
+    assert made and all(kernel.module is not None for kernel in made) and torch.equal(arena, unchanged)
+    torch.testing.assert_close(found[0], swiglu_torch(gate, up))
+    copy_columns(arena, runs, 7)
+    assert torch.equal(arena, copied) and len(cache) == len(before) + len(made)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -47,6 +51,8 @@ def test_kernels_are_made_ready_for_the_current_device():
         ("llada", "dual", {"n_heads": 2, "d_model": 144}),
         ("dream", "dual", {"num_attention_heads": 2, "hidden_size": 176}),
         ("sdar", "block", {"num_attention_heads": 2, "hidden_size": 208, "head_dim": 104}),
+        ("nemotron_diffusion", "block", {"num_attention_heads": 4, "hidden_size": 224, "head_dim": 56}),
+        ("fast_dllm_v2", "block", {"num_attention_heads": 4, "hidden_size": 160}),
     ],
 )
 def test_a_call_compiles_in_its_first_pass_alone(family, policy, sizes, monkeypatch):

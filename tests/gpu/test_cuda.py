@@ -24,11 +24,12 @@ def test_golden_cases_hold_on_cuda(folder):
             check_case(model, case_folder, case)
 
 
-@pytest.mark.parametrize(
-    "folder", ["llada-mha", "llada_moe-mha", "dream-gqa", "sdar-b4", "sdar_moe-b4", "fast_dllm_v2-gqa"]
-)
+BLOCK_DIFFUSION = ["sdar-b4", "sdar_moe-b4", "llada2_moe-grouped", "nemotron_labs_diffusion-gqa", "fast_dllm_v2-gqa"]
+
+
+@pytest.mark.parametrize("folder", ["llada-mha", "llada_moe-mha", "dream-gqa", *BLOCK_DIFFUSION])
 def test_flex_attention_equals_sdpa(folder):
-    # flex's kernel wants head sizes that are powers of two from 16 on
+    # flex's kernel wants head sizes from 16 on
     inputs = {name: value.cuda() for name, value in left_pad([[5, 6, 7, 8, 9, 10], [11, 12]]).items()}
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
@@ -38,15 +39,23 @@ def test_flex_attention_equals_sdpa(folder):
     torch.testing.assert_close(flex[real], expected[real], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("folder", ["sdar-b4", "sdar_moe-b4", "fast_dllm_v2-gqa"])
-def test_block_diffusion_loss_is_the_same_with_flex_attention(folder):
+@pytest.mark.parametrize("folder", BLOCK_DIFFUSION)
+def test_block_diffusion_trains_the_same_with_flex_attention(folder):
     torch.manual_seed(0)
     clean = torch.randint(0, 290, (2, 32), device="cuda")
     masked = torch.rand(clean.shape, device="cuda") < 0.5
     inputs = {"input_ids": clean.masked_fill(masked, 300), "labels": clean.masked_fill(~masked, -100)}
     inputs["position_ids"] = torch.cat([torch.arange(13), torch.arange(19)]).expand(2, -1).cuda()
-    losses = [load(folder, attn_implementation=name)(**inputs).loss for name in ("sdpa", "flex_attention")]
-    assert abs(losses[0] - losses[1]) < 1e-5
+    found = []
+    for name in ("sdpa", "flex_attention"):
+        model = load(folder, attn_implementation=name)
+        loss = model(**inputs).loss
+        loss.backward()
+        gradients = [each.grad.flatten() for each in model.parameters() if each.grad is not None]
+        found.append((loss.detach(), torch.cat(gradients)))
+    (expected, wanted), (loss, gradient) = found
+    assert abs(loss - expected) < 1e-5
+    assert (gradient - wanted).norm() < 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("folder", sorted({folder.name for folder, _ in CASES}))

@@ -18,7 +18,7 @@ from dllm_hf.kernels.eight_bits import LARGEST_FLOAT8, dequantised, quantised
 from dllm_hf.kernels.layers import rotate_and_store, rotate_and_store_torch
 
 from ..builders import as_list, new_model, pairwise, window_of
-from .test_kernels import DEVICE, close, random
+from .test_kernels import DEVICE, attention_of_long_canvases, close, random
 
 NAN = 0x7F  # of float8_e4m3fn
 
@@ -150,15 +150,11 @@ def test_runs_of_a_list_read_8_bits_where_they_stand(groups, dtype):
 @pytest.mark.parametrize(("kv_heads", "groups"), [(32, 1), (8, 4), (4, 7), (4, 8)])
 def test_attention_of_real_shapes_in_8_bits(width, dtype, kv_heads, groups):
     for batch, window in ((1, 32), (8, 32), (2, 4)):
-        held = arena(kv_heads, batch * width, 128, spread=1.0)
-        base = torch.arange(batch, device=DEVICE) * width
-        lengths = torch.full((batch, window), width - 5, dtype=torch.int32, device=DEVICE)
-        unseen = torch.arange(batch * width, device=DEVICE) % width >= width - 5
+        canvases = batch + kv_heads - 1
+        held = arena(1, canvases * width, 128, spread=1.0)
+        spoilt = poisoned(*held, torch.arange(canvases * width, device=DEVICE) % width >= width - 5)
         query = random(batch, window, kv_heads * groups, 128, dtype=dtype)
-        keys, values, scales = poisoned(*held, unseen)
-        got = canvas_attention(query, keys, values, lengths, base, width, 128**-0.5, scales=scales)
-        arguments = (*held[:2], lengths, base, width, 128**-0.5)
-        close(got, canvas_attention_torch(query.double(), *arguments, scales=held[2]), dtype)
+        attention_of_long_canvases(query, *spoilt[:2], kv_heads, width, width - 5, spoilt[2], held)
 
 
 def test_columns_are_copied_with_their_scales():

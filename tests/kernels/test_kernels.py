@@ -65,6 +65,42 @@ def attention_case(batch, window, kv_heads, groups, head_dim, width, lengths, dt
     close(got, expected, dtype)
 
 
+def attention_of_long_canvases(query, keys, values, kv_heads, width, length, scales=None, unspoilt=None):
+    """Each key head begins a canvas behind the one before, in memory that they share: another for each head of each row would
+    take tens of gigabytes. A head, or a row, that is taken for another reads other columns all the same.
+
+    Args:
+        query: `(batch, window, heads, head_dim)`.
+        keys, values, scales: of `batch + kv_heads - 1` canvases, one behind the other: `(1, canvases * width, ...)`.
+        length: of `width` columns, how many are seen.
+        unspoilt: what the twin reads instead of `keys`, `values` and `scales`.
+    """
+    batch, window = query.shape[:2]
+    lengths = torch.full((batch, window), length, dtype=torch.int32, device=DEVICE)
+    base = torch.arange(batch, device=DEVICE).flip(0) * width
+
+    def heads(held):
+        shape, (_, column, *rest) = (kv_heads, batch * width, held.shape[2]), held.stride()
+        return held.as_strided(shape, (width * column, column, *rest))
+
+    of_keys = None if scales is None else heads(scales).contiguous()
+    got = canvas_attention(
+        query, heads(keys), heads(values), lengths, base, width, query.shape[-1] ** -0.5, scales=of_keys
+    )
+    keys, values, scales = unspoilt or (keys, values, scales)
+    expected = torch.empty_like(got, dtype=torch.float64)
+    # The twin for one of all: it copies what it reads, in the type of the queries.
+    for row, rows in enumerate(expected.split(1)):
+        for head, result in enumerate(rows.chunk(kv_heads, dim=2)):
+            canvas = slice((batch - 1 - row + head) * width, (batch - row + head) * width)
+            alone = [each[:, canvas] for each in (keys, values)]
+            one = query[row : row + 1].chunk(kv_heads, dim=2)[head].double()
+            places = (lengths[row : row + 1], base[:1] * 0, width, query.shape[-1] ** -0.5)
+            of_one = None if scales is None else scales[:, canvas]
+            result.copy_(canvas_attention_torch(one, *alone, *places, scales=of_one))
+    close(got, expected, query.dtype)
+
+
 @pytest.mark.parametrize(
     ("head_dim", "groups"), [(8, 1), (8, 7), (64, 4), (64, 8), (96, 1), (96, 7), (128, 4), (128, 8)]
 )
@@ -190,7 +226,12 @@ def test_rows_have_columns_of_their_own_within_a_canvas_that_they_share(is_list,
 @pytest.mark.parametrize(("kv_heads", "groups"), [(32, 1), (8, 4), (4, 7), (4, 8)])
 def test_attention_of_real_shapes(width, dtype, kv_heads, groups):
     for batch, window in ((1, 32), (8, 32), (2, 4)):
-        attention_case(batch, window, kv_heads, groups, 128, width, width - 5, dtype)
+        shape = (1, (batch + kv_heads - 1) * width, 128)
+        held = [random(*shape, dtype=dtype, seed=seed) for seed in (1, 2)]
+        for each in held:
+            each.view(-1, width, 128)[:, width - 5 :] = float("nan")
+        query = random(batch, window, kv_heads * groups, 128, dtype=dtype)
+        attention_of_long_canvases(query, *held, kv_heads, width, width - 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

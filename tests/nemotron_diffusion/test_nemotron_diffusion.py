@@ -8,7 +8,7 @@ from transformers import AutoModel
 from dllm_hf import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from dllm_hf.nemotron_diffusion import NemotronLabsDiffusionEncoder
 
-from ..builders import MASK, nemotron_diffusion_config, new_model, refused
+from ..builders import MASK, generate, nemotron_diffusion_config, new_model, new_tokens, refused
 
 CLEAN = torch.tensor([[5, 17, 33, 2, 8, 40, 9, 11, 12], [7, 8, 9, 10, 11, 12, 13, 14, 15]])
 NOISED = torch.tensor([[0, 0, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 0, 1, 0, 0]]).bool()
@@ -57,6 +57,30 @@ def test_padding_changes_no_loss(model):
     mask = pad(torch.ones_like(NOISY), 0)
     padded = model(pad(NOISY, 5), labels=pad(LABELS, -100), attention_mask=mask).loss
     torch.testing.assert_close(padded, model(NOISY, labels=LABELS).loss)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attention", ["eager", "flex_attention", "canvas"])
+@torch.no_grad()
+def test_attention_back_ends_agree(model, attention):
+    """Whatever makes the mask: a loss, also of packed and of padded texts, a causal pass, the decoding of a batch. (Without
+    gradients, which flex attention has none of on a CPU.)"""
+    padding = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    losses = [{}, {"position_ids": torch.tensor([[*range(4), *range(5)]] * 2)}, {"attention_mask": padding}]
+
+    def results() -> tuple[list, torch.Tensor, list[list[int]]]:
+        causal = model(CLEAN, use_causal_mask=True).logits
+        tokens = [new_tokens(model, [5, 17, 33], max_new_tokens=9, cache_policy=name) for name in model.cache_policies]
+        tokens += generate(model, [[5, 17, 33], [7]], max_new_tokens=9).sequences.tolist()
+        return [model(NOISY, labels=LABELS, **inputs).loss for inputs in losses], causal, tokens
+
+    model.set_attn_implementation("sdpa")
+    expected = results()
+    model.set_attn_implementation(attention)
+    with torch.compiler.set_stance("force_eager"):
+        found = results()
+    torch.testing.assert_close(found[:2], expected[:2], atol=1e-4, rtol=1e-5)
+    assert found[2] == expected[2]
 
 
 def test_a_causal_pass_goes_on_from_a_cache(model):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dllm_hf import SDARForCausalLM
 from dllm_hf_cli import main
 
 from ..builders import MASK, character_tokenizer, new_model
@@ -265,3 +266,18 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(error):
         export_gguf(new_model("dream"), tmp_path / "out", "f32")
     assert not list(tmp_path.iterdir())
+
+
+def test_small_projections_before_norms_that_change_nothing_are_in_bfloat16(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=None))
+    llama.save_pretrained(tmp_path / "llama")
+    model = SDARForCausalLM.from_ar_pretrained(tmp_path / "llama", mask_token_id=MASK)
+    for type, is_exact in (("f32", True), ("f16", False), ("q8_0", False)):
+        found = tensors(gguf.GGUFReader(export_gguf(model, tmp_path / type, type) / "model.gguf"))
+        for name, theirs in (("q", "attn_q"), ("k", "attn_k")):
+            weight = model.state_dict()[f"model.layers.0.self_attn.{name}_proj.weight"]
+            weight = weight if is_exact else weight.bfloat16().float()
+            assert np.array_equal(found[f"blk.0.{theirs}.weight"], weight.numpy())
+    with pytest.raises(ValueError, match="`type='q4_k_m'`: take 'q8_0'"):
+        export_gguf(model, tmp_path / "q4", "q4_k_m")

@@ -201,6 +201,8 @@ def _quantized(model: Any, quantization: str | None) -> Any:
     """A copy of the model with weights of the precision that was asked for, in modules that can be exported."""
     model = copy.deepcopy(model).eval()
     model.config._attn_implementation = "edge"
+    if getattr(model.config, "has_identity_norms", False):
+        model.drop_identity_norms()  # float16 has no numbers as small as projections before such norms
     if quantization == "fp16":
         model.half()
     for name, module in list(model.named_modules()):

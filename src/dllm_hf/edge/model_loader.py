@@ -53,6 +53,8 @@ def load_hf_model(
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=loaded)
     model = model.to(device).eval()
     if dtype == QUANTIZED:
+        if getattr(config, "has_identity_norms", False):
+            model.drop_identity_norms()  # PyTorch's scales end at 2^-23, far above those of projections before such norms
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=QUANTIZED, inplace=True)
     return DreamEdge(model), config.model_type, config
 

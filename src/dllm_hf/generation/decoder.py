@@ -405,8 +405,7 @@ class Decoder:
 
     def _make_window(self, frames: list[Frame], slots: list[int], drafts: tuple[int, ...] = ()) -> Window:
         """`drafts`: of each row, how many it has."""
-        shared, has_drafts = list(map(self.seats.beginning_of, slots)), bool(drafts)
-        key = (tuple(frames), tuple(slots), drafts, tuple(shared))
+        key, has_drafts = (tuple(frames), tuple(slots), drafts, *map(self.seats.beginning_of, slots)), bool(drafts)
         if has_drafts not in self._windows or self._windows[has_drafts][0] != key:
             backend, capacity, numbers = self.backend, self.canvas.capacity, None
             if drafts:
@@ -417,12 +416,14 @@ class Decoder:
                 ]
                 numbers = [0] * len(slots) + [number for *_, number in copies]
                 frames, slots = frames + [frame for frame, *_ in copies], slots + [slot for _, slot, _ in copies]
-                shared = list(map(self.seats.beginning_of, slots))
             every = (frames, slots, self.canvas.slots, capacity, backend.logits_shift)
             if backend.takes_lists:
+                shared = list(map(self.seats.beginning_of, slots))
                 padded = MAX_CAPTURED_TOKENS if self._may_capture(frames) else 0
                 pays = getattr(backend, "pays", None) if any(columns for _, columns in shared) else None
                 window = make_list(*every, drafts=numbers, padded_up_to=padded, beginnings=shared, pays=pays)
+                if self.seats.seeds_blocks:
+                    window.following = self.seats.coming_passes()
             else:
                 # A seed is not decided by the hidden state before its block, which only a recurrent cache keeps.
                 has_hidden = backend.sees_earlier_blocks and not self.seats.seeds_blocks

@@ -1,6 +1,7 @@
 """Which row has which slot, and what of the state it can take over from another one."""
 
 import math
+from itertools import islice
 from typing import Any
 
 import numpy
@@ -160,6 +161,19 @@ class Seats:
     def beginning_of(self, slot: int) -> tuple[int, int]:
         """See [`Extents.beginning_of`]."""
         return (0, 0) if self._extents is None else self._extents.beginning_of(slot)
+
+    def coming_passes(self) -> tuple[tuple[int, int], ...]:
+        """See [`Window.following`]: those of each row up to the seed of the block that follows."""
+        coming = set[tuple[int, int]]()
+        for row in filter(None, self.rows):
+            if row.speculates and row.block_length:  # of which the coming blocks are not known yet
+                coming.add((row.block_length, row.block_length))
+            for index, part in enumerate(islice(row.blocks, row.block_index, None)):
+                feeds = [part.cell, part.sub_block] if row.uses_block_cache and not part.is_seed else [part.cell]
+                coming |= {(end - start, part.span[1] - part.span[0]) for start, end in feeds}
+                if index and part.is_seed:
+                    break
+        return tuple(sorted(coming))
 
     def upload(self) -> None:
         """Tell the device where the rows stand, before a step."""

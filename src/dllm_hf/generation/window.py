@@ -79,6 +79,7 @@ class Window:
     seen: what `lengths` depends on: `"all"` (the same for all tokens), `"row"` or `"token"`.
     is_canvas: whether every row's window is its whole canvas, so that the pass refreshes the whole cache.
     is_every_slot: whether `slots` are all slots in their order.
+    following: where seeds are decided, how many columns the coming passes feed of each row, and how many of them they decide.
 
     A pass with drafts has more rows, one for each draft of a row, see [`drafts`]. Those have the slot of their row, read its
     columns of the cache, and write the ones that they feed to draft columns, which no other row reads. Without drafts these
@@ -115,6 +116,7 @@ class Window:
     seen: str
     is_canvas: bool
     is_every_slot: bool
+    following: tuple[tuple[int, int], ...] = ()
     speculation: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     texts: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     draft: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -282,7 +284,7 @@ def steps_after(window: Window) -> list[Window]:
     the numbers mean nothing. None where the pass feeds no more than they do."""
     rows, block = window.keep.shape
     found = []
-    for width in (block, 2 * block) if block else ():
+    for width, kept in window.following or [(block, block), (2 * block, block)][: 2 * bool(block)]:
         tokens, longest = rows * width, _longest_run(width)
         if tokens < len(window.columns):
             runs = rows * -(-width // longest)
@@ -293,7 +295,7 @@ def steps_after(window: Window) -> list[Window]:
             shorter |= {"own": window.own[:runs], "runs": torch.zeros_like(window.runs[:runs])}
             fewer = len(window.columns) // RUN_LENGTH - tokens // RUN_LENGTH
             shorter |= {"skipped": window.skipped[:runs], "pieces": torch.zeros_like(window.pieces[fewer:])}
-            shorter |= {"keep": torch.zeros_like(window.keep)}
+            shorter |= {"keep": window.keep.new_zeros(rows, kept)}
             found.append(replace(window, **shorter, longest=longest))
     return found
 

@@ -57,7 +57,7 @@ class NemotronLabsDiffusionEncoder(BlockCausalModel, NemotronLabsDiffusionPreTra
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if use_causal_mask or (attention_mask is not None and attention_mask.ndim == 4):
+        if use_causal_mask or (attention_mask is not None and len(attention_mask.shape) == 4):
             return super().forward(block_size=1, **inputs)
         return super(BlockCausalModel, self).forward(**inputs)
 

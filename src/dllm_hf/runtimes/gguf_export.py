@@ -45,7 +45,8 @@ def export_gguf(model: Any, out: str | os.PathLike, type: str = "q8_0") -> Path:
         model: LLaDA, Dream or SDAR, in any floating-point type.
         out: the folder; it must not exist.
         type: of the weights: `"f32"`, `"f16"`, `"q8_0"` (8 bits, a scale for each 32 weights), or `"q4_k_m"`
-            (4 to 6 bits, by llama.cpp's quantizer). Vectors stay in float32.
+            (4 to 6 bits, by llama.cpp's quantizer). Vectors stay in float32. Queries' and keys' projections of a model with
+            `config.has_identity_norms` are in bfloat16 instead of 16 or 8 bits, and not for `"q4_k_m"`.
 
     Returns:
         `out`.
@@ -70,6 +71,11 @@ def _check(model: Any, type: str) -> None:
     config, name = model.config, model.__class__.__name__
     if type not in TYPES:
         raise ValueError(f"`type={type!r}` is not possible: choose one of {', '.join(TYPES)}.")
+    if type == "q4_k_m" and getattr(config, "has_identity_norms", False):
+        raise ValueError(
+            f"The norms of queries and keys of {name} change nothing (`has_identity_norms`), and the weights before them are too "
+            "small for the float16 scales of `type='q4_k_m'`: take 'q8_0', which leaves these in bfloat16."
+        )
     if not model.dtype.is_floating_point or getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantised already: load it in a floating-point type to export it.")
     if model.model.rotary_emb.rope_type != "default":
@@ -121,11 +127,13 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _write(model: Any, path: Path, type: str) -> None:
     gguf = package("gguf", "gguf")
     types, sizes = gguf.GGMLQuantizationType, gguf.GGML_QUANT_SIZES
-    wanted = types[type.upper()]
+    wanted, has_small = types[type.upper()], getattr(model.config, "has_identity_norms", False)
 
-    def type_of(tensor: torch.Tensor) -> Any:
+    def type_of(name: str, tensor: torch.Tensor) -> Any:
         if tensor.ndim == 1:
             return types.F32
+        if has_small and type != "f32" and name.split(".")[-2] in ("attn_q", "attn_k"):
+            return types.BF16  # the others, or their scales, are in float16, which ends above these weights
         return wanted if tensor.shape[-1] % sizes[wanted][0] == 0 else types.F16
 
     writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type][0])
@@ -133,17 +141,17 @@ def _write(model: Any, path: Path, type: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_metadata(writer, model)
     for name, tensor in _tensors(model):
-        size, number = sizes[type_of(tensor)]
+        size, number = sizes[type_of(name, tensor)]
         writer.add_tensor_info(
-            name, tensor.shape, np.dtype(np.float32), tensor.numel() // size * number, type_of(tensor)
+            name, tensor.shape, np.dtype(np.float32), tensor.numel() // size * number, type_of(name, tensor)
         )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, tensor in _tensors(model):  # one at a time: all of them in float32 may not fit into the memory
+        for name, tensor in _tensors(model):  # one at a time: all of them in float32 may not fit into the memory
             array = tensor.detach().float().contiguous().cpu().numpy()
-            writer.write_tensor_data(gguf.quants.quantize(array, type_of(tensor)))
+            writer.write_tensor_data(gguf.quants.quantize(array, type_of(name, tensor)))
     finally:
         writer.close()
 

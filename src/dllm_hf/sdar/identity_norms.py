@@ -15,6 +15,10 @@ from torch import nn
 SCALE = 2.0**-24
 # Of weights in bfloat16 the product, all that attention depends on, is closer to the exact one than this.
 TOLERANCE = 1e-3
+# The smallest scale of torchao's int8 weights; ours are smaller where they must be (`int8_config.py`). bitsandbytes makes
+# float16 of the weights first, whose precision ends at its smallest normal number.
+SMALLEST_SCALE = 2.0**-23
+SMALLEST_FLOAT16 = 2.0**-14
 
 
 def norm_weights(eps: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -60,3 +64,29 @@ def _read(attention: Any, state_dict: dict[str, torch.Tensor], prefix: str, *arg
         projection = f"{prefix}{name}_proj."
         for key in [key for key in state_dict if key.startswith(projection)]:
             state_dict[key] = state_dict[key] / SCALE
+
+
+def check_projections(name: str, attention: Any) -> None:
+    """Raises a `ValueError` where the numbers of a loaded attention, `name`, are too coarse for its small projections of queries
+    and keys: it would attend to all tokens alike."""
+    for kind in ("q_proj", "k_proj") if not isinstance(attention.q_norm, nn.Identity) else ():
+        weight = getattr(attention, kind).weight
+        if weight.dtype == torch.float16:
+            raise ValueError(
+                f"`{name}.{kind}` is in float16, which has no numbers as small as its weights (`config.has_identity_norms`): load "
+                "the model in bfloat16 or float32."
+            )
+        if _is_lost(weight):
+            raise ValueError(
+                f"`{name}.{kind}` was quantised to zeros: its weights (`config.has_identity_norms`) are smaller than the int8 of "
+                "torchao and bitsandbytes can hold. Quantise the model before that with `dllm-hf quantize` or "
+                '`dllm_hf.quantization.quantization_config("int8")`.'
+            )
+
+
+def _is_lost(weight: Any) -> bool:
+    """Whether all scales of a quantised weight are the smallest, or the largest weights of all rows too small."""
+    scale, largest = getattr(weight, "scale", None), getattr(weight, "SCB", None)  # of torchao, of bitsandbytes
+    if isinstance(scale, torch.Tensor) and not scale.is_meta:
+        return bool((scale == SMALLEST_SCALE).all())
+    return isinstance(largest, torch.Tensor) and not largest.is_meta and bool((largest < SMALLEST_FLOAT16).all())

