@@ -21,7 +21,9 @@ SERVE_ARGS  ?= --port 8000
 
 VENV := .venv
 PY   := $(VENV)/bin/python
-PIP  := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# What is imported is compiled then, and once: pip would compile all that it installs, of which most is never imported.
+PIP  := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 # A stamp is written only after its install has succeeded. It holds the path of this checkout: the
 # editable install points at that path, so a copied or moved .venv is installed again, as is one

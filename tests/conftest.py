@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share. What they build comes from `builders.py`."""
+"""Which tests are run, in which order. Fixtures that several test modules share are in `fixtures.py`."""
 
 import atexit
 import gc
@@ -10,25 +10,8 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-import torch
-from hypothesis import HealthCheck, Phase, settings
-
-from .builders import FAMILIES, POLICIES, SAMPLED, character_tokenizer, is_sampled, tiny_model
 
 gc.disable()  # while tests are collected: it finds no garbage in what they import, and takes longer with each module
-torch.set_num_threads(1)  # the models are tiny, and pytest-xdist has the other cores
-
-# The same examples on every run: a failure on a machine that nobody watches must be one that anybody can repeat.
-settings.register_profile(
-    "repeatable",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],  # shrinking a failure takes minutes: add Phase.shrink to look into one
-    suppress_health_check=list(HealthCheck),
-)
-settings.load_profile("repeatable")
-
 
 # The files that take longest, first: a worker that begins with one near the end would leave the other idle.
 LONGEST = ["runtimes/test_executorch", "runtimes/test_executorch_cpp", "contracts/test_batches", "hub/test_export"]
@@ -49,6 +32,12 @@ LONGEST += [
 LONGEST += ["toolbox/test_compile", "benchmarks/test_decoding_quality", "parallel/test_tensor_parallel"]
 
 
+def pytest_configure(config):
+    """The process that starts xdist's workers runs no test: without the fixtures, they begin as soon as it does."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("tests.fixtures")
+
+
 def pytest_ignore_collect(collection_path, config):
     """Where slow tests are left out, so are files of nothing else: the runtimes that they import take seconds to load."""
     if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
@@ -57,6 +46,8 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
+    import torch
+
     items[:], left_out = sampled(items)
     config.hook.pytest_deselected(items=left_out)
     order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
@@ -86,6 +77,8 @@ def names(value: str, family: str) -> bool:
 def sampled(items: list) -> tuple[list, list]:
     """The tests to run and those to leave out: each promise is tried on one of the families in `SAMPLED`, once. `contracts/`
     chooses by itself."""
+    from .builders import SAMPLED, is_sampled
+
     of, found = {}, {}
     for item in items:
         if "/contracts/" in item.nodeid:
@@ -101,42 +94,3 @@ def sampled(items: list) -> tuple[list, list]:
         chosen.add(tests[turn])
     kept = [item for item in items if item not in of or item in chosen]
     return kept, [item for item in items if item in of and item not in chosen]
-
-
-@pytest.fixture(autouse=True)
-def same_draws_in_every_order():
-    """Tests that draw from torch's global generator must not depend on which tests a worker ran before."""
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_available():  # without one, torch's own `manual_seed` notes a stack for each call
-        torch.cuda.manual_seed_all(0)
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def model(family):
-    """Each family's tiny model, shared by all tests: leave it as it is."""
-    return tiny_model(family)
-
-
-@pytest.fixture
-def llada():
-    return tiny_model("llada")
-
-
-@pytest.fixture
-def dream():
-    return tiny_model("dream")
-
-
-@pytest.fixture(params=POLICIES)
-def policy(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return character_tokenizer()
