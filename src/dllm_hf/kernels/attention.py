@@ -25,15 +25,16 @@ def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
 
 
 def canvas_attention_torch(
-    query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, scales=None
-):
+    query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, scales=None,
+    encoding=None,
+):  # fmt: skip
     """The twin of [`canvas_attention`]."""
     if runs is not None:  # each run is a row of a rectangle
         tokens, inside = query.shape[1], torch.arange(longest, device=query.device)
         index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
         padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
         padded[:tokens], seen[:tokens] = query[0], lengths[0]
-        places = {"shared": shared, "own": own, "scales": scales}
+        places = {"shared": shared, "own": own, "scales": scales, "encoding": encoding}
         rows = canvas_attention_torch(padded[index], keys, values, seen[index], base, width, scale, **places)
         return padded.zero_().index_put_((index,), rows)[None, :tokens]
     columns = torch.arange(width, device=keys.device)
@@ -46,13 +47,13 @@ def canvas_attention_torch(
     groups = query.shape[2] // keys.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)
     seen = [each[:, arena] for each in (keys, values)]
-    if scales is not None:
-        seen = [dequantised(*each, wide) for each in zip(seen, scales[:, arena].unbind(-1))]
+    if encoding is not None:
+        seen = [dequantised(*each, wide, encoding) for each in zip(seen, scales[:, arena].unbind(-1))]
     keys, values = (
         each.transpose(0, 1).to(wide).masked_fill(behind, 0).repeat_interleave(groups, dim=1) for each in seen
     )
     scores = query.to(wide).transpose(1, 2) @ keys.transpose(2, 3) * scale
-    probs = scores.masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    probs = scores.masked_fill(unseen, -torch.inf).softmax(-1).masked_fill(lengths[:, None, :, None] == 0, 0.0)
     return (probs @ values).transpose(1, 2).to(query.dtype)
 
 
@@ -69,6 +70,7 @@ def canvas_attention(
     shared: torch.Tensor | None = None,
     own: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
+    encoding: str | None = None,
 ) -> torch.Tensor:
     """Args:
         query: `(batch, window, heads, head_dim)`, the last dimension contiguous, as of `keys` and `values`.
@@ -86,8 +88,8 @@ def canvas_attention(
             shared[0] + i of the arena for i < shared[1]. Of the shape of `base` otherwise, as with `runs`.
         own: `(3, batch)` int64, contiguous, where rows have some columns for themselves beside a canvas that they share with
             others: column i of a row is column own[2] + i - own[0] of the arena for own[0] <= i < own[1]. As `shared`.
-        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values where these are in 8 bits (uint8), see
-            [`eight_bits.quantised`].
+        encoding: of keys and values, where these are in 8 bits (uint8), see [`eight_bits`].
+        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values, with an encoding.
 
     Returns:
         `(batch, window, heads, head_dim)`, contiguous.
@@ -97,7 +99,7 @@ def canvas_attention(
     groups = heads // kv_heads
     readers, rows = (batch, window * groups) if runs is None else (len(runs), longest * groups)
     lengths = lengths.contiguous()
-    axis, block_m, block_n, warps = tile_of(rows, query.element_size() > 2, scales is not None)
+    axis, block_m, block_n, warps = tile_of(rows, query.element_size() > 2, encoding is not None)
     tiles = triton.cdiv(rows, block_m)
     few = number / (readers * kv_heads) <= FEW
     splits = number_of_splits(tiles * readers * kv_heads, width, query.device, 3.6 if few else 0)
@@ -109,7 +111,7 @@ def canvas_attention(
     block_d = max(16, triton.next_power_of_2(head_dim))
     pairs = lengths  # unused without scales
     if scales is not None:
-        keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.int16)
+        keys, values = keys.view(torch.float8_e4m3fn) if encoding == "fp8" else keys, values.view(torch.int16)
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
     row = block_d * query.element_size()  # of keys in 8 bits too, which may stand there as they are multiplied
     _attend[(tiles, readers * kv_heads, splits)](
@@ -119,7 +121,7 @@ def canvas_attention(
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis,
         IS_SPLIT=splits > 1, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
-        IN_EIGHT_BITS=scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        ENCODING=encoding, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=number_of_stages(block_m, block_n, row, query.device),
     )  # fmt: skip
     if splits > 1:
@@ -223,11 +225,36 @@ if triton is not None:
         return higher, tl.exp2(score - tl.expand_dims(lowest, AXIS)), tl.exp2(highest - lowest)
 
     @triton.jit
-    def _two_floats(pair, dtype: tl.constexpr):
+    def _floats(key, dtype: tl.constexpr, ENCODING: tl.constexpr):
+        """Keys as a tile of `dtype`."""
+        if ENCODING != "int8":
+            return key.to(dtype)
+        elif IS_INTERPRETED or dtype == tl.float32:
+            return (key.to(tl.int16) - 128).to(dtype)
+        else:
+            # The byte b behind 0x64 is 1024 + b in float16: four numbers in four instructions.
+            return tl.inline_asm_elementwise(
+                "{.reg .b32 a, b, c; mov.b32 c, 0x64806480;"
+                "prmt.b32 a, $2, 0x64, 0x4140; prmt.b32 b, $2, 0x64, 0x4342;"
+                "sub.rn.f16x2 $0, a, c; sub.rn.f16x2 $1, b, c;}",
+                "=r,=r,r", [key], dtype=tl.float16, is_pure=True, pack=4,
+            )  # fmt: skip
+
+    @triton.jit
+    def _two_floats(pair, dtype: tl.constexpr, ENCODING: tl.constexpr):
         """Two numbers in 8 bits, of which `pair` has the bits, as two tiles of `dtype`."""
         if IS_INTERPRETED or dtype == tl.float32:
-            first = pair.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
-            second = (pair >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+            first, second = pair.to(tl.uint8), (pair >> 8).to(tl.uint8)
+            if ENCODING == "fp8":
+                first, second = first.to(tl.float8e4nv, bitcast=True), second.to(tl.float8e4nv, bitcast=True)
+            first, second = _floats(first, dtype, ENCODING), _floats(second, dtype, ENCODING)
+        elif ENCODING == "int8":
+            first, second = tl.inline_asm_elementwise(
+                "{.reg .b32 a, b, c; mov.b32 c, 0x64806480;"
+                "prmt.b32 a, $2, 0x64, 0x4240; prmt.b32 b, $2, 0x64, 0x4341;"
+                "sub.rn.f16x2 $0, a, c; sub.rn.f16x2 $1, b, c;}",
+                "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
         else:
             # Of two pairs in one register. The compiler takes eight instructions to sort their bytes, this is one.
             first, second = tl.inline_asm_elementwise(
@@ -238,11 +265,11 @@ if triton is not None:
         return first, second
 
     @triton.jit
-    def _rows(result, second, AXIS: tl.constexpr, IN_EIGHT_BITS: tl.constexpr):
+    def _rows(result, second, AXIS: tl.constexpr, ENCODING: tl.constexpr):
         """A row for each query."""
         if AXIS == 0:
             result, second = tl.trans(result), tl.trans(second)
-        if IN_EIGHT_BITS:
+        if ENCODING is not None:
             result = tl.reshape(tl.join(result, second), (result.shape[0], 2 * result.shape[1]))
         return result
 
@@ -252,7 +279,8 @@ if triton is not None:
         IS_SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
         """The result of a tile of rows, or that of a part of the keys and the logarithm of its weights' sum."""
-        sees, dims = total > 0, tl.arange(0, BLOCK_D)
+        total = tl.where(total < 0, float("nan"), total)  # the inverse of a scale that is NaN is -inf
+        sees, dims = total != 0, tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (dims < HEAD_DIM)
         result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
         if IS_SPLIT:
@@ -272,7 +300,7 @@ if triton is not None:
         query_batch, query_token, query_head, key_head, key_column: tl.constexpr, value_head, value_column: tl.constexpr,
         pair_head, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, AXIS: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
-        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, IN_EIGHT_BITS: tl.constexpr, PRECISION: tl.constexpr,
+        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, ENCODING: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
         reader, kv_head, split = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads, tl.program_id(2)
@@ -298,7 +326,7 @@ if triton is not None:
         values += begin * value_column + kv_head.to(tl.int64) * value_head
         readers = tl.num_programs(1) // kv_heads
         parts_of_row = _parts_of_row(shared + reader, own + reader, readers, begin, IS_SHARED, HAS_OWN)
-        if IN_EIGHT_BITS:
+        if ENCODING is not None:
             pairs += begin + kv_head.to(tl.int64) * pair_head
             tile, scale = _fractions(tile, scale, query.dtype.element_ty != tl.float32)
             scale = tl.expand_dims(scale, AXIS)
@@ -308,9 +336,9 @@ if triton is not None:
         end = tl.minimum(longest, (split + 1) * chunk)
         bound = tl.expand_dims(tl.minimum(length, end), AXIS)
         # Two numbers of a value in 8 bits are loaded as one: `result` is of the first ones, `second` of the others.
-        SIZE: tl.constexpr = BLOCK_D // 2 if IN_EIGHT_BITS else BLOCK_D
+        SIZE: tl.constexpr = BLOCK_D if ENCODING is None else BLOCK_D // 2
         in_value = tl.expand_dims(tl.arange(0, SIZE), 1 - AXIS)
-        is_real = in_value < (HEAD_DIM // 2 if IN_EIGHT_BITS else HEAD_DIM)
+        is_real = in_value < (HEAD_DIM if ENCODING is None else HEAD_DIM // 2)
         if AXIS == 0:
             tile = tl.trans(tile)
         highest, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
@@ -323,24 +351,24 @@ if triton is not None:
             place = _place(seen, parts_of_row, IS_SHARED, HAS_OWN)
             key_place = tl.expand_dims(place, 1 - AXIS) * key_column
             key = tl.load(keys + key_place + tl.expand_dims(dims, AXIS), mask=tl.expand_dims(real, AXIS), other=0.0)
-            if IN_EIGHT_BITS:
+            if ENCODING is not None:
                 pair = tl.load(pairs + place)
             # Inductor passes Python floats as fp64; cast back.
-            score = (_product(tile, key.to(tile.dtype), AXIS, PRECISION) * scale).to(tl.float32)
-            if IN_EIGHT_BITS:
+            score = (_product(tile, _floats(key, tile.dtype, ENCODING), AXIS, PRECISION) * scale).to(tl.float32)
+            if ENCODING is not None:
                 score, inverse = _scaled(score, tl.expand_dims(pair, 1 - AXIS))
             score = tl.where(tl.expand_dims(column, 1 - AXIS) < bound, score, -float("inf"))
             higher, prob, fade = _weights(score, highest, AXIS)
             value = tl.load(values + tl.expand_dims(place, AXIS) * value_column + in_value, mask=is_real, other=0)
             weight = prob.to(tile.dtype)
-            if IN_EIGHT_BITS:
+            if ENCODING is not None:
                 prob *= inverse
-                value, other = _two_floats(value, tile.dtype)
+                value, other = _two_floats(value, tile.dtype, ENCODING)
                 second = second * tl.expand_dims(fade, AXIS) + _product(weight, other, AXIS, PRECISION)
             result = result * tl.expand_dims(fade, AXIS) + _product(weight, value, AXIS, PRECISION)
             total, highest = total * fade + tl.sum(prob, AXIS), higher
 
-        result = _rows(result, second, AXIS, IN_EIGHT_BITS)
+        result = _rows(result, second, AXIS, ENCODING)
         row = (first + token).to(tl.int64) * kv_heads * GROUPS + head
         part, target = split.to(tl.int64) * number, parts if IS_SPLIT else out
         _store(target, sums, row, part, result, total, highest, exists, IS_SPLIT, HEAD_DIM, BLOCK_D)
@@ -355,7 +383,7 @@ if triton is not None:
         split, dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
         source = split.to(tl.int64) * number + row
         logsum = tl.load(sums + source, mask=split < splits, other=-float("inf"))
-        saw = logsum > -float("inf")
+        saw = logsum != -float("inf")
         highest = tl.max(logsum, 0)
         weight = tl.where(saw, tl.exp2(logsum - tl.where(highest > -float("inf"), highest, 0.0)), 0.0)
         inside = saw[:, None] & (dims < HEAD_DIM)
