@@ -1,6 +1,6 @@
 """What parallel decoding and caches cost in quality: strategies, thresholds, quotas and cache policies side by side.
 
-usage: decoding_quality.py measure CHECKPOINT ... --out results.jsonl [--text tinyshakespeare.txt] [--cache-dtype fp8]
+usage: decoding_quality.py measure CHECKPOINT ... --out results.jsonl [--text tinyshakespeare.txt] [--cache-dtype int8]
        decoding_quality.py report results.jsonl --docs docs
 
 A Sudoku checkpoint solves 1,000 held-out puzzles at each of three levels; the share solved is counted. A text checkpoint
@@ -28,6 +28,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_hf  # noqa: F401  registers the models
+from dllm_hf.generation.configuration import CACHE_DTYPES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from sudoku import MASK, generate  # noqa: E402
@@ -317,7 +318,9 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--out", type=Path, required=True, help="a .jsonl file, which is appended to")
     measuring.add_argument("--text", type=Path, help="the training text; its last tenth is held out")
     measuring.add_argument("--rows", type=int, default=1000, help="puzzles of a level, or windows of text, at most")
-    measuring.add_argument("--cache-dtype", choices=["fp8"], help="compare it with keys and values of the model's type")
+    measuring.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, help="compare it with keys and values of the model's type"
+    )
     measuring.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="of puzzles")
     measuring.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     measuring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -2,7 +2,7 @@
 
 usage: generate.py measure --out results.jsonl [--weights fp8] [--models llada dream sdar sdar_moe llada2 llada_moe nemotron
                    fast_dllm_v2 gladream qwen3]
-                   [--batches 1 8 32] [--strategy low_confidence_dynamic] [--cache-dtype fp8]
+                   [--batches 1 8 32] [--strategy low_confidence_dynamic] [--cache-dtype int8]
        generate.py table results.jsonl
 
 Random bf16 weights in the shapes of LLaDA-8B, Dream-7B, SDAR-8B, SDAR-30B-A3B, LLaDA2.0-mini (16B-A1B), LLaDA-MoE-7B-A1B,
@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import dllm_hf  # noqa: F401  registers the models
+from dllm_hf.generation.configuration import CACHE_DTYPES
 from dllm_hf.kernels.layers import quantize_rows
 from dllm_hf.kernels.products import MAX_ROWS, few_rows_product
 from dllm_hf.quantization import FORMATS, quantization_config
@@ -350,7 +351,9 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--blocks", nargs="+", type=int, help="block lengths; the model's own if not given")
     measuring.add_argument("--policies", nargs="+", help="cache policies; all of the model's if not given")
     measuring.add_argument("--paths", nargs="+", choices=["fast", "plain", "compiled"], default=["fast", "plain"])
-    measuring.add_argument("--cache-dtype", choices=["fp8"], help="of keys and values; the model's own if not given")
+    measuring.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, help="of keys and values; the model's own if not given"
+    )
     strategies = ["low_confidence_static", "low_confidence_dynamic"]
     measuring.add_argument("--strategy", choices=strategies, default=strategies[0])
     formats = ["bf16", *FORMATS]

@@ -43,7 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.generation.cache import column_bytes_of
-from dllm_hf.generation.configuration import as_token_list
+from dllm_hf.generation.configuration import CACHE_DTYPES, as_token_list
 
 CONFIGS = Path(__file__).parents[1] / "hub_configs"
 SIGMA = 0.8
@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, help="of low_confidence_dynamic, in the place of a fixed number")
     parser.add_argument("--logprobs", type=int, help="flight: so many of each token, and its own")
     parser.add_argument("--modes", nargs="+", default=["flight", "static", "equal", "autoregressive"])
-    parser.add_argument("--cache-dtype", choices=["fp8"], help="of keys and values; the model's own if not given")
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of keys and values; the model's own if not given")
     parser.add_argument("--attention", default="sdpa", help="of the autoregressive model")
     parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,12 +4,13 @@ usage: step_kernels.py [--rows 32 256] [--out kernels.jsonl]
 
 Microseconds in a CUDA graph, in the shapes of LLaDA-8B and bf16, blocks of 32 and a canvas of 768 columns: as
 transformers writes it (`torch`), the same compiled by Inductor, by Liger (https://github.com/linkedin/Liger-Kernel) where
-it is installed and has such a kernel, ours, and ours with keys and values in 8 bits.
+it is installed and has such a kernel, ours, and ours with keys and values in 8 bits, by encoding.
 """
 
 import argparse
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from dllm_hf.generation.window import RUN_LENGTH, Frame, Pays, make_list
 from dllm_hf.kernels.attention import Cascade, canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens, best_tokens_torch
-from dllm_hf.kernels.eight_bits import quantised
+from dllm_hf.kernels.eight_bits import ENCODINGS, quantised
 from dllm_hf.kernels.layers import (
     add_rms_norm,
     add_rms_norm_torch,
@@ -53,10 +54,10 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def in_eight_bits(arenas: tuple[torch.Tensor, torch.Tensor]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Keys and values, and their scales."""
-    (keys, of_keys), (values, of_values) = map(quantised, arenas)
-    return (keys, values), torch.stack([of_keys, of_values], dim=-1)
+def in_eight_bits(arenas: tuple[torch.Tensor, torch.Tensor], encoding: str) -> tuple[tuple[torch.Tensor, ...], dict]:
+    """Keys and values, and what kernels take beside them."""
+    (keys, of_keys), (values, of_values) = map(quantised, arenas, [encoding] * 2, [True, False])
+    return (keys, values), {"scales": torch.stack([of_keys, of_values], dim=-1), "encoding": encoding}
 
 
 def operations(batch: int) -> dict[str, dict]:
@@ -75,7 +76,6 @@ def operations(batch: int) -> dict[str, dict]:
     lengths = torch.full((batch, BLOCK), WIDTH, dtype=torch.int32, device="cuda")
     logits = random(batch, BLOCK, VOCAB)
     heads = query.reshape(batch, BLOCK, HEADS, HEAD_DIM)
-    small, scales = in_eight_bits(arenas)
     places = (query, key, value, cos, sin, base[:, None] + columns)
     rotation = (*places, *arenas, *norms)
     ways = {
@@ -86,7 +86,6 @@ def operations(batch: int) -> dict[str, dict]:
         "norm of heads, rotation, cache": {
             "torch": lambda: rotate_and_store_torch(*rotation),
             "ours": lambda: rotate_and_store(*rotation),
-            "8 bits": lambda: rotate_and_store(*places, *small, *norms, scales),
         },
         "gate": {"torch": lambda: swiglu_torch(gate, up), "ours": lambda: swiglu(gate, up)},
         "best token, probability, margin, entropy": {
@@ -99,8 +98,12 @@ def operations(batch: int) -> dict[str, dict]:
     ways["attention"] = {
         "torch": lambda: F.scaled_dot_product_attention(heads.transpose(1, 2), keys, values),
         "ours": lambda: canvas_attention(heads, *arenas, lengths, base, WIDTH, HEAD_DIM**-0.5),
-        "8 bits": lambda: canvas_attention(heads, *small, lengths, base, WIDTH, HEAD_DIM**-0.5, scales=scales),
     }
+    for encoding in ENCODINGS:
+        small, scales = in_eight_bits(arenas, encoding)
+        ways["norm of heads, rotation, cache"][encoding] = partial(rotate_and_store, *places, *small, *norms, **scales)
+        seen = (heads, *small, lengths, base, WIDTH, HEAD_DIM**-0.5)
+        ways["attention"][encoding] = partial(canvas_attention, *seen, **scales)
     if rope_forward is not None:
         rows, many = batch * BLOCK, batch * BLOCK * HEADS
         index = columns[:, None, :, None].expand_as(keys[:, :, :BLOCK])
@@ -125,7 +128,7 @@ def operations(batch: int) -> dict[str, dict]:
 
 def attention_of_a_list(rows: int, kv_heads: int) -> list[float]:
     """Of a step in flight, blocks of 4 of which a fourth begin, 32 query heads, texts of some 700 tokens: microseconds, and how
-    many TB of keys and values a second that is; the same in 8 bits."""
+    many TB of keys and values a second that is; the same in 8 bits, by encoding."""
     dice = Random(1)
     seen = sorted((min(3000, max(40, int(dice.lognormvariate(6.5, 0.7)))) for _ in range(rows)), reverse=True)
     fed = [8 if row % 4 == 0 else 4 for row in range(rows)]
@@ -137,10 +140,10 @@ def attention_of_a_list(rows: int, kv_heads: int) -> list[float]:
     runs = torch.tensor([[row, first[row], fed[row]] for row in range(rows)], device="cuda")
     base, query = torch.tensor(begin[:-1], device="cuda"), random(1, first[-1], HEADS, HEAD_DIM)
     found = []
-    for (keys, values), scales in ((arenas, None), in_eight_bits(arenas)):
+    for (keys, values), scales in ((arenas, {}), *(in_eight_bits(arenas, encoding) for encoding in ENCODINGS)):
         places = (lengths, base, 3072, HEAD_DIM**-0.5, runs, 8)
-        time = microseconds(lambda: canvas_attention(query, keys, values, *places, scales=scales))  # noqa: B023
-        read = 2 * keys.element_size() * HEAD_DIM + (0 if scales is None else 4)
+        time = microseconds(partial(canvas_attention, query, keys, values, *places, **scales))
+        read = 2 * keys.element_size() * HEAD_DIM + (4 if scales else 0)
         found += [time, sum(seen) * kv_heads * read / time / 1e6]
     return found
 
@@ -173,7 +176,7 @@ def main() -> None:
         parser.error("This measures a GPU, and there is none.")
     if any(rows < BLOCK or rows % BLOCK for rows in args.rows):
         parser.error(f"--rows must be multiples of {BLOCK}.")
-    names = ("torch", "inductor", "liger", "ours", "8 bits")
+    names = ("torch", "inductor", "liger", "ours", *ENCODINGS)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n| | rows | " + " | ".join(names) + " |")
     print("|---" * (2 + len(names)) + "|")
     for rows in args.rows:
@@ -184,12 +187,14 @@ def main() -> None:
             if args.out:
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"operation": operation, "rows": rows, **found}) + "\n")
-    print("\n| attention of a list, key heads | rows | microseconds | TB/s | in 8 bits, microseconds | TB/s |")
-    print("|---" * 6 + "|")
+    titles = "".join(f" {name}microseconds | TB/s |" for name in ("", *(f"{encoding}, " for encoding in ENCODINGS)))
+    print("\n| attention of a list, key heads | rows |" + titles)
+    print("|---" * (4 + 2 * len(ENCODINGS)) + "|")
     for kv_heads, every in ((8, (1, 4, 8, 16, 32, 64, 128)), (32, (1, 8, 32))):
         for rows in every:
             found = attention_of_a_list(rows, kv_heads)
-            print("| {} | {} | {:.1f} | {:.2f} | {:.1f} | {:.2f} |".format(kv_heads, rows, *found), flush=True)
+            cells = [f"{each:.2f}" for each in found]
+            print(f"| {kv_heads} | {rows} | " + " | ".join(cells) + " |", flush=True)
     print(
         "\n| a shared beginning of 2,000, rows | tokens of each | microseconds, by itself | together |\n|---|---|---|---|"
     )

@@ -45,6 +45,7 @@ from dllm_hf import (
     SDARForCausalLM,
     ar_tokenizer,
 )
+from dllm_hf.generation.configuration import CACHE_DTYPES
 from dllm_hf.hub import checkpoint
 from dllm_hf.quantization import quantization_config
 from dllm_hf.training import DataCollatorForMaskedDiffusion
@@ -392,7 +393,7 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=at_least_one, default=64, help="tasks decoded together")
     parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), help="programs that run side by side")
     parser.add_argument("--weights", choices=["fp8", "int8", "int4"], help="quantise the weights of an arm")
-    parser.add_argument("--cache_dtype", choices=["fp8"], help="of keys and values; those of the weights if not given")
+    parser.add_argument("--cache_dtype", choices=CACHE_DTYPES, help="of keys and values; else those of the weights")
     args = parser.parse_args(argv)
     if (args.weights and args.arm == "original") or (args.cache_dtype and args.arm in ("original", "control")):
         parser.error("--weights is for arms that were trained, --cache_dtype for those of diffusion: leave it out.")

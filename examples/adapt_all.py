@@ -30,7 +30,7 @@ IN_PLACE = (
 )
 IN_BLOCKS = ("suffix and prefix, cache block", "suffix and prefix, cache none")
 # Keys and values, and weights, in 8 bits: each of these once.
-EIGHT_BITS = (("--weights", "fp8"), ("--weights", "int8"), ("--cache_dtype", "fp8"))
+EIGHT_BITS = (("--weights", "fp8"), ("--weights", "int8"), ("--cache_dtype", "fp8"), ("--cache_dtype", "int8"))
 
 
 @dataclass

@@ -55,7 +55,7 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "eps": (float, "last timestep of Dream's schedule", ()),
     "cfg_scale": (float, "classifier-free guidance; doubles the batch", ()),
     "cache_policy": (str, "none, prefix, dual or block, where the model offers it", ()),
-    "cache_dtype": (str, "fp8 keeps keys and values in 8 bits", ()),
+    "cache_dtype": (str, "int8 or fp8 keeps keys and values in 8 bits, int8 nearer to what they were", ()),
     "prefill_chunk_size": (int, "cache policy block: a longer prompt is computed in pieces", ()),
     "suppress_tokens": (list, "token ids that are never proposed", ()),
     "bad_words_ids": (list, "words of one token each that are never proposed", ()),

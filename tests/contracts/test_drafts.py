@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllm_hf.generation.configuration import CACHE_DTYPES
 from dllm_hf.generation.remasking import STRATEGIES
 
 from ..builders import END, generate, generators, tiny_model
@@ -18,7 +19,7 @@ calls = st.fixed_dictionaries(
         "eos_token_id": st.sampled_from([[], [END, *range(10)]]),
         "suppress_tokens": st.sampled_from([None, [7]]),
         "cfg_scale": st.sampled_from([0.0, 0.0, 0.5]),
-        "cache_dtype": st.sampled_from([None, "fp8"]),
+        "cache_dtype": st.sampled_from([None, *CACHE_DTYPES]),
     }
 )
 
@@ -44,7 +45,7 @@ def test_drafts_change_no_token(pair, rows, options, pace, drafts):
     model = tiny_model(family)
     if model.has_fixed_block_length:
         options = {**options, "block_length": model.default_block_length}
-    if policy == "none" or "fp8" not in model.cache_dtypes:
+    if policy == "none" or options["cache_dtype"] not in model.cache_dtypes:
         options = {**options, "cache_dtype": None}
     both(model, rows, drafts, cache_policy=policy, **options, **pace)
 

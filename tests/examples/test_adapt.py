@@ -198,7 +198,7 @@ def test_processes_that_would_each_train_a_model_are_refused(adapt, monkeypatch)
         adapt.check_run(SimpleNamespace(world_size=1, resume_from_checkpoint=None))  # as without a GPU
 
 
-@pytest.mark.parametrize("options", [["original", "--weights", "int8"], ["control", "--cache_dtype", "fp8"]])
+@pytest.mark.parametrize("options", [["original", "--weights", "int8"], ["control", "--cache_dtype", "int8"]])
 def test_bits_that_an_arm_cannot_have_are_refused_first(adapt, options, capsys):
     with pytest.raises(SystemExit):
         adapt.main(["evaluate", "--gguf", "nowhere", "--arm", *options])

@@ -1,6 +1,7 @@
-"""`cache_dtype="fp8"`: keys and values in 8 bits, wherever there is a cache of them. The kernels: kernels/test_eight_bit_cache.py."""
+"""`cache_dtype`: keys and values in 8 bits, wherever there is a cache of them. The kernels: kernels/test_eight_bit_cache.py."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -10,11 +11,11 @@ from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import engine
 from dllm_hf.generation import pool
 from dllm_hf.generation.cache import column_bytes_of
+from dllm_hf.generation.configuration import CACHE_DTYPES
 
-from ..builders import assert_each_row_is_what_it_is_alone, generate, recorded, refused, tiny_model
+from ..builders import assert_each_row_is_what_it_is_alone, generate, pairwise, recorded, refused, tiny_model
 from .recorded_graphs import both_ways, fresh_model
 
-FP8 = {"cache_dtype": "fp8", "eos_token_id": []}
 CALLS = {
     "llada": {"cache_policy": "dual"},
     "dream": {"cache_policy": "prefix", "cfg_scale": 0.7},
@@ -26,27 +27,38 @@ CALLS = {
 ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 2, 3]]
 
 
-@pytest.mark.parametrize("family", CALLS)
-def test_the_fast_path_decodes_as_the_plain_one(family, captured):
+def in_turn(values) -> list[tuple]:
+    """Each value with one of the types, so that each type has its share."""
+    return list(zip(values, itertools.cycle(CACHE_DTYPES)))
+
+
+def options_of(cache_dtype: str | None, **options) -> dict:
+    return {"eos_token_id": [], "cache_dtype": cache_dtype, **options}
+
+
+@pytest.mark.parametrize(("family", "cache_dtype"), in_turn(CALLS))
+def test_the_fast_path_decodes_as_the_plain_one(family, cache_dtype, captured):
     """Graphs, rows of different lengths, blocks that are written beside those that are read; guidance and sub-blocks too."""
-    options = {"max_new_tokens": 9, "block_length": 4, "denoising_steps": 3, **FP8, **CALLS[family]}
+    options = options_of(cache_dtype, max_new_tokens=9, block_length=4, denoising_steps=3, logprobs=0) | CALLS[family]
     model = fresh_model(family)
     plain = both_ways(model, **options)
     assert captured
     unlike = both_ways(model, **{**options, "cache_dtype": None})
-    assert plain.sequences.tolist() != unlike.sequences.tolist()  # a workspace of its own, and other keys
+    assert not plain.logprobs.allclose(
+        unlike.logprobs, atol=1e-4, equal_nan=True
+    )  # a workspace of its own, and other keys
 
 
-@pytest.mark.parametrize("family", ["llada", "sdar", "nemotron_diffusion"])
-def test_a_row_in_a_batch_is_what_it_is_alone(family):
-    options = {"max_new_tokens": 9, "block_length": 4, **FP8, **CALLS[family]}
+@pytest.mark.parametrize(("family", "cache_dtype"), in_turn(["llada", "sdar", "nemotron_diffusion"]))
+def test_a_row_in_a_batch_is_what_it_is_alone(family, cache_dtype):
+    options = options_of(cache_dtype, max_new_tokens=9, block_length=4) | CALLS[family]
     assert_each_row_is_what_it_is_alone(tiny_model(family), [[5, 6, 7, 8, 9, 10, 11], [12, 13], []], **options)
 
 
-@pytest.mark.parametrize("family", ["llada", "sdar"])
-def test_several_steps_in_one_pass_give_what_one_gives(family, captured):
+@pytest.mark.parametrize(("family", "cache_dtype"), in_turn(["llada", "sdar"]))
+def test_several_steps_in_one_pass_give_what_one_gives(family, cache_dtype, captured):
     """Drafts have columns of their own for their block, in 8 bits too."""
-    options = {"max_new_tokens": 10, "block_length": 4, "remasking_strategy": "low_confidence_static", **FP8}
+    options = options_of(cache_dtype, max_new_tokens=10, block_length=4, remasking_strategy="low_confidence_static")
     options |= CALLS[family] if family == "llada" else {}
     model = fresh_model(family)
     one, several = (generate(model, [[5, 6, 7, 8], [9]], draft_steps=number, **options) for number in (None, 2))
@@ -55,24 +67,24 @@ def test_several_steps_in_one_pass_give_what_one_gives(family, captured):
 
 
 def test_keys_and_values_take_little_more_than_half_the_memory_of_bfloat16(captured):
-    for family in ("llada", "sdar"):
+    for family, in_8_bits in in_turn(["llada", "sdar"]):
         model = fresh_model(family, head_dim=64) if family == "sdar" else fresh_model(family)
         model = model.bfloat16()
-        part = column_bytes_of(model, "fp8") / column_bytes_of(model)
+        part = column_bytes_of(model, in_8_bits) / column_bytes_of(model)
         heads = model.model.layers[0].self_attn.head_dim
         assert part == (heads + 2) / (2 * heads)
         assert heads < 32 or part < 0.53
         policy = {"cache_policy": "dual"} if family == "llada" else {}
         sizes = {}
-        for cache_dtype in (None, "fp8"):
+        for cache_dtype in (None, in_8_bits):
             model.release_graphs()
-            generate(model, ROWS, max_new_tokens=4, **{**FP8, "cache_dtype": cache_dtype}, **policy)
+            generate(model, ROWS, **options_of(cache_dtype, max_new_tokens=4), **policy)
             [workspace] = pool._idle[model]
             tensors = workspace.state.layer_tensors()
             sizes[cache_dtype] = sum(each.nbytes for each in tensors)
             columns = workspace.state.layers[0].width * len(ROWS)
             assert sizes[cache_dtype] == columns * column_bytes_of(model, cache_dtype)
-        assert sizes["fp8"] / sizes[None] == part
+        assert sizes[in_8_bits] / sizes[None] == part
 
 
 CHANGES = {
@@ -84,12 +96,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("is_fast", [False, True])
-def test_a_conversation_goes_on(change, is_fast, request):
+@pairwise(change=[*CHANGES], is_fast=[False, True], cache_dtype=[*CACHE_DTYPES])
+def test_a_conversation_goes_on(change, is_fast, cache_dtype, request):
     if is_fast:
         request.getfixturevalue("captured")
-    model, options = fresh_model("sdar"), {"max_new_tokens": 6, **FP8}
+    model, options = fresh_model("sdar"), options_of(cache_dtype, max_new_tokens=6)
     first = generate(model, ROWS, **options)
     cache = copy.deepcopy(first.past_key_values) if is_fast else first.past_key_values
     changed, rows = CHANGES[change](cache)
@@ -105,7 +116,7 @@ def test_a_conversation_goes_on(change, is_fast, request):
 
 def test_a_conversation_keeps_its_type():
     model = tiny_model("sdar")
-    for one, other in (("fp8", None), (None, "fp8")):
+    for one, other in (("fp8", None), (None, "fp8"), ("int8", "fp8")):
         cache = generate(model, [[1, 2, 3]], max_new_tokens=4, cache_dtype=one).past_key_values
         refused(model, rf"cache_dtype={one!r}.*cache_dtype={other!r}.*keep", past_key_values=cache, cache_dtype=other)
 
@@ -115,7 +126,7 @@ def test_a_conversation_keeps_its_type():
     [
         ("gla_dream", {}, ["cache_dtype='fp8'", "GLADream", "keys and values", "leave it out"]),
         ("llada", {"cache_policy": "none"}, ["cache_dtype='fp8'", "cache_policy", "none"]),
-        ("llada", {"cache_policy": "dual", "cache_dtype": "fp16"}, ["cache_dtype='fp16'", "fp8"]),
+        ("llada", {"cache_policy": "dual", "cache_dtype": "fp16"}, ["cache_dtype='fp16'", "int8, fp8"]),
     ],
 )
 def test_what_has_no_keys_to_keep_in_8_bits_is_refused(family, options, mentions):
@@ -126,9 +137,8 @@ PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 BEGINNING = [(7 * position) % 50 for position in range(24)]
 
 
-@pytest.mark.parametrize("uses_graphs", [False, True])
-@pytest.mark.parametrize("family", ["sdar", "llada", "fast_dllm_v2"])
-def test_the_engine_gives_what_a_call_gives(family, uses_graphs, monkeypatch, request):
+@pairwise(uses_graphs=[False, True], family=["sdar", "llada", "fast_dllm_v2"], cache_dtype=[*CACHE_DTYPES])
+def test_the_engine_gives_what_a_call_gives(family, uses_graphs, cache_dtype, monkeypatch, request):
     """Rows that come and go, of different lengths; where blocks see earlier ones alone, with a beginning in common, which is
     read where it stands, and extents that are moved."""
     if uses_graphs:
@@ -136,12 +146,14 @@ def test_the_engine_gives_what_a_call_gives(family, uses_graphs, monkeypatch, re
         monkeypatch.setattr(engine, "are_possible", lambda device: True)
     model = fresh_model(family)
     policy = {"cache_policy": "dual"} if family == "llada" else {}
-    llm = LLM(model, cache_dtype="fp8", max_num_seqs=3, num_cache_tokens=130, enforce_eager=not uses_graphs, **policy)
+    room = {"max_num_seqs": 3, "num_cache_tokens": 130}
+    llm = LLM(model, cache_dtype=cache_dtype, enforce_eager=not uses_graphs, **room, **policy)
     prompts = [[1, 2, 3], *([*BEGINNING, number] for number in range(4)), [4], [*BEGINNING, 4, 5, 6]]
     outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
     state = llm._driver.engine._decoder.workspace.state
     assert {each.dtype for each in state.layer_tensors()} == {torch.uint8, torch.bfloat16}
-    options = {"max_new_tokens": 6, "block_length": llm.effective_options(PARAMS).block_length, **FP8, **policy}
+    block_length = llm.effective_options(PARAMS).block_length
+    options = options_of(cache_dtype, max_new_tokens=6, block_length=block_length) | policy
     for prompt, output in zip(prompts, outputs):
         alone = generate(model, [prompt], disable_compile=True, **options).sequences[0, len(prompt) :]
         assert output.outputs[0].token_ids == alone.tolist()
@@ -153,9 +165,9 @@ def test_more_columns_fit_into_the_memory_of_a_gpu(monkeypatch):
     llm = LLM(model, num_cache_tokens=130)  # not by what other processes leave of the card
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
-    found = [llm._cache_columns(10**9, 100, 0.5, cache_dtype) for cache_dtype in (None, "fp8")]
-    assert found == [int(5e8) // column_bytes_of(model, each) for each in (None, "fp8")]
-    assert found[1] > 3 * found[0]  # of float32
+    found = [llm._cache_columns(10**9, 100, 0.5, cache_dtype) for cache_dtype in (None, *CACHE_DTYPES)]
+    assert found == [int(5e8) // column_bytes_of(model, each) for each in (None, *CACHE_DTYPES)]
+    assert found[1] == found[2] > 3 * found[0]  # of float32
 
 
 def test_a_request_cannot_choose_the_type():
@@ -165,6 +177,6 @@ def test_a_request_cannot_choose_the_type():
 
 def test_the_model_s_generation_config_may_say_it():
     model = fresh_model("sdar")
-    model.generation_config = model.generation_config.updated(cache_dtype="fp8")
+    model.generation_config = model.generation_config.updated(cache_dtype="int8")
     llm = LLM(model, num_cache_tokens=130)
-    assert llm._driver.engine._decoder.workspace.state.cache_dtype == "fp8"
+    assert llm._driver.engine._decoder.workspace.state.cache_dtype == "int8"

@@ -18,6 +18,7 @@ from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states,
 from dllm_hf.kernels.attention import Cascade, canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens
 from dllm_hf.kernels.columns import copy_columns
+from dllm_hf.kernels.eight_bits import ENCODINGS
 from dllm_hf.kernels.experts import choose_experts, routed_experts
 from dllm_hf.kernels.layers import Float8Rows, add_rms_norm, quantize_rows, rotate_and_store, swiglu
 from dllm_hf.kernels.products import few_rows_product
@@ -68,10 +69,13 @@ for window, heads, kv_heads in ((32, 32, 8), (4, 4, 1)):
     canvas_attention(query, keys, keys, lengths, base.repeat(2), 768, 0.1, runs, window, own=base.repeat(3, 2))
     small, scales = new(kv_heads, 768, 128, dtype=torch.uint8), new(kv_heads, 768, 2, dtype=torch.bfloat16)
     places = (base.repeat(2, 2), base.repeat(3, 2))
-    canvas_attention(query, small, small, lengths, base.repeat(2), 768, 0.1, runs, window, *places, scales)
+    for encoding in ENCODINGS:
+        canvas_attention(
+            query, small, small, lengths, base.repeat(2), 768, 0.1, runs, window, *places, scales, encoding
+        )
 cascade = Cascade(lengths, base.repeat(2), runs, 64, base.repeat(2))
-for arena in ((keys, keys, None), (small, small, scales)):
-    sees = (lengths, base.repeat(2), 768, 0.1, runs, window, places[0], None, arena[2])
+for arena in ((keys, keys, None, None), *((small, small, scales, encoding) for encoding in ENCODINGS)):
+    sees = (lengths, base.repeat(2), 768, 0.1, runs, window, places[0], None, *arena[2:])
     canvas_attention(query, *arena[:2], *sees, cascade=cascade)
 for each in (keys, small, scales):
     copy_columns(each, new(2, 3, dtype=torch.long), 40)
@@ -97,7 +101,8 @@ keys = new(8, 64, 128)
 for norms in ((), (new(128), new(128), 1e-6)):
     rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, keys, keys, *norms)
 small, scales = new(8, 64, 128, dtype=torch.uint8), new(8, 64, 2, dtype=torch.bfloat16)
-rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, small, small, *norms, scales)
+for encoding in ENCODINGS:
+    rotate_and_store(x, x[..., :1024], x[..., :1024], angles, angles, columns, small, small, *norms, scales, encoding)
 best_tokens(new(1, 32, 126464), 5)
 for size in (4, 64):
     scores, numbers, flags = (

@@ -45,27 +45,26 @@ def shared_canvases(has_drafts: bool):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "groups", "head_dim", "dtype", "in_eight_bits", "has_drafts"),
-    [(2, 1, 64, torch.float32, False, True), (1, 4, 128, torch.float16, False, False)]
-    + [(1, 7, 64, torch.bfloat16, True, True), (1, 2, 8, torch.float32, True, False)],
+    ("kv_heads", "groups", "head_dim", "dtype", "encoding", "has_drafts"),
+    [(2, 1, 64, torch.float32, None, True), (1, 4, 128, torch.float16, None, False)]
+    + [(1, 7, 64, torch.bfloat16, "int8", True), (1, 2, 8, torch.float32, "fp8", False)],
 )
-def test_what_is_read_together_is_what_each_row_would_read(
-    kv_heads, groups, head_dim, dtype, in_eight_bits, has_drafts
-):
+def test_what_is_read_together_is_what_each_row_would_read(kv_heads, groups, head_dim, dtype, encoding, has_drafts):
     """Beginnings of two lengths, of which rows see different numbers of columns, beside rows that share none; with tokens and
     pieces that are there to fill the list up, and columns that drafts have for themselves."""
     lengths, base, places, cascade = shared_canvases(has_drafts)
     query = random(1, lengths.shape[1], kv_heads * groups, head_dim, dtype=dtype)
     scales, number = None, COLUMNS + 64
     keys, values = (random(kv_heads, number, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
-    if in_eight_bits:
-        keys, values, scales = arena(kv_heads, number, head_dim, spread=1.0)
+    if encoding is not None:
+        keys, values, scales = arena(kv_heads, number, head_dim, encoding, spread=1.0)
+    places |= {"scales": scales, "encoding": encoding}
     arguments = (lengths, base, WIDTH, head_dim**-0.5)
-    exact = (each if in_eight_bits else each.double() for each in (keys, values))
-    expected = canvas_attention_torch(query.double(), *exact, *arguments, **places, scales=scales)
+    exact = (each.double() if encoding is None else each for each in (keys, values))
+    expected = canvas_attention_torch(query.double(), *exact, *arguments, **places)
     assert cascade.lengths.max() == 150 and len(cascade.lengths[0].unique()) == 5
     for attend_to in (canvas_attention_torch, canvas_attention):
-        got = attend_to(query, keys, values, *arguments, **places, scales=scales, cascade=cascade)
+        got = attend_to(query, keys, values, *arguments, **places, cascade=cascade)
         close(got, expected, dtype)
 
 

@@ -65,7 +65,7 @@ def attention_case(batch, window, kv_heads, groups, head_dim, width, lengths, dt
     close(got, expected, dtype)
 
 
-def attention_of_long_canvases(query, keys, values, kv_heads, width, length, scales=None, unspoilt=None):
+def attention_of_long_canvases(query, keys, values, kv_heads, width, length, scales=None, unspoilt=None, encoding=None):
     """Each key head begins a canvas behind the one before, in memory that they share: another for each head of each row would
     take tens of gigabytes. A head, or a row, that is taken for another reads other columns all the same.
 
@@ -74,6 +74,7 @@ def attention_of_long_canvases(query, keys, values, kv_heads, width, length, sca
         keys, values, scales: of `batch + kv_heads - 1` canvases, one behind the other: `(1, canvases * width, ...)`.
         length: of `width` columns, how many are seen.
         unspoilt: what the twin reads instead of `keys`, `values` and `scales`.
+        encoding: of keys and values in 8 bits.
     """
     batch, window = query.shape[:2]
     lengths = torch.full((batch, window), length, dtype=torch.int32, device=DEVICE)
@@ -84,9 +85,8 @@ def attention_of_long_canvases(query, keys, values, kv_heads, width, length, sca
         return held.as_strided(shape, (width * column, column, *rest))
 
     of_keys = None if scales is None else heads(scales).contiguous()
-    got = canvas_attention(
-        query, heads(keys), heads(values), lengths, base, width, query.shape[-1] ** -0.5, scales=of_keys
-    )
+    scale, in_bytes = query.shape[-1] ** -0.5, {"scales": of_keys, "encoding": encoding}
+    got = canvas_attention(query, heads(keys), heads(values), lengths, base, width, scale, **in_bytes)
     keys, values, scales = unspoilt or (keys, values, scales)
     expected = torch.empty_like(got, dtype=torch.float64)
     # The twin for one of all: it copies what it reads, in the type of the queries.
@@ -95,9 +95,9 @@ def attention_of_long_canvases(query, keys, values, kv_heads, width, length, sca
             canvas = slice((batch - 1 - row + head) * width, (batch - row + head) * width)
             alone = [each[:, canvas] for each in (keys, values)]
             one = query[row : row + 1].chunk(kv_heads, dim=2)[head].double()
-            places = (lengths[row : row + 1], base[:1] * 0, width, query.shape[-1] ** -0.5)
+            places = (lengths[row : row + 1], base[:1] * 0, width, scale)
             of_one = None if scales is None else scales[:, canvas]
-            result.copy_(canvas_attention_torch(one, *alone, *places, scales=of_one))
+            result.copy_(canvas_attention_torch(one, *alone, *places, scales=of_one, encoding=encoding))
     close(got, expected, query.dtype)
 
 

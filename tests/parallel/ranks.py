@@ -88,13 +88,13 @@ def differences(whole, part, calls: list[dict]) -> list[str]:
         with graphs_on():
             ways = {"graphs": decode(part, **call), "no graphs": decode(part, disable_compile=True, **call)}
         found += [f"{way}: {call}" for way, tokens in ways.items() if tokens != expected]
-    if whole.cache_dtypes:  # sums that are rounded otherwise may put a number on the other side, one of 16 away
-        call = {"cache_dtype": "fp8", "cache_policy": "block" if "block" in whole.cache_policies else "dual"}
+    for cache_dtype in whole.cache_dtypes:  # sums that are rounded otherwise may put a number on the other side
+        call = {"cache_dtype": cache_dtype, "cache_policy": "block" if "block" in whole.cache_policies else "dual"}
         expected = decode(whole, disable_compile=True, **call)
         with graphs_on():
             pairs = [pair for rows in zip(decode(part, **call), expected) for pair in zip(*rows)]
         if sum(one != other for one, other in pairs) > len(pairs) / 10:
-            found.append(f"keys and values in 8 bits: {pairs}")
+            found.append(f"keys and values in {cache_dtype}: {pairs}")
     with graphs_on():
         if serve(part, True) != serve(whole, False):
             found.append("several requests at once")

@@ -45,7 +45,7 @@ class LLM:
         generation_config: in the place of the model's own.
         mask_token_id, block_length, cache_policy: for every request; by default those of the model. Where the model offers
             `cache_policy="block"`, that is the default.
-        cache_dtype: `"fp8"` keeps keys and values in 8 bits, so that about twice as many columns fit.
+        cache_dtype: `"int8"` or `"fp8"` keeps keys and values in 8 bits, so that about twice as many columns fit.
         dtype, trust_remote_code: as in `from_pretrained`.
         device: by default a GPU if there is one. Replicas take the GPUs of `CUDA_VISIBLE_DEVICES` in their order.
         max_num_seqs: completions that are decoded together, as long as there is room in the cache.

@@ -30,10 +30,12 @@ class CanvasCacheLayer(CacheLayerMixin):
         slots: the number to allocate; None: as many as the first pass has rows.
         spare_slots: that are allocated behind them, for draft columns.
         buffers: the names of the tensors that hold columns.
+        encoding: of keys and values in 8 bits, see [`eight_bits`].
     """
 
     is_sliding = False
     buffers: tuple[str, ...] = ("keys", "values")
+    encoding: str | None = None
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -118,18 +120,19 @@ class CanvasCacheLayer(CacheLayerMixin):
     def rotate_and_write(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places) -> torch.Tensor:
         """Rotate queries and keys, and write keys and values. `places`: cosines, sines, columns of the arena, and norms where
         there are any, see [`rotate_and_store`]. Returns the queries."""
-        (cos, sin, columns, *norms), (keys, values, *scales) = places, self.arenas()
+        (cos, sin, columns, *norms), (keys, values, scales, *_) = places, [*self.arenas(), None]
         run = rotate_and_store if self._on_kernels else rotate_and_store_torch
-        return run(query, key, value, cos, sin, columns, keys, values, *(norms or (None, None, 0.0)), *scales)
+        others = [*(norms or (None, None, 0.0)), scales, self.encoding]
+        return run(query, key, value, cos, sin, columns, keys, values, *others)
 
     def attend(
         self, query: torch.Tensor, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, cascade=None
     ) -> torch.Tensor:  # fmt: skip
         """Attention to what is written. The arguments and the result are those of [`canvas_attention`]."""
-        keys, values, *scales = self.arenas()
+        keys, values, scales, *_ = [*self.arenas(), None]
         run = canvas_attention if self._on_kernels else canvas_attention_torch
-        places = (lengths, base, width, scale, runs, longest, shared, own)
-        return run(query, keys, values, *places, scales=scales[0] if scales else None, cascade=cascade)
+        places = (lengths, base, width, scale, runs, longest, shared, own, scales, self.encoding)
+        return run(query, keys, values, *places, cascade=cascade)
 
     def copy_runs(self, runs: torch.Tensor, longest: int) -> None:
         """Copy runs of columns of the arena. The arguments are those of [`copy_columns`]."""
@@ -179,29 +182,39 @@ class EightBitCacheLayer(CanvasCacheLayer):
     """Keys and values in 8 bits, see [`eight_bits`]. Both paths read them so, those too that the same pass has written.
 
     Attributes:
-        keys, values: uint8, the bytes of float8_e4m3: of that type itself, PyTorch has few operations.
+        keys, values: uint8, for fp8 the bytes of float8_e4m3: of that type itself, PyTorch has few operations.
         scales: `(slots, kv_heads, width, 2)` bfloat16, of keys and of values.
     """
 
     buffers = ("keys", "values", "scales")
+    encoding: str
     scales: torch.Tensor
 
     @staticmethod
     def bytes_of(head_dim: int, dtype: torch.dtype) -> int:
         return 2 * (head_dim + torch.bfloat16.itemsize)
 
+    def _formatted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        keys, of_keys = quantised(key_states, self.encoding, is_key=True)
+        values, of_values = quantised(value_states, self.encoding, is_key=False)
+        return {"keys": keys, "values": values, "scales": torch.stack([of_keys, of_values], dim=-1)}
+
+    def _restored(self, keys, values, scales=None) -> tuple[torch.Tensor, torch.Tensor]:
+        (of_keys, of_values), kind = scales.unbind(-1), (self.dtype, self.encoding)
+        return dequantised(keys, of_keys, *kind), dequantised(values, of_values, *kind)
+
+
+class Float8CacheLayer(EightBitCacheLayer):
+    encoding = "fp8"
+
     @staticmethod
     def has_kernels(device: torch.device) -> bool:
         return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)  # older ones lack the type
 
-    def _formatted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> dict[str, torch.Tensor]:
-        (keys, of_keys), (values, of_values) = quantised(key_states), quantised(value_states)
-        return {"keys": keys, "values": values, "scales": torch.stack([of_keys, of_values], dim=-1)}
 
-    def _restored(self, keys, values, scales=None) -> tuple[torch.Tensor, torch.Tensor]:
-        of_keys, of_values = scales.unbind(-1)
-        return dequantised(keys, of_keys, self.dtype), dequantised(values, of_values, self.dtype)
+class Int8CacheLayer(EightBitCacheLayer):
+    encoding = "int8"
 
 
 # By the option `cache_dtype`; None is the model's own type.
-CACHE_LAYERS: dict[str | None, type[Any]] = {None: CanvasCacheLayer, "fp8": EightBitCacheLayer}
+CACHE_LAYERS: dict[str | None, type[Any]] = {None: CanvasCacheLayer, "fp8": Float8CacheLayer, "int8": Int8CacheLayer}

@@ -18,7 +18,7 @@ MAX_STEPS = 1_000_000
 MAX_DRAFTS = 64
 DRAFTS = f"an integer from 0 to {MAX_DRAFTS} or 'auto'"
 CACHE_POLICIES = ("none", "prefix", "dual", "block")
-CACHE_DTYPES = ("fp8",)
+CACHE_DTYPES = ("int8", "fp8")
 
 # The names that the original implementations use for our options (LLaDA, Fast-dLLM, Dream, SDAR, BlockInfer).
 ALIASES = {
@@ -179,8 +179,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         eps (`float`, defaults to 1e-3): the last timestep of Dream's schedule.
         cfg_scale (`float`, defaults to 0.0): classifier-free guidance; doubles the batch of every forward pass.
         cache_policy (`str`): one of the model's `cache_policies`.
-        cache_dtype (`str`): `"fp8"` keeps keys and values in 8 bits (float8_e4m3 with a scale for each head and token), in half
-            the memory; without it they have the model's type.
+        cache_dtype (`str`): `"int8"` and `"fp8"` keep keys and values in 8 bits with a scale for each head and token, in half
+            the memory, `"int8"` nearer to what they were; without it they have the model's type.
         prefill_chunk_size (`int`, defaults to 2048): with `cache_policy="block"`, a longer prompt is computed in pieces.
         suppress_tokens (`list[int]`): never proposed.
         bad_words_ids (`list[list[int]]`): words of one token each, never proposed either.

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from .configuration import CACHE_DTYPES
 from .window import Window
 
 
@@ -63,7 +64,7 @@ class DenoisingModel(nn.Module):
     logits_shift: int = 0
     block_grid: str = "prompt"
     cache_policies: tuple[str, ...] = ("none",)
-    cache_dtypes: tuple[str, ...] = ("fp8",)
+    cache_dtypes: tuple[str, ...] = CACHE_DTYPES
     default_remasking_strategy: str = "low_confidence_static"
     confidence_source: str = "processed"
     sees_earlier_blocks: bool = False

@@ -48,11 +48,11 @@ def place_in_arena(columns, base, shared, own=None) -> torch.Tensor:
 
 def canvas_attention_torch(
     query, keys, values, lengths, base, width, scale, runs=None, longest=0, shared=None, own=None, scales=None,
-    cascade=None,
+    encoding=None, cascade=None,
 ):  # fmt: skip
     """The twin of [`canvas_attention`]."""
     readings = _readings(lengths, base, runs, longest, shared, own, cascade)
-    parts = [_part_torch(query, keys, values, scales, width, scale, *reading) for reading in readings]
+    parts = [_part_torch(query, keys, values, (scales, encoding), width, scale, *reading) for reading in readings]
     if len(parts) == 1:
         return parts[0][0].to(query.dtype)
     results, sums = (torch.stack(each) for each in zip(*parts))
@@ -67,16 +67,16 @@ def _readings(lengths, base, runs, longest, shared, own, cascade: Cascade | None
 
 
 def _part_torch(
-    query, keys, values, scales, width, scale, lengths, base, runs, longest, shared, own, skipped
+    query, keys, values, in_bytes, width, scale, lengths, base, runs, longest, shared, own, skipped
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result of a reading, in float32 at least, and the logarithm of its weights' sum."""
+    """The result of a reading, in float32 at least, and the logarithm of its weights' sum. `in_bytes`: scales and encoding."""
     if runs is not None:  # each run is a row of a rectangle
         tokens, inside = query.shape[1], torch.arange(longest, device=query.device)
         index = torch.where(inside < runs[:, 2:], runs[:, 1:2] + inside, tokens)
         padded, seen = query.new_zeros(tokens + 1, *query.shape[2:]), lengths.new_zeros(tokens + 1)
         padded[:tokens], seen[:tokens] = query[0], lengths[0]
         places = (seen[index], base, None, 0, shared, own, skipped)
-        rows, sums = _part_torch(padded[index], keys, values, scales, width, scale, *places)
+        rows, sums = _part_torch(padded[index], keys, values, in_bytes, width, scale, *places)
         result, total = (x.new_zeros(tokens + 1, *x.shape[2:]).index_put_((index,), x) for x in (rows, sums))
         return result[None, :tokens], total[None, :tokens]
     columns = torch.arange(width, device=keys.device)
@@ -89,14 +89,15 @@ def _part_torch(
     groups = query.shape[2] // keys.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)
     seen = [each[:, arena] for each in (keys, values)]
-    if scales is not None:
-        seen = [dequantised(*each, wide) for each in zip(seen, scales[:, arena].unbind(-1))]
+    scales, encoding = in_bytes
+    if encoding is not None:
+        seen = [dequantised(*each, wide, encoding) for each in zip(seen, scales[:, arena].unbind(-1))]
     keys, values = (
         each.transpose(0, 1).to(wide).masked_fill(unread[:, None, :, None], 0).repeat_interleave(groups, dim=1)
         for each in seen
     )
     scores = (query.to(wide).transpose(1, 2) @ keys.transpose(2, 3) * scale).masked_fill(unseen, -torch.inf)
-    result = scores.softmax(-1).nan_to_num(0.0) @ values
+    result = scores.softmax(-1).masked_fill(unseen.all(-1, keepdim=True), 0.0) @ values  # a NaN stays one
     return result.transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
 
 
@@ -113,6 +114,7 @@ def canvas_attention(
     shared: torch.Tensor | None = None,
     own: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
+    encoding: str | None = None,
     cascade: Cascade | None = None,
 ) -> torch.Tensor:
     """Args:
@@ -131,8 +133,8 @@ def canvas_attention(
             shared[0] + i of the arena for i < shared[1]. Of the shape of `base` otherwise, as with `runs`.
         own: `(3, batch)` int64, contiguous, where rows have some columns for themselves beside a canvas that they share with
             others: column i of a row is column own[2] + i - own[0] of the arena for own[0] <= i < own[1]. As `shared`.
-        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values where these are in 8 bits (uint8), see
-            [`eight_bits.quantised`].
+        encoding: of keys and values, where these are in 8 bits (uint8), see [`eight_bits`].
+        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values, with an encoding.
         cascade: of a list, what its tokens read together: these columns are not read for each run.
 
     Returns:
@@ -142,7 +144,7 @@ def canvas_attention(
     kv_heads, number = keys.shape[0], batch * window * heads
     groups = heads // kv_heads
     readings = _readings(lengths.contiguous(), base, runs, window if runs is None else longest, shared, own, cascade)
-    tiles = [tile_of(most * groups, query.element_size() > 2, scales is not None) for _, _, _, most, *_ in readings]
+    tiles = [tile_of(most * groups, query.element_size() > 2, encoding is not None) for _, _, _, most, *_ in readings]
     few = number / (len(base) * kv_heads) <= FEW
     programs = triton.cdiv(readings[0][3] * groups, tiles[0][1]) * len(base) * kv_heads
     splits = [number_of_splits(programs, width, query.device, 3.6 if few else 0)]
@@ -156,7 +158,7 @@ def canvas_attention(
         sums = torch.empty(sum(splits), batch, window, heads, dtype=torch.float32, device=query.device)
     for reading, tile, number_of_parts, first in zip(readings, tiles, splits, (0, splits[0])):
         results = (out, parts[first:], sums[first:], sum(splits) > 1)
-        _read(query, keys, values, scales, scale, reading, tile, number_of_parts, results)
+        _read(query, keys, values, (scales, encoding), scale, reading, tile, number_of_parts, results)
     if sum(splits) > 1:
         _combine[(number,)](
             out, parts, sums, number, sum(splits), BLOCK_S=triton.next_power_of_2(sum(splits)),
@@ -165,16 +167,17 @@ def canvas_attention(
     return out
 
 
-def _read(query, keys, values, scales, scale, reading: tuple, tile: tuple, splits: int, results: tuple) -> None:
-    """Launch the programs of one of [`_readings`]. `results`: where they go, and whether they are parts."""
+def _read(query, keys, values, in_bytes, scale, reading: tuple, tile: tuple, splits: int, results: tuple) -> None:
+    """Launch the programs of one of [`_readings`]. `in_bytes`: scales and encoding; `results`: where they go, and whether they
+    are parts."""
     _, window, heads, head_dim = query.shape
     kv_heads, number, groups = len(keys), query.shape[:-1].numel(), heads // len(keys)
     lengths, base, runs, longest, shared, own, skipped = reading
     (axis, block_m, block_n, warps), (out, parts, sums, is_split) = tile, results
     block_d = max(16, triton.next_power_of_2(head_dim))
-    pairs = lengths  # unused without scales
-    if scales is not None:
-        keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.int16)
+    pairs, (scales, encoding) = lengths, in_bytes  # unused without scales
+    if encoding is not None:
+        keys, values = keys.view(torch.float8_e4m3fn) if encoding == "fp8" else keys, values.view(torch.int16)
         pairs = scales.view(torch.int32)  # one load for both: no asynchronous one has less than four bytes
     row = block_d * query.element_size()  # of keys in 8 bits too, which may stand there as they are multiplied
     _attend[(triton.cdiv(longest * groups, block_m), len(base) * kv_heads, splits)](
@@ -184,8 +187,7 @@ def _read(query, keys, values, scales, scale, reading: tuple, tile: tuple, split
         *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.shape[1],
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, AXIS=axis,
         IS_SPLIT=is_split, IS_LIST=runs is not None, IS_SHARED=shared is not None, HAS_OWN=own is not None,
-        SKIPS=skipped is not None, IN_EIGHT_BITS=scales is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        SKIPS=skipped is not None, ENCODING=encoding, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=number_of_stages(block_m, block_n, row, query.device),
     )  # fmt: skip
 
@@ -252,11 +254,36 @@ if triton is not None:
         return higher, tl.exp2(score - tl.expand_dims(lowest, AXIS)), tl.exp2(highest - lowest)
 
     @triton.jit
-    def _two_floats(pair, dtype: tl.constexpr):
+    def _floats(key, dtype: tl.constexpr, ENCODING: tl.constexpr):
+        """Keys as a tile of `dtype`."""
+        if ENCODING != "int8":
+            return key.to(dtype)
+        elif IS_INTERPRETED or dtype == tl.float32:
+            return (key.to(tl.int16) - 128).to(dtype)
+        else:
+            # The byte b behind 0x64 is 1024 + b in float16: four numbers in four instructions.
+            return tl.inline_asm_elementwise(
+                "{.reg .b32 a, b, c; mov.b32 c, 0x64806480;"
+                "prmt.b32 a, $2, 0x64, 0x4140; prmt.b32 b, $2, 0x64, 0x4342;"
+                "sub.rn.f16x2 $0, a, c; sub.rn.f16x2 $1, b, c;}",
+                "=r,=r,r", [key], dtype=tl.float16, is_pure=True, pack=4,
+            )  # fmt: skip
+
+    @triton.jit
+    def _two_floats(pair, dtype: tl.constexpr, ENCODING: tl.constexpr):
         """Two numbers in 8 bits, of which `pair` has the bits, as two tiles of `dtype`."""
         if IS_INTERPRETED or dtype == tl.float32:
-            first = pair.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
-            second = (pair >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+            first, second = pair.to(tl.uint8), (pair >> 8).to(tl.uint8)
+            if ENCODING == "fp8":
+                first, second = first.to(tl.float8e4nv, bitcast=True), second.to(tl.float8e4nv, bitcast=True)
+            first, second = _floats(first, dtype, ENCODING), _floats(second, dtype, ENCODING)
+        elif ENCODING == "int8":
+            first, second = tl.inline_asm_elementwise(
+                "{.reg .b32 a, b, c; mov.b32 c, 0x64806480;"
+                "prmt.b32 a, $2, 0x64, 0x4240; prmt.b32 b, $2, 0x64, 0x4341;"
+                "sub.rn.f16x2 $0, a, c; sub.rn.f16x2 $1, b, c;}",
+                "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
         else:
             # Of two pairs in one register. The compiler takes eight instructions to sort their bytes, this is one.
             first, second = tl.inline_asm_elementwise(
@@ -267,11 +294,11 @@ if triton is not None:
         return first, second
 
     @triton.jit
-    def _rows(result, second, AXIS: tl.constexpr, IN_EIGHT_BITS: tl.constexpr):
+    def _rows(result, second, AXIS: tl.constexpr, ENCODING: tl.constexpr):
         """A row for each query."""
         if AXIS == 0:
             result, second = tl.trans(result), tl.trans(second)
-        if IN_EIGHT_BITS:
+        if ENCODING is not None:
             result = tl.reshape(tl.join(result, second), (result.shape[0], 2 * result.shape[1]))
         return result
 
@@ -281,7 +308,8 @@ if triton is not None:
         IS_SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
         """The result of a tile of rows, or that of a part of the keys and the logarithm of its weights' sum."""
-        sees, dims = total > 0, tl.arange(0, BLOCK_D)
+        total = tl.where(total < 0, float("nan"), total)  # the inverse of a scale that is NaN is -inf
+        sees, dims = total != 0, tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (dims < HEAD_DIM)
         result = tl.where(sees[:, None], result / tl.where(sees, total, 1.0)[:, None], 0.0)
         if IS_SPLIT:
@@ -303,7 +331,7 @@ if triton is not None:
         query_batch, query_token, query_head, key_head, key_column: tl.constexpr, value_head, value_column: tl.constexpr,
         pair_head, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, AXIS: tl.constexpr, IS_SPLIT: tl.constexpr, IS_LIST: tl.constexpr,
-        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, SKIPS: tl.constexpr, IN_EIGHT_BITS: tl.constexpr,
+        IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr, SKIPS: tl.constexpr, ENCODING: tl.constexpr,
         PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of rows, one key head, one part of the keys. Scores are in units of log2."""
@@ -330,7 +358,7 @@ if triton is not None:
         values += begin * value_column + kv_head.to(tl.int64) * value_head
         readers = tl.num_programs(1) // kv_heads
         parts_of_row = _parts_of_row(shared + reader, own + reader, readers, begin, IS_SHARED, HAS_OWN)
-        if IN_EIGHT_BITS:
+        if ENCODING is not None:
             pairs += begin + kv_head.to(tl.int64) * pair_head
             tile, scale = _fractions(tile, scale, query.dtype.element_ty != tl.float32)
             scale = tl.expand_dims(scale, AXIS)
@@ -343,9 +371,9 @@ if triton is not None:
         end = tl.minimum(longest, begin_of_part + chunk)
         bound = tl.expand_dims(tl.minimum(length, end), AXIS)
         # Two numbers of a value in 8 bits are loaded as one: `result` is of the first ones, `second` of the others.
-        SIZE: tl.constexpr = BLOCK_D // 2 if IN_EIGHT_BITS else BLOCK_D
+        SIZE: tl.constexpr = BLOCK_D if ENCODING is None else BLOCK_D // 2
         in_value = tl.expand_dims(tl.arange(0, SIZE), 1 - AXIS)
-        is_real = in_value < (HEAD_DIM // 2 if IN_EIGHT_BITS else HEAD_DIM)
+        is_real = in_value < (HEAD_DIM if ENCODING is None else HEAD_DIM // 2)
         if AXIS == 0:
             tile = tl.trans(tile)
         highest, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
@@ -358,24 +386,24 @@ if triton is not None:
             place = _place(seen, parts_of_row, IS_SHARED, HAS_OWN)
             key_place = tl.expand_dims(place, 1 - AXIS) * key_column
             key = tl.load(keys + key_place + tl.expand_dims(dims, AXIS), mask=tl.expand_dims(real, AXIS), other=0.0)
-            if IN_EIGHT_BITS:
+            if ENCODING is not None:
                 pair = tl.load(pairs + place)
             # Inductor passes Python floats as fp64; cast back.
-            score = (_product(tile, key.to(tile.dtype), AXIS, PRECISION) * scale).to(tl.float32)
-            if IN_EIGHT_BITS:
+            score = (_product(tile, _floats(key, tile.dtype, ENCODING), AXIS, PRECISION) * scale).to(tl.float32)
+            if ENCODING is not None:
                 score, inverse = _scaled(score, tl.expand_dims(pair, 1 - AXIS))
             score = tl.where(tl.expand_dims(column, 1 - AXIS) < bound, score, -float("inf"))
             higher, prob, fade = _weights(score, highest, AXIS)
             value = tl.load(values + tl.expand_dims(place, AXIS) * value_column + in_value, mask=is_real, other=0)
             weight = prob.to(tile.dtype)
-            if IN_EIGHT_BITS:
+            if ENCODING is not None:
                 prob *= inverse
-                value, other = _two_floats(value, tile.dtype)
+                value, other = _two_floats(value, tile.dtype, ENCODING)
                 second = second * tl.expand_dims(fade, AXIS) + _product(weight, other, AXIS, PRECISION)
             result = result * tl.expand_dims(fade, AXIS) + _product(weight, value, AXIS, PRECISION)
             total, highest = total * fade + tl.sum(prob, AXIS), higher
 
-        result = _rows(result, second, AXIS, IN_EIGHT_BITS)
+        result = _rows(result, second, AXIS, ENCODING)
         row = (first + token).to(tl.int64) * kv_heads * GROUPS + head
         part, target = split.to(tl.int64) * number, parts if IS_SPLIT else out
         _store(target, sums, row, part, result, total, highest, exists, IS_SPLIT, HEAD_DIM, BLOCK_D)
@@ -390,7 +418,7 @@ if triton is not None:
         split, dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
         source = split.to(tl.int64) * number + row
         logsum = tl.load(sums + source, mask=split < splits, other=-float("inf"))
-        saw = logsum > -float("inf")
+        saw = logsum != -float("inf")
         highest = tl.max(logsum, 0)
         weight = tl.where(saw, tl.exp2(logsum - tl.where(highest > -float("inf"), highest, 0.0)), 0.0)
         inside = saw[:, None] & (dims < HEAD_DIM)

@@ -148,8 +148,9 @@ def rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def rotate_and_store_torch(
-    query, key, value, cos, sin, columns, keys, values, query_norm=None, key_norm=None, eps=0.0, scales=None
-) -> torch.Tensor:
+    query, key, value, cos, sin, columns, keys, values, query_norm=None, key_norm=None, eps=0.0, scales=None,
+    encoding=None,
+) -> torch.Tensor:  # fmt: skip
     """The twin of [`rotate_and_store`]."""
     batch, window = query.shape[:2]
     head_dim = keys.shape[-1]
@@ -163,8 +164,8 @@ def rotate_and_store_torch(
     both = (keys, rotated(key, key_norm)), (values, value.view(batch, window, -1, head_dim))
     for number, (arena, states) in enumerate(both):
         states = states.permute(2, 0, 1, 3)
-        if scales is not None:
-            states, scales[:, columns, number] = quantised(states)
+        if encoding is not None:
+            states, scales[:, columns, number] = quantised(states, encoding, is_key=number == 0)
         arena[:, columns] = states
     return rotated(query, query_norm)
 
@@ -182,6 +183,7 @@ def rotate_and_store(
     key_norm: torch.Tensor | None = None,
     eps: float = 0.0,
     scales: torch.Tensor | None = None,
+    encoding: str | None = None,
 ) -> torch.Tensor:
     """Norm (where there is one) and rotary position of queries and keys, see [`rotate_torch`]; keys and values go into
     their columns of the cache.
@@ -193,8 +195,8 @@ def rotate_and_store(
         columns: `(batch, window)` int64, of the arena. Where one repeats, so must its key and value.
         keys, values: `(kv_heads, columns, head_dim)`, the arena, written in place.
         query_norm, key_norm: `(head_dim,)`, the weights of norms over each head; `eps` is theirs.
-        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values, written in place where these are in 8
-            bits (uint8), see [`eight_bits.quantised`].
+        encoding: in which keys and values are stored, where they are in 8 bits (uint8), see [`eight_bits`].
+        scales: `(kv_heads, columns, 2)` bfloat16, contiguous, of keys and of values, written in place, with an encoding.
 
     Returns:
         The queries, `(batch, window, heads, head_dim)`.
@@ -204,7 +206,7 @@ def rotate_and_store(
     heads = query.shape[2] // head_dim
     columns = columns.contiguous()  # may be one row, expanded to the batch
     rotated = torch.empty(batch, window, heads, head_dim, dtype=query.dtype, device=query.device)
-    if scales is not None:
+    if encoding == "fp8":
         keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
     together = min(HEADS_PER_PROGRAM, triton.next_power_of_2(kv_heads))
     programs = triton.cdiv(heads, together) + 2 * triton.cdiv(kv_heads, together)
@@ -215,7 +217,7 @@ def rotate_and_store(
         heads, kv_heads, query.stride(1), key.stride(1), value.stride(1), *keys.stride()[:2], *values.stride()[:2],
         keys.shape[1],
         HALF=head_dim // 2, ROTATED=cos.shape[-1] // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=together,
-        HAS_NORM=query_norm is not None, IN_EIGHT_BITS=scales is not None, num_warps=4,
+        HAS_NORM=query_norm is not None, ENCODING=encoding, num_warps=4,
     )  # fmt: skip
     return rotated
 
@@ -297,19 +299,42 @@ if triton is not None:
         _store_float8(row.to(tl.float32), largest, row.dtype, values, scales, index, inside, size)
 
     @triton.jit
+    def _largest(x):
+        """The bits of the largest magnitude of each row: a NaN has larger ones than any number."""
+        return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1)
+
+    @triton.jit
+    def _scale_of(largest, ENCODING: tl.constexpr, IS_KEY: tl.constexpr):
+        """The twin of what [`eight_bits.quantised`] does. `largest`: see [`_largest`]."""
+        number = largest.to(tl.float32, bitcast=True)
+        bits = tl.div_rn(number, 448.0 if ENCODING == "fp8" else 127.0).to(tl.int32, bitcast=True)
+        if ENCODING == "int8" and IS_KEY:
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0x7FFF0000
+        else:
+            bits = (bits + 0x7FFFFF) & 0x7F800000
+        bits = tl.where(largest < 0x7F800000, tl.maximum(bits, 226492416), 0x7FC00000)  # `SMALLEST`, NaN
+        return bits.to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _bytes(x):
+        """Whole numbers as bytes that are 128 more: 1.5 * 2**23 has no room for fractions, so that the sum is rounded to even.
+        The limits also keep product and sum from being fused, which would be rounded otherwise than those of the twin."""
+        return (tl.clamp(x, -127.0, 127.0) + 12583040.0).to(tl.int32, bitcast=True).to(tl.uint8)
+
+    @triton.jit
     def _store_heads(
         target, head_stride, column_stride, scales, column, columns, head, exists, one, two, first, second, inside,
-        IN_EIGHT_BITS: tl.constexpr,
+        ENCODING: tl.constexpr, IS_KEY: tl.constexpr,
     ):  # fmt: skip
         """Two halves of a column's heads, `(HEADS, BLOCK)` each, as they are, or in 8 bits: see [`eight_bits.quantised`]."""
-        if IN_EIGHT_BITS:
+        if ENCODING is not None:
             first, second = first.to(tl.float32), second.to(tl.float32)
-            largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
-            bits = ((largest / 448.0).to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-            bits = tl.maximum(bits, 226492416)  # `SMALLEST`
-            scale, inverse = bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+            scale = _scale_of(tl.maximum(_largest(first), _largest(second)), ENCODING, IS_KEY)
             tl.store(scales + (head.to(tl.int64) * columns + column) * 2, scale.to(tl.bfloat16), mask=exists)
-            first, second = first * inverse[:, None], second * inverse[:, None]
+            inverse = tl.div_rn(1.0, scale)[:, None]
+            first, second = first * inverse, second * inverse
+            if ENCODING == "int8":
+                first, second = _bytes(first), _bytes(second)
         target += column * column_stride + head[:, None].to(tl.int64) * head_stride
         tl.store(target + one, first.to(target.dtype.element_ty), mask=inside)
         tl.store(target + two, second.to(target.dtype.element_ty), mask=inside)
@@ -321,7 +346,7 @@ if triton is not None:
         heads, kv_heads, query_token, key_token, value_token,
         key_head, key_column, value_head, value_column, number_of_columns,
         HALF: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
-        IN_EIGHT_BITS: tl.constexpr,
+        ENCODING: tl.constexpr,
     ):  # fmt: skip
         """A few heads of one token: of the queries, then of the keys, then of the values."""
         token, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -340,7 +365,7 @@ if triton is not None:
             high = tl.load(source + index + HALF, mask=inside, other=0.0)
             _store_heads(
                 values, value_head, value_column, scales + 1, column, number_of_columns, head, head < kv_heads,
-                index, index + HALF, low, high, inside, IN_EIGHT_BITS,
+                index, index + HALF, low, high, inside, ENCODING, False,
             )  # fmt: skip
         else:
             if number < of_queries:
@@ -378,5 +403,5 @@ if triton is not None:
             else:
                 _store_heads(
                     keys, key_head, key_column, scales, column, number_of_columns, head, head < kv_heads,
-                    one, two, turned1, turned2, inside, IN_EIGHT_BITS,
+                    one, two, turned1, turned2, inside, ENCODING, True,
                 )  # fmt: skip
