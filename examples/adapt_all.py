@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class Job:
     name: str
     command: list[str]
     slots: int = 1
-    needs: "Job | None" = None
+    needs: Any = None
     state: str = "waiting"  # running, done, failed
     process: subprocess.Popen | None = field(default=None, repr=False)
     gpu: int = 0
