@@ -83,12 +83,14 @@ def test_what_was_trained_is_not_trained_again_and_what_was_interrupted_goes_on(
 def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(EXAMPLES)!r})
-import adapt_all, pathlib
+import adapt_all, pathlib, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
 adapt_all.PROGRAM = pathlib.Path({str(tmp_path / "sleep.py")!r})
 print("ready", flush=True)
 adapt_all.run([adapt_all.Job("long", ["train"])], 0, pathlib.Path({str(tmp_path)!r}))
 """
-    (tmp_path / "sleep.py").write_text("import time\nprint('at work', flush=True)\ntime.sleep(60)\n")
+    program = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nprint('at work', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "sleep.py").write_text(program)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes)
     assert process.stdout.readline() == "ready\n" and "begins" in process.stdout.readline()
