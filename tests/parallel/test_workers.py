@@ -126,7 +126,15 @@ def test_closing_ends_processes_and_requests_also_in_another_thread(new_pair):
         llm.generate(PROMPTS)
 
 
-def test_ctrl_c_ends_no_process(new_pair):
+@pytest.fixture
+def heeding_ctrl_c():
+    """Where the tests run in the background, it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_no_process(new_pair, heeding_ctrl_c):
     with new_pair() as llm:
 
         def interrupt():
