@@ -227,6 +227,17 @@ if triton is not None:
         return last_shared, away, first_own, last_own, aside
 
     @triton.jit
+    def _part(longest, skipped, splits, split, BLOCK_N: tl.constexpr, SKIPS: tl.constexpr):
+        """Where a part of the keys begins and ends. The parts are of what is seen: a step does not get slower with the room that
+        an extent has left."""
+        begin = 0
+        if SKIPS:
+            begin = tl.load(skipped).to(tl.int32)
+        chunk = tl.cdiv(tl.cdiv(tl.maximum(longest - begin, 0), splits), BLOCK_N) * BLOCK_N
+        begin += split * chunk
+        return begin, tl.minimum(longest, begin + chunk)
+
+    @triton.jit
     def _place(column, parts_of_row, IS_SHARED: tl.constexpr, HAS_OWN: tl.constexpr):
         """The twin of [`place_in_arena`], counted from the row's base."""
         last_shared, away, first_own, last_own, aside = parts_of_row
@@ -362,13 +373,7 @@ if triton is not None:
             pairs += begin + kv_head.to(tl.int64) * pair_head
             tile, scale = _fractions(tile, scale, query.dtype.element_ty != tl.float32)
             scale = tl.expand_dims(scale, AXIS)
-        # The parts are of what is seen: a step does not get slower with the room that an extent has left.
-        longest, begin_of_part = tl.max(length, 0), 0
-        if SKIPS:
-            begin_of_part = tl.load(skipped + reader).to(tl.int32)
-        chunk = tl.cdiv(tl.cdiv(tl.maximum(longest - begin_of_part, 0), splits), BLOCK_N) * BLOCK_N
-        begin_of_part += split * chunk
-        end = tl.minimum(longest, begin_of_part + chunk)
+        begin_of_part, end = _part(tl.max(length, 0), skipped + reader, splits, split, BLOCK_N, SKIPS)
         bound = tl.expand_dims(tl.minimum(length, end), AXIS)
         # Two numbers of a value in 8 bits are loaded as one: `result` is of the first ones, `second` of the others.
         SIZE: tl.constexpr = BLOCK_D if ENCODING is None else BLOCK_D // 2
