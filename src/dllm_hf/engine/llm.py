@@ -134,16 +134,18 @@ class LLM:
         options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy", "cache_dtype")}
         if options["cache_policy"] is None and self.model.generation_config.cache_policy is None:
             options["cache_policy"] = "block" if "block" in self.model.cache_policies else None
+        options = {name: value for name, value in options.items() if value is not None}
         slots, columns, drafts = (arguments[name] for name in ("max_num_seqs", "num_cache_tokens", "draft_steps"))
         if columns is None:
-            cache_dtype = options["cache_dtype"] or self.model.generation_config.cache_dtype
+            # As the engine resolves it, which refuses what the model cannot have.
+            cache_dtype = self.model.diffusion_request([0], **options, max_new_tokens=1).options.cache_dtype
             columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"], cache_dtype)
         return Engine(
             self.model,
             self.tokenizer,
             slots,
             capacity,
-            {name: value for name, value in options.items() if value is not None},
+            options,
             arguments["max_queue"],
             arguments["max_num_batched_tokens"],
             columns,

@@ -187,7 +187,7 @@ class Parameters:
             "entropy_bounded": ["entropy_bound"],
             "factor": ["factor"],
         }.get(options.remasking_strategy, [])
-        values = {name: getattr(options, name) for name in [*names, "cache_policy"]}
+        values = {name: getattr(options, name) for name in [*names, "cache_policy", "cache_dtype"]}
         values |= {"temperature": options.sampling_temperature, "seed": self.sampling.seed}
         values["max_tokens"] = length
         return {name: value for name, value in values.items() if value is not None}
