@@ -140,18 +140,12 @@ class LLM:
             # As the engine resolves it, which refuses what the model cannot have.
             cache_dtype = self.model.diffusion_request([0], **options, max_new_tokens=1).options.cache_dtype
             columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"], cache_dtype)
+        limits = arguments["max_queue"], arguments["max_num_batched_tokens"], columns
         return Engine(
-            self.model,
-            self.tokenizer,
-            slots,
-            capacity,
-            options,
-            arguments["max_queue"],
-            arguments["max_num_batched_tokens"],
-            columns,
+            self.model, self.tokenizer, slots, capacity, options, *limits,
             uses_graphs=not arguments["enforce_eager"],
             draft_steps=self.model.generation_config.draft_steps if drafts is None else drafts,
-        )
+        )  # fmt: skip
 
     def _load_tokenizer(self, tokenizer: Any, source: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
         if isinstance(tokenizer, PreTrainedTokenizerBase):
