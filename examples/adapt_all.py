@@ -103,6 +103,10 @@ def run(jobs: list[Job], gpus: int, logs: Path) -> bool:
                 job.process.wait()
         print("Interrupted: the same command goes on.", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:  # SIGTERM has reached this process alone
+        for job in jobs:
+            if job.state == "running":
+                job.process.terminate()
     return all(job.state == "done" for job in jobs)
 
 
@@ -175,6 +179,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run_all(args)
     except KeyboardInterrupt:

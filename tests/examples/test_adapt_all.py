@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +86,20 @@ def test_a_job_that_the_system_kills_is_said_to_be_short_of_memory(tmp_path, mon
     (tmp_path / "program.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     assert not adapt_all.run([adapt_all.Job("train", ["train"])], 0, tmp_path)
     assert "train: failed (killed: is memory short?) after" in capsys.readouterr().out
+
+
+def test_what_ends_it_ends_what_it_has_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt_all, "PROGRAM", tmp_path / "program.py")
+    (tmp_path / "program.py").write_text("import time\ntime.sleep(60)\n")
+
+    def ended(seconds):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(adapt_all, "time", SimpleNamespace(sleep=ended, monotonic=time.monotonic))
+    job = adapt_all.Job("train", ["train"])
+    with pytest.raises(SystemExit, match="143"):
+        adapt_all.run([job], 0, tmp_path)
+    assert job.process.wait(timeout=10) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
