@@ -50,29 +50,35 @@ class Job:
     began: float = 0.0
 
 
+def shared(args: argparse.Namespace) -> list[str]:
+    """What every command of adapt.py is told."""
+    return ["--out", args.out, *(["--gguf", args.gguf] if args.gguf else [])]
+
+
 def jobs_of(arm: str, args: argparse.Namespace) -> list[Job]:
     """Training, and measures in the order in which they are wanted."""
-    own = ["--arm", arm, "--out", args.out, *(["--gguf", args.gguf] if args.gguf else [])]
-    training = None
+    own, training = ["--arm", arm, *shared(args)], None
     if arm != "original" and not (Path(args.out) / arm / "model" / "config.json").is_file():
         more = ["--tokens", str(args.tokens), "--batch", str(args.batch), "--compile_layers", str(args.gpus > 0)]
         if any((Path(args.out) / arm / "run").glob("checkpoint-*")):
             more += ["--resume_from_checkpoint", "last"]
         training = Job(f"train {arm}", ["train", *own, *more], SLOTS)
     rows = ARMS[arm].rows if arm in ARMS and ARMS[arm].family is not None else None
-    measures = ["nats", "left", *({"in_place": IN_PLACE, "sequential": IN_BLOCKS}.get(rows) or ["suffix"])]
+    names = ["nats", "left", *({"in_place": IN_PLACE, "sequential": IN_BLOCKS}.get(rows) or ["suffix"])]
     if arm == "nemotron":
-        measures.insert(2, "suffix and prefix, self")
-    each = [[measure] for measure in measures]
+        names.insert(2, "suffix and prefix, self")
+    measures = [[name] for name in names]
     if arm == "sdar":
-        each += [["suffix and prefix, cache block, one", *bits] for bits in EIGHT_BITS]
-        each += [["nats held", *bits] for bits in EIGHT_BITS if bits[0] == "--weights"]
-    counts = [part for name in ("tasks", "windows", "samples") if (number := getattr(args, name)) is not None
-              for part in (f"--{name}", str(number))]  # fmt: skip
-    workers = ["--workers", str(max(1, (os.cpu_count() or 1) // (SLOTS * max(args.gpus, 1))))]
+        possible = [bits for bits in EIGHT_BITS if args.gpus or bits != ("--weights", "fp8")]  # which a CPU cannot make
+        measures += [["suffix and prefix, cache block, one", *bits] for bits in possible]
+        measures += [["nats held", *bits] for bits in possible if bits[0] == "--weights"]
+    options = ["--workers", str(max(1, (os.cpu_count() or 1) // (SLOTS * max(args.gpus, 1))))]
+    for name in ("tasks", "windows", "samples"):
+        if (number := getattr(args, name)) is not None:
+            options += [f"--{name}", str(number)]
     found = [
-        Job(f"{arm}, {' '.join(each)}", ["evaluate", *own, *counts, *workers, "--only", *each], needs=training)
-        for each in each
+        Job(f"{arm}, {' '.join(measure)}", ["evaluate", *own, *options, "--only", *measure], needs=training)
+        for measure in measures
     ]
     return [*filter(None, [training]), *found]
 
@@ -165,9 +171,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    data, own = Path(args.out) / "data", ["--out", args.out, *(["--gguf", args.gguf] if args.gguf else [])]
+    data = Path(args.out) / "data"
     if not (data / "manifest.json").is_file():
-        adapt("prepare", *own)
+        adapt("prepare", *shared(args))
     Windows(data, tokenizer_of(find_gguf(args.gguf)), "sequential", 1, labelled=False)  # made once, for all arms
     jobs = [job for arm in args.arms for job in jobs_of(arm, args)]
     jobs.sort(key=lambda job: job.command[0] != "train")

@@ -88,6 +88,17 @@ def test_a_job_that_the_system_kills_is_said_to_be_short_of_memory(tmp_path, mon
     assert "train: failed (killed: is memory short?) after" in capsys.readouterr().out
 
 
+def test_weights_in_fp8_are_measured_where_they_can_be_made():
+    for gpus in (1, 0):
+        options = {"out": "out", "gguf": None, "tokens": 512, "batch": 1, "gpus": gpus}
+        args = type("Arguments", (), {**options, "tasks": None, "windows": None, "samples": None})
+        commands = [job.command for job in adapt_all.jobs_of("sdar", args)]
+        bits = {
+            tuple(command[-2:]) for command in commands if command[-2].startswith("--") and command[0] == "evaluate"
+        }
+        assert {("--weights", "int8"), ("--cache_dtype", "fp8")} < bits and (("--weights", "fp8") in bits) == bool(gpus)
+
+
 def test_what_ends_it_ends_what_it_has_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(adapt_all, "PROGRAM", tmp_path / "program.py")
     (tmp_path / "program.py").write_text("import time\ntime.sleep(60)\n")
