@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextDiffusionSt
 from dllm_hf import DiffusionGenerationConfig
 from dllm_hf.generation.inputs import DEFAULT_MAX_NEW_TOKENS
 
-from ..builders import BUILDERS, END, ScriptedModel, character_tokenizer, new_model, recorded, script, tiny_model
+from ..builders import BUILDERS, END, ScriptedModel, character_tokenizer, new_model, recorded, script
 
 PROMPTS = ["to be", "or not to be", "that is"]
 CHAT = [{"role": "user", "content": "to be"}]
@@ -22,11 +22,6 @@ FIRM = {"max_new_tokens": 8, "remasking_strategy": "low_confidence_static", "sup
 @pytest.fixture(params=BUILDERS)
 def family(request) -> str:
     return request.param
-
-
-@pytest.fixture
-def model(family):
-    return tiny_model(family)
 
 
 @pytest.fixture

@@ -217,4 +217,6 @@ class Int8CacheLayer(EightBitCacheLayer):
 
 
 # By the option `cache_dtype`; None is the model's own type.
-CACHE_LAYERS: dict[str | None, type[Any]] = {None: CanvasCacheLayer, "fp8": Float8CacheLayer, "int8": Int8CacheLayer}
+CACHE_LAYERS: dict[str | None, type[Any]] = {
+    kind.encoding: kind for kind in (CanvasCacheLayer, Float8CacheLayer, Int8CacheLayer)
+}

@@ -298,10 +298,10 @@ class Decoder:
 
     def _pass(self, chosen: dict[Row, Frame]) -> None:
         """One forward pass over the windows of rows, and a denoising step of those that have a block in it."""
-        # `process` gets the logits of all rows.
-        rows = [row for row in self.rows if row is not None]
         if self.process is None:  # rows of one beginning may read it together
             rows = sorted(chosen, key=lambda row: self.seats.beginning_of(row.slot))
+        else:  # `process` gets the logits of all rows
+            rows = [row for row in self.rows if row is not None]
         frames, slots = [chosen.get(row) or self._idle_frame() for row in rows], [row.slot for row in rows]
         is_stepping = [row in chosen and not row.is_prefilling for row in rows]
         stepping = [row for row, steps in zip(rows, is_stepping) if steps]
