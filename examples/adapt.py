@@ -19,20 +19,16 @@ import importlib.metadata
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -48,11 +44,11 @@ from dllm_hf import (
 from dllm_hf.generation.configuration import CACHE_DTYPES
 from dllm_hf.hub import checkpoint
 from dllm_hf.quantization import quantization_config
-from dllm_hf.training import DataCollatorForMaskedDiffusion
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adapt_data import END, MASK, WINDOW, Windows, find_gguf, prepare  # noqa: E402
 from adapt_measure import evaluate, report  # noqa: E402
+from adapt_training import Alignment, InOrder, TimeLimit, WholeRows  # noqa: E402
 from train import check_run, interrupted  # noqa: E402
 
 
@@ -91,7 +87,7 @@ class Arguments:
     align_tokens: int = field(default=8_000_000, metadata={"help": "of gla_dream's first stage; 0 leaves it out"})
     line_weight: float = field(
         default=4.0,
-        metadata={"help": "in place: of a line's masked token beside one of a text, of which there are more"},
+        metadata={"help": "of a token of a task's lines in the loss, beside 1 for another, of which there are more"},
     )
     minutes: float | None = field(default=None, metadata={"help": "save and stop after so many"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile each layer"})
@@ -131,78 +127,6 @@ def start(arm: Arm, gguf: Path, block_size: int | None, attention: str) -> PreTr
     if arm.family is not GLADreamModel:
         options["attn_implementation"] = attention
     return arm.family.from_ar_pretrained(gguf.parent, **options, **fields)
-
-
-@dataclass
-class WholeRows(DataCollatorForMaskedDiffusion):
-    """Without an attention mask, which says nothing where all rows are full, and costs the attention its fast paths.
-
-    line_weight: of the loss of a masked token in rows of which a part alone is to be filled.
-    """
-
-    line_weight: float = 1.0
-
-    def __call__(self, features):
-        batch = super().__call__(features)
-        del batch["attention_mask"]
-        is_part = torch.tensor([-100 in each.get("labels", ()) for each in features])
-        batch["mask_ratio"][is_part] /= self.line_weight
-        return batch
-
-
-class InOrder(Trainer):
-    """Reads the rows in their order, which is the same for all arms."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
-
-
-class TimeLimit(TrainerCallback):
-    def __init__(self, minutes: float):
-        self.end = time.monotonic() + 60 * minutes
-
-    def on_step_end(self, args, state, control, **kwargs):
-        over = torch.tensor(float(time.monotonic() > self.end), device=args.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast(over, 0)  # all processes stop after the same step
-        if over and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-
-
-class Alignment(nn.Module):
-    """GLADream's first stage: what each layer's attention makes of the original's input comes to be what the original makes of
-    it. The loss is the mean over the layers of the squared distance, over the squared length of the original's output."""
-
-    def __init__(self, model: GLADreamModel, teacher: PreTrainedModel):
-        super().__init__()
-        self.model = model
-        self.teacher = [teacher.eval().requires_grad_(False)]  # a list: no part of what is trained
-        self.inputs: list[torch.Tensor] = []
-        self.outputs: list[torch.Tensor] = []
-        self.losses: list[torch.Tensor] = []
-        model.requires_grad_(False)
-        for layer in teacher.model.layers:
-            layer.self_attn.register_forward_hook(self._note, with_kwargs=True)
-        for index, layer in enumerate(model.model.layers):
-            layer.self_attn.requires_grad_(True)
-            layer.self_attn.register_forward_pre_hook(lambda module, args, i=index: (self.inputs[i], *args[1:]))
-            layer.self_attn.register_forward_hook(lambda module, args, out, i=index: self._compare(i, out))
-
-    def _note(self, module, args, kwargs, output):
-        self.inputs.append(kwargs["hidden_states"])
-        self.outputs.append(output[0])
-
-    def _compare(self, index: int, output: torch.Tensor) -> torch.Tensor:
-        expected = self.outputs[index].float()
-        self.losses.append((output.float() - expected).square().sum() / expected.square().sum())
-        return output.detach()
-
-    def forward(self, input_ids: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
-        self.inputs.clear(), self.outputs.clear(), self.losses.clear()
-        with torch.no_grad():
-            self.teacher[0].to(input_ids.device).model(input_ids, use_cache=False)
-        self.model.model(input_ids, use_cache=False)
-        return {"loss": torch.stack(self.losses).mean()}
 
 
 def rows_for(tokens: int, batch: int) -> int:
@@ -278,7 +202,7 @@ def note(args: Arguments, measure: str, trainer: Trainer, rows: int) -> None:
     line = {"arm": args.arm, "measure": measure, "tokens": rows * WINDOW, "steps": trainer.state.global_step}
     losses = [[each["step"], round(each["loss"], 4)] for each in logged]
     line |= {"loss": losses, "batch": args.batch, "seed": trainer.args.seed}
-    line |= {"learning_rate": trainer.args.learning_rate, **versions()}
+    line |= {"learning_rate": trainer.args.learning_rate, "line_weight": args.line_weight, **versions()}
     summary = [each for each in trainer.state.log_history if "train_runtime" in each]
     if summary:
         line["seconds of the last run"] = round(summary[-1]["train_runtime"], 1)
@@ -347,12 +271,12 @@ def train(argv: list[str]) -> None:
         for layer in model.model.layers:
             layer.compile()
     labelled = arm.family is None or arm.rows == "in_place"
-    rows = Windows(folder / "data", tokenizer, arm.rows, rows_for(args.tokens, args.batch), labelled)
+    number = rows_for(args.tokens, args.batch)
+    rows = Windows(folder / "data", tokenizer, arm.rows, number, labelled, args.line_weight)
     collator: Any = default_data_collator
     callbacks: list[Any] = []
     if arm.family is not None:
-        own = {"mask_token_id": MASK, "seed": training.seed, "line_weight": args.line_weight}
-        collator = WholeRows(tokenizer, "dream", weighting="none", **own)
+        collator = WholeRows(tokenizer, "dream", weighting="none", mask_token_id=MASK, seed=training.seed)
         callbacks = [collator]
     trainer = run_stage(model, rows, args, training, collator, callbacks)
     if not trainer.is_world_process_zero():
