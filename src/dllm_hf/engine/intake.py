@@ -1,7 +1,7 @@
 """`Intake`: what is checked of a request before it may wait, and the completions that are made of it."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,6 +20,19 @@ from .sequence import Sequence
 
 # Options that need the logits of a whole batch between forward pass and selection.
 _BATCH_OPTIONS = {"cfg_scale": (None, 0), "repetition_penalty": (None, 1)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters that were checked.
+
+    options: the model's own filled in. timeout: seconds.
+    """
+
+    params: SamplingParams
+    options: DiffusionGenerationConfig
+    stop: StopStrings | None
+    timeout: float
 
 
 class Intake:
@@ -46,8 +59,8 @@ class Intake:
         self._spell = lru_cache(2**16)(partial(spell, tokenizer))
         self._grammars: Grammars | None = None
 
-    def prepare(self, prompt: list[int], params: SamplingParams, request_id: str) -> list[Sequence]:
-        """Check a request, and make its completions.
+    def settings(self, params: SamplingParams) -> Settings:
+        """Check parameters, which many requests may share.
 
         Raises:
             ValueError: names the argument that is wrong and what to do.
@@ -58,20 +71,29 @@ class Intake:
             raise ValueError(f"`stop_token_ids` holds the token id {wrong[0]}, but the vocabulary has {vocab} tokens.")
         ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
-        first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        generators = [torch.Generator(self.device).manual_seed(first + index) for index in range(params.n)]
-        request = self.model.diffusion_request(prompt, generators[0], params.logprobs, **options)
-        strings = as_token_list(request.options.stop_strings)
+        resolved = self.model.diffusion_request([0], **options).options
+        strings = as_token_list(resolved.stop_strings)
         if strings and self.tokenizer is None:
             raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
-        stop = StopStrings(self.tokenizer, strings) if strings else None
-        timeout = params.timeout or request.options.max_time or math.inf
         for name, neutral in _BATCH_OPTIONS.items():
-            if (value := getattr(request.options, name)) not in neutral:
+            if (value := getattr(resolved, name)) not in neutral:
                 raise ValueError(
                     f"`{name}={value}` of the model's generation config needs the logits of a whole batch: use "
                     "`diffusion_generate`, or remove it from `model.generation_config`."
                 )
+        stop = StopStrings(self.tokenizer, strings) if strings else None
+        return Settings(params, resolved, stop, params.timeout or resolved.max_time or math.inf)
+
+    def prepare(self, prompt: list[int], settings: Settings, request_id: str) -> list[Sequence]:
+        """Check a request, and make its completions.
+
+        Raises:
+            ValueError: names the argument that is wrong and what to do.
+        """
+        params, strings = settings.params, as_token_list(settings.options.stop_strings)
+        first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+        generators = [torch.Generator(self.device).manual_seed(first + index) for index in range(params.n)]
+        request = self.model.diffusion_request(prompt, generators[0], params.logprobs, settings.options)
         columns = request.columns(self.model.block_grid)
         for name, limit in self.limits.items():
             if columns > limit:
@@ -84,7 +106,7 @@ class Intake:
             own = replace(request, generator=generator, is_constrained=bool(grammar)) if index or grammar else request
             texts = Detokenizer(self.tokenizer, strings, params.skip_special_tokens)
             form = grammar.copy() if grammar else None
-            of = (request_id, index, own, params, timeout, stop, texts, self._spell, form)
+            of = (request_id, index, own, params, settings.timeout, settings.stop, texts, self._spell, form)
             sequences.append(Sequence(*of, columns=columns))
         return sequences
 

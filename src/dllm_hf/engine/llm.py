@@ -22,6 +22,7 @@ from ..quantization import check_runs
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
 from .engine import Engine, QueueFullError
+from .intake import Settings
 from .interrupts import interrupts_deferred
 from .outputs import Event, Load, RequestOutput
 from .prompts import Prompt, encode, prompts_of
@@ -374,14 +375,17 @@ class LLM:
             raise ValueError(
                 f"`sampling_params` lists {len(every)} for {len(prompts)} prompts: pass one, or one for each."
             )
-        requests = []
+        intake, default = self._driver.engine.intake, SamplingParams()
+        requests, settings = [], dict[int, Settings]()
         for number, (prompt, one) in enumerate(zip(prompts, every, strict=True)):
-            one = SamplingParams() if one is None else one
+            one = default if one is None else one
             if not isinstance(one, SamplingParams):
                 raise ValueError(f"`sampling_params` must hold `SamplingParams`, but holds {one!r}.")
             name = names[number]
             try:
-                sequences = self._driver.engine.intake.prepare(encode(prompt, self.tokenizer), one, name)
+                if id(one) not in settings:  # most prompts share them
+                    settings[id(one)] = intake.settings(one)
+                sequences = intake.prepare(encode(prompt, self.tokenizer), settings[id(one)], name)
             except ValueError as error:
                 where = f"request {name}: " if request_ids else f"prompt {number}: " if len(prompts) > 1 else ""
                 kind = TooLongError if isinstance(error, TooLongError) else ValueError

@@ -9,13 +9,14 @@ Prompt = str | list[int] | list[dict[str, str]]
 
 
 def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids of a prompt, see [`LLM.generate`].
+    """The token ids of a prompt, see [`LLM.generate`]. Those that are given are checked when they become an array, which is all
+    that a long prompt takes time for.
 
     Raises:
         ValueError: it is none, or needs a tokenizer or a chat template that is not there.
     """
-    if isinstance(prompt, (list, tuple)) and [*map(type, prompt)].count(int) == len(prompt):
-        return list(prompt)
+    if isinstance(prompt, (list, tuple)) and (not prompt or type(prompt[0]) is int):
+        return prompt if isinstance(prompt, list) else list(prompt)
     is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
     if not (is_chat or isinstance(prompt, str)):
         raise ValueError(

@@ -280,11 +280,10 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             backend.fused.prepare(past, slots)
         return workspace, final_lengths
 
-    def diffusion_request(
-        self, prompt: list[int], generator: torch.Generator | None = None, logprobs: int | None = None, **options
-    ) -> Request:
-        """What a [`Decoder`] decodes in one row: a prompt, and options resolved as [`diffusion_generate`] resolves them."""
-        config = self._prepare_diffusion_config(None, options)
+    def diffusion_request(self, prompt: list[int], generator=None, logprobs=None, config=None, **options) -> Request:
+        """What a [`Decoder`] decodes in one row: a prompt, and options resolved as [`diffusion_generate`] resolves them, or
+        those of another request, `config`."""
+        config = self._prepare_diffusion_config(None, options) if config is None else config
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         request = Request(list(prompt), new_tokens, config, generator, self.quota_source, logprobs)
         check_tokens(request.ids, self.config.vocab_size)
