@@ -85,7 +85,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Row, Sequence] = {}
         self._admitting: list[Sequence] = []
-        resolved = model.diffusion_request([0], **options, max_new_tokens=1).options
+        resolved = model.resolve_options(None, options)
         has_cache, cache_dtype = resolved.cache_policy != "none", resolved.cache_dtype
         has_kernels = are_possible(model.device) and CACHE_LAYERS[cache_dtype].has_kernels(model.device)
         fused = fused_of(model)[0] if uses_graphs and has_cache and has_kernels else None

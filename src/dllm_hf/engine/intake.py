@@ -29,7 +29,6 @@ class Settings:
     options: the model's own filled in. timeout: seconds.
     """
 
-    params: SamplingParams
     options: DiffusionGenerationConfig
     stop: StopStrings | None
     timeout: float
@@ -55,7 +54,7 @@ class Intake:
         device: torch.device,
     ):
         self.model, self.tokenizer, self.options, self.limits, self.device = model, tokenizer, options, limits, device
-        self._defaults = model.diffusion_request([0], **options, max_new_tokens=1).options
+        self._defaults = model.resolve_options(None, options)
         self._spell = lru_cache(2**16)(partial(spell, tokenizer))
         self._grammars: Grammars | None = None
 
@@ -71,7 +70,7 @@ class Intake:
             raise ValueError(f"`stop_token_ids` holds the token id {wrong[0]}, but the vocabulary has {vocab} tokens.")
         ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
-        resolved = self.model.diffusion_request([0], **options).options
+        resolved = self.model.resolve_options(None, options)
         strings = as_token_list(resolved.stop_strings)
         if strings and self.tokenizer is None:
             raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
@@ -82,15 +81,18 @@ class Intake:
                     "`diffusion_generate`, or remove it from `model.generation_config`."
                 )
         stop = StopStrings(self.tokenizer, strings) if strings else None
-        return Settings(params, resolved, stop, params.timeout or resolved.max_time or math.inf)
+        return Settings(resolved, stop, params.timeout or resolved.max_time or math.inf)
 
-    def prepare(self, prompt: list[int], settings: Settings, request_id: str) -> list[Sequence]:
-        """Check a request, and make its completions.
+    def prepare(
+        self, prompt: list[int], params: SamplingParams, request_id: str, settings: Settings | None = None
+    ) -> list[Sequence]:
+        """Check a request, and make its completions. `settings`: of `params`, if they were checked before.
 
         Raises:
             ValueError: names the argument that is wrong and what to do.
         """
-        params, strings = settings.params, as_token_list(settings.options.stop_strings)
+        settings = settings or self.settings(params)
+        strings = as_token_list(settings.options.stop_strings)
         first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
         generators = [torch.Generator(self.device).manual_seed(first + index) for index in range(params.n)]
         request = self.model.diffusion_request(prompt, generators[0], params.logprobs, settings.options)
@@ -134,9 +136,5 @@ class Intake:
         return self._grammars.make(params.structured_outputs, as_token_list(options.eos_token_id), left_out)
 
     def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
-        """The options of a request, the model's own filled in, whatever room its prompt leaves for them."""
-        options = self._options_of(params)
-        wanted = options.pop("max_new_tokens", self.model.generation_config.max_new_tokens)
-        effective = self.model.diffusion_request([], **options, max_new_tokens=1).options
-        effective.max_new_tokens = wanted
-        return effective
+        """The options of a request, the model's own filled in."""
+        return self.model.resolve_options(None, self._options_of(params))

@@ -139,7 +139,7 @@ class LLM:
         slots, columns, drafts = (arguments[name] for name in ("max_num_seqs", "num_cache_tokens", "draft_steps"))
         if columns is None:
             # As the engine resolves it, which refuses what the model cannot have.
-            cache_dtype = self.model.diffusion_request([0], **options, max_new_tokens=1).options.cache_dtype
+            cache_dtype = self.model.resolve_options(None, options).cache_dtype
             columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"], cache_dtype)
         limits = arguments["max_queue"], arguments["max_num_batched_tokens"], columns
         return Engine(
@@ -385,7 +385,7 @@ class LLM:
             try:
                 if id(one) not in settings:  # most prompts share them
                     settings[id(one)] = intake.settings(one)
-                sequences = intake.prepare(encode(prompt, self.tokenizer), settings[id(one)], name)
+                sequences = intake.prepare(encode(prompt, self.tokenizer), one, name, settings[id(one)])
             except ValueError as error:
                 where = f"request {name}: " if request_ids else f"prompt {number}: " if len(prompts) > 1 else ""
                 kind = TooLongError if isinstance(error, TooLongError) else ValueError

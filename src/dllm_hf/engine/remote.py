@@ -75,7 +75,7 @@ class Submission:
 
     def sequences(self, intake: Intake) -> list[Sequence]:
         """Its completions in the process that decodes them."""
-        sequences = intake.prepare(self.prompt, intake.settings(self.params), self.request_id)
+        sequences = intake.prepare(self.prompt, self.params, self.request_id)
         for sequence in sequences:
             sequence.shows_texts, sequence.shows_drafts = self.shows_texts, self.shows_drafts
         return sequences

@@ -29,7 +29,7 @@ def effective(model: Any, options: dict[str, Any]) -> dict[str, Any]:
         ValueError: an option is wrong, or the model cannot do what it asks for.
     """
     of_requests(options)
-    resolved = model.diffusion_request([0], max_new_tokens=1, **options).options.to_dict()
+    resolved = model.resolve_options(None, options).to_dict()
     left_out = ("max_new_tokens", "transformers_version", "return_dict_in_generate")
     return {name: value for name, value in resolved.items() if value is not None and name not in left_out}
 

@@ -139,7 +139,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             ValueError: names the argument that is wrong and what to do, before any forward pass.
         """
         input_ids, attention_mask = unpack_inputs(inputs, input_ids, attention_mask, kwargs)
-        check_drafts(config := self._prepare_diffusion_config(generation_config, kwargs))
+        check_drafts(config := self.resolve_options(generation_config, kwargs))
         input_ids, lengths = check_inputs(input_ids, attention_mask, self.config.vocab_size)
         new_tokens = count_new_tokens(config, input_ids.shape[1], max(lengths))
         check_fits(self.config, width := max(lengths) + new_tokens, new_tokens)
@@ -283,7 +283,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
     def diffusion_request(self, prompt: list[int], generator=None, logprobs=None, config=None, **options) -> Request:
         """What a [`Decoder`] decodes in one row: a prompt, and options resolved as [`diffusion_generate`] resolves them, or
         those of another request, `config`."""
-        config = self._prepare_diffusion_config(None, options) if config is None else config
+        config = self.resolve_options(None, options) if config is None else config
         new_tokens = count_new_tokens(config, len(prompt), len(prompt))
         request = Request(list(prompt), new_tokens, config, generator, self.quota_source, logprobs)
         check_tokens(request.ids, self.config.vocab_size)
@@ -291,10 +291,10 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         check_fits(self.config, request.length(self.block_grid), new_tokens)
         return request
 
-    def _prepare_diffusion_config(
+    def resolve_options(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> DiffusionGenerationConfig:
-        """Merge call, given configuration and the model's, fill in the model's defaults, and check the result."""
+        """A new configuration: that of the call, of the given one and the model's, with the model's defaults; checked."""
         base = self.generation_config if generation_config is None else generation_config
         if not hasattr(base, "updated"):
             base = DiffusionGenerationConfig.from_dict(base.to_dict())

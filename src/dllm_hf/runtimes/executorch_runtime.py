@@ -72,8 +72,8 @@ class DiffusionEdge(ExportedModel):
             package("executorch.extension.pybindings.portable_lib", EXTRA)._unsafe_reset_threadpool(num_threads)
         return cls(runtime.load_program(folder / name), folder, description, fingerprint)
 
-    def _prepare_diffusion_config(self, generation_config, kwargs: dict[str, Any]) -> DiffusionGenerationConfig:
-        config = super()._prepare_diffusion_config(generation_config, kwargs)
+    def resolve_options(self, generation_config, kwargs: dict[str, Any]) -> DiffusionGenerationConfig:
+        config = super().resolve_options(generation_config, kwargs)
         self.check_block(config.block_length or 0)
         return config
 
