@@ -348,6 +348,8 @@ def test_wrong_parameters_are_refused_when_they_are_made(arguments, message):
     [
         (["abc", [5, 99]], {}, "prompt 1: .*token id 99"),
         (["abc", 5], {}, "prompt 1: a prompt is a string, a list of token ids, or a list of messages"),
+        ([[1, 2, 3.5, 4]], {}, "the prompt holds 3.5, which is no token id"),
+        ([[1, "a"]], {}, "the prompt holds 'a', which is no token id"),
         ([[2**70]], {}, "the prompt holds the token id 1180591620717411303424"),
         (["\ud800"], {}, "no text that can be encoded"),
         (["abc"], {"stop_token_ids": [99]}, "`stop_token_ids` holds the token id 99"),
@@ -382,6 +384,14 @@ def test_wrong_prompts_are_refused_before_anything_runs(llm, prompts, params, me
 def test_an_engine_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         LLM(tiny_model("llada"), **arguments)
+
+
+def test_parameters_that_prompts_share_are_checked_once(llm, monkeypatch):
+    resolve, calls = llm.model.resolve_options, []
+    monkeypatch.setattr(llm.model, "resolve_options", lambda *args: calls.append(args) or resolve(*args))
+    params = [SamplingParams(**ROOM), SamplingParams(**ROOM, seed=3)]
+    llm.generate(["abc", "de", "a", "b"], [params[0], params[1], params[0], params[1]])
+    assert len(calls) == 2
 
 
 def test_an_iterator_of_prompts_is_read_once(llm):

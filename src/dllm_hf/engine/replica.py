@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .heart import Heart
+from .heart import Heart, freeze_objects
 from .outputs import Load
 from .remote import Remote, send
 
@@ -93,6 +93,7 @@ def run_replica(
     except Exception as error:
         events.send(error)
         return
+    freeze_objects()
     driver, mailbox = llm._driver, llm._submitted
     intake = driver.engine.intake
     events.send((driver.engine.capacity, intake.options, intake.limits))

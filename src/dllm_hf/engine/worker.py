@@ -20,7 +20,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..generation.ranks import divides_heads
-from .heart import Heart
+from .heart import Heart, freeze_objects
 from .outputs import Event, Load
 from .remote import Submission
 
@@ -73,6 +73,7 @@ def run_worker(
     except Exception as error:
         _send_error(connection, error)
         return
+    freeze_objects()
     heart = Heart(connection)
     heart.send((engine.capacity, engine.intake.options, engine.intake.limits))
     heart.start()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from ..engine import LLM
+from ..engine.heart import freeze_objects
 from .app import create_app
 from .settings import Settings
 
@@ -51,6 +52,7 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket) -> None:
     server = _Server(config, settings.shutdown_timeout)
     host, port = listener.getsockname()[:2]
     logger.info("%s: http://%s:%d", settings.name, f"[{host}]" if ":" in host else host, port)
+    freeze_objects()
     server.run(sockets=[listener])
 
 
