@@ -1,6 +1,7 @@
-"""What weights in 8 and 4 bits cost in quality, on the trained checkpoints of hub_configs.
+"""What weights in 8 and 4 bits, and keys and values in 8, cost in quality, on the trained checkpoints of hub_configs.
 
 usage: quantized_quality.py CHECKPOINT ... [--formats int8] [--text tinyshakespeare.txt] [--out results.jsonl]
+       quantized_quality.py SUDOKU_CHECKPOINT ... --formats --caches int8 fp8 [--cache-policy dual --block-length 27]
 
 A Sudoku checkpoint solves held-out puzzles, with the options that its generation_config.json recommends: greedily, and with
 proposals drawn at temperature 1 from three seeds. Of the greedy ones it is counted how many only one of the two solves. A text
@@ -23,6 +24,7 @@ from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwarg
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_hf  # noqa: F401  registers the models
+from dllm_hf.generation.configuration import CACHE_DTYPES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from decoding_quality import HELD_OUT_SEED, LEVELS  # noqa: E402
@@ -60,9 +62,11 @@ def load(folder: Path, weights: str, args: argparse.Namespace):
     return model
 
 
-def solved(model, ids: torch.Tensor, solutions: torch.Tensor, args: argparse.Namespace, seed: int | None):
+def solved(model, ids: torch.Tensor, solutions: torch.Tensor, args: argparse.Namespace, cache, seed: int | None):
     """`(puzzles,)` bool; greedily without a seed."""
-    options = {} if seed is None else {"generator": torch.Generator(args.device).manual_seed(seed)}
+    given = {"cache_dtype": cache, "cache_policy": args.cache_policy, "block_length": args.block_length}
+    options = {name: value for name, value in given.items() if value is not None}
+    options |= {} if seed is None else {"generator": torch.Generator(args.device).manual_seed(seed)}
     temperature = 0.0 if seed is None else 1.0
     written = [
         model.diffusion_generate(part, max_new_tokens=0, temperature=temperature, **options)
@@ -75,22 +79,24 @@ def measure_sudoku(folder: Path, tokenizer, args: argparse.Namespace):
     """Yields a dict for each format and level."""
     write = lambda row: "".join(map(str, row)).replace("0", MASK)
     references: dict[str, torch.Tensor] = {}
-    for weights in ["plain", *args.formats]:
-        model = load(folder, weights, args)
-        for level, clues in LEVELS.items():
-            grids = generate(1000, clues, torch.Generator().manual_seed(HELD_OUT_SEED))
-            ids, solutions = (
-                torch.tensor(
-                    tokenizer([write(row) for row in part[: args.puzzles].tolist()]).input_ids, device=args.device
-                )
-                for part in grids
-            )
-            greedy = solved(model, ids, solutions, args, None)
-            drawn = [solved(model, ids, solutions, args, seed).float().mean().item() for seed in range(args.seeds)]
+    variants = [("plain", None), *[(weights, None) for weights in args.formats], *[("plain", c) for c in args.caches]]
+    models = {weights: load(folder, weights, args) for weights, _ in variants}
+    for level, clues in LEVELS.items():
+        grids = generate(1000, clues, torch.Generator().manual_seed(HELD_OUT_SEED))
+        ids, solutions = (
+            torch.tensor(tokenizer([write(row) for row in part[: args.puzzles].tolist()]).input_ids, device=args.device)
+            for part in grids
+        )
+        for weights, cache in variants:
+            model = models[weights]
+            greedy = solved(model, ids, solutions, args, cache, None)
+            drawn = [
+                solved(model, ids, solutions, args, cache, seed).float().mean().item() for seed in range(args.seeds)
+            ]
             before = references.setdefault(level, greedy)
             won, lost = int((greedy & ~before).sum()), int((before & ~greedy).sum())
             found = {"solved": greedy.float().mean().item(), "won": won, "lost": lost, "drawn": drawn}
-            yield {"weights": weights, "task": level, **found}
+            yield {"weights": weights, "cache": cache, "task": level, **found}
 
 
 def measure_text(folder: Path, tokenizer, args: argparse.Namespace):
@@ -107,7 +113,10 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("checkpoints", nargs="+", type=Path)
     formats = ["fp8", "int8", "int4"]
-    parser.add_argument("--formats", nargs="+", choices=formats, default=formats if on_gpu else ["int8"])
+    parser.add_argument("--formats", nargs="*", choices=formats, default=formats if on_gpu else ["int8"])
+    parser.add_argument("--caches", nargs="*", choices=CACHE_DTYPES, default=[], help="of keys and values, for puzzles")
+    parser.add_argument("--cache-policy", help="for puzzles; by default the checkpoint's own")
+    parser.add_argument("--block-length", type=int, help="for puzzles; by default the checkpoint's own")
     parser.add_argument("--text", type=Path, help="the training text; its last tenth is held out")
     parser.add_argument("--puzzles", type=int, default=1000, help="of each level")
     parser.add_argument("--seeds", type=int, default=3, help="with which puzzles are solved at temperature 1")
