@@ -159,7 +159,8 @@ def kernels_of(tokens: int, sums: SharedSums, norm: torch.nn.Module, ranks: Rank
         every = ranks.all_gather(normed)
         shown = slice(ranks.rank, None, ranks.size) if name == "divide" else slice(None)
         errors = [normed - expected[0], (total - expected[1])[:, shown]]
-        is_right = all(float(each.abs().max()) < 0.1 for each in errors if each.numel())
+        most = 0.25 if name == "nccl" else 0.1  # NCCL rounds after each part, of totals up to 16
+        is_right = all(float(each.abs().max()) < most for each in errors if each.numel())
         if not is_right or (name != "nccl" and not bool((every == every[0]).all())):
             raise SystemExit(f"{name}, {tokens} tokens, rank {ranks.rank}: a wrong sum")
         found[name] = microseconds(run, ranks)

@@ -87,7 +87,7 @@ class Arguments:
     align_tokens: int = field(default=8_000_000, metadata={"help": "of gla_dream's first stage; 0 leaves it out"})
     line_weight: float = field(
         default=4.0,
-        metadata={"help": "of a token of a task's lines in the loss, beside 1 for another, of which there are more"},
+        metadata={"help": "in place: of a line's masked token beside one of a text, of which there are more"},
     )
     minutes: float | None = field(default=None, metadata={"help": "save and stop after so many"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile each layer"})
@@ -202,7 +202,7 @@ def note(args: Arguments, measure: str, trainer: Trainer, rows: int) -> None:
     line = {"arm": args.arm, "measure": measure, "tokens": rows * WINDOW, "steps": trainer.state.global_step}
     losses = [[each["step"], round(each["loss"], 4)] for each in logged]
     line |= {"loss": losses, "batch": args.batch, "seed": trainer.args.seed}
-    line |= {"learning_rate": trainer.args.learning_rate, "line_weight": args.line_weight, **versions()}
+    line |= {"learning_rate": trainer.args.learning_rate, **versions()}
     summary = [each for each in trainer.state.log_history if "train_runtime" in each]
     if summary:
         line["seconds of the last run"] = round(summary[-1]["train_runtime"], 1)
@@ -271,12 +271,14 @@ def train(argv: list[str]) -> None:
         for layer in model.model.layers:
             layer.compile()
     labelled = arm.family is None or arm.rows == "in_place"
-    number = rows_for(args.tokens, args.batch)
-    rows = Windows(folder / "data", tokenizer, arm.rows, number, labelled, args.line_weight)
+    rows = Windows(folder / "data", tokenizer, arm.rows, rows_for(args.tokens, args.batch), labelled)
     collator: Any = default_data_collator
     callbacks: list[Any] = []
     if arm.family is not None:
-        collator = WholeRows(tokenizer, "dream", weighting="none", mask_token_id=MASK, seed=training.seed)
+        # With labels everywhere, so that the next token is learnt everywhere.
+        schedule = {"schedule": "llada"} if name == "nemotron" else {"schedule": "dream", "weighting": "none"}
+        own = {"mask_token_id": MASK, "seed": training.seed, "line_weight": args.line_weight}
+        collator = WholeRows(tokenizer, **schedule, **own)
         callbacks = [collator]
     trainer = run_stage(model, rows, args, training, collator, callbacks)
     if not trainer.is_world_process_zero():

@@ -253,12 +253,10 @@ def make_rows(stream: np.ndarray, tokenizer, seed: int = 0) -> dict[str, np.ndar
     Returns:
         `sequential`: `(windows, WINDOW)`, a task as suffix and prefix, with a token before each, and the lines, which continue
         the prefix. `in_place`: `(windows, WINDOW)`, a task as prefix, lines with end tokens, and
-        suffix. `filled sequential`, `filled in_place`: `(windows, WINDOW)`, whether a token is one of the lines or of their
-        end tokens.
+        suffix. `filled`: `(windows, WINDOW)`, whether a token in place is one of the lines or of their end tokens.
     """
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
-    rows = {kind: windows.copy() for kind in ("sequential", "in_place")}
-    rows |= {f"filled {kind}": np.zeros(windows.shape, bool) for kind in rows}
+    rows = {"sequential": windows.copy(), "in_place": windows.copy(), "filled": np.zeros(windows.shape, bool)}
     pieces = pieces_of(windows, tokenizer, seed)
     while some := list(islice(pieces, 4096)):
         forms = (
@@ -278,14 +276,12 @@ def _write(rows, piece: Piece, before, ended, continued, apart, behind, chance: 
     prefix, suffix = fitted(before, behind, length - len(continued) - 3)
     row = [SUFFIX, *suffix, PREFIX, *prefix, *continued]
     rows["sequential"][number, first : first + length] = row + [END] * (length - len(row))
-    start = first + len(row) - len(continued)
-    rows["filled sequential"][number, start : start + len(continued) + 1] = True
     ends = 0 if chance.random() < 0.25 else chance.randint(1, MAX_ENDS)
     prefix, suffix = fitted(ended, behind, length - len(apart) - ends)
     row = [*prefix, *apart, *[END] * ends, *suffix]
     rows["in_place"][number, first : first + length] = row + [END] * (length - len(row))
     start = first + len(prefix)
-    rows["filled in_place"][number, start : start + len(apart) + ends] = True
+    rows["filled"][number, start : start + len(apart) + ends] = True
 
 
 class Windows(Dataset):
@@ -296,19 +292,9 @@ class Windows(Dataset):
         kind: `sequential` or `in_place`, see [`make_rows`].
         number: of rows.
         labelled: whether rows have labels: all tokens, or in place those that are to be filled.
-        line_weight: of a token of the lines in the loss, beside 1 for one of a text; without it rows have no `weights`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        tokenizer,
-        kind: str,
-        number: int,
-        labelled: bool,
-        line_weight: float | None = None,
-        seed: int = 0,
-    ):
+    def __init__(self, folder: Path, tokenizer, kind: str, number: int, labelled: bool, seed: int = 0):
         made = folder / f"rows-{seed}.npz"
         if not made.is_file():
             unfinished = made.with_suffix(f".{os.getpid()}.npz")  # each of several processes makes them
@@ -316,12 +302,12 @@ class Windows(Dataset):
             unfinished.replace(made)
         try:
             with np.load(made) as rows:
-                self.rows, self.filled = rows[kind], rows[f"filled {kind}"]
+                self.rows, self.filled = rows[kind], rows["filled"] if kind == "in_place" else None
         except (BadZipFile, EOFError, ValueError) as error:
             raise SystemExit(f"{made} is damaged ({error}): remove it, and it is made again.") from error
         if not len(self.rows):
             raise SystemExit(f"{folder} holds less than one window of {WINDOW} tokens: prepare more text.")
-        self.in_place, self.labelled, self.line_weight = kind == "in_place", labelled, line_weight
+        self.labelled = labelled
         passes = -(-number // len(self.rows))
         order = [np.random.default_rng([seed, each]).permutation(len(self.rows)) for each in range(passes)]
         self.order = np.concatenate(order)[:number]
@@ -332,14 +318,12 @@ class Windows(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         number = self.order[index]
         row = torch.from_numpy(self.rows[number].astype(np.int64))
-        filled = torch.from_numpy(self.filled[number])
-        item = {"input_ids": row}
-        if self.labelled:
-            is_task = self.in_place and filled.any()
-            item["labels"] = row.masked_fill(~filled, -100) if is_task else row.clone()
-        if self.line_weight is not None:
-            item["weights"] = torch.where(filled, self.line_weight, 1.0)
-        return item
+        if not self.labelled:
+            return {"input_ids": row}
+        labels = row.clone()
+        if self.filled is not None and self.filled[number].any():
+            labels[~torch.from_numpy(self.filled[number])] = -100
+        return {"input_ids": row, "labels": labels}
 
 
 def find_gguf(path: str | None) -> Path:

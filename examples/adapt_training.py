@@ -1,26 +1,31 @@
-"""How `adapt.py` trains: rows in their order, the lines to fill in weighing more, a limit of time, GLADream's first stage."""
+"""How `adapt.py` trains: rows in their order, a limit of time, GLADream's first stage."""
 
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from dllm_hf import GLADreamModel
-from dllm_hf.training import DataCollatorForMaskedDiffusion, masked_diffusion_loss
+from dllm_hf.training import DataCollatorForMaskedDiffusion
 
 
 @dataclass
 class WholeRows(DataCollatorForMaskedDiffusion):
-    """Without an attention mask, which says nothing where all rows are full, and costs the attention its fast paths."""
+    """Without an attention mask, which says nothing where all rows are full, and costs the attention its fast paths.
+
+    line_weight: of the loss of a masked token in rows of which a part alone is to be filled.
+    """
+
+    line_weight: float = 1.0
 
     def __call__(self, features):
         batch = super().__call__(features)
         del batch["attention_mask"]
-        batch["mask_ratio"] /= torch.stack([each["weights"] for each in features])
+        is_part = torch.tensor([-100 in each.get("labels", ()) for each in features])
+        batch["mask_ratio"][is_part] /= self.line_weight
         return batch
 
 
@@ -29,17 +34,6 @@ class InOrder(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Of an autoregressive model, whose own loss has no weights, the weighted loss of the next token."""
-        weights = inputs.pop("weights", None)
-        if weights is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
-        ratio = F.pad(1 / weights[:, 1:], (0, 1))
-        output = model(**inputs)
-        loss = masked_diffusion_loss(output.logits, labels, 0, ratio, num_items_in_batch=num_items_in_batch)
-        return (loss, output) if return_outputs else loss
 
 
 class TimeLimit(TrainerCallback):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.builders import load_script
 from tests.gguf_files import write_gguf
@@ -23,8 +23,6 @@ pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import adapt_data  # noqa: E402
-import adapt_measure  # noqa: E402
-import adapt_training  # noqa: E402
 from adapt_data import END, PREFIX, SUFFIX  # noqa: E402
 
 
@@ -51,8 +49,7 @@ def rows(text) -> dict[str, np.ndarray]:
 
 
 def test_half_of_the_windows_are_tasks_the_same_ones_in_both_forms(rows):
-    has_task = rows["filled in_place"].any(1)
-    assert (rows["filled sequential"].any(1) == has_task).all()
+    has_task = rows["filled"].any(1)
     assert 0.35 < has_task.mean() < 0.6
     assert ((rows["sequential"] == PREFIX).any(1) == has_task).all()
     assert (rows["sequential"][~has_task] == rows["in_place"][~has_task]).all()
@@ -68,7 +65,7 @@ def tasks_of(row: list[int]) -> list[tuple[str, str]]:
 
 def test_a_task_is_one_to_three_whole_lines_in_every_form(rows, text):
     lines, starts = text.split("\n"), set()
-    for row, other, filled in zip(rows["sequential"], rows["in_place"], rows["filled in_place"]):
+    for row, other, filled in zip(rows["sequential"], rows["in_place"], rows["filled"]):
         spans = [span for span in np.split(np.arange(len(row)), np.flatnonzero(np.diff(filled)) + 1) if filled[span[0]]]
         starts |= {span[0] for span in spans}
         in_place = [other[span].tolist() for span in spans]
@@ -85,14 +82,14 @@ def test_a_task_is_one_to_three_whole_lines_in_every_form(rows, text):
 
 def test_windows_come_in_the_order_of_the_seed_and_again_where_the_text_is_short(tmp_path, rows):
     np.savez(tmp_path / "rows-0.npz", **rows)
-    number = len(rows["in_place"])
+    number = len(rows["filled"])
     windows = adapt_data.Windows(tmp_path, Bytes(), "in_place", 2 * number, labelled=True)
     assert sorted(windows.order[:number]) == sorted(windows.order[number:]) == list(range(number))
     assert (
         windows.order.tolist() == adapt_data.Windows(tmp_path, Bytes(), "sequential", 2 * number, False).order.tolist()
     )
-    index = next(index for index, each in enumerate(windows.order) if rows["filled in_place"][each].any())
-    row, filled = windows[index], torch.from_numpy(rows["filled in_place"][windows.order[index]])
+    index = next(index for index, each in enumerate(windows.order) if rows["filled"][each].any())
+    row, filled = windows[index], torch.from_numpy(rows["filled"][windows.order[index]])
     assert (row["labels"][filled] == row["input_ids"][filled]).all() and (row["labels"][~filled] == -100).all()
 
 
@@ -352,31 +349,3 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(adapt, folder, tmp_path)
     run(adapt, tmp_path, "train", *options)
     unbroken = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sdar" / "model").state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
-
-
-def test_the_lines_of_a_task_weigh_more_in_both_forms(tmp_path, rows):
-    np.savez(tmp_path / "rows-0.npz", **rows)
-    for kind in ("sequential", "in_place"):
-        windows = adapt_data.Windows(tmp_path, Bytes(), kind, 50, labelled=True, line_weight=4.0)
-        for index in range(50):
-            filled = torch.from_numpy(rows[f"filled {kind}"][windows.order[index]])
-            assert (windows[index]["weights"] == torch.where(filled, 4.0, 1.0)).all()
-    row, filled = rows["sequential"], rows["filled sequential"]
-    ends = np.flatnonzero(filled[:, :-1] & ~filled[:, 1:])  # where the lines end in the row
-    assert len(ends) > 20 and (row[:, :-1].reshape(-1)[ends] == END).all()
-
-
-def test_without_more_weight_the_control_learns_by_its_own_loss():
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    model, ids = LlamaForCausalLM(config), torch.randint(0, 32, (2, 9))
-    loss_of = lambda inputs, **more: adapt_training.InOrder.compute_loss(trainer, model, dict(inputs), **more)
-    trainer = adapt_training.InOrder.__new__(adapt_training.InOrder)
-    weights = torch.ones(2, 9)
-    expected = model(ids, labels=ids).loss
-    torch.testing.assert_close(loss_of({"input_ids": ids, "labels": ids, "weights": weights}), expected)
-    losses = adapt_measure.next_token_losses(model, ids[:1])
-    weights[0, 3] = 5.0
-    found = loss_of({"input_ids": ids[:1], "labels": ids[:1], "weights": weights[:1]}, num_items_in_batch=4)
-    torch.testing.assert_close(found.double().cpu(), (losses.sum() + 4 * losses[2]) / 4)

@@ -46,6 +46,19 @@ def test_the_loss_is_that_of_each_noisy_block_over_a_causal_text_and_that_of_the
     torch.testing.assert_close(model(NOISY, labels=LABELS).loss, 2.0 * of_diffusion + 0.5 * of_next_token)
 
 
+def test_the_next_token_is_learnt_at_every_labelled_position_whatever_the_masks_weigh(model):
+    ratio = torch.where(NOISED, 0.5, torch.inf)  # as the schedule `llada` gives it: labels everywhere
+    logits = model(CLEAN, use_causal_mask=True).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), CLEAN[:, 1:].flatten())
+    model.config.dlm_loss_weight = 0.0
+    torch.testing.assert_close(model(NOISY, labels=CLEAN, mask_ratio=ratio).loss, expected)
+    by_trainer = model(NOISY, labels=CLEAN, mask_ratio=ratio, num_items_in_batch=18).loss
+    torch.testing.assert_close(by_trainer, expected * 16 / 18)  # nothing predicts the first of each row
+    model.config.dlm_loss_weight, model.config.ar_loss_weight = 1.0, 0.0
+    of_diffusion = both_losses(model)[0] * NOISED.sum() / 0.5 / 18
+    torch.testing.assert_close(model(NOISY, labels=CLEAN, mask_ratio=ratio).loss, of_diffusion)
+
+
 def test_samples_that_are_packed_into_a_row_have_the_loss_that_they_have_in_rows_of_their_own(model):
     positions = torch.arange(9).repeat(2)[None]
     packed = model(NOISY.view(1, -1), labels=LABELS.view(1, -1), position_ids=positions).loss

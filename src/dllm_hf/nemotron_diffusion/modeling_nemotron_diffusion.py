@@ -66,8 +66,9 @@ class NemotronLabsDiffusionModel(BlockDiffusionLM, NemotronLabsDiffusionPreTrain
     """Nemotron-Labs-Diffusion with its head (https://huggingface.co/nvidia/Nemotron-Labs-Diffusion-8B). `forward` also takes
     `use_causal_mask`, see [`NemotronLabsDiffusionEncoder`].
 
-    With `labels` one pass reads the noisy text and the clean one behind it, which is causal. The loss is that of diffusion and
-    that of the next token, both of the labelled positions with the same weights: an estimate over all that may be masked.
+    With `labels` one pass reads the noisy text and the clean one behind it, which is causal. The loss is that of diffusion, and
+    that of the next token, which needs no noise: the mean over all labelled positions, which with the collator's schedule `llada`
+    are all that may be masked.
     """
 
     base_model_class = NemotronLabsDiffusionEncoder
@@ -81,12 +82,12 @@ class NemotronLabsDiffusionModel(BlockDiffusionLM, NemotronLabsDiffusionPreTrain
     ) -> ModelOutput:
         output = self.predict_noisy(input_ids, attention_mask, labels, position_ids, token_mask=token_mask, **inputs)
         self._warn_of_clean_text(input_ids, labels, mask_ratio)
-        weights = (mask_ratio, token_mask, num_items_in_batch, position_ids)
+        others = (token_mask, num_items_in_batch, position_ids)
         noisy, clean = output["logits"].chunk(2, dim=1)
         before = previous_tokens(labels, position_ids, token_mask)
         is_first = before == torch.arange(labels.shape[1], device=labels.device)  # nothing predicts it
-        of_diffusion = masked_diffusion_loss(noisy, labels, 0, *weights)
-        of_next_token = masked_diffusion_loss(clean, labels.masked_fill(is_first, -100), 1, *weights)
+        of_diffusion = masked_diffusion_loss(noisy, labels, 0, mask_ratio, *others)
+        of_next_token = masked_diffusion_loss(clean, labels.masked_fill(is_first, -100), 1, None, *others)
         config = self.config
         weight = 0.3 if config.dlm_loss_weight is None else config.dlm_loss_weight
         loss = weight * of_diffusion + config.ar_loss_weight * of_next_token
