@@ -232,6 +232,7 @@ def parse_training(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
     for name in FOLLOWING:
         if getattr(known, name) is not None:
             first.error(f"--{name} follows from --out, --arm, --tokens and --batch: leave it out.")
+    options["usage"] = "adapt.py train --arm ARM [options], which --help lists"  # the whole is a hundred lines
     parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__, **options)
     parser.set_defaults(**defaults(ARMS[known.arm]))
     folder = Path(known.out) / known.arm / "run"
@@ -315,7 +316,7 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--windows", type=at_least_one, default=64, help="of each held-out text")
     parser.add_argument("--samples", type=at_least_one, default=32, help="masks drawn for a bound")
     parser.add_argument("--only", help="measures whose names begin so")
-    parser.add_argument("--batch", type=at_least_one, default=64, help="tasks decoded together")
+    parser.add_argument("--batch", type=at_least_one, default=256, help="tasks decoded together")
     parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), help="programs that run side by side")
     parser.add_argument("--weights", choices=["fp8", "int8", "int4"], help="quantise the weights of an arm")
     parser.add_argument("--cache_dtype", choices=CACHE_DTYPES, help="of keys and values; else those of the weights")

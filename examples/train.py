@@ -310,7 +310,8 @@ def interrupted(folder: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    usage = "train.py --model MODEL --dataset DATASET --output_dir FOLDER [options], which --help lists"
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__, usage=usage)
     args, training = parser.parse_args_into_dataclasses(argv)
     try:
         check(args, training)
