@@ -3,6 +3,7 @@
 import threading
 import time
 
+import numpy
 import pytest
 import torch
 
@@ -348,8 +349,11 @@ def test_wrong_parameters_are_refused_when_they_are_made(arguments, message):
     [
         (["abc", [5, 99]], {}, "prompt 1: .*token id 99"),
         (["abc", 5], {}, "prompt 1: a prompt is a string, a list of token ids, or a list of messages"),
-        ([[1, 2, 3.5, 4]], {}, "the prompt holds 3.5, which is no token id"),
-        ([[1, "a"]], {}, "the prompt holds 'a', which is no token id"),
+        ([[1, 2, 3.5, 4]], {}, r"the prompt holds 3.5 \(float\), which is no token id"),
+        ([1, "a"], {}, r"^the prompt holds 'a' \(str\), which is no token id"),
+        ([[5, True]], {}, r"the prompt holds True \(bool\), which is no token id"),
+        ([[5], [5, numpy.int64(6)]], {}, r"prompt 1: the prompt holds .*6.*int64.*`.tolist\(\)` makes one"),
+        ([[5, torch.tensor(6)]], {}, r"the prompt holds tensor\(6\)"),
         ([[2**70]], {}, "the prompt holds the token id 1180591620717411303424"),
         (["\ud800"], {}, "no text that can be encoded"),
         (["abc"], {"stop_token_ids": [99]}, "`stop_token_ids` holds the token id 99"),

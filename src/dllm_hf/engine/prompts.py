@@ -5,17 +5,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..generation.inputs import check_types
+
 Prompt = str | list[int] | list[dict[str, str]]
 
 
 def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids of a prompt, see [`LLM.generate`]. Those that are given are checked when they become an array, which is all
-    that a long prompt takes time for.
+    """The token ids of a prompt, see [`LLM.generate`]; a list that is given is not copied. Whether the vocabulary has them is
+    checked later.
 
     Raises:
         ValueError: it is none, or needs a tokenizer or a chat template that is not there.
     """
     if isinstance(prompt, (list, tuple)) and (not prompt or type(prompt[0]) is int):
+        check_types(prompt)
         return prompt if isinstance(prompt, list) else list(prompt)
     is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
     if not (is_chat or isinstance(prompt, str)):
@@ -49,7 +52,7 @@ def prompts_of(prompts: Any) -> list[Any]:
             f"{_remedy(prompts)}."
         )
     prompts = list(prompts)
-    is_one = prompts and all(type(each) is int for each in prompts) or any(isinstance(each, dict) for each in prompts)
+    is_one = prompts and type(prompts[0]) is int or any(isinstance(each, dict) for each in prompts)
     return [prompts] if is_one else prompts
 
 

@@ -1,6 +1,7 @@
 """Checks of the arguments of `diffusion_generate`, before any work starts."""
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy
@@ -66,6 +67,26 @@ def check_inputs(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[
     if attention_mask is None:
         return input_ids, [input_ids.shape[1]] * len(input_ids)
     return input_ids, (attention_mask == 1).sum(-1).tolist()
+
+
+def check_types(prompt: Collection[Any]) -> None:
+    """Refuse what is no integer of Python's: True would be the token 1, and outputs give back what a prompt holds, where JSON
+    takes none of an array's numbers. Some 7 ns a token."""
+    if [*map(type, prompt)].count(int) != len(prompt):
+        wrong = next(each for each in prompt if type(each) is not int)
+        raise ValueError(
+            f"the prompt holds {wrong!r} ({type(wrong).__name__}), which is no token id: pass a string, a list of integers of "
+            "Python's (`.tolist()` makes one of an array), or a list of messages."
+        )
+
+
+def as_array(prompt: Collection[int]) -> numpy.ndarray:
+    """A prompt, `(tokens,)`. Some 10 ns a token."""
+    try:
+        return numpy.asarray(array("q", prompt))
+    except (TypeError, OverflowError):
+        check_types(prompt)
+        raise ValueError(f"the prompt holds the token id {max(prompt, key=abs)}, which no vocabulary has.") from None
 
 
 def check_tokens(ids: numpy.ndarray, vocab_size: int) -> None:
