@@ -390,6 +390,11 @@ def test_an_engine_that_cannot_be_is_refused(arguments, message):
         LLM(tiny_model("llada"), **arguments)
 
 
+def test_blocks_that_no_request_has_room_for_are_refused_with_the_engine():
+    with pytest.raises(ValueError, match="`block_length=256` is more than the 128 positions"):
+        LLM(tiny_model("sdar"), block_length=256)
+
+
 def test_parameters_that_prompts_share_are_checked_once(llm, monkeypatch):
     resolve, calls = llm.model.resolve_options, []
     monkeypatch.setattr(llm.model, "resolve_options", lambda *args: calls.append(args) or resolve(*args))

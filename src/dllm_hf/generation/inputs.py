@@ -133,6 +133,15 @@ def check_fits(model_config: PreTrainedConfig, width: int, new_tokens: int, roun
         )
 
 
+def check_block(model_config: PreTrainedConfig, config: DiffusionGenerationConfig) -> None:
+    """Refuse blocks that are longer than the model's positions, where each is filled up."""
+    positions, length = getattr(model_config, "max_position_embeddings", None), config.block_length or 0
+    if positions is not None and length > positions:
+        raise TooLongError(
+            f"`block_length={length}` is more than the {positions} positions of the model, which decodes whole blocks: reduce it."
+        )
+
+
 def check_batch(batch: int, width: int, generator: Any, streamer: Any) -> None:
     """Refuse a batch that is too large or does not go with its generators or streamer. `batch`: rows, with
     `num_return_sequences` counted."""
