@@ -366,6 +366,7 @@ def test_wrong_parameters_are_refused_when_they_are_made(arguments, message):
         (["abc"], {"max_tokens": 200}, "take 203 columns|longer than the 128 positions"),
         (["abc"], {"remasking_strategy": "lowconfidence"}, "`remasking_strategy='lowconfidence'` is unknown"),
         (["abc"], {"options": {"tempratur": 1}}, "`tempratur` is not an option.*did you mean 'temperature'"),
+        (["abc"], {"options": {"self": 1}}, "`self` is not an option"),
         ([[{"role": "user", "content": "a"}]], {}, "no chat template"),
     ],
 )

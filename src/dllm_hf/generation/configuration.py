@@ -260,7 +260,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             setattr(self, name, copy.copy(options.get(name, default)))
         self.validate()
 
-    def updated(self, **kwargs) -> "DiffusionGenerationConfig":
+    def updated(self, /, **kwargs) -> "DiffusionGenerationConfig":
         """A copy of this configuration in which `kwargs` (the originals' names included) replace what they name."""
         options = canonical_options(kwargs)
         _refuse_unknown(options)
