@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,13 +34,17 @@ class InOrder(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Of an autoregressive model, whose own loss has no weights, the weighted loss of the next token."""
         weights = inputs.pop("weights", None)
-        if weights is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
-        ratio = F.pad(1 / weights[:, 1:], (0, 1))
-        output = model(**inputs)
-        loss = masked_diffusion_loss(output.logits, labels, 0, ratio, num_items_in_batch=num_items_in_batch)
-        return (loss, output) if return_outputs else loss
+        if (
+            weights is not None
+        ):  # the Trainer multiplies what comes of it by the processes, over which gradients are averaged
+            self.compute_loss_func = partial(next_token_loss, weights)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def next_token_loss(weights: torch.Tensor, output, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """`weights`, `labels`: `(batch, length)`."""
+    labels, ratio = F.pad(labels[:, 1:], (0, 1), value=-100), F.pad(1 / weights[:, 1:], (0, 1))
+    return masked_diffusion_loss(output.logits, labels, 0, ratio, num_items_in_batch=num_items_in_batch)
 
 
 class TimeLimit(TrainerCallback):

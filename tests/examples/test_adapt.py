@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from tests.builders import load_script
 from tests.gguf_files import write_gguf
@@ -369,17 +369,33 @@ def test_the_lines_of_a_task_weigh_more_in_both_forms(tmp_path, rows):
     assert len(ends) > 20 and (row[:, :-1].reshape(-1)[ends] == END).all()
 
 
-def test_without_more_weight_the_control_learns_by_its_own_loss():
+@pytest.fixture
+def control(tmp_path):
+    """A trainer of an autoregressive model, and a batch of two rows in which all tokens weigh the same."""
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    model, ids = LlamaForCausalLM(config), torch.randint(0, 32, (2, 9))
-    loss_of = lambda inputs, **more: adapt_training.InOrder.compute_loss(trainer, model, dict(inputs), **more)
-    trainer = adapt_training.InOrder.__new__(adapt_training.InOrder)
-    weights = torch.ones(2, 9)
-    expected = model(ids, labels=ids).loss
-    torch.testing.assert_close(loss_of({"input_ids": ids, "labels": ids, "weights": weights}), expected)
-    losses = adapt_measure.next_token_losses(model, ids[:1])
-    weights[0, 3] = 5.0
-    found = loss_of({"input_ids": ids[:1], "labels": ids[:1], "weights": weights[:1]}, num_items_in_batch=4)
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = adapt_training.InOrder(LlamaForCausalLM(config), training)
+    ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
+    return trainer, {"input_ids": ids, "labels": ids, "weights": torch.ones(2, 9)}
+
+
+def test_without_more_weight_the_control_learns_by_its_own_loss(control):
+    trainer, batch = control
+    loss_of = lambda inputs, **more: trainer.compute_loss(trainer.model, dict(inputs), **more)
+    expected = trainer.model(batch["input_ids"], labels=batch["labels"]).loss
+    torch.testing.assert_close(loss_of(batch), expected)
+    batch = {name: value[:1] for name, value in batch.items()}
+    losses = adapt_measure.next_token_losses(trainer.model, batch["input_ids"])
+    batch["weights"][0, 3] = 5.0
+    found = loss_of(batch, num_items_in_batch=4)
     torch.testing.assert_close(found.double().cpu(), (losses.sum() + 4 * losses[2]) / 4)
+
+
+def test_several_processes_which_average_gradients_have_the_control_learn_as_fast_as_one(control, monkeypatch):
+    trainer, batch = control
+    alone = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=16).item()
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(num_processes=4))
+    together = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=64).item()
+    assert together == pytest.approx(alone)
