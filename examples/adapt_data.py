@@ -317,8 +317,10 @@ class Windows(Dataset):
         try:
             with np.load(made) as rows:
                 self.rows, self.filled = rows[kind], rows[f"filled {kind}"]
-        except (BadZipFile, EOFError, ValueError) as error:
-            raise SystemExit(f"{made} is damaged ({error}): remove it, and it is made again.") from error
+        except (BadZipFile, EOFError, KeyError, ValueError) as error:
+            raise SystemExit(
+                f"{made} is damaged, or of an earlier version ({error}): remove it, and it is made again."
+            ) from error
         if not len(self.rows):
             raise SystemExit(f"{folder} holds less than one window of {WINDOW} tokens: prepare more text.")
         self.in_place, self.labelled, self.line_weight = kind == "in_place", labelled, line_weight

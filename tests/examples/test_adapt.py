@@ -399,3 +399,11 @@ def test_several_processes_which_average_gradients_have_the_control_learn_as_fas
     monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(num_processes=4))
     together = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=64).item()
     assert together == pytest.approx(alone)
+
+
+def test_rows_of_an_earlier_version_are_named_with_what_to_do(tmp_path, rows):
+    earlier = {"sequential": rows["sequential"], "in_place": rows["in_place"], "filled": rows["filled in_place"]}
+    np.savez(tmp_path / "rows-0.npz", **earlier)
+    for kind in ("sequential", "in_place"):
+        with pytest.raises(SystemExit, match="rows-0.npz is .*of an earlier version.*remove it"):
+            adapt_data.Windows(tmp_path, Bytes(), kind, 5, labelled=True)
