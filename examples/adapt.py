@@ -202,7 +202,9 @@ def note(args: Arguments, measure: str, trainer: Trainer, rows: int) -> None:
     line = {"arm": args.arm, "measure": measure, "tokens": rows * WINDOW, "steps": trainer.state.global_step}
     losses = [[each["step"], round(each["loss"], 4)] for each in logged]
     line |= {"loss": losses, "batch": args.batch, "seed": trainer.args.seed}
-    line |= {"learning_rate": trainer.args.learning_rate, "line_weight": args.line_weight, **versions()}
+    line |= {"learning_rate": trainer.args.learning_rate, **versions()}
+    if measure == "training":  # the alignment knows no lines
+        line["line_weight"] = args.line_weight
     summary = [each for each in trainer.state.log_history if "train_runtime" in each]
     if summary:
         line["seconds of the last run"] = round(summary[-1]["train_runtime"], 1)

@@ -335,7 +335,9 @@ def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsy
         run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", *bits)
         adapt.main(["report", "--out", str(folder / "out")])
         assert "cache block, 0.5, int8 weights, fp8 cache |" in capsys.readouterr().out
-    known = [json.loads(line)["measure"] for line in (folder / "out" / "results" / f"{arm}.jsonl").open()]
+    lines = [json.loads(line) for line in (folder / "out" / "results" / f"{arm}.jsonl").open()]
+    assert {each["measure"] for each in lines if "line_weight" in each} == {"training"}
+    known = [each["measure"] for each in lines]
     run(adapt, folder, "evaluate", "--arm", arm, "--tasks", "1", "--windows", "1", "--samples", "2")
     assert len((folder / "out" / "results" / f"{arm}.jsonl").read_text().splitlines()) == len(known) == len(set(known))
 
