@@ -80,7 +80,7 @@ _REMEDIES = {
 
 
 # Two forms of one option: giving the first in a call drops the second from what was stored.
-_REPLACES = {
+REPLACES = {
     "max_new_tokens": "max_length",
     "max_length": "max_new_tokens",
     "steps": "denoising_steps",
@@ -267,7 +267,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
         config = copy.copy(self)  # no value is ever changed, only replaced
-        for given, stored in _REPLACES.items():
+        for given, stored in REPLACES.items():
             if given in options and stored not in options:
                 setattr(config, stored, None)
         for name, value in options.items():
