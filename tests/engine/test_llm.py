@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dllm_hf import LLM, SamplingParams
-from dllm_hf.engine import QueueFullError
+from dllm_hf.engine import QueueFullError, StructuredOutputsParams
 
 from ..builders import END, MASK, ScriptedModel, character_tokenizer, generators, new_model, script, tiny_model
 
@@ -402,6 +402,21 @@ def test_parameters_that_prompts_share_are_checked_once(llm, monkeypatch):
     params = [SamplingParams(**ROOM), SamplingParams(**ROOM, seed=3)]
     llm.generate(["abc", "de", "a", "b"], [params[0], params[1], params[0], params[1]])
     assert len(calls) == 2
+
+
+def test_parameters_keep_what_they_were_made_of_whatever_becomes_of_it():
+    options, ends, every = {"suppress_tokens": [5]}, [3], []
+    for temperature in (0.5, 1.0):
+        options["temperature"] = temperature
+        every.append(SamplingParams(options=options, stop_token_ids=ends, stop=(stop := ["a"])))
+    options["suppress_tokens"].append(6), ends.append(4), stop.append("b")
+    assert [each.options["temperature"] for each in every] == [0.5, 1.0]
+    assert every[1] == SamplingParams(
+        options={"suppress_tokens": [5], "temperature": 1.0}, stop_token_ids=[3], stop=["a"]
+    )
+    form = StructuredOutputsParams(choice=(choice := ["a"]))
+    choice.append("b")
+    assert form.choice == ["a"]
 
 
 def test_an_iterator_of_prompts_is_read_once(llm):
