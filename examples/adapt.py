@@ -237,10 +237,14 @@ def parse_training(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
     parser.set_defaults(**defaults(ARMS[known.arm]))
     folder = Path(known.out) / known.arm / "run"
     args, training = parser.parse_args_into_dataclasses([*argv, "--output_dir", str(folder)])
-    for name in ("tokens", "batch", "block_size", "line_weight"):
+    for name in ("tokens", "batch", "block_size"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name} {value} must be above 0.")
+    if not 1e-3 <= args.line_weight <= 1e3:  # where float32 has it and its inverse
+        parser.error(f"--line_weight {args.line_weight} must be from 0.001 to 1000.")
+    if args.minutes is not None and not args.minutes >= 0:
+        parser.error(f"--minutes {args.minutes} must be at least 0.")
     if args.tokens < (step := args.batch * WINDOW):
         parser.error(f"--tokens {args.tokens} is less than the {step} of one step: give more, or a smaller --batch.")
     if args.align_tokens < 0 or training.gradient_accumulation_steps < 1:

@@ -303,8 +303,10 @@ class Windows(Dataset):
         try:
             with np.load(made) as rows:
                 self.rows, self.filled = rows[kind], rows["filled"] if kind == "in_place" else None
-        except (BadZipFile, EOFError, ValueError) as error:
-            raise SystemExit(f"{made} is damaged ({error}): remove it, and it is made again.") from error
+        except (BadZipFile, EOFError, KeyError, ValueError) as error:
+            raise SystemExit(
+                f"{made} is damaged, or of another version ({error}): remove it, and it is made again."
+            ) from error
         if not len(self.rows):
             raise SystemExit(f"{folder} holds less than one window of {WINDOW} tokens: prepare more text.")
         self.labelled = labelled

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dllm_hf.engine import LLM, CompletionOutput, SamplingParams
 from dllm_hf.engine.prompts import encode
 from dllm_hf.engine.sampling_params import OF_THE_ENGINE
-from dllm_hf.generation.configuration import canonical_options
+from dllm_hf.generation.configuration import REPLACES, canonical_options
 
 from .output import tell
 from .session import Session
@@ -130,7 +130,8 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
     options: dict[str, Any] = {key: value for key, value in session.options.items() if key not in OF_THE_ENGINE}
     options["num_return_sequences"] = session.resolved.num_return_sequences
     own = {key: given.pop(key) for key in ("n", "seed", "stop", "timeout") if key in given}
-    options = {**options, **given}
+    replaced = {REPLACES.get(key) for key in given}  # `--max-tokens` where a line has `max_length`
+    options = {**{key: value for key, value in options.items() if key not in replaced}, **given}
     seed = session.arguments.seed
     arguments = {
         "n": options.pop("num_return_sequences"),
@@ -141,7 +142,10 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
     }
     try:
         [prompt] = [line[key] for key in PROMPTS if key in line]
-        return encode(prompt, session.tokenizer), SamplingParams(**arguments, options=options)
+        tokens = encode(prompt, session.tokenizer)
+        if bool in map(type, tokens):
+            raise ValueError("the prompt holds true or false, which are no token ids: give numbers.")
+        return tokens, SamplingParams(**arguments, options=options)
     except ValueError as error:
         raise ValueError(f"request {name}: {error}") from error
 

@@ -54,6 +54,13 @@ def test_texts_chats_token_ids_and_infilling_are_requests(run, chat_folder, tmp_
     assert results["4"][0]["filled_prompt"].startswith("ab") and len(results["4"][0]["filled_prompt"]) == 4
 
 
+def test_an_option_of_a_line_replaces_the_commands_in_its_other_form(run, folder, tmp_path):
+    (tmp_path / "in").write_text('{"prompt": "Hello", "max_length": 7}\n{"prompt": "Hello", "denoising_steps": 1}\n')
+    assert run("batch", folder, tmp_path / "in", tmp_path / "out", "--max-tokens", 4, "--steps", 4)[0] == 0
+    results = results_of(tmp_path / "out")
+    assert len(results["1"][0]["token_ids"]) == 2 and results["2"][0]["num_forward_passes"] == 1
+
+
 def test_a_killed_run_goes_on_where_it_was(run, folder, prompts, tmp_path):
     """Nothing twice, nothing lost, and a line that was being written is written anew."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -110,6 +117,7 @@ def test_what_failed_is_said_and_tried_again(run, folder, prompts, tmp_path, mon
         (['{"prompt": "a"}', '{"prompt": 5, "id": "x"}'], r"request x: a prompt is a string"),
         (['{"prompt_token_ids": [99]}'], r"request 1: .*token id 99"),
         (['{"prompt": "a", "id": null}'], r"line 1 has the id None: an id is a string or an integer"),
+        (['{"prompt_token_ids": [1, true]}'], r"the prompt holds true or false, which are no token ids"),
         (['{"prompt": "a", "id": true}'], r"line 1 has the id True: an id is a string or an integer"),
         (['{"prompt": "a", "id": "\\ud800"}'], r"line 1 has the id .*: an id is a string or an integer"),
         (['{"prompt": "a", "stop": 5}'], r"request 1: `stop` must be a string"),

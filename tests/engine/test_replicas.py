@@ -101,6 +101,15 @@ def test_requests_are_checked_before_they_are_sent(pair):
     assert pair.effective_options(SamplingParams(temperature=0.5)).sampling_temperature == 0.5
 
 
+def test_parameters_that_change_after_they_were_checked_change_nothing_and_end_no_replica(pair):
+    params = SamplingParams(seed=1, **ROOM, options={"temperature": 1.0})
+    expected = [output.outputs[0].token_ids for output in pair.generate([[3]] * 3, params)]
+    stream = pair.generate_streaming([[3]] * 3, params)
+    params.options["temprature"] = 0
+    outputs = [event.output for event in stream if event.output]
+    assert [output.token_ids for output in outputs] == expected
+
+
 def test_threads_share_replicas_and_both_of_them_work(pair):
     before = [each.load.num_forward_passes for each in pair._driver.engine._replicas]
     with ThreadPoolExecutor(4) as pool:

@@ -111,6 +111,13 @@ def test_a_local_task_has_the_numbers_of_our_own_code(family, tasks):
     assert info["generation"]["block_length"] == 4 and info["num_samples"] == 16
 
 
+def test_a_length_of_the_models_own_that_tasks_replace_is_not_in_the_results():
+    model = new_model("llada")
+    model.generation_config.max_length = 20
+    generation = DiffusionLM(model, character_tokenizer()).get_model_info()["generation"]
+    assert "block_length" in generation and "max_length" not in generation
+
+
 def test_a_local_task_has_the_same_texts_through_the_server(tasks):
     pytest.importorskip("tenacity", reason='needs the client: pip install "lm_eval[api]"')
     from lm_eval.models.openai_completions import LocalCompletionsAPI

@@ -133,6 +133,12 @@ def test_a_damaged_text_is_named(tmp_path, rows, name, content):
         adapt_data.Windows(tmp_path, Bytes(), "sequential", 1, True)
 
 
+def test_rows_of_another_version_are_named_with_what_to_do(tmp_path, rows):
+    np.savez(tmp_path / "rows-0.npz", sequential=rows["sequential"])
+    with pytest.raises(SystemExit, match="rows-0.npz is .*of another version.*remove it"):
+        adapt_data.Windows(tmp_path, Bytes(), "in_place", 5, labelled=True)
+
+
 @pytest.mark.parametrize(
     "license, is_taken",
     [("MIT", True), ("BSD-3-Clause", True), ("LGPL-2.1; BSD", False), ("", False), ("MPL-2.0 AND MIT", False)],
@@ -218,7 +224,9 @@ def test_bits_that_an_arm_cannot_have_are_refused_first(adapt, options, capsys):
         "train --arm sdar --tokens 2048": "--tokens 2048 is less than the 32768 of one step",
         "train --arm sdar --gradient_accumulation_steps 0": "--gradient_accumulation_steps at least 1",
         "train --arm gla_dream --align_tokens -1": "--align_tokens must be at least 0",
-        "train --arm dream --line_weight 0": "--line_weight 0.0 must be above 0",
+        "train --arm dream --line_weight 0": "--line_weight 0.0 must be from 0.001 to 1000",
+        "train --arm dream --line_weight nan": "--line_weight nan must be from 0.001 to 1000",
+        "train --arm control --minutes nan": "--minutes nan must be at least 0",
         "train --arm dream --block_size 4": "--block_size is for arms in blocks",
         "evaluate --arm original --tasks 0": "--tasks: 0 must be at least 1",
         "evaluate --arm original --windows -1": "--windows: -1 must be at least 1",

@@ -26,9 +26,10 @@ _BATCH_OPTIONS = {"cfg_scale": (None, 0), "repetition_penalty": (None, 1)}
 class Settings:
     """Parameters that were checked.
 
-    options: the model's own filled in. timeout: seconds.
+    params: a copy. options: the model's own filled in. timeout: seconds.
     """
 
+    params: SamplingParams
     options: DiffusionGenerationConfig
     stop: StopStrings | None
     timeout: float
@@ -64,6 +65,7 @@ class Intake:
         Raises:
             ValueError: names the argument that is wrong and what to do.
         """
+        params = replace(params)
         options = self._options_of(params)
         vocab = self.model.config.vocab_size
         if wrong := [token for token in params.stop_token_ids or () if not 0 <= token < vocab]:
@@ -81,7 +83,7 @@ class Intake:
                     "`diffusion_generate`, or remove it from `model.generation_config`."
                 )
         stop = StopStrings(self.tokenizer, strings) if strings else None
-        return Settings(resolved, stop, params.timeout or resolved.max_time or math.inf)
+        return Settings(params, resolved, stop, params.timeout or resolved.max_time or math.inf)
 
     def prepare(
         self, prompt: list[int], params: SamplingParams, request_id: str, settings: Settings | None = None
@@ -92,7 +94,7 @@ class Intake:
             ValueError: names the argument that is wrong and what to do.
         """
         settings = settings or self.settings(params)
-        strings = as_token_list(settings.options.stop_strings)
+        params, strings = settings.params, as_token_list(settings.options.stop_strings)
         first = int(torch.randint(2**62, ())) if params.seed is None else params.seed
         generators = [torch.Generator(self.device).manual_seed(first + index) for index in range(params.n)]
         request = self.model.diffusion_request(prompt, generators[0], params.logprobs, settings.options)

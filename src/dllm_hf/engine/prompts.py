@@ -3,19 +3,21 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy
 from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[int] | list[dict[str, str]]
+INTEGERS = (int, numpy.integer)
 
 
 def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids of a prompt, see [`LLM.generate`]. Those that are given are checked when they become an array, which is all
-    that a long prompt takes time for.
+    """The token ids of a prompt, see [`LLM.generate`]; a list that is given is neither copied nor read: the
+    numbers in it are checked when they become an array.
 
     Raises:
         ValueError: it is none, or needs a tokenizer or a chat template that is not there.
     """
-    if isinstance(prompt, (list, tuple)) and (not prompt or type(prompt[0]) is int):
+    if isinstance(prompt, (list, tuple)) and (not prompt or isinstance(prompt[0], INTEGERS)):
         return prompt if isinstance(prompt, list) else list(prompt)
     is_chat = isinstance(prompt, (list, tuple)) and all(isinstance(turn, dict) for turn in prompt)
     if not (is_chat or isinstance(prompt, str)):
@@ -49,7 +51,7 @@ def prompts_of(prompts: Any) -> list[Any]:
             f"{_remedy(prompts)}."
         )
     prompts = list(prompts)
-    is_one = prompts and all(type(each) is int for each in prompts) or any(isinstance(each, dict) for each in prompts)
+    is_one = prompts and isinstance(prompts[0], INTEGERS) or any(isinstance(each, dict) for each in prompts)
     return [prompts] if is_one else prompts
 
 

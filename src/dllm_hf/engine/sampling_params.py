@@ -33,6 +33,13 @@ MAX_FORM = 2**16  # characters; a parser takes milliseconds for a thousand
 _OTHER_ORDERS = tuple(name for name in OF_DENOISING_STEPS if name != "remasking_strategy") + ("self_speculation",)
 
 
+def _own(value: Any) -> Any:
+    """A copy, lists and dicts in it too, since the caller may change their own later."""
+    if isinstance(value, dict):
+        return {name: _own(each) for name, each in value.items()}
+    return [*map(_own, value)] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class StructuredOutputsParams:
     """The form of a completion, one of these (vLLM's names).
@@ -62,6 +69,7 @@ class StructuredOutputsParams:
             raise ValueError(f"`{name}` of `structured_outputs` is of the wrong type: {value!r}.")
         if len(self.source[1]) > MAX_FORM:
             raise ValueError(f"`{name}` of `structured_outputs` has more than {MAX_FORM} characters: ask for less.")
+        object.__setattr__(self, name, _own(value))
 
     @property
     def source(self) -> tuple[str, str]:
@@ -153,6 +161,8 @@ class SamplingParams:
                 raise ValueError(f"`{name}` is no option of a request: {_REMEDIES[name]}.")
         if self.structured_outputs is not None:
             self._check_form(self.structured_outputs)
+        for name in ("stop", "stop_token_ids", "options"):
+            object.__setattr__(self, name, _own(getattr(self, name)))
 
     def _check_form(self, form: Any) -> None:
         if not isinstance(form, StructuredOutputsParams):

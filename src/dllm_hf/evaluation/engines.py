@@ -30,7 +30,7 @@ def effective(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     of_requests(options)
     resolved = model.resolve_options(None, options).to_dict()
-    left_out = ("max_new_tokens", "transformers_version", "return_dict_in_generate")
+    left_out = ("max_new_tokens", "max_length", "transformers_version", "return_dict_in_generate")
     return {name: value for name, value in resolved.items() if value is not None and name not in left_out}
 
 

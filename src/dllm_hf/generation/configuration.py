@@ -80,7 +80,7 @@ _REMEDIES = {
 
 
 # Two forms of one option: giving the first in a call drops the second from what was stored.
-_REPLACES = {
+REPLACES = {
     "max_new_tokens": "max_length",
     "max_length": "max_new_tokens",
     "steps": "denoising_steps",
@@ -260,14 +260,14 @@ class DiffusionGenerationConfig(GenerationConfig):
             setattr(self, name, copy.copy(options.get(name, default)))
         self.validate()
 
-    def updated(self, **kwargs) -> "DiffusionGenerationConfig":
+    def updated(self, /, **kwargs) -> "DiffusionGenerationConfig":
         """A copy of this configuration in which `kwargs` (the originals' names included) replace what they name."""
         options = canonical_options(kwargs)
         _refuse_unknown(options)
         if options.get("do_sample") is True and options.get("temperature") == 0:
             raise ValueError("`do_sample=True` contradicts `temperature=0`: give a temperature above 0, or drop one.")
         config = copy.copy(self)  # no value is ever changed, only replaced
-        for given, stored in _REPLACES.items():
+        for given, stored in REPLACES.items():
             if given in options and stored not in options:
                 setattr(config, stored, None)
         for name, value in options.items():

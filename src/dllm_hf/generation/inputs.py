@@ -1,6 +1,7 @@
 """Checks of the arguments of `diffusion_generate`, before any work starts."""
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy
@@ -68,6 +69,20 @@ def check_inputs(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[
     return input_ids, (attention_mask == 1).sum(-1).tolist()
 
 
+def as_array(prompt: Collection[int]) -> numpy.ndarray:
+    """A prompt, `(tokens,)`. Some 10 ns a token; to look at their types before would take as long."""
+    try:
+        return numpy.asarray(array("q", prompt))
+    except TypeError:
+        wrong = next((each for each in prompt if not isinstance(each, (int, numpy.integer))), prompt)
+        raise ValueError(
+            f"the prompt holds {wrong!r} ({type(wrong).__name__}), which is no token id: pass a string, a list of integers, or "
+            "a list of messages."
+        ) from None
+    except OverflowError:
+        raise ValueError(f"the prompt holds the token id {max(prompt, key=abs)}, which no vocabulary has.") from None
+
+
 def check_tokens(ids: numpy.ndarray, vocab_size: int) -> None:
     """Refuse a prompt, `(tokens,)`, that was made for another vocabulary."""
     for token in (ids.min(initial=0), ids.max(initial=0)):
@@ -109,6 +124,15 @@ def check_fits(model_config: PreTrainedConfig, width: int, new_tokens: int, roun
         raise TooLongError(
             f"The canvas of {int(width)} positions{rounding} is longer than the {positions} positions of the model: "
             f"{remedy} the prompt."
+        )
+
+
+def check_block(model_config: PreTrainedConfig, config: DiffusionGenerationConfig) -> None:
+    """Refuse blocks that are longer than the model's positions, where each is filled up."""
+    positions, length = getattr(model_config, "max_position_embeddings", None), config.block_length or 0
+    if positions is not None and length > positions:
+        raise TooLongError(
+            f"`block_length={length}` is more than the {positions} positions of the model, which decodes whole blocks: reduce it."
         )
 
 

@@ -34,7 +34,7 @@ from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
 from .hooks import Hooks, Session
-from .inputs import check_batch, check_fits, check_inputs, check_tokens, count_new_tokens, unpack_inputs
+from .inputs import check_batch, check_block, check_fits, check_inputs, check_tokens, count_new_tokens, unpack_inputs
 from .pool import Workspace, acquire, capacity_for, fused_of, hold, pointers_of, release, release_all
 from .ranks import Ranks, SharedCriterion, ranks_of
 from .requests import Request
@@ -348,6 +348,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                 "which its state moves on: leave `block_length` out."
             )
         self._prepare_sub_blocks(config)
+        if self.block_grid == "zero":
+            check_block(self.config, config)
         config.cache_policy = config.cache_policy or self.cache_policies[0]
         if config.cache_policy not in self.cache_policies:
             raise ValueError(
@@ -360,9 +362,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
                 "keys and values as tensors of PyTorch: leave it out."
             )
         if config.cache_dtype and config.cache_policy == "none":
-            raise ValueError(
-                f"`cache_dtype={config.cache_dtype!r}` needs a cache: choose another `cache_policy` than 'none'."
-            )
+            needs = f"`cache_dtype={config.cache_dtype!r}` needs a cache"
+            raise ValueError(f"{needs}: choose another `cache_policy` than 'none'.")
         if config.use_block_cache and config.cache_policy != "block":
             raise ValueError("`use_block_cache=True` needs the keys of the block: choose `cache_policy='block'`.")
         return config

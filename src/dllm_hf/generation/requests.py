@@ -1,6 +1,5 @@
 """`Request`, what a caller asks for one row, and `Row`, its state on the host: blocks, step, what the next pass feeds."""
 
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 
 from .configuration import DiffusionGenerationConfig
 from .drafts import drafts_of
+from .inputs import as_array
 from .remasking import STRATEGIES, Strategy, bernoulli_plan, transfer_quotas
 from .window import DRAFT, VERIFICATION, Frame
 
@@ -60,18 +60,8 @@ class Request:
 
     @cached_property
     def ids(self) -> numpy.ndarray:
-        """The prompt, `(prompt,)`. Made once: lists become arrays at some 10 ns a token."""
-        try:
-            return numpy.asarray(array("q", self.prompt))
-        except TypeError:
-            wrong = next(each for each in self.prompt if not isinstance(each, int))
-            raise ValueError(
-                f"the prompt holds {wrong!r}, which is no token id: pass a string, a list of token ids, or a list of messages."
-            ) from None
-        except OverflowError:
-            raise ValueError(
-                f"the prompt holds the token id {max(self.prompt, key=abs)}, which no vocabulary has."
-            ) from None
+        """The prompt, `(prompt,)`."""
+        return as_array(self.prompt)
 
     @cached_property
     def given(self) -> int:
