@@ -58,6 +58,14 @@ def test_an_arm_is_trained_on_a_gpu_of_its_own_before_it_is_measured(ran):
             assert not any(gpu == other[1] and other[2] < began < other[3] for other in trained.values())
 
 
+def test_gla_dream_is_trained_on_half_of_the_gpus_which_nobody_else_has(ran):
+    well, found = ran(["gla_dream", "control", "dream"], 4)
+    trained = {line[0][2]: line for line in found if line[0][0] == "train"}  # each of its processes notes it
+    assert well and sum(line[0][2] == "gla_dream" and line[0][0] == "train" for line in found) == 2
+    cards = [trained[arm][1].split(",") for arm in ("gla_dream", "control", "dream")]
+    assert len(cards[0]) == 2 and len({card for each in cards for card in each}) == 4
+
+
 @pytest.mark.parametrize("gpus, most", [(1, adapt_all.SLOTS), (0, 1)])
 def test_several_processes_measure_on_a_gpu_and_on_a_cpu_one_does(ran, gpus, most):
     well, found = ran(["original"], gpus)
