@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ import torch
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import llm as llm_module
-from dllm_hf.engine import remote, replicas
+from dllm_hf.engine import remote, replicas, workers
 from dllm_hf.engine.replica import Replica
 from dllm_hf.engine.replicas import MUCH_FULLER, Replicas
 
@@ -214,9 +215,10 @@ def test_closing_or_forgetting_an_llm_ends_its_processes(folder, leaves_no_proce
     assert not any(each.is_alive() for each in processes)
 
 
-def test_what_a_replica_cannot_make_is_said_by_the_parent(folder, leaves_no_process):
-    with pytest.raises(ValueError, match="`cache_policy='dual'`"):
-        LLM(folder, data_parallel_size=2, device="cpu", cache_policy="dual")
+def test_what_a_replica_cannot_load_is_said_by_the_parent(folder, tmp_path, leaves_no_process):
+    shutil.copytree(folder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(OSError, match="safetensors"):
+        LLM(tmp_path / "weightless", data_parallel_size=2, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -227,11 +229,13 @@ def test_what_a_replica_cannot_make_is_said_by_the_parent(folder, leaves_no_proc
         ({"data_parallel_size": 2, "device": "cuda:1"}, "`device=cuda:1` is one for"),
         ({"data_parallel_size": 3, "device": "cuda"}, "needs 3 GPUs, but there are 2"),
         ({"data_parallel_size": 2, "device": "cpu", "max_model_len": 10**9}, "more than the .* positions"),
+        ({"data_parallel_size": 2, "device": "cpu", "cache_policy": "dual"}, "`cache_policy='dual'`"),
+        ({"tensor_parallel_size": 2, "device": "cpu", "mask_token_id": 99}, "`mask_token_id` holds 99"),
     ],
 )
-def test_what_cannot_be_divided_is_refused_before_a_process_starts(
-    folder, monkeypatch, leaves_no_process, arguments, message
-):
+def test_what_cannot_be_divided_is_refused_before_a_process_starts(folder, monkeypatch, arguments, message):
+    for module in (replicas, workers):
+        monkeypatch.setattr(module, "start", lambda *_: pytest.fail("A process was started."))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
     with pytest.raises(ValueError, match=message):
         LLM(**{"model": folder, **arguments})

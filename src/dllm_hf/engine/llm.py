@@ -121,25 +121,24 @@ class LLM:
         capacity = max_model_len or min(positions, DEFAULT_MAX_MODEL_LEN)
         if capacity > positions:
             raise ValueError(f"`max_model_len={capacity}` is more than the {positions} positions of the model.")
+        options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy", "cache_dtype")}
+        if cache_policy is None and self.model.generation_config.cache_policy is None:
+            options["cache_policy"] = "block" if "block" in self.model.cache_policies else None
+        options = {name: value for name, value in options.items() if value is not None}
+        resolved = self.model.resolve_options(None, options)  # refused, if at all, before processes start
         if data_parallel_size > 1:
             engine: Any = Replicas(LLM, str(source), arguments, gpus, self.model, self.tokenizer)
         elif tensor_parallel_size > 1:
             kind = "cpu" if gpus is None else "cuda"
             engine = Workers(LLM, str(source), arguments, self.model, self.tokenizer, kind)
         else:
-            engine = self._make_engine(capacity, arguments)
+            engine = self._make_engine(capacity, arguments, options, resolved.cache_dtype)
         self._driver, self._submitted, self._numbers = Driver(engine), Mailbox(), itertools.count()
 
-    def _make_engine(self, capacity: int, arguments: dict[str, Any]) -> Engine:
+    def _make_engine(self, capacity: int, arguments: dict[str, Any], options: dict, cache_dtype: str | None) -> Engine:
         """That of this process. `capacity`: columns of a canvas."""
-        options = {name: arguments[name] for name in ("mask_token_id", "block_length", "cache_policy", "cache_dtype")}
-        if options["cache_policy"] is None and self.model.generation_config.cache_policy is None:
-            options["cache_policy"] = "block" if "block" in self.model.cache_policies else None
-        options = {name: value for name, value in options.items() if value is not None}
         slots, columns, drafts = (arguments[name] for name in ("max_num_seqs", "num_cache_tokens", "draft_steps"))
         if columns is None:
-            # As the engine resolves it, which refuses what the model cannot have.
-            cache_dtype = self.model.resolve_options(None, options).cache_dtype
             columns = self._cache_columns(slots, capacity, arguments["gpu_memory_utilization"], cache_dtype)
         limits = arguments["max_queue"], arguments["max_num_batched_tokens"], columns
         return Engine(
