@@ -22,7 +22,12 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]  # there is none
 
 BEGINNING = b'{"id": "'  # of every result
-PROMPTS = ("prompt", "messages", "prompt_token_ids")
+# What a line may hold, and what that is.
+PROMPTS = {
+    "prompt": ("a text", lambda value: isinstance(value, str)),
+    "messages": ("a list of messages", lambda value: _holds(value, dict) and len(value) > 0),
+    "prompt_token_ids": ("a list of integers", lambda value: _holds(value, int)),
+}
 
 
 def batch(arguments: argparse.Namespace) -> int:
@@ -31,9 +36,15 @@ def batch(arguments: argparse.Namespace) -> int:
     lines = _read_lines(prompts)
     if results.exists() and results.samefile(prompts):
         raise ValueError(f"{results} holds the prompts: name another file for the results.")
+    is_new = not results.exists()
     with results.open("a", encoding="utf-8") as file:
         _lock(file, results)
-        return _run(arguments, lines, results, file)
+        try:
+            return _run(arguments, lines, results, file)
+        except ValueError:
+            if is_new and not results.stat().st_size:  # refused: nothing is left of it
+                results.unlink()
+            raise
 
 
 def _run(arguments: argparse.Namespace, lines: dict[str, dict[str, Any]], results: Path, file: TextIO) -> int:
@@ -141,13 +152,18 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
         **own,
     }
     try:
-        [prompt] = [line[key] for key in PROMPTS if key in line]
-        tokens = encode(prompt, session.tokenizer)
-        if bool in map(type, tokens):
-            raise ValueError("the prompt holds true or false, which are no token ids: give numbers.")
-        return tokens, SamplingParams(**arguments, options=options)
+        [key] = PROMPTS.keys() & line
+        kind, fits = PROMPTS[key]
+        if not fits(line[key]):
+            raise ValueError(f"`{key}` must be {kind}, but is {json.dumps(line[key])[:100]}.")
+        return encode(line[key], session.tokenizer), SamplingParams(**arguments, options=options)
     except ValueError as error:
         raise ValueError(f"request {name}: {error}") from error
+
+
+def _holds(value: Any, kind: type) -> bool:
+    """Whether it is a list of such; True and False are no integers."""
+    return isinstance(value, list) and all(type(each) is kind for each in value)
 
 
 def _engine(session: Session) -> LLM:

@@ -53,6 +53,7 @@ def test_wrong_parameters_are_refused_when_they_are_made(arguments, message):
         ({"input_ids": [1, 2]}, {}, "`prompts` must be .*: pass its `input_ids`"),
         ({"role": "user", "content": "a"}, {}, "`prompts` must be .*: pass a list of messages"),
         (5, {}, "`prompts` must be a string"),
+        ({1, 2}, {}, "`prompts` must be a string"),
         (torch.tensor([[1, 2]]), {}, r"`.tolist\(\)` makes a list"),
         (["abc"], {"options": {"suppress_tokens": list(range(64))}}, "`suppress_tokens`.*none is left"),
         (["abc"], {"logprobs": 21}, "`logprobs` must be an integer from 0 to 20"),

@@ -1,6 +1,6 @@
 """What a prompt may be, and its token ids."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy
@@ -45,7 +45,7 @@ def prompts_of(prompts: Any) -> list[Any]:
     """One prompt or several as a list."""
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, (Mapping, bytes, bytearray)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (Mapping, Set, bytes, bytearray)) or not isinstance(prompts, Iterable):
         raise ValueError(
             f"`prompts` must be a string, a list of token ids, a list of messages, or a list of such, but is {prompts!r}"
             f"{_remedy(prompts)}."
