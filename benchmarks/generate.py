@@ -14,6 +14,8 @@ static cache.
 Floor: the model's matrix products alone, at as many rows as a step has, in a CUDA graph; of experts those that the steps
 reach (`experts`: how many in a layer, counted in a call on the plain path). `step`: milliseconds of one step
 more, from two calls that differ in the number of steps alone, so that the fixed cost of a block or a call is left out;
+`on_device`: the median on the device of the passes that feed a block of each row and nothing else, which is the better figure where a
+call is for the most part something else;
 `mean`: milliseconds of a call divided by its forward passes. `first`: seconds by which a first call is longer than the
 next.
 """
@@ -21,13 +23,14 @@ next.
 import argparse
 import gc
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
 import transformers
-from timing import captured, milliseconds
+from timing import captured, milliseconds, pass_times
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -199,7 +202,8 @@ def measure_family(name: str, args):
                         "torch_compile": path == "compiled",
                         "cache_dtype": None if policy == "none" else args.cache_dtype,
                     }
-                    first, found = run_setting(model, ids, options, block, args.quotas)
+                    with pass_times() as times:
+                        first, found = run_setting(model, ids, options, block, args.quotas)
                     rows = batch * (args.prompt + args.new if policy == "none" else block)
                     if rows not in floors:
                         plain = {**options, "disable_compile": True, "torch_compile": False, "denoising_steps": block}
@@ -225,6 +229,7 @@ def measure_family(name: str, args):
                             "passes": passes,
                             "mean": 1000 * seconds / passes,
                             "step": step,
+                            "on_device": statistics.median(times[rows]) if times[rows] else None,
                             "floor": floors[rows],
                             "experts": reached.get(rows),
                             "tokens_per_second": batch * args.new / seconds,
@@ -302,6 +307,7 @@ COLUMNS = (
     "quota",
     "mean",
     "step",
+    "on device",
     "floor",
     "step / floor",
     "tokens/s",
@@ -325,7 +331,7 @@ def line(row: dict) -> str:
     # With `prefix` the number of rows changes from block to block: no floor holds for all steps.
     least = None if row["policy"] == "prefix" else row["floor"]
     known = [row["mean"], step, least]
-    cells += ["" if each is None else f"{each:.2f}" for each in known]
+    cells += ["" if each is None else f"{each:.2f}" for each in (*known[:2], row.get("on_device"), least)]
     cells.append("" if None in known else f"**{step / least:.2f}**")
     cells += [f"{row['tokens_per_second']:.0f}", f"{row['memory']:.2f}", f"{row['first']:.1f}"]
     return "| " + " | ".join(map(str, cells)) + " |"

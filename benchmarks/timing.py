@@ -1,9 +1,13 @@
 """How the benchmarks measure time on a GPU."""
 
 import statistics
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+from dllm_hf.generation.decoder import Decoder
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 10, warmup: int = 2) -> float:
@@ -27,3 +31,26 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+@contextmanager
+def pass_times() -> Iterator[dict[int, list[float]]]:
+    """Milliseconds on the device of each forward pass of the calls inside, by the number of tokens that it feeds; there once they
+    have ended. A pass that waits for the host is longer by that."""
+    found, passes, run = defaultdict[int, list[float]](list), [], Decoder._run
+
+    def timed(self, window, *arguments):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        run(self, window, *arguments)
+        events[1].record()
+        passes.append((window.columns.numel(), events))
+
+    Decoder._run = timed  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Decoder._run = run  # type: ignore[method-assign]
+    torch.cuda.synchronize()
+    for tokens, (start, end) in passes:
+        found[tokens].append(start.elapsed_time(end))
