@@ -8,6 +8,7 @@ from dllm_hf.gla_dream.gated_linear_attention import FLA_MODES, MODES, chunk_gla
 from ..builders import MASK, generate, left_pad, new_model
 from ..gla_dream.conftest import INJECTIONS
 from ..gla_dream.oracles import DECAYS, LENGTHS, TOLERANCES, assert_near, results, scan_inputs
+from ..pairwise import pairwise
 
 pytestmark = pytest.mark.gpu
 
@@ -46,12 +47,10 @@ def model_on_the_gpu(mode: str, **changes):
     return new_model("gla_dream", attn_mode=mode, **{**SIZES, **changes}).cuda()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("with_state", [False, True], ids=["from zero", "from a state"])
-@pytest.mark.parametrize("decays", DECAYS)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("mode", FLA_MODES)
+@pytest.mark.parametrize(
+    "length, decays, mode, with_state, reverse, dtype",
+    pairwise(LENGTHS, DECAYS, FLA_MODES, (False, True), (False, True), TOLERANCES),
+)
 def test_a_kernel_of_fla_is_the_recurrence(mode, length, decays, with_state, reverse, dtype):
     pytest.importorskip("fla")
     inputs = scan_inputs(length, decays, with_state, dtype, device="cuda", key_dim=32, value_dim=64)
@@ -59,10 +58,7 @@ def test_a_kernel_of_fla_is_the_recurrence(mode, length, decays, with_state, rev
     assert_near(results(implementation(mode, inputs["query"]), inputs, reverse=reverse), expected, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("decays", DECAYS)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length, decays, reverse, dtype", pairwise(LENGTHS, DECAYS, (False, True), TOLERANCES))
 def test_the_chunked_form_is_the_recurrence(length, decays, reverse, dtype):
     inputs = scan_inputs(length, decays, True, dtype, device="cuda")
     expected = results(recurrent_gla, {name: x.double() for name, x in inputs.items()}, reverse=reverse)
