@@ -12,17 +12,20 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
 from typing import NamedTuple
 
 import torch
+from step_kernels import HEAD_DIM, in_eight_bits, random
 from timing import captured, milliseconds
 
-from dllm_hf.generation.window import MOST_BEGINNINGS, RUN_LENGTH
+from dllm_hf.generation.window import RUN_LENGTH, Frame, Pays, make_list
 from dllm_hf.kernels import attention
 from dllm_hf.kernels.attention import Cascade, canvas_attention
 from dllm_hf.kernels.tiles import number_of_splits, number_of_stages, tile_of
 
-DEVICE, HEAD_DIM, LAYERS, ROOM = "cuda", 128, 3, 8
+DEVICE, LAYERS = "cuda", 3
 
 
 class Case(NamedTuple):
@@ -57,63 +60,47 @@ TILES += [(0, queries, keys, warps) for queries in (8, 16) for keys in (32, 64) 
 
 @dataclass
 class Choice:
-    """tile: of queries that fill none of 16; None: as `tiles.py` chooses. stages; parts: programs for each processor."""
+    """The tile, the stages, and how many programs each processor gets; None: as `tiles.py` chooses."""
 
     tile: tuple[int, int, int, int] | None = None
     stages: int | None = None
-    parts: float | None = None
+    load: float | None = None
 
     def apply(self, least: int) -> None:
         """`least`: tiles of fewer queries are left as they are."""
         attention.tile_of = lambda rows, *more: self.tile if self.tile and rows >= least else tile_of(rows, *more)
         attention.number_of_stages = lambda *args: self.stages or number_of_stages(*args)
         attention.number_of_splits = lambda programs, width, device, load=0: number_of_splits(
-            programs, width, device, load if self.parts is None else self.parts
+            programs, width, device, load if self.load is None else self.load
         )
 
 
 def attend(case: Case, encoding: str | None) -> tuple[Callable[[], object], float]:
     """A call for each layer, and the bytes of a layer's keys and values that have to be read."""
-    torch.manual_seed(0)
-    tokens = [case.tokens * (2 if row < case.longer else 1) for row in range(case.rows)]
-    own = [0 if case.shared else int(case.columns * (0.5 + torch.rand(()).item())) for _ in tokens]
-    longest = min(1 << (max(tokens) - 1).bit_length(), RUN_LENGTH)
-    runs, lengths, place, at = [], [], case.shared, 0
-    for row, (number, before) in enumerate(zip(tokens, own)):
-        seen = case.shared + before
-        for first in range(0, number, longest):
-            runs.append([row, at + first, min(longest, number - first), seen, place - case.shared])
-        # A prompt's tokens see up to the end of their block of 4, others all.
-        is_prompt = not case.columns
-        lengths += [(4 * (index // 4 + 1) if is_prompt else seen + number) for index in range(number)]
-        place, at = place + before + number + ROOM, at + number
-    table = torch.tensor(sorted(runs, key=lambda run: -run[3]), device=DEVICE)
-    count = len(table)
-    total, width = sum(tokens), max(max(own) + case.shared + max(tokens), ROOM)
-    query = torch.randn(1, total, case.heads, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
-    shape = (case.kv_heads, place + width, HEAD_DIM)
+    dice, count = Random(0), range(case.rows)
+    tokens = [case.tokens * (2 if row < case.longer else 1) for row in count]
+    before = [case.shared or int(case.columns * (0.5 + dice.random())) for _ in count]
+    grid = 0 if case.columns else 4  # a prompt's tokens see up to the end of their block, others all
+    frames = [Frame(seen, seen + fed, 0, 0, seen + fed, 0, 0, grid) for seen, fed in zip(before, tokens)]
+    pays = Pays(16, 1) if case.together else None
+    flat = make_list(frames, list(count), case.rows, 0, 0, 0, None, [(1, case.shared)] * case.rows, pays)
+    flat = flat.to(torch.device(DEVICE))
+    # What rows share stands first, and of each row what it does not.
+    ends = list(accumulate((frame.end - case.shared for frame in frames), initial=case.shared))
+    base = (torch.tensor(ends[:-1], device=DEVICE) - case.shared)[flat.runs[:, 0]]
     more: dict = {}
-    if encoding is None:
-        layers = [[torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)] for _ in range(LAYERS)]
-    else:  # bytes that are numbers in both encodings
-        draw = lambda: torch.randint(0, 0x78, shape, device=DEVICE, dtype=torch.uint8)
-        layers = [[draw(), draw()] for _ in range(LAYERS)]
-        more = {"encoding": encoding, "scales": torch.full((*shape[:2], 2), 2.0**-7, device=DEVICE).bfloat16()}
     if case.shared:
-        shared = torch.tensor([[0] * count, [case.shared] * count], device=DEVICE)
-        more["shared"] = shared
+        more["shared"] = torch.tensor([[0], [case.shared]], device=DEVICE).repeat(1, len(flat.runs))
     if case.together:
-        pieces = [[0, first, min(RUN_LENGTH, total - first)] for first in range(0, total, RUN_LENGTH)]
-        most = total // RUN_LENGTH + MOST_BEGINNINGS
-        pieces += [[0, 0, 0]] * (most - len(pieces))
-        columns = torch.full((1, total), case.shared, dtype=torch.int32, device=DEVICE)
-        zeros = torch.zeros(most, dtype=torch.long, device=DEVICE)
-        more["cascade"] = Cascade(columns, zeros, torch.tensor(pieces, device=DEVICE), RUN_LENGTH, shared[1])
-    seen = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)[None]
-    given = (seen, table[:, 4].contiguous(), width, HEAD_DIM**-0.5, table[:, :3].contiguous(), longest)
-    columns_read = case.shared + sum(own) + sum(tokens)
-    size = columns_read * case.kv_heads * 2 * HEAD_DIM * (2 if encoding is None else 1)
-    return lambda: [canvas_attention(query, *layer, *given, **more) for layer in layers], size
+        begins = torch.zeros(len(flat.pieces), dtype=torch.long, device=DEVICE)
+        more["cascade"] = Cascade(flat.beginnings[None], begins, flat.pieces, RUN_LENGTH, flat.skipped)
+    shape = (case.kv_heads, ends[-1], HEAD_DIM)
+    arenas = [(random(*shape), random(*shape)) for _ in range(LAYERS)]
+    layers = [(each, {}) if encoding is None else in_eight_bits(each, encoding) for each in arenas]
+    query = random(1, sum(tokens), case.heads, HEAD_DIM)
+    places = (flat.lengths[None], base, flat.visible, HEAD_DIM**-0.5, flat.runs, flat.longest)
+    call = lambda: [canvas_attention(query, *each, *places, **scales, **more) for each, scales in layers]
+    return call, ends[-1] * case.kv_heads * 2 * HEAD_DIM * (2 if encoding is None else 1)
 
 
 def measure(name: str, encoding: str | None, seconds: float) -> None:
@@ -136,12 +123,12 @@ def measure(name: str, encoding: str | None, seconds: float) -> None:
         now = try_out(Choice())
     found = found[-1:]
     print(f"{name}, {encoding or 'bf16'}: {now:.1f} us now, reading {size / 3.0e6:.1f}", flush=True)
-    for choice in [Choice(stages=each) for each in (1, 2, 3, 4)] + [Choice(parts=each) for each in (0, 1.8, 2.7, 5.4)]:
+    for choice in [Choice(stages=each) for each in (1, 2, 3, 4)] + [Choice(load=each) for each in (0, 1.8, 2.7, 5.4)]:
         try_out(choice)
     best = min(found, key=lambda each: each[0])[1]
     for tile in TILES:
         if piece <= tile[1] or tile[1] == max(queries for _, queries, *_ in TILES):
-            try_out(Choice(tile, best.stages, best.parts))
+            try_out(Choice(tile, best.stages, best.load))
     for us, choice in sorted(found, key=lambda each: each[0])[:5]:
         print(f"    {us:7.1f} us  {choice}", flush=True)
 

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
+from tensor_parallel import SLOTS
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine.worker import load_part
 
-SLOTS, PROMPT, LONGEST = 128, 256, 20
+PROMPT, LONGEST = 256, 20
 KINDS = {"nvjet": "products", "cublas": "products", "_attend": "attention", "_combine": "attention"}
 KINDS |= {"_divide": "sums", "_push": "sums", "nccl": "sums"}
 PERCENTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

@@ -1,16 +1,11 @@
 """`benchmarks/timing.py` on a CPU, with a clock in the place of the device's."""
 
-import sys
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from tests.builders import tiny_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import timing  # noqa: E402
+from tests.builders import load_script, tiny_model
 
 
 def test_the_passes_of_calls_are_told_apart_by_the_tokens_that_they_feed(monkeypatch):
@@ -27,6 +22,7 @@ def test_the_passes_of_calls_are_told_apart_by_the_tokens_that_they_feed(monkeyp
             return float(other.at - self.at)
 
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(**{**vars(torch.cuda), "Event": Event, "synchronize": int}))
+    timing = load_script("benchmarks/timing.py")
     run = timing.Decoder._run
     with timing.pass_times() as times:
         options = {"max_new_tokens": 8, "block_length": 4, "cache_policy": "dual", "return_dict_in_generate": True}
