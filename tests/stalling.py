@@ -18,12 +18,15 @@ class Told:
         return self.function, self.arguments
 
 
-def before_the_next_pass(work: Callable[[], object]) -> None:
-    """Of this process."""
-    plain = Decoder.launch
+def before_the_next_pass(work: Callable[[], object], passes: int = 1) -> None:
+    """Of this process; or before each of so many."""
+    plain, left = Decoder.launch, passes
 
     def launch(self):
-        Decoder.launch = plain
+        nonlocal left
+        left -= 1
+        if not left:
+            Decoder.launch = plain
         work()
         return plain(self)
 

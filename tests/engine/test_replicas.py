@@ -150,8 +150,8 @@ def test_a_replica_that_is_killed_fails_its_requests_and_nobody_elses(folder, le
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["stands still", "is stopped", "is stopped before it is asked", "compiles"])
-def test_a_replica_that_hangs_is_ended_and_one_that_compiles_is_not(how, folder, leaves_no_process, monkeypatch):
+@pytest.mark.parametrize("how", ["stands still", "is stopped", "is stopped before it is asked", "compiles", "waits"])
+def test_a_replica_that_hangs_is_ended_and_one_that_compiles_or_waits_in_each_pass_is_not(how, folder, leaves_no_process, monkeypatch):
     for module in (replicas, remote):
         monkeypatch.setattr(module, "HANG_SECONDS", 2.5)
     with LLM(folder, data_parallel_size=2, device="cpu") as llm:
@@ -162,7 +162,7 @@ def test_a_replica_that_hangs_is_ended_and_one_that_compiles_is_not(how, folder,
         prompts = [100 * each for each in few * 5] if "before" in how else few  # more than a pipe takes
         names = [llm.submit(each, SamplingParams(max_tokens=4, ignore_eos=True)) for each in prompts]
         if "stopped" not in how:
-            hung.send(Told(take_long, how == "compiles"))
+            hung.send(Told(take_long, how))
         begun, outputs, is_stopped = time.monotonic(), {}, False
         for event in llm.events():
             if how == "is stopped" and not is_stopped:
@@ -172,8 +172,8 @@ def test_a_replica_that_hangs_is_ended_and_one_that_compiles_is_not(how, folder,
                 outputs[event.request_id] = event.output
         assert time.monotonic() - begun < 10 and set(outputs) == set(names)
         failed = {name for name, output in outputs.items() if output.finish_reason == "error"}
-        if how == "compiles":
-            assert not failed and hung.process.is_alive()
+        if how in ("compiles", "waits"):
+            assert time.monotonic() - begun > 4 and not failed and hung.process.is_alive()
             return
         assert failed and all("replica 0" in outputs[name].error for name in failed)
         assert {outputs[name].finish_reason for name in set(names) - failed} == {"length"}
@@ -181,14 +181,18 @@ def test_a_replica_that_hangs_is_ended_and_one_that_compiles_is_not(how, folder,
         assert llm.generate([[1]], LONG)[0].outputs[0].finish_reason == "length"
 
 
-def take_long(is_at_work: bool) -> list:
-    """The next pass takes five seconds: at work as kernels are compiled, by other threads, for which this one waits."""
+def take_long(how: str) -> list:
+    """Five seconds: the next pass stands still, or is at work as kernels are compiled, by other threads, for which this one waits;
+    or each of five waits, always at the same instruction, as for a GPU."""
 
     def compile_aside() -> None:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(move_about, 5).result()
 
-    before_the_next_pass(compile_aside if is_at_work else lambda: time.sleep(5))
+    if how == "waits":
+        before_the_next_pass(lambda: time.sleep(1), passes=5)
+    else:
+        before_the_next_pass(compile_aside if how == "compiles" else lambda: time.sleep(5))
     return []
 
 

@@ -98,14 +98,14 @@ def test_a_process_that_fails_alone_ends_the_group(new_pair, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_at_work", [True, False])
-def test_only_a_group_in_which_nobody_moves_hangs(is_at_work, new_pair, monkeypatch):
-    """One that compiles for long keeps the other waiting."""
+@pytest.mark.parametrize("how", ["compiles", "waits", "stands still"])
+def test_only_a_group_in_which_nobody_moves_hangs(how, new_pair, monkeypatch):
+    """One that compiles for long keeps the other waiting, and all wait for their GPU in each pass."""
     monkeypatch.setattr(workers, "HANG_SECONDS", 4.0)
     with new_pair() as llm:
-        llm._driver.engine._changes.append(Told(take_long, is_at_work))
+        llm._driver.engine._changes.append(Told(take_long, how))
         outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
-    if is_at_work:
+    if how != "stands still":
         assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 3
     else:
         assert all("have not moved" in output.outputs[0].error for output in outputs)
@@ -115,7 +115,7 @@ def test_closing_ends_processes_and_requests_also_in_another_thread(new_pair):
     llm = new_pair()
     events = llm.generate_streaming(PROMPTS, LONG)
     next(events)
-    llm._driver.engine._changes.append(Told(take_long, False))  # else a GPU would be through before it is closed
+    llm._driver.engine._changes.append(Told(take_long, "stands still"))  # else a GPU would be through before it is closed
     closing = threading.Timer(0.3, llm.close)
     closing.start()
     outputs = [event.output for event in events if event.output]
@@ -207,8 +207,10 @@ def fail_in_one() -> set:
     return set()
 
 
-def take_long(is_at_work: bool) -> set:
-    """The next pass of one process takes seven seconds."""
-    if os.environ["RANK"] == "1":
-        before_the_next_pass(lambda: move_about(7) if is_at_work else time.sleep(7))
+def take_long(how: str) -> set:
+    """The next pass of one process takes seven seconds, or each of seven of both takes one, always at the same instruction."""
+    if how == "waits":
+        before_the_next_pass(lambda: time.sleep(1), passes=7)
+    elif os.environ["RANK"] == "1":
+        before_the_next_pass(lambda: move_about(7) if how == "compiles" else time.sleep(7))
     return set()

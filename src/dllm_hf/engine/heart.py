@@ -5,6 +5,8 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -28,25 +30,36 @@ def freeze_objects() -> None:
 
 
 class Heart(threading.Thread):
-    """Sends beats while the process is at work. It moves as long as one of its threads does: those that compile side by side
-    keep the main one waiting. Daemons, which wait for messages, do not count."""
+    """Sends beats while the process is at work. It moves from one piece of work to the next, at whose same instruction it waits
+    for the GPU, and within one as long as one of its threads does: those that compile side by side keep the main one waiting.
+    Daemons, which wait for messages, do not count."""
 
     def __init__(self, connection: Connection):
         super().__init__(daemon=True)
         self.connection, self.lock, self.is_working = connection, threading.Lock(), False
+        self._pieces = 0
         self._stopped = threading.Event()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around a piece of work, a step for example."""
+        self._pieces, self.is_working = self._pieces + 1, True
+        try:
+            yield
+        finally:
+            self.is_working = False
 
     def run(self) -> None:
         last, stuck = None, 0.0
         while not self._stopped.wait(BEAT_SECONDS):
-            frames = sys._current_frames()
+            frames, pieces = sys._current_frames(), self._pieces
             own = [frames.get(each.ident or 0) for each in threading.enumerate() if not each.daemon]
             # All calls of a stack: its last frame may be another one at the same place in memory, and at the same instruction.
             places = [
                 [(each.f_code, each.f_lasti) for each, _ in traceback.walk_stack(frame)] for frame in own if frame
             ]
-            stuck = stuck + BEAT_SECONDS if self.is_working and places == last else 0.0
-            last = places
+            stuck = stuck + BEAT_SECONDS if self.is_working and (pieces, places) == last else 0.0
+            last = pieces, places
             if self.is_working:
                 self.send(Beat(stuck))
 

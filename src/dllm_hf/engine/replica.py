@@ -101,10 +101,9 @@ def run_replica(
     heart = Heart(events)
     heart.start()
     while mailbox.is_open or not driver.is_closed:
-        heart.is_working = False
         driver.wait(mailbox)
-        heart.is_working = True
-        driver.turn(mailbox)
+        with heart.at_work():
+            driver.turn(mailbox)
         told = list(mailbox.take())
         if told:
             heart.send((told, driver.engine.load()))

@@ -81,9 +81,8 @@ def run_worker(
     threading.Thread(target=_receive, args=(connection, commands), daemon=True).start()
     while True:
         command = commands.get()
-        heart.is_working = True
-        stepped = _step(engine, command, rank)
-        heart.is_working = False
+        with heart.at_work():
+            stepped = _step(engine, command, rank)
         heart.send(stepped)
 
 
