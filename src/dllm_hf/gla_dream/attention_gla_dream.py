@@ -123,22 +123,18 @@ class GLADreamAttention(nn.Module):
         )
         needs_ends = layout.final is not None or layout.blocks > 1 or layout.clean_rows > 0
         mode = self.config.attn_mode
-        scans = [
-            gated_linear_attention(query, key, value, log_decay, None, reverse, needs_ends, mode)
+        forward, backward = (
+            gated_linear_attention(query, key, value, log_decay, None, reverse, False, mode)[0]
             for reverse in (False, True)
-        ]
-        (forward, _), (backward, _) = scans
+        )
         layer = None if cache is None else cache.layers[self.layer_idx]
         states = None if layer is None else layer.rows_of(layout.window)
         if needs_ends:
-            states = self._states(layout, states, rows, scans, log_decay)
+            states = self._states(layout, states, rows, (forward, backward), key, value, log_decay)
             if layer is not None and layout.final is not None:
                 after = states.gather(1, layout.final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
                 layer.update(after, forward.dtype, layout.window)
-            states = states[:, :-1]
-            if layout.clean_rows:
-                states = states.repeat(rows // layout.clean_rows, 1, 1, 1, 1)
-            states = states.flatten(0, 1)
+            states = states[:, :-1].flatten(0, 1)
         if states is not None:
             from_start, from_end = self._injected(query, log_decay, states)
             forward, backward = forward + from_start, backward + from_end
@@ -160,37 +156,50 @@ class GLADreamAttention(nn.Module):
         gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
         return torch.lerp(backward, forward, gate.to(backward.dtype)), gate
 
-    def _states(self, layout, initial, rows, scans, log_decay) -> torch.Tensor:
+    def _states(self, layout, initial, rows, scans, key, value, log_decay) -> torch.Tensor:
         """The unit between blocks: the state before each block and after the last one, `(rows, blocks + 1, heads,
         key_dim, value_dim)`, of the clean rows if there are any.
 
+        What a block adds to the state is `gate * end of the forward scan + (1 - gate) * end of the backward scan`, both
+        from zeros. The gate is one of values, so that both are one product over twice the tokens: the ends, the largest
+        tensors of a layer, are never there.
+
         Args:
             initial: the state before the first block, or None.
-            scans: forward and backward, each from zeros: output `(rows * blocks, block_size, heads, value_dim)` and
-                final state.
+            scans: outputs forward and backward, `(rows * blocks, block_size, heads, value_dim)`.
         """
-        (forward, forward_end), (backward, backward_end) = scans
+        forward, backward = scans
         gate_proj = self.intra_gate_proj if self.config.share_inter_intra_gate_weights else self.inter_gate_proj
         clean = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
         unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[clean]
         _, gate = self._mix(gate_proj, unfold(forward[:, -1]), unfold(backward[:, 0]))
-        updates = torch.lerp(unfold(backward_end), unfold(forward_end), gate.to(forward_end.dtype)[..., None, :])
-        decays = unfold(log_decay.sum(1)).to(updates.dtype)
-        return block_states(updates, decays, initial, None if layout.samples is None else layout.samples[clean])
+        with torch.autocast(key.device.type, enabled=False):
+            wide = torch.promote_types(value.dtype, torch.float32)
+            key, value, decay = (unfold(x).to(wide).transpose(2, 3) for x in (key, value, log_decay))
+            gate = gate.to(wide)[..., None, :]
+            after = decay.cumsum(3)
+            total = after[..., -1:, :]
+            keys = torch.cat([key * (total - after).exp(), key * (after - decay).exp()], dim=3)
+            updates = keys.mT @ torch.cat([gate * value, (1 - gate) * value], dim=3)
+        samples = None if layout.samples is None else layout.samples[clean]
+        return block_states(updates, total[..., 0, :], initial, samples)
 
     def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor):
         """What the forward and the backward scan add from `states`, each `(rows * blocks, block_size, heads,
-        head_v_dim)`."""
-        wide = states.dtype
+        head_v_dim)`. Noisy rows read the states of the clean ones behind them."""
+        wide, runs = states.dtype, query.shape[0] // states.shape[0]
         with torch.autocast(states.device.type, enabled=False):
-            queries = (query * self.head_k_dim**-0.5).to(wide).transpose(1, 2)
-            if self.config.inter_block_injection_mode == "global":
-                read = (queries @ states).transpose(1, 2).to(query.dtype)
-                return read, read
-            decay = log_decay.to(wide).transpose(1, 2)
-            from_start = decay.cumsum(2)
-            from_end = from_start[:, :, -1:] - from_start + decay
-            return tuple(((queries * x.exp()) @ states).transpose(1, 2).to(query.dtype) for x in (from_start, from_end))
+            queries = (query * self.head_k_dim**-0.5).to(wide)
+            is_global = self.config.inter_block_injection_mode == "global"
+            if not is_global:
+                decay = log_decay.to(wide)
+                from_start = decay.cumsum(1)
+                from_end = from_start[:, -1:] - from_start + decay
+                queries = torch.cat([queries * from_start.exp(), queries * from_end.exp()], dim=1)
+            # All that reads a state is one product, since the states are most of what a layer reads.
+            queries = queries.unflatten(0, (runs, -1)).permute(1, 3, 0, 2, 4).flatten(2, 3)
+            read = (queries @ states).unflatten(2, (runs, -1)).permute(2, 0, 3, 1, 4).flatten(0, 1).to(query.dtype)
+        return (read, read) if is_global else read.chunk(2, dim=1)
 
 
 def convolutions_of(attention: nn.Module) -> list[ShortConvolution]:
