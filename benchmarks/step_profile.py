@@ -9,7 +9,9 @@ when nothing runs, and percentiles of a sum over the GPUs, its wait for the othe
 """
 
 import argparse
+import json
 import os
+import tempfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -26,6 +28,7 @@ from dllm_hf.engine.worker import load_part
 PROMPT, LONGEST = 256, 20
 KINDS = {"nvjet": "products", "cublas": "products", "_attend": "attention", "_combine": "attention"}
 KINDS |= {"_divide": "sums", "_push": "sums", "nccl": "sums"}
+ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 PERCENTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -89,8 +92,12 @@ def main() -> None:
     else:
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             passes, seconds = run(rounds[2])
-        found = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        kernels = sorted((each.time_range.start, each.time_range.end, each.name) for each in found if each.device_time)
+        # Of a trace in a file: PyTorch's own list of so many events takes minutes to make.
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            profiled.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        kernels = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") in ON_DEVICE)
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size} GPUs")
         report([(name, begin, end) for begin, end, name in kernels], passes, seconds)
     if size > 1:
