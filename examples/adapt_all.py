@@ -28,6 +28,8 @@ from adapt_measure import NUM_MASKS  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("adapt.py")
 SLOTS = 4  # processes that measure on a GPU; training takes all
+# Windows that gla_dream takes at once on a GPU of 80 GB: the states of 32, kept for the gradients, do not fit.
+AT_ONCE = 16
 IN_PLACE = (
     "in place, true",
     *(f"in place, {NUM_MASKS} masks, {each}" for each in ("end", "cache dual", "cache prefix", "cache none")),
@@ -64,9 +66,12 @@ def jobs_of(arm: str, args: argparse.Namespace) -> list[Job]:
         more = ["--tokens", str(args.tokens), "--batch", str(args.batch), "--compile_layers", str(args.gpus > 0)]
         if any((Path(args.out) / arm / "run").glob("checkpoint-*")):
             more += ["--resume_from_checkpoint", "last"]
-        training = Job(
-            f"train {arm}", ["train", *own, *more], SLOTS, max(args.gpus // 2, 1) if arm == "gla_dream" else 1
-        )
+        gpus = max(args.gpus // 2, 1) if arm == "gla_dream" else 1
+        if arm == "gla_dream":
+            steps = range(-(-args.batch // (AT_ONCE * gpus)), args.batch + 1)
+            even = (each for each in steps if args.batch % (each * gpus) == 0)
+            more += ["--gradient_accumulation_steps", str(next(even, 1))]
+        training = Job(f"train {arm}", ["train", *own, *more], SLOTS, gpus)
     rows = ARMS[arm].rows if arm in ARMS and ARMS[arm].family is not None else None
     names = ["nats", "left", *({"in_place": IN_PLACE, "sequential": IN_BLOCKS}.get(rows) or ["suffix"])]
     if arm == "nemotron":

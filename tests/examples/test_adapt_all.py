@@ -66,6 +66,17 @@ def test_gla_dream_is_trained_on_half_of_the_gpus_which_nobody_else_has(ran):
     assert len(cards[0]) == 2 and len({card for each in cards for card in each}) == 4
 
 
+@pytest.mark.parametrize(
+    "gpus, batch, steps", [(4, 64, "2"), (1, 64, "4"), (8, 64, "1"), (0, 2, "1"), (1, 24, "2"), (4, 33, "1")]
+)
+def test_gla_dream_takes_as_many_windows_at_once_as_fit_a_gpu(gpus, batch, steps, tmp_path):
+    args = SimpleNamespace(
+        out=str(tmp_path), gguf=None, tokens=10**6, batch=batch, gpus=gpus, tasks=None, windows=None, samples=None
+    )
+    command = adapt_all.jobs_of("gla_dream", args)[0].command
+    assert command[command.index("--gradient_accumulation_steps") + 1] == steps
+
+
 @pytest.mark.parametrize("gpus, most", [(1, adapt_all.SLOTS), (0, 1)])
 def test_several_processes_measure_on_a_gpu_and_on_a_cpu_one_does(ran, gpus, most):
     well, found = ran(["original"], gpus)
