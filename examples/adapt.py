@@ -68,7 +68,7 @@ ARMS = {
     "dream": Arm(DreamModel, "in_place", 3e-4, {}),
     "llada": Arm(LLaDAModelLM, "in_place", 3e-4, {}),
     "sdar": Arm(SDARForCausalLM, "sequential", 3e-4, {"block_size": 8}),
-    "nemotron": Arm(NemotronLabsDiffusionModel, "sequential", 3e-4, {"block_size": 8, "dlm_loss_weight": 1.0}),
+    "nemotron": Arm(NemotronLabsDiffusionModel, "sequential", 3e-4, {"block_size": 8}),
     "gla_dream": Arm(GLADreamModel, "sequential", 6e-4, {"block_size": 8, **GATED}),
 }
 
