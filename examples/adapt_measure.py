@@ -1,5 +1,6 @@
 """What `adapt.py` measures: held-out text in nats a token, lines of HumanEval filled in, and the report of both."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from dllm_hf.evaluation.infilling import evaluate as fill_in
 
 THRESHOLDS = (None, 0.95, 0.9, 0.8, 0.7, 0.5)  # None: one token a step
 NUM_MASKS = 48
+NEXT_TOKEN = ", next token"
 HELD_OUT = {
     "held_out": "files held out",
     "repository": "this repository's source",
@@ -37,14 +39,15 @@ def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, An
         return is_asked and name not in known
 
     bits = f", {args.weights} weights" if args.weights else ""
-    for split in HELD_OUT:
-        name = f"nats {split}{bits}"
+    kinds = ["", NEXT_TOKEN] if getattr(model, "causal_context", False) else [""]
+    for split, kind in itertools.product(HELD_OUT, kinds):
+        name = f"nats {split}{kind}{bits}"
         if is_due(name):
             stream = read_stream(folder / "data", split)
             if len(stream) < WINDOW:
                 print(f"{name}: left out, the text has {len(stream)} tokens, less than one window of {WINDOW}")
                 continue
-            write({"measure": name, **held_out(model, stream, args.windows, args.samples)})
+            write({"measure": name, **held_out(model, stream, args.windows, args.samples, kind == NEXT_TOKEN)})
     every = tasks()[: args.tasks]
     if args.cache_dtype:
         bits += f", {args.cache_dtype} cache"
@@ -95,13 +98,15 @@ def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
             yield f"{name}, cache {policy}, {threshold or 'one token a step'}", form, options
 
 
-def held_out(model, stream: np.ndarray, number: int, samples: int) -> dict[str, Any]:
-    """Nats a token of windows from all over a text, the first token of each given."""
+def held_out(model, stream: np.ndarray, number: int, samples: int, is_causal: bool = False) -> dict[str, Any]:
+    """Nats a token of windows from all over a text, the first token of each given. is_causal: of the next token, by a model of
+    diffusion that learnt it too."""
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
     number = min(number, len(windows))
     rows = torch.from_numpy(windows[np.linspace(0, len(windows) - 1, number).astype(int)].astype(np.int64))
-    if not hasattr(model, "log_likelihood"):
-        losses = [next_token_losses(model, row[None].to(model.device)) for row in rows]
+    if is_causal or not hasattr(model, "log_likelihood"):
+        options = {"use_causal_mask": True} if is_causal else {}
+        losses = [next_token_losses(model, row[None].to(model.device), **options) for row in rows]
         return {
             "windows": number,
             "nats": torch.cat(losses).mean().item(),
@@ -122,9 +127,9 @@ def held_out(model, stream: np.ndarray, number: int, samples: int) -> dict[str, 
 
 
 @torch.no_grad()
-def next_token_losses(model, row: torch.Tensor) -> torch.Tensor:
+def next_token_losses(model, row: torch.Tensor, **options) -> torch.Tensor:
     """`(length - 1,)`, of a causal model."""
-    return F.cross_entropy(model(row).logits[0, :-1].float(), row[0, 1:], reduction="none").double().cpu()
+    return F.cross_entropy(model(row, **options).logits[0, :-1].float(), row[0, 1:], reduction="none").double().cpu()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -148,12 +153,12 @@ def report(folder: Path) -> None:
     if all(line["measure"] in ("training", "alignment") for lines in arms.values() for line in lines):
         raise SystemExit(f"{folder} holds no measures yet: run `adapt.py evaluate` first.")
     print(f"| arm | {' | '.join(HELD_OUT.values())} | what it is |\n|---|---|---|---|---|")
-    for arm, lines in arms.items():
+    for (arm, lines), kind in itertools.product(arms.items(), ("", NEXT_TOKEN)):
         found = {line["measure"]: line for line in lines}
-        nats = [found.get(f"nats {split}") for split in HELD_OUT]
+        nats = [found.get(f"nats {split}{kind}") for split in HELD_OUT]
         if any(nats):
             numbers = " | ".join("" if each is None else f"{each['nats']:.3f}" for each in nats)
-            print(f"| {arm} | {numbers} | {next(filter(None, nats))['is']} |")
+            print(f"| {arm}{kind} | {numbers} | {next(filter(None, nats))['is']} |")
     print(
         "\n| arm | measure | pass@1, % (standard error) | exact match, % | tokens a pass | of the line | tasks |\n"
         + "|---" * 7

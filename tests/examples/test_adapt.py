@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.builders import load_script
+from tests.builders import load_script, new_model
 from tests.gguf_files import write_gguf
 
 pytest.importorskip("accelerate")
@@ -23,6 +23,7 @@ pytest.importorskip("gguf", reason='needs GGUF: pip install "dllm-hf[gguf]"')
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import adapt_data  # noqa: E402
+import adapt_measure  # noqa: E402
 from adapt_data import END, PREFIX, SUFFIX  # noqa: E402
 
 
@@ -286,6 +287,24 @@ def test_a_file_that_is_no_model_is_named(adapt, folder, copy):
     shutil.copy(folder / "model.gguf", copy)
     with pytest.raises(SystemExit, match=f"{model} cannot be loaded"):
         run(adapt, copy, "evaluate", "--arm", "sdar")
+
+
+def test_the_next_token_of_a_diffusion_model_is_measured_given_all_tokens_before_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(adapt_measure, "WINDOW", 12)
+    model = new_model("nemotron_diffusion").eval()
+    row = np.random.default_rng(0).integers(5, 60, 24)
+    windows = torch.from_numpy(row).view(2, 12)
+    of = lambda window, end: model(window[None, :end], use_causal_mask=True).logits[0, -1].log_softmax(-1)[window[end]]
+    with torch.no_grad():
+        expected = -torch.stack([of(window, end) for window in windows for end in range(1, 12)]).mean()
+    found = adapt_measure.held_out(model, row, 2, 1, is_causal=True)
+    assert found["nats"] == pytest.approx(expected.item(), abs=1e-5)
+    lines = [
+        {"measure": f"nats {split}{kind}", **found} for split in adapt_measure.HELD_OUT for kind in ("", ", next token")
+    ]
+    (tmp_path / "nemotron.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    adapt_measure.report(tmp_path)
+    assert "\n| nemotron, next token | " in capsys.readouterr().out
 
 
 def test_what_is_not_measured_is_said(adapt, copy, capsys):
