@@ -17,6 +17,7 @@ import torch
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import llm as llm_module
 from dllm_hf.engine import remote, replicas, workers
+from dllm_hf.engine.heart import COMPILER
 from dllm_hf.engine.replica import Replica
 from dllm_hf.engine.replicas import MUCH_FULLER, Replicas
 
@@ -150,8 +151,12 @@ def test_a_replica_that_is_killed_fails_its_requests_and_nobody_elses(folder, le
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["stands still", "is stopped", "is stopped before it is asked", "compiles", "waits"])
-def test_a_replica_that_hangs_is_ended_and_one_that_compiles_or_waits_in_each_pass_is_not(how, folder, leaves_no_process, monkeypatch):
+@pytest.mark.parametrize(
+    "how", ["stands still", "is stopped", "is stopped before it is asked", "compiles", "compiles at once", "waits"]
+)
+def test_a_replica_that_hangs_is_ended_and_one_that_compiles_or_waits_in_each_pass_is_not(
+    how, folder, leaves_no_process, monkeypatch
+):
     for module in (replicas, remote):
         monkeypatch.setattr(module, "HANG_SECONDS", 2.5)
     with LLM(folder, data_parallel_size=2, device="cpu") as llm:
@@ -172,7 +177,7 @@ def test_a_replica_that_hangs_is_ended_and_one_that_compiles_or_waits_in_each_pa
                 outputs[event.request_id] = event.output
         assert time.monotonic() - begun < 10 and set(outputs) == set(names)
         failed = {name for name, output in outputs.items() if output.finish_reason == "error"}
-        if how in ("compiles", "waits"):
+        if how in ("compiles", "compiles at once", "waits"):
             assert time.monotonic() - begun > 4 and not failed and hung.process.is_alive()
             return
         assert failed and all("replica 0" in outputs[name].error for name in failed)
@@ -182,17 +187,19 @@ def test_a_replica_that_hangs_is_ended_and_one_that_compiles_or_waits_in_each_pa
 
 
 def take_long(how: str) -> list:
-    """Five seconds: the next pass stands still, or is at work as kernels are compiled, by other threads, for which this one waits;
-    or each of five waits, always at the same instruction, as for a GPU."""
+    """Five seconds: the next pass stands still, or is at work as kernels are compiled, by other threads, for which this one waits,
+    in many instructions or in one; or each of five waits, always at the same instruction, as for a GPU."""
+    in_one: dict = {}
+    exec(compile("import time\ndef stand(): time.sleep(5)", COMPILER, "exec"), in_one)
 
     def compile_aside() -> None:
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(move_about, 5).result()
+            pool.submit(*([move_about, 5] if how == "compiles" else [in_one["stand"]])).result()
 
     if how == "waits":
         before_the_next_pass(lambda: time.sleep(1), passes=5)
     else:
-        before_the_next_pass(compile_aside if how == "compiles" else lambda: time.sleep(5))
+        before_the_next_pass(compile_aside if how.startswith("compiles") else lambda: time.sleep(5))
     return []
 
 

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 BEAT_SECONDS = 1.0
 # A process that says nothing for so long while it is at work is taken for dead, and so is one that stands at one instruction.
 HANG_SECONDS = 7.0
+COMPILER = os.path.join("triton", "compiler", "compiler.py")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ def freeze_objects() -> None:
 
 class Heart(threading.Thread):
     """Sends beats while the process is at work. It moves from one piece of work to the next, at whose same instruction it waits
-    for the GPU, and within one as long as one of its threads does: those that compile side by side keep the main one waiting.
-    Daemons, which wait for messages, do not count."""
+    for the GPU, and within one as long as one of its threads does: those that compile side by side keep the main one waiting. So
+    does Triton's compiler, which stands for seconds where many processes share few cores. Daemons, which wait for messages, do
+    not count."""
 
     def __init__(self, connection: Connection):
         super().__init__(daemon=True)
@@ -58,7 +60,9 @@ class Heart(threading.Thread):
             places = [
                 [(each.f_code, each.f_lasti) for each, _ in traceback.walk_stack(frame)] for frame in own if frame
             ]
-            stuck = stuck + BEAT_SECONDS if self.is_working and (pieces, places) == last else 0.0
+            compiles = any(each.co_filename.endswith(COMPILER) for place in places for each, _ in place)
+            stands = self.is_working and (pieces, places) == last and not compiles
+            stuck = stuck + BEAT_SECONDS if stands else 0.0
             last = pieces, places
             if self.is_working:
                 self.send(Beat(stuck))
