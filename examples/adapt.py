@@ -84,7 +84,10 @@ class Arguments:
     tokens: int = field(default=100_000_000, metadata={"help": "to train on, in windows of 512"})
     batch: int = field(default=64, metadata={"help": "windows of a step, on all devices together"})
     block_size: int | None = field(default=None, metadata={"help": "of the arms in blocks, 8 if not given"})
-    align_tokens: int = field(default=8_000_000, metadata={"help": "of gla_dream's first stage; 0 leaves it out"})
+    align_tokens: int | None = field(
+        default=None,
+        metadata={"help": "of gla_dream's first stage, a twelfth of --tokens if not given; 0 leaves it out"},
+    )
     line_weight: float = field(
         default=4.0,
         metadata={"help": "in place: of a line's masked token beside one of a text, of which there are more"},
@@ -247,6 +250,8 @@ def parse_training(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
         parser.error(f"--minutes {args.minutes} must be at least 0.")
     if args.tokens < (step := args.batch * WINDOW):
         parser.error(f"--tokens {args.tokens} is less than the {step} of one step: give more, or a smaller --batch.")
+    if args.align_tokens is None:
+        args.align_tokens = args.tokens // 12
     if args.align_tokens < 0 or training.gradient_accumulation_steps < 1:
         parser.error("--align_tokens must be at least 0, --gradient_accumulation_steps at least 1.")
     if args.block_size is not None and "block_size" not in ARMS[args.arm].fields:

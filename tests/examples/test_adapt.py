@@ -337,6 +337,13 @@ def test_ctrl_c_says_what_is_kept(adapt, folder, capsys, monkeypatch):
         assert stop.value.code == 130 and f"The same command {kept}." in capsys.readouterr().err
 
 
+def test_the_first_stage_is_as_much_shorter_as_the_training_is(adapt, tmp_path):
+    of = lambda *more: adapt.parse_training(
+        ["--arm", "gla_dream", "--out", str(tmp_path), "--tokens", "120000", *more]
+    )[0]
+    assert of().align_tokens == 10_000 and of("--align_tokens", "0").align_tokens == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["control", "dream", "sdar", "nemotron", "gla_dream"])
 def test_an_arm_is_trained_saved_measured_and_reported(adapt, folder, arm, capsys, monkeypatch):
