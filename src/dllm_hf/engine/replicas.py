@@ -91,7 +91,8 @@ class Replicas:
     @property
     def num_waiting(self) -> int:
         """Completions beyond the slots of their replicas."""
-        return sum(max(sum(map(len, each.outstanding.values())) - self._slots, 0) for each in self._replicas)
+        # Copies: a step in another thread may change them meanwhile.
+        return sum(max(sum(map(len, list(each.outstanding.values()))) - self._slots, 0) for each in self._replicas)
 
     @property
     def is_idle(self) -> bool:

@@ -152,7 +152,8 @@ class Workers:
 
     @property
     def num_waiting(self) -> int:
-        return self._load.waiting + self._submitted + sum(each.submitted for each in self._exchanges)
+        # A copy: a step in another thread may change them meanwhile.
+        return self._load.waiting + self._submitted + sum(each.submitted for each in tuple(self._exchanges))
 
     @property
     def is_idle(self) -> bool:
