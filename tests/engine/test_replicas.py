@@ -204,6 +204,30 @@ def take_long(how: str) -> list:
 
 
 @pytest.mark.slow
+def test_replicas_whose_divided_models_compile_do_not_hang(folder, leaves_no_process, monkeypatch):
+    """They wait at one instruction for the processes that compile."""
+    monkeypatch.setattr(replicas, "HANG_SECONDS", 2.5)
+    monkeypatch.setattr(llm_module, "LLM", divided)
+    with LLM(folder, data_parallel_size=2, device="cpu") as llm:
+        begun, outputs = time.monotonic(), llm.generate([[1], [2]], LONG)
+        assert time.monotonic() - begun > 4
+        assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 2
+
+
+def divided(source: str, **arguments) -> LLM:
+    """One replica, on two processes whose first pass takes long."""
+    workers.CONTEXT = multiprocessing.get_context("fork")
+    llm = LLM(source, **{**arguments, "tensor_parallel_size": 2})
+    llm._driver.engine._changes.append(Told(compile_first))
+    return llm
+
+
+def compile_first() -> set:
+    before_the_next_pass(lambda: move_about(5))
+    return set()
+
+
+@pytest.mark.slow
 def test_closing_or_forgetting_an_llm_ends_its_processes(folder, leaves_no_process):
     llm = LLM(folder, data_parallel_size=2, device="cpu")
     for _ in range(100):

@@ -4,16 +4,21 @@ import gc
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import torch
+
 BEAT_SECONDS = 1.0
 # A process that says nothing for so long while it is at work is taken for dead, and so is one that stands at one instruction.
 HANG_SECONDS = 7.0
 COMPILER = os.path.join("triton", "compiler", "compiler.py")
+# Part of a core that a process takes at least which computes; its other threads take less while they wait for messages.
+COMPUTING = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,17 @@ class Heart(threading.Thread):
     """Sends beats while the process is at work. It moves from one piece of work to the next, at whose same instruction it waits
     for the GPU, and within one as long as one of its threads does: those that compile side by side keep the main one waiting. So
     does Triton's compiler, which stands for seconds where many processes share few cores. Daemons, which wait for messages, do
-    not count."""
+    not count. On CPUs, where most of a long step may be at one instruction, which is that of every layer, it moves as long as it
+    computes.
 
-    def __init__(self, connection: Connection):
+    Args:
+        device: of the model; `meta` where other processes hold it. This one hears their hearts then, and moves in any case.
+    """
+
+    def __init__(self, connection: Connection, device: torch.device):
         super().__init__(daemon=True)
         self.connection, self.lock, self.is_working = connection, threading.Lock(), False
-        self._pieces = 0
+        self._device, self._pieces = device.type, 0
         self._stopped = threading.Event()
 
     @contextmanager
@@ -52,18 +62,20 @@ class Heart(threading.Thread):
             self.is_working = False
 
     def run(self) -> None:
-        last, stuck = None, 0.0
+        last, stuck, computed = None, 0.0, 0.0
         while not self._stopped.wait(BEAT_SECONDS):
-            frames, pieces = sys._current_frames(), self._pieces
+            frames = sys._current_frames()
             own = [frames.get(each.ident or 0) for each in threading.enumerate() if not each.daemon]
             # All calls of a stack: its last frame may be another one at the same place in memory, and at the same instruction.
             places = [
                 [(each.f_code, each.f_lasti) for each, _ in traceback.walk_stack(frame)] for frame in own if frame
             ]
+            place, before, computed = (self._pieces, places), computed, time.process_time()
             compiles = any(each.co_filename.endswith(COMPILER) for place in places for each, _ in place)
-            stands = self.is_working and (pieces, places) == last and not compiles
-            stuck = stuck + BEAT_SECONDS if stands else 0.0
-            last = pieces, places
+            computes = self._device == "cpu" and computed - before > COMPUTING * BEAT_SECONDS
+            moves = place != last or compiles or computes or self._device == "meta"
+            stuck = stuck + BEAT_SECONDS if self.is_working and not moves else 0.0
+            last = place
             if self.is_working:
                 self.send(Beat(stuck))
 

@@ -98,7 +98,7 @@ def run_replica(
     intake = driver.engine.intake
     events.send((driver.engine.capacity, intake.options, intake.limits))
     threading.Thread(target=_receive, args=(llm, requests), daemon=True).start()
-    heart = Heart(events)
+    heart = Heart(events, llm.model.device)
     heart.start()
     while mailbox.is_open or not driver.is_closed:
         driver.wait(mailbox)

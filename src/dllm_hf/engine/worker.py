@@ -74,7 +74,7 @@ def run_worker(
         _send_error(connection, error)
         return
     freeze_objects()
-    heart = Heart(connection)
+    heart = Heart(connection, model.device)
     heart.send((engine.capacity, engine.intake.options, engine.intake.limits))
     heart.start()
     commands: SimpleQueue[Command] = SimpleQueue()
