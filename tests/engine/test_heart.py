@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -57,3 +58,15 @@ def test_on_a_cpu_who_computes_moves_and_who_hears_others_does(new_heart, device
         work(0.9)
     longest = max(beat.stuck for beat in pipe.told)
     assert longest < 0.35 if moves else longest > 0.45
+
+
+def test_a_look_keeps_no_tensor_of_a_step_that_goes_on(new_heart):
+    beating, pipe = new_heart("cpu")
+
+    def layer() -> weakref.ref:
+        activations = torch.ones(10)
+        pipe.is_told.wait()
+        return weakref.ref(activations)
+
+    with beating.at_work():
+        assert layer()() is None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from types import CodeType
 
 import torch
 
@@ -64,18 +65,12 @@ class Heart(threading.Thread):
     def run(self) -> None:
         last, stuck, computed = None, 0.0, 0.0
         while not self._stopped.wait(BEAT_SECONDS):
-            frames = sys._current_frames()
-            own = [frames.get(each.ident or 0) for each in threading.enumerate() if not each.daemon]
-            # All calls of a stack: its last frame may be another one at the same place in memory, and at the same instruction.
-            places = [
-                [(each.f_code, each.f_lasti) for each, _ in traceback.walk_stack(frame)] for frame in own if frame
-            ]
-            place, before, computed = (self._pieces, places), computed, time.process_time()
-            compiles = any(each.co_filename.endswith(COMPILER) for place in places for each, _ in place)
+            places, before, computed = _places(), computed, time.process_time()
+            compiles = any(code.co_filename.endswith(COMPILER) for stack in places for code, _ in stack)
             computes = self._device == "cpu" and computed - before > COMPUTING * BEAT_SECONDS
-            moves = place != last or compiles or computes or self._device == "meta"
+            moves = (self._pieces, places) != last or compiles or computes or self._device == "meta"
             stuck = stuck + BEAT_SECONDS if self.is_working and not moves else 0.0
-            last = place
+            last = self._pieces, places
             if self.is_working:
                 self.send(Beat(stuck))
 
@@ -85,3 +80,14 @@ class Heart(threading.Thread):
                 self.connection.send(message)
         except OSError:  # the parent has gone, and a collective that waits for another process cannot be left otherwise
             os._exit(1)
+
+
+def _places() -> list[list[tuple[CodeType, int]]]:
+    """Where each thread stands that is no daemon: all calls of its stack, since the last frame may be another one at the same
+    place in memory, and at the same instruction. No frame is kept: its tensors would stay in memory until the next look."""
+    own = {each.ident for each in threading.enumerate() if not each.daemon}
+    return [
+        [(each.f_code, each.f_lasti) for each, _ in traceback.walk_stack(frame)]
+        for ident, frame in sys._current_frames().items()
+        if ident in own
+    ]
