@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..generation.mixin import DiffusionGenerationMixin
-from .heart import HANG_SECONDS, Beat
+from .heart import BEAT_SECONDS, HANG_SECONDS, Beat
 from .intake import Intake
 from .outputs import Event, Load
 from .remote import CONTEXT, Remote, Submission, start
@@ -180,7 +180,8 @@ class Replicas:
                         del each.outstanding[event.request_id]
             events += received
         for each in alive.values():  # who have said nothing
-            if each.outstanding and time.monotonic() - each.heard > HANG_SECONDS:
+            is_late = each.outstanding and time.monotonic() - each.heard > HANG_SECONDS
+            if is_late and not each.events.poll(BEAT_SECONDS):  # this process may have stood still itself
                 events += self._bury(each, f"has not answered for {HANG_SECONDS:.0f} s")
         return events
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.ranks import divides_heads
-from .heart import HANG_SECONDS, Beat
+from .heart import BEAT_SECONDS, HANG_SECONDS, Beat
 from .intake import Intake
 from .outputs import Event, Load
 from .remote import CONTEXT, Remote, Submission, send, start
@@ -245,7 +245,8 @@ class Workers:
                 raise WorkersError(f"{' and '.join(map(self._name, left))} have not moved for {HANG_SECONDS:.0f} s")
             now = time.monotonic()
             for rank in left:
-                if now - heard[rank] > HANG_SECONDS:
+                # This process may have stood still itself.
+                if now - heard[rank] > HANG_SECONDS and not self._connections[rank].poll(BEAT_SECONDS):
                     raise WorkersError(f"{self._name(rank)} has not answered for {now - heard[rank]:.0f} s")
             failed = [rank for rank, reply in replies.items() if reply.error]
             failed_at = (failed_at or now) if failed else None
