@@ -99,6 +99,17 @@ def test_a_longer_one_takes_the_columns_of_free_slots_that_all_hold_its_beginnin
     assert output.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
+def test_what_fits_is_admitted_whatever_else_stands_in_the_cache():
+    """A beginning of forty columns, which two texts shared that have ended, does not stay as a whole for one that has half of it."""
+    llm = LLM(tiny_model("sdar"), max_num_seqs=3, num_cache_tokens=100)
+    beginning = list(range(40))
+    llm.generate([[*beginning, number] for number in (1, 2)], params(3))
+    prompts = [[*beginning[:20], 49, 49, 49, 49], [45] * 60]  # 29 and 65 columns
+    for output, prompt in zip(llm.generate(prompts, params(4)), prompts):
+        [alone] = LLM(llm.model).generate([prompt], params(4))
+        assert output.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
 def test_no_memory_to_move_what_stands_in_the_cache_costs_no_slot(monkeypatch):
     llm = LLM(tiny_model("sdar"), max_num_seqs=2)
     engine = llm._driver.engine

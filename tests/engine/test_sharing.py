@@ -63,6 +63,17 @@ def test_a_beginning_that_is_shared_stands_in_the_cache_once():
     assert extents.free == extents.columns - 1
 
 
+def test_who_has_a_part_of_a_beginning_that_nobody_reads_gets_a_copy():
+    """One that read it where it stands would keep all of it."""
+    llm = LLM(tiny_model("sdar"), max_num_seqs=3)
+    fed(llm, [BEGINNING + [number] for number in range(2)])
+    prompts = [BEGINNING[:20] + [49] * 4]
+    columns, [[output]] = fed(llm, prompts)
+    assert columns == 4 + 4 * 4 and [output.token_ids] == alone(llm.model, prompts)
+    extents = llm._driver.engine._decoder.workspace.state.extents
+    assert [extents.shared_of(slot) for slot in range(3)] == [40, 40, 0]
+
+
 @pytest.mark.parametrize("steps", [1, 3, 6])
 def test_who_waits_for_a_beginning_goes_on_when_the_one_who_computes_it_is_aborted(steps):
     """One of them from where it got to, the others wait for that one."""

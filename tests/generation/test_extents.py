@@ -69,7 +69,7 @@ def test_what_stands_in_an_extent_stays_whatever_the_others_do(actions):
             assert arena.text_of(other) == text
             assert extents.size_of(other) == len(text) and min(places[other]) > 0 and max(places[other]) < COLUMNS
             own = places[other][extents.shared_of(other) :]
-            assert [extents.place_of(other, extents.shared_of(other) + i) for i in range(len(own))] == own
+            assert [extents.place_of(other, column) for column in range(len(text))] == places[other]
             assert not any(set(own) & set(places[each]) for each in texts if each != other)
         assert extents.held_by(list(range(SLOTS))) == COLUMNS - 1 - extents.free
         for without in range(SLOTS):

@@ -274,9 +274,11 @@ class CanvasCache(Cache):
         place = extents.place_of if extents is not None else lambda slot, column: slot * width + column
         runs = []
         for (source, target, *_), column in zip(copies, columns):
-            first = 0 if extents is None else extents.shared_of(target)
-            if source != target and column > first:
-                runs.append((place(source, first), place(target, first), column - first))
+            # What the source shares stands elsewhere.
+            first, cut = (0, 0) if extents is None else (extents.shared_of(target), extents.shared_of(source))
+            for begin, end in ((first, min(cut, column)), (max(first, cut), column)):
+                if source != target and begin < end:
+                    runs.append((place(source, begin), place(target, begin), end - begin))
         if runs:
             table, longest = uploaded(torch.tensor(runs), self.layers[0].device), max(size for *_, size in runs)
             for layer in self.layers:

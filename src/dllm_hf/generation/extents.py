@@ -49,8 +49,9 @@ class Extents:
         self._changed: set[int] = set()  # slots of which the device's table does not know
 
     def place_of(self, slot: int, column: int) -> int:
-        """The column of the arena where a column of a slot's canvas stands, which it does not share."""
-        return self._held[slot][0] + column - self.shared_of(slot)
+        """The column of the arena where a column of a slot's canvas stands."""
+        key, shared = self.beginning_of(slot)
+        return self._held[key][0] + column if column < shared else self._held[slot][0] + column - shared
 
     def size_of(self, slot: int) -> int:
         """Columns of a slot's canvas, those that it shares included; 0 without an extent."""
@@ -63,6 +64,13 @@ class Extents:
     def beginning_of(self, slot: int) -> tuple[int, int]:
         """The key of the beginning that a slot reads, and how many columns of it; zeros where there is none."""
         return self._shared.get(slot, (0, 0))
+
+    def strands(self, slot: int, columns: int, free: list[int]) -> bool:
+        """Whether who read the first `columns` of a slot's canvas where they stand would keep more than these: all of a beginning
+        of which no slot but `free` ones reads the rest."""
+        key, shared = self.beginning_of(slot)
+        readers = [other for other, (each, _) in self._shared.items() if each == key]
+        return bool(shared) and min(columns, shared) < self._held[key][1] and set(readers) <= set(free)
 
     @property
     def free(self) -> int:

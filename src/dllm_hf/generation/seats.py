@@ -101,9 +101,12 @@ class Seats:
 
     def _can_hold(self, slot: int, columns: int, shared: int) -> bool:
         """Whether the extent of a free slot is large enough for a row that keeps the `shared` first columns and writes to the
-        others, which no other slot may read."""
+        others, which no other slot may read; and no column besides stays taken with it."""
         extents = self._extents
-        return extents is None or (extents.size_of(slot) >= columns and extents.shared_of(slot) <= shared)
+        if extents is None:
+            return True
+        fits = extents.size_of(slot) >= columns and extents.shared_of(slot) <= shared
+        return fits and not extents.strands(slot, shared, self.free)
 
     def _source(self, holders: list[int]) -> int | None:
         """Of the slots that hold a row's beginning, one where it is final, or will be first."""
@@ -118,7 +121,8 @@ class Seats:
             self._extents.shrink(slot, columns)
             return
         self._extents.release(slot)
-        if source is not None:
+        # A row takes no more room than its columns, on which [`room`] relies: of a beginning that would stay for it, it gets a copy.
+        if source is not None and not self._extents.strands(source, shared, self.free):
             self._extents.share(source, slot, shared)
         if self._extents.acquire(slot, columns):
             return
