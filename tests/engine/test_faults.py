@@ -221,7 +221,22 @@ def test_ctrl_c_between_the_end_of_a_step_and_its_reader_loses_nothing(own_model
     assert free(llm) and not all(output.finished for output in outputs)
 
 
-def test_an_iterator_that_python_collects_in_the_middle_of_a_step_does_not_wait_for_itself(own_model):
+class Then:
+    """A lock, and what is done as soon as it is held."""
+
+    def __init__(self, lock, work):
+        self.lock, self.work = lock, work
+
+    def __enter__(self):
+        self.lock.acquire()
+        self.work()
+
+    def __exit__(self, *exception):
+        self.lock.release()
+
+
+@pytest.mark.parametrize("place", ["in a forward pass", "as the step begins"])
+def test_an_iterator_that_python_collects_in_the_middle_of_a_step_does_not_wait_for_itself(place, own_model):
     llm = LLM(own_model, max_num_seqs=2)
     stream = llm.generate_streaming([[1, 2]], SamplingParams(max_tokens=40, ignore_eos=True))
     next(stream)
@@ -231,7 +246,10 @@ def test_an_iterator_that_python_collects_in_the_middle_of_a_step_does_not_wait_
         left.clear()
 
     del stream
-    own_model.register_forward_pre_hook(collect)
+    if place == "in a forward pass":
+        own_model.register_forward_pre_hook(collect)
+    else:
+        llm._driver._stepping = Then(llm._driver._stepping, collect)
     done = threading.Thread(target=llm.generate, args=([[3, 4]], PARAMS), daemon=True)
     done.start()
     done.join(30)

@@ -51,7 +51,7 @@ class Driver:
         self._arrived: deque[list[Sequence] | set[str]] = deque()
         self._number_arrived = 0  # completions among them
         self._undelivered: deque[Event] = deque()
-        self._stepper: int | None = None  # the thread that does a step
+        self._turning: set[int] = set()  # the threads that do a step, or are about to
         self._mailboxes: dict[str, Mailbox] = {}
         self.is_closed = False
 
@@ -88,11 +88,12 @@ class Driver:
 
     def turn(self, mailbox: Mailbox | None) -> None:
         """Do a step, unless there are events in a mailbox."""
-        with interrupts_deferred(), self._stepping:
-            if mailbox is not None and mailbox.events:
-                return
-            self._stepper = threading.get_ident()
-            try:
+        thread = threading.get_ident()
+        try:
+            self._turning.add(thread)
+            with interrupts_deferred(), self._stepping:
+                if mailbox is not None and mailbox.events:
+                    return
                 while self._arrived:
                     arrived = self._arrived.popleft()
                     if isinstance(arrived, set):
@@ -104,14 +105,14 @@ class Driver:
                 self._undelivered.extend(self.engine.step())
                 while self._undelivered:
                     self._deliver(self._undelivered.popleft())
-            finally:
-                self._stepper = None
+        finally:
+            self._turning.discard(thread)
 
     @property
     def is_in_my_step(self) -> bool:
-        """Whether this thread is in the middle of a step, and would wait for itself: Python may collect an iterator that
-        somebody has left anywhere."""
-        return self._stepper == threading.get_ident()
+        """Whether this thread is in the middle of a step, or holds the lock for one, and would wait for itself: Python may collect
+        an iterator that somebody has left anywhere."""
+        return threading.get_ident() in self._turning
 
     def knows(self, request_id: str) -> bool:
         """Whether there is a request of this id which has not finished."""
