@@ -21,7 +21,7 @@ from dllm_hf.engine.heart import COMPILER
 from dllm_hf.engine.replica import Replica
 from dllm_hf.engine.replicas import MUCH_FULLER, Replicas
 
-from ..builders import character_tokenizer, new_model
+from ..builders import character_tokenizer, new_model, tiny_model
 from ..stalling import Told, before_the_next_pass, move_about
 
 ROOM = {"max_tokens": 8, "block_length": 4}
@@ -290,7 +290,7 @@ def router(monkeypatch):
     """Three replicas that never answer."""
     monkeypatch.setattr(Replicas, "__init__", lambda self: None)
     router = Replicas()
-    router._shares_beginnings, router._holders = True, replicas.OrderedDict()
+    router._shares_beginnings, router._holders, router._told = True, replicas.OrderedDict(), []
     pipe = SimpleNamespace(closed=False)
     router._replicas = [Replica(index, None, pipe, pipe) for index in range(3)]
 
@@ -333,3 +333,11 @@ def test_a_turn_follows_its_conversation_and_not_others_with_the_same_system_pro
     router.replicas[0].columns -= 10_000
     router.replicas[other].columns += 500
     assert [router.route([*each, 7, 8, 9], 700) for each in conversations] == [0, other]
+
+
+@pytest.mark.parametrize("are_there, reason", [(True, "error"), (False, "abort")])
+def test_a_request_that_finds_no_replica_says_if_they_have_died_or_were_closed(router, are_there, reason):
+    router.router._end = SimpleNamespace(alive=are_there)
+    router.replicas[0].requests.closed = True
+    router.router.submit(LLM(tiny_model("sdar"))._driver.engine.intake.prepare([1], LONG, "a"))
+    assert [event.finish_reason for event in router.router._told] == [reason]

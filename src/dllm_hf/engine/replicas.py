@@ -122,7 +122,9 @@ class Replicas:
             chosen.outstanding[submission.request_id] = {each.index: Remote(each) for each in sequences}
             chosen.columns += columns
             return
-        self._told += [Remote(each).ended("error", RuntimeError("every replica has died")) for each in sequences]
+        # Closed by another thread, or dead.
+        error = RuntimeError("every replica has died") if self._end.alive else None
+        self._told += [Remote(each).ended("error" if error else "abort", error) for each in sequences]
 
     def _choose(self, prompt: list[int], columns: int) -> Replica | None:
         alive = [each for each in self._replicas if each.is_alive and not each.requests.closed]
