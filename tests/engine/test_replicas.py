@@ -216,7 +216,7 @@ def test_replicas_whose_divided_models_compile_do_not_hang(folder, leaves_no_pro
 
 def divided(source: str, **arguments) -> LLM:
     """One replica, on two processes whose first pass takes long."""
-    workers.CONTEXT = multiprocessing.get_context("fork")
+    workers.CONTEXT = multiprocessing.get_context("forkserver")
     llm = LLM(source, **{**arguments, "tensor_parallel_size": 2})
     llm._driver.engine._changes.append(Told(compile_first))
     return llm
