@@ -65,12 +65,12 @@ class Heart(threading.Thread):
     def run(self) -> None:
         last, stuck, computed = None, 0.0, 0.0
         while not self._stopped.wait(BEAT_SECONDS):
-            places, before, computed = _places(), computed, time.process_time()
-            compiles = any(code.co_filename.endswith(COMPILER) for stack in places for code, _ in stack)
+            place, before, computed = (self._pieces, _places()), computed, time.process_time()
+            compiles = any(code.co_filename.endswith(COMPILER) for stack in place[1] for code, _ in stack)
             computes = self._device == "cpu" and computed - before > COMPUTING * BEAT_SECONDS
-            moves = (self._pieces, places) != last or compiles or computes or self._device == "meta"
+            moves = place != last or compiles or computes or self._device == "meta"
             stuck = stuck + BEAT_SECONDS if self.is_working and not moves else 0.0
-            last = self._pieces, places
+            last = place
             if self.is_working:
                 self.send(Beat(stuck))
 

@@ -69,8 +69,9 @@ class Extents:
         """Whether who read the first `columns` of a slot's canvas where they stand would keep more than these: all of a beginning
         of which no slot but `free` ones reads the rest."""
         key, shared = self.beginning_of(slot)
-        readers = [other for other, (each, _) in self._shared.items() if each == key]
-        return bool(shared) and min(columns, shared) < self._held[key][1] and set(readers) <= set(free)
+        if not shared or min(columns, shared) == self._held[key][1]:
+            return False
+        return all(other in free for other, (each, _) in self._shared.items() if each == key)
 
     @property
     def free(self) -> int:
