@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import time
 from collections import deque
 from types import SimpleNamespace
 
@@ -89,6 +90,22 @@ def test_a_process_is_not_taken_for_dead_when_this_one_has_stood_still(answers_l
     several = Replicas.__new__(Replicas)
     several._replicas, several._told = [replica], []
     assert several.step() == several.step() == [] and replica.heard == 60
+
+
+def test_several_that_do_not_answer_are_waited_for_together():
+    process = SimpleNamespace(pid=1, kill=int, join=lambda timeout: None)
+    pipes = [(CONTEXT.Pipe(), CONTEXT.Pipe()) for _ in range(4)]
+    several = Replicas.__new__(Replicas)
+    several._told, several._replicas = (
+        [],
+        [
+            Replica(index, process, requests[0], events[0], outstanding={"a": {}}, heard=time.monotonic() - 60)
+            for index, (requests, events) in enumerate(pipes)
+        ],
+    )
+    begun = time.monotonic()
+    assert several.step() == [] and time.monotonic() - begun < 2 * replicas.BEAT_SECONDS
+    assert not any(each.is_alive for each in several._replicas)
 
 
 def test_nor_is_one_of_a_group(answers_late):

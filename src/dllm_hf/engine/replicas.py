@@ -181,9 +181,11 @@ class Replicas:
                     if not each.outstanding[event.request_id]:
                         del each.outstanding[event.request_id]
             events += received
-        for each in alive.values():  # who have said nothing
-            is_late = each.outstanding and time.monotonic() - each.heard > HANG_SECONDS
-            if is_late and not each.events.poll(BEAT_SECONDS):  # this process may have stood still itself
+        # Who have said nothing, which may be because this process has stood still itself: all of them get a beat's time to answer.
+        now = time.monotonic()
+        late = [each for each in alive.values() if each.outstanding and now - each.heard > HANG_SECONDS]
+        if late and not wait([each.events for each in late], BEAT_SECONDS):
+            for each in late:
                 events += self._bury(each, f"has not answered for {HANG_SECONDS:.0f} s")
         return events
 
