@@ -121,16 +121,18 @@ class GLADreamAttention(nn.Module):
         query, key, value, log_decay = (
             x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
         )
-        needs_ends = layout.final is not None or layout.blocks > 1 or layout.clean_rows > 0
-        mode = self.config.attn_mode
-        forward, backward = (
-            gated_linear_attention(query, key, value, log_decay, None, reverse, False, mode)[0]
+        needs_states = layout.final is not None or layout.blocks > 1 or layout.clean_rows > 0
+        scans = (
+            gated_linear_attention(
+                query, key, value, log_decay, reverse=reverse, output_final_state=False, mode=self.config.attn_mode
+            )
             for reverse in (False, True)
         )
+        (forward, _), (backward, _) = scans
         layer = None if cache is None else cache.layers[self.layer_idx]
         states = None if layer is None else layer.rows_of(layout.window)
-        if needs_ends:
-            states = self._states(layout, states, rows, (forward, backward), key, value, log_decay)
+        if needs_states:
+            states = self._states(layout, states, rows, forward, backward, key, value, log_decay)
             if layer is not None and layout.final is not None:
                 after = states.gather(1, layout.final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
                 layer.update(after, forward.dtype, layout.window)
@@ -156,7 +158,7 @@ class GLADreamAttention(nn.Module):
         gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
         return torch.lerp(backward, forward, gate.to(backward.dtype)), gate
 
-    def _states(self, layout, initial, rows, scans, key, value, log_decay) -> torch.Tensor:
+    def _states(self, layout, initial, rows, forward, backward, key, value, log_decay) -> torch.Tensor:
         """The unit between blocks: the state before each block and after the last one, `(rows, blocks + 1, heads,
         key_dim, value_dim)`, of the clean rows if there are any.
 
@@ -166,9 +168,8 @@ class GLADreamAttention(nn.Module):
 
         Args:
             initial: the state before the first block, or None.
-            scans: outputs forward and backward, `(rows * blocks, block_size, heads, value_dim)`.
+            forward, backward: outputs of the scans from zeros, `(rows * blocks, block_size, heads, value_dim)`.
         """
-        forward, backward = scans
         gate_proj = self.intra_gate_proj if self.config.share_inter_intra_gate_weights else self.inter_gate_proj
         clean = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
         unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[clean]

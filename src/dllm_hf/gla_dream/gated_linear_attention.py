@@ -20,7 +20,7 @@ CHUNK = 32
 MIN_LOG_DECAY = -1.2
 
 # Up to this number of scans (sequences times heads) `fla`'s recurrence is faster than its chunked form, measured on an
-# H200 with `benchmarks/gla_kernels.py`.
+# H200 with `benchmarks/gla_kernels.py` when a layer asked for the states after the scans as well.
 MAX_RECURRENT_SCANS = 512
 
 # Our own two, and the kernels of flash-linear-attention under the names of its layer.
