@@ -66,8 +66,9 @@ def jobs_of(arm: str, args: argparse.Namespace) -> list[Job]:
         more = ["--tokens", str(args.tokens), "--batch", str(args.batch), "--compile_layers", str(args.gpus > 0)]
         if any((Path(args.out) / arm / "run").glob("checkpoint-*")):
             more += ["--resume_from_checkpoint", "last"]
-        gpus = max(args.gpus // 2, 1) if arm == "gla_dream" else 1
+        gpus = 1
         if arm == "gla_dream":
+            gpus = max(args.gpus // 2, 1)
             steps = range(-(-args.batch // (AT_ONCE * gpus)), args.batch + 1)
             even = (each for each in steps if args.batch % (each * gpus) == 0)
             more += ["--gradient_accumulation_steps", str(next(even, 1))]
