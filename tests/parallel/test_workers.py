@@ -115,9 +115,8 @@ def test_closing_ends_processes_and_requests_also_in_another_thread(new_pair):
     llm = new_pair()
     events = llm.generate_streaming(PROMPTS, LONG)
     next(events)
-    llm._driver.engine._changes.append(
-        Told(take_long, "stands still")
-    )  # else a GPU would be through before it is closed
+    # Else a GPU would be through before it is closed.
+    llm._driver.engine._changes.append(Told(take_long, "stands still"))
     closing = threading.Timer(0.3, llm.close)
     closing.start()
     outputs = [event.output for event in events if event.output]
