@@ -141,18 +141,25 @@ def block_inputs(blocks, decay=1.0, with_state=False, batch=2):
     return inputs
 
 
+def all_states(**inputs):
+    before, last = block_states(**inputs)
+    return torch.cat([before, last[:, None]], dim=1)
+
+
 @pytest.mark.parametrize("decay", [1e-3, 1.0, 40.0])
 @with_and_without_state
 @pytest.mark.parametrize("blocks", [1, 2, 16, 17, 50])
 def test_the_states_of_all_blocks_at_once_are_those_of_one_after_the_other(blocks, with_state, decay):
     inputs = block_inputs(blocks, decay, with_state)
     expected = states_by_definition(**in_float64(inputs))
-    assert_near({"states": block_states(**inputs)}, {"states": expected}, 1e-5)
+    assert_near({"states": all_states(**inputs)}, {"states": expected}, 1e-5)
 
 
-def test_so_are_their_gradients():
-    inputs = block_inputs(20, with_state=True)
-    together = results(lambda **inputs: [block_states(**inputs)] * 2, inputs)
+@pytest.mark.parametrize("decay", [1e-3, 1.0, 40.0])
+@pytest.mark.parametrize("blocks", [1, 2, 16, 17, 50])
+def test_so_are_their_gradients(blocks, decay):
+    inputs = block_inputs(blocks, decay, with_state=True)
+    together = results(lambda **inputs: [all_states(**inputs)] * 2, inputs)
     assert_near(together, results(lambda **inputs: [states_by_definition(**inputs)] * 2, in_float64(inputs)), 1e-5)
 
 
@@ -162,9 +169,19 @@ def test_the_first_block_of_a_sample_starts_from_zero(data):
     blocks = data.draw(st.integers(1, 12))
     rows = st.lists(st.integers(0, 1), min_size=blocks, max_size=blocks)
     samples = torch.tensor(data.draw(st.lists(rows, min_size=2, max_size=2))).cumsum(-1)
-    inputs = block_inputs(blocks, with_state=data.draw(st.booleans()))
-    states = block_states(**inputs, samples=samples, group=data.draw(st.integers(1, 12)))
-    assert_near({"states": states}, {"states": states_by_definition(**inputs, samples=samples)}, 1e-5)
+    inputs = in_float64(block_inputs(blocks, with_state=data.draw(st.booleans())))
+    group = data.draw(st.integers(1, 12))
+    together = lambda **inputs: [all_states(**inputs, samples=samples, group=group)] * 2
+    expected = lambda **inputs: [states_by_definition(**inputs, samples=samples)] * 2
+    assert_near(results(together, inputs), results(expected, inputs), 1e-12)
+
+
+def test_of_the_largest_tensors_the_states_alone_are_kept_for_the_gradients():
+    inputs = {name: x.requires_grad_() for name, x in block_inputs(40).items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        before, _ = block_states(**inputs)
+    assert sum(x.numel() for x in kept) == before.numel() + inputs["log_decays"].numel()
 
 
 # --- which implementation runs

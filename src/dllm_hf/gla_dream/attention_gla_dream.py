@@ -132,11 +132,12 @@ class GLADreamAttention(nn.Module):
         layer = None if cache is None else cache.layers[self.layer_idx]
         states = None if layer is None else layer.rows_of(layout.window)
         if needs_states:
-            states = self._states(layout, states, rows, forward, backward, key, value, log_decay)
+            states, last = self._states(layout, states, rows, forward, backward, key, value, log_decay)
             if layer is not None and layout.final is not None:
-                after = states.gather(1, layout.final.view(-1, 1, 1, 1, 1).expand(-1, 1, *states.shape[2:]))[:, 0]
+                every = torch.cat([states, last[:, None]], dim=1)
+                after = every.gather(1, layout.final.view(-1, 1, 1, 1, 1).expand(-1, 1, *last.shape[1:]))[:, 0]
                 layer.update(after, forward.dtype, layout.window)
-            states = states[:, :-1].flatten(0, 1)
+            states = states.flatten(0, 1)
         if states is not None:
             from_start, from_end = self._injected(query, log_decay, states)
             forward, backward = forward + from_start, backward + from_end
@@ -158,9 +159,11 @@ class GLADreamAttention(nn.Module):
         gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
         return torch.lerp(backward, forward, gate.to(backward.dtype)), gate
 
-    def _states(self, layout, initial, rows, forward, backward, key, value, log_decay) -> torch.Tensor:
-        """The unit between blocks: the state before each block and after the last one, `(rows, blocks + 1, heads,
-        key_dim, value_dim)`, of the clean rows if there are any.
+    def _states(
+        self, layout, initial, rows, forward, backward, key, value, log_decay
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The unit between blocks: the state before each block, `(rows, blocks, heads, key_dim, value_dim)`, and after the
+        last one, of the clean rows if there are any.
 
         What a block adds to the state is `gate * end of the forward scan + (1 - gate) * end of the backward scan`, both
         from zeros. The gate is one of values, so that both are one product over twice the tokens: the ends, the largest

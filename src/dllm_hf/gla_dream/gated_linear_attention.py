@@ -188,12 +188,8 @@ def block_states(
     initial_state: torch.Tensor | None = None,
     samples: torch.Tensor | None = None,
     group: int = 16,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrence over blocks, `S_i = diag(exp(d_i)) S_{i-1} + U_i`, for all blocks at once.
-
-    Within `group` blocks the states are weighted sums of the updates before them, one matrix product; the weights are
-    exponentials of differences that are never positive. A loop runs over the groups. An exported program has one group,
-    whose weights grow with the square of the number of blocks.
 
     Args:
         updates: `(batch, blocks, heads, key_dim, value_dim)`, `U`.
@@ -201,16 +197,67 @@ def block_states(
         initial_state: `(batch, heads, key_dim, value_dim)`, before the first block; zeros if not given.
         samples: `(batch, blocks)`, the number of the sample that a block belongs to: the first block of a sample
             starts from zeros, and so does block 0 where its number is not 0.
+        group: see [`_scan`].
 
     Returns:
-        `(batch, blocks + 1, heads, key_dim, value_dim)`: the state before each block, and the one after the last.
+        The state before each block, of the shape of `updates`, and the one after the last, as `initial_state`.
+    """
+    if initial_state is None:
+        initial_state = torch.zeros_like(updates[:, 0])
+    if torch.is_grad_enabled():
+        return _BlockStates.apply(updates, log_decays, initial_state, samples, group)
+    return _forward(updates, log_decays, initial_state, samples, group)
+
+
+def _forward(updates, log_decays, initial_state, samples, group) -> tuple[torch.Tensor, torch.Tensor]:
+    if samples is None:
+        return _scan(updates, log_decays, initial_state, group)
+    before, last = _scan(updates, log_decays, initial_state, group, F.pad(samples, (1, 0)))
+    return before.masked_fill(_is_first(samples), 0), last
+
+
+class _BlockStates(torch.autograd.Function):
+    """The gradients of the states are the recurrence from the last block to the first, so that of a layer's largest tensors
+    the states alone are kept for them."""
+
+    @staticmethod
+    def forward(ctx, updates, log_decays, initial_state, samples, group):
+        before, last = _forward(updates, log_decays, initial_state, samples, group)
+        ctx.save_for_backward(before, log_decays, samples)
+        ctx.group = group
+        return before, last
+
+    @staticmethod
+    def backward(ctx, of_before, of_last):
+        before, log_decays, samples = ctx.saved_tensors
+        after = None if samples is None else torch.cat([samples, samples[:, -1:]], dim=1).flip(1)
+        of_updates, of_initial = _scan(of_before.flip(1), log_decays.flip(1), of_last, ctx.group, after)
+        of_updates = of_updates.flip(1)
+        if samples is not None:
+            is_first = _is_first(samples)
+            of_updates = of_updates.masked_fill(torch.cat([is_first[:, 1:], is_first[:, :1] & False], dim=1), 0)
+            of_initial = of_initial.masked_fill(is_first[:, 0], 0)
+        return of_updates, (of_updates * before).sum(-1) * log_decays.exp(), of_initial, None, None
+
+
+def _is_first(samples: torch.Tensor) -> torch.Tensor:
+    """`(batch, blocks, 1, 1, 1)`, whether a block is the first of a sample that starts from zeros."""
+    return (samples != F.pad(samples, (1, 0))[:, :-1])[..., None, None, None]
+
+
+def _scan(updates, log_decays, state, group, samples=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence from `state`: what each block finds, and what the last leaves. `samples`: `(batch, 1 + blocks)`, those of
+    `state` and of the blocks; nothing of one is in what a block of another leaves.
+
+    Within `group` blocks the states are weighted sums of the updates before them, one matrix product; the weights are
+    exponentials of differences that are never positive. A loop runs over the groups. An exported program has one group,
+    whose weights grow with the square of the number of blocks.
     """
     blocks = updates.shape[1]
     if isinstance(blocks, int):
         starts = range(0, blocks, group)
     else:  # exported for texts of any length: a loop would fix their number
         starts, group = range(1), blocks
-    state = torch.zeros_like(updates[:, 0]) if initial_state is None else initial_state
     pieces = [state[:, None]]
     with torch.autocast(updates.device.type, enabled=False):
         for start in starts:
@@ -220,16 +267,13 @@ def block_states(
             # Row i: how much of the state before the group, and of each update, is left after block i.
             is_past = torch.ones(*exponents.shape[-2:], dtype=torch.bool, device=updates.device).tril(1)
             if samples is not None:
-                now = samples[:, start : start + group]
-                before = samples[:, start - 1 : start] if start else torch.zeros_like(now[:, :1])
-                is_past = is_past & (now[:, :, None] == torch.cat([before, now], dim=1)[:, None])[:, None, None]
+                here = samples[:, start : start + group + 1]
+                is_past = is_past & (here[:, 1:, None] == here[:, None])[:, None, None]
             weights = torch.where(is_past, exponents, -torch.inf).exp()
             sources = torch.cat([state[:, None], updates[:, start : start + group]], dim=1).permute(0, 2, 3, 1, 4)
             after = (weights @ sources).permute(0, 3, 1, 2, 4)
             pieces.append(after)
             state = after[:, -1]
-    states = torch.cat(pieces, dim=1)
-    if samples is not None:
-        is_first = samples != F.pad(samples, (1, 0))[:, :-1]
-        states = states.masked_fill(F.pad(is_first, (0, 1))[..., None, None, None], 0)
-    return states
+    if not isinstance(blocks, int):  # what has one block less would fix whether that is a single one
+        return torch.cat(pieces, dim=1)[:, :-1], state
+    return torch.cat([*pieces[:-1], pieces[-1][:, :-1]], dim=1), state
