@@ -28,8 +28,8 @@ from adapt_measure import NUM_MASKS  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("adapt.py")
 SLOTS = 4  # processes that measure on a GPU; training takes all
-# Windows that gla_dream takes at once on a GPU of 80 GB: the states of 32, kept for the gradients, do not fit.
-AT_ONCE = 16
+# Windows that gla_dream takes at once on a GPU of 80 GB, most of it for the states, which are kept for the gradients.
+AT_ONCE = 32
 IN_PLACE = (
     "in place, true",
     *(f"in place, {NUM_MASKS} masks, {each}" for each in ("end", "cache dual", "cache prefix", "cache none")),
