@@ -112,9 +112,7 @@ NO_MEMORY = {"has no memory for a pass": "launch", "has no memory for a request"
 
 
 @pytest.mark.parametrize("how", [KILLED, pytest.param(STOPPED, marks=pytest.mark.slow), *NO_MEMORY])
-def test_a_process_that_dies_or_hangs_or_has_no_memory_ends_the_group_within_ten_seconds(
-    how, pair, living, new_pair
-):
+def test_a_process_that_dies_or_hangs_or_has_no_memory_ends_the_group_within_ten_seconds(how, pair, living, new_pair):
     """Of six requests four run. All get the error, of the group nothing is left, and a new one works in the same parent."""
     finished, begun = [], 0.0
     with leaving_nothing(processes_of(pair)):
