@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import distributed
@@ -16,6 +17,7 @@ from dllm_hf.engine import engine
 from dllm_hf.engine.worker import load_part
 from dllm_hf.fused import shared_sums
 from dllm_hf.generation import graphs, mixin
+from dllm_hf.generation.divided_head import VocabularyPart
 
 from ..builders import BUILDERS, left_pad
 from ..generation.recorded_graphs import DEVICE, ROWS, Recorded
@@ -118,6 +120,19 @@ def differences(whole, part, calls: list[dict]) -> list[str]:
     return found
 
 
+def gathers(part) -> list[bool]:
+    """Whether the logits of all processes are put together: for a greedy call, a sampled one, and one with a filter."""
+    found, plain = [], VocabularyPart.gather
+    policy = (
+        "block" if "block" in part.cache_policies else "dual"
+    )  # not `none`, where the library's forward pass gathers them
+    for options in ({}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 5}):
+        with graphs_on(), patch.object(VocabularyPart, "gather", autospec=True, side_effect=plain) as gather:
+            decode(part, **options, denoising_steps=2, remasking_strategy="entropy", cache_policy=policy)
+        found.append(gather.called)
+    return found
+
+
 def refusal(model, **options) -> str | None:
     try:
         decode(model, **options)
@@ -159,6 +174,7 @@ def compare(folder: Path, number: int, rank: int, size: int) -> dict:
         "difference": float((logits - expected).abs().max() / expected.abs().max()),
         # Each family gets other calls, in four processes, where a call costs more, fewer and other ones.
         "differences": differences(whole, part, CALLS[(number + size) % 5 :: 5 * size // 2]),
+        "gathers": gathers(part),
         "torchrun": calls_of_torchrun(folder, whole),
         "is_fused": type(part.step_forward()).__name__.startswith("Fused"),
     }

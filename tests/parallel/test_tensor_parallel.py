@@ -40,6 +40,11 @@ def test_each_process_holds_its_part_of_the_weights(outcome):
 
 
 @pytest.mark.slow
+def test_only_a_filter_needs_the_logits_of_the_whole_vocabulary(outcome):
+    assert outcome["gathers"] == [False, False, True]
+
+
+@pytest.mark.slow
 def test_where_each_process_loads_its_part_calls_give_the_same_or_are_refused_before_one_waits_for_another(outcome):
     """`from_pretrained(..., tp_plan="auto")`: calls that differ, and heads that the plan would cut; the first says when to stop."""
     found = outcome["torchrun"]
