@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import distributed
@@ -16,16 +17,14 @@ from dllm_hf.engine import engine
 from dllm_hf.engine.worker import load_part
 from dllm_hf.fused import shared_sums
 from dllm_hf.generation import graphs, mixin
+from dllm_hf.generation.divided_head import VocabularyPart
 
-from ..builders import left_pad
+from ..builders import BUILDERS, left_pad
 from ..generation.recorded_graphs import DEVICE, ROWS, Recorded
 from ..toolbox.conftest import TOKENS
 
 # By the number of processes.
-FAMILIES: dict[int, tuple[str, ...]] = {
-    2: ("llada", "dream", "sdar", "sdar_moe", "gla_dream", "llada2"),
-    4: ("dream", "sdar_moe") if DEVICE == "cpu" else ("dream", "sdar_moe", "llada", "sdar"),
-}
+FAMILIES: dict[int, tuple[str, ...]] = {2: tuple(BUILDERS), 4: ("dream", "sdar_moe", "llada", "sdar", "gla_dream")}
 SAMPLES = {"temperature": 0.8, "remasking_strategy": "low_confidence_static"}
 # What a step over rows with different options does not do: guidance, one draw for all rows, and each strategy for itself.
 CALLS = [
@@ -62,17 +61,37 @@ def graphs_on() -> object:
     return nullcontext() if DEVICE == "cuda" else recorded_graphs()
 
 
+def of_all(tokens: list) -> list:
+    """What every process has come to."""
+    every: list = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, tokens)
+    assert every == [tokens] * len(every)
+    return tokens
+
+
+def is_left_to_the_first(model) -> bool:
+    """What the whole model gives only the first process compares with."""
+    return not model.tp_size and os.environ["RANK"] != "0"
+
+
 def decode(model, **options) -> list[list[int]]:
+    if is_left_to_the_first(model):
+        return []
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad(ROWS).items()}
     options = {"denoising_steps": 3, "max_new_tokens": 9, "block_length": 4, **options}
     torch.manual_seed(int(os.environ["RANK"]) if model.tp_size else 0)  # the first process draws for all
-    return model.diffusion_generate(**inputs, **options).tolist()
+    tokens = model.diffusion_generate(**inputs, **options).tolist()
+    return of_all(tokens) if model.tp_size else tokens
 
 
-def serve(model, uses_graphs: bool) -> list[list[int]]:
-    llm = LLM(model, max_num_seqs=6, block_length=4, enforce_eager=not uses_graphs, draft_steps=2)
+def serve(model, policy: str, uses_graphs: bool) -> list[list[int]]:
+    if is_left_to_the_first(model):
+        return []
+    options = {"cache_policy": policy, "block_length": 4, "draft_steps": 2}
+    llm = LLM(model, max_num_seqs=6, enforce_eager=not uses_graphs, **options)
     outputs = llm.generate([[5 + number, 6, 7] for number in range(len(REQUESTS))], REQUESTS, use_tqdm=False)
-    return [output.outputs[0].token_ids for output in outputs]
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    return of_all(tokens) if model.tp_size else tokens
 
 
 def differences(whole, part, calls: list[dict]) -> list[str]:
@@ -80,25 +99,66 @@ def differences(whole, part, calls: list[dict]) -> list[str]:
     found = []
     if whole.supports_editing:
         calls = [*calls, {"remasking_strategy": "low_confidence_dynamic", "editing_threshold": 0.05}]
+    policies = whole.cache_policies
     for number, call in enumerate(calls):
-        call = {**call, "cache_policy": whole.cache_policies[-1 - number % len(whole.cache_policies)]}
-        if hasattr(whole.config, "block_size"):
-            call["cache_policy"] = "block"
+        call = {**call, "cache_policy": policies[-1 - number % len(policies)]}
         expected = decode(whole, disable_compile=True, **call)
         with graphs_on():
             ways = {"graphs": decode(part, **call), "no graphs": decode(part, disable_compile=True, **call)}
         found += [f"{way}: {call}" for way, tokens in ways.items() if tokens != expected]
     for cache_dtype in whole.cache_dtypes:  # sums that are rounded otherwise may put a number on the other side
-        call = {"cache_dtype": cache_dtype, "cache_policy": "block" if "block" in whole.cache_policies else "dual"}
+        call = {"cache_dtype": cache_dtype, "cache_policy": "block" if "block" in policies else "dual"}
         expected = decode(whole, disable_compile=True, **call)
         with graphs_on():
             pairs = [pair for rows in zip(decode(part, **call), expected) for pair in zip(*rows)]
         if sum(one != other for one, other in pairs) > len(pairs) / 10:
             found.append(f"keys and values in {cache_dtype}: {pairs}")
-    with graphs_on():
-        if serve(part, True) != serve(whole, False):
-            found.append("several requests at once")
+    for policy in policies:
+        with graphs_on():
+            if serve(part, policy, True) != serve(whole, policy, False):
+                found.append(f"several requests at once: {policy}")
     return found
+
+
+def gathers(part) -> list[bool]:
+    """Whether the logits of all processes are put together: for a greedy call, a sampled one, and one with a filter."""
+    found, plain = [], VocabularyPart.gather
+    policy = (
+        "block" if "block" in part.cache_policies else "dual"
+    )  # not `none`, where the library's forward pass gathers them
+    for options in ({}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 5}):
+        with graphs_on(), patch.object(VocabularyPart, "gather", autospec=True, side_effect=plain) as gather:
+            decode(part, **options, denoising_steps=2, remasking_strategy="entropy", cache_policy=policy)
+        found.append(gather.called)
+    return found
+
+
+def refusal(model, **options) -> str | None:
+    try:
+        decode(model, **options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def says_stop_in_the_first(ids, scores, **_) -> bool:
+    return os.environ["RANK"] == "0"
+
+
+def calls_of_torchrun(folder: Path, whole) -> dict:
+    """What `diffusion_generate` does where each process has loaded the model by the library's own argument."""
+    part = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    options = {"remasking_strategy": "low_confidence_static"}
+    stops = {**options, "stopping_criteria": [says_stop_in_the_first]}
+    if (refused := refusal(part, **options)) is not None:
+        return {"refused": refused}
+    everywhere = decode(whole, **options, stopping_criteria=[lambda ids, scores, **_: True])
+    return {
+        "refused": None,
+        "same": decode(part, **options) == decode(whole, **options),
+        "differing": refusal(part, **options, max_new_tokens=9 + int(os.environ["RANK"])),
+        "stopped": decode(part, **stops) == everywhere != decode(whole, **options),
+    }
 
 
 def compare(folder: Path, number: int, rank: int, size: int) -> dict:
@@ -114,6 +174,8 @@ def compare(folder: Path, number: int, rank: int, size: int) -> dict:
         "difference": float((logits - expected).abs().max() / expected.abs().max()),
         # Each family gets other calls, in four processes, where a call costs more, fewer and other ones.
         "differences": differences(whole, part, CALLS[(number + size) % 5 :: 5 * size // 2]),
+        "gathers": gathers(part),
+        "torchrun": calls_of_torchrun(folder, whole),
         "is_fused": type(part.step_forward()).__name__.startswith("Fused"),
     }
 

@@ -8,7 +8,10 @@ from ..builders import BUILDERS, new_model
 from .ranks import FAMILIES
 
 # GLADream's gates between its two scans read all heads together: its attention stays whole, its MLPs are divided.
+# LLaDA2's plan leaves its attention out.
 ATTENTION = {"gla_dream": 0.5}
+# More processes than heads of keys and values.
+CUT = [(4, family) for family in ("dream", "sdar", "sdar_moe")]
 
 
 @pytest.fixture(
@@ -34,6 +37,22 @@ def test_every_strategy_gives_the_tokens_of_one_process(outcome):
 def test_each_process_holds_its_part_of_the_weights(outcome):
     least = 1 / outcome["size"]
     assert 0.9 * least < outcome["share"] < least + ATTENTION.get(outcome["family"], 0.2)
+
+
+@pytest.mark.slow
+def test_only_a_filter_needs_the_logits_of_the_whole_vocabulary(outcome):
+    assert outcome["gathers"] == [False, False, True]
+
+
+@pytest.mark.slow
+def test_where_each_process_loads_its_part_calls_give_the_same_or_are_refused_before_one_waits_for_another(outcome):
+    """`from_pretrained(..., tp_plan="auto")`: calls that differ, and heads that the plan would cut; the first says when to stop."""
+    found = outcome["torchrun"]
+    if (outcome["size"], outcome["family"]) in CUT:
+        assert re.search("2 heads of keys and values cannot .* 4 processes: .*tensor_parallel_size", found["refused"])
+    else:
+        assert (found["refused"], found["same"], found["stopped"]) == (None, True, True)
+        assert "their calls differ: every process must" in found["differing"]
 
 
 @pytest.mark.parametrize("family", BUILDERS)

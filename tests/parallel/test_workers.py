@@ -5,15 +5,18 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import workers
 from dllm_hf.engine.remote import Submission
 from dllm_hf.engine.worker import Command
+from dllm_hf.generation.decoder import Decoder
 
 from ..generation.recorded_graphs import DEVICE
 from ..stalling import Told, before_the_next_pass, move_about
@@ -34,97 +37,134 @@ def new_pair(sdar):
     return lambda **options: LLM(sdar, tensor_parallel_size=2, max_num_seqs=4, device=DEVICE, **options)
 
 
+@pytest.fixture(scope="module")
+def living():
+    """What [`pair`] has made last."""
+    made: list[LLM] = []
+    yield made
+    for llm in made:
+        llm.close()
+
+
+@pytest.fixture
+def pair(living, new_pair) -> LLM:
+    """A pair that tests share: a start takes seconds, on GPUs many. Where the test before has ended one, this is a new one in the
+    same parent."""
+    if not living or not all(process.is_alive() for process in processes_of(living[0])):
+        living[:] = [new_pair()]
+    return living[0]
+
+
 def processes_of(llm: LLM) -> list:
     return llm._driver.engine._processes
 
 
-def ports() -> set[str]:
-    """The sockets on which this process listens; those of others end with them."""
-    own = set()
-    for each in os.scandir("/proc/self/fd"):
-        with suppress(OSError):  # that of the folder itself
-            own.add(os.readlink(each.path))
-    with open("/proc/net/tcp") as file:
-        lines = [line.split() for line in file]
-    return {line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own}
+def listening() -> dict[str, str]:
+    """The addresses at which somebody on this machine listens, by socket."""
+    found = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            _, address, _, state, *_, inode = line.split()[:10]
+            if state == "0A":
+                found[f"socket:[{inode}]"] = address
+    return found
 
 
-def test_requests_get_the_tokens_of_one_process_and_nothing_is_left_behind(sdar, new_pair):
-    before = ports()
+def ports(*pids: int) -> set[str]:
+    """The addresses at which these processes listen."""
+    every, own = listening(), set()
+    for pid in pids:
+        for each in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):  # that of the folder itself
+                own.add(os.readlink(each.path))
+    return {address for socket, address in every.items() if socket in own}
+
+
+@contextmanager
+def leaving_nothing(processes: list):
+    """What is done here ends the processes, and nobody listens any more where they did."""
+    taken = ports(*(process.pid for process in processes))
+    assert taken and all(process.is_alive() for process in processes)
+    yield
+    assert not any(is_there(process.pid) for process in processes)
+    assert not taken & set(listening().values())
+
+
+def test_requests_get_the_tokens_of_one_process(sdar, pair):
     params = [SamplingParams(max_tokens=9, block_length=4, seed=1, temperature=t, n=2) for t in (0.0, 0.8, 1.0)]
     expected = LLM(sdar, device=DEVICE).generate(PROMPTS, params, use_tqdm=False)
-    with new_pair() as llm:
-        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
-        texts: dict[tuple[str, int], str] = {}
-        for event in llm.generate_streaming(PROMPTS, params):
-            key = event.request_id, event.index
-            texts[key] = texts.get(key, "") + event.text
-            # No process waits for the parent: each has its next command.
-            assert [exchange.sent for exchange in llm._driver.engine._exchanges] == [2]
-        with pytest.raises(ValueError, match="the token id 1000"):
-            llm.generate([1000])
+    outputs = pair.generate(PROMPTS, params, use_tqdm=False)
+    texts: dict[tuple[str, int], str] = {}
+    for event in pair.generate_streaming(PROMPTS, params):
+        key = event.request_id, event.index
+        texts[key] = texts.get(key, "") + event.text
+        # No process waits for the parent: each has its next command.
+        assert [exchange.sent for exchange in pair._driver.engine._exchanges] == [2]
+    with pytest.raises(ValueError, match="the token id 1000"):
+        pair.generate([1000])
     same = lambda every: [(each.text, each.token_ids) for output in every for each in output.outputs]
     assert same(outputs) == same(expected)
     assert sorted(texts.values()) == sorted(each.text for output in expected for each in output.outputs)
-    assert not any(process.is_alive() for process in processes_of(llm)) and ports() <= before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_a_process_that_dies_or_hangs_ends_the_group_within_ten_seconds(number, new_pair):
-    with new_pair() as llm:
-        finished, ends = [], 0.0
-        for event in llm.generate_streaming(PROMPTS * 2, LONG):
-            if not ends and event.token_ids:
-                os.kill(processes_of(llm)[1].pid, number)
-                ends = time.monotonic() + 10
+KILLED, STOPPED = "is killed", "is stopped"
+NO_MEMORY = {"has no memory for a pass": "launch", "has no memory for a request": "add"}
+
+
+@pytest.mark.parametrize("how", [KILLED, pytest.param(STOPPED, marks=pytest.mark.slow), *NO_MEMORY])
+def test_a_process_that_dies_or_hangs_or_has_no_memory_ends_the_group_within_ten_seconds(how, pair, living, new_pair):
+    """Of six requests four run. All get the error, of the group nothing is left, and a new one works in the same parent."""
+    finished, begun = [], 0.0
+    with leaving_nothing(processes_of(pair)):
+        if how in NO_MEMORY:
+            pair._driver.engine._changes.append(Told(fail_in_one, NO_MEMORY[how]))
+            begun = time.monotonic()
+        for event in pair.generate_streaming(PROMPTS * 2, LONG):
+            if not begun and event.token_ids:
+                os.kill(processes_of(pair)[1].pid, signal.SIGKILL if how == KILLED else signal.SIGSTOP)
+                begun = time.monotonic()
             finished += [event.output] if event.output else []
-        assert time.monotonic() < ends
-        assert len(finished) == 6 and all("rank 1" in output.error for output in finished)
-        assert not any(process.is_alive() for process in processes_of(llm))
-        with pytest.raises(workers.WorkersError, match="make a new"):
-            llm.check()
-    with new_pair() as other:  # in the same parent
-        assert [each.outputs[0].finish_reason for each in other.generate(PROMPTS, LONG)] == ["length"] * 3
-        os.kill(processes_of(other)[1].pid, signal.SIGKILL)  # idle, its last reply unread
-        assert all("by signal 9" in each.outputs[0].error for each in other.generate(PROMPTS, LONG))
-
-
-def test_a_process_that_fails_alone_ends_the_group(new_pair, monkeypatch):
-    """As where one GPU has no memory left."""
-    with new_pair() as llm:
-        llm._driver.engine._changes.append(Told(fail_in_one))
-        outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
-    assert all("OutOfMemory: of rank 1" in output.outputs[0].error for output in outputs)
+        assert time.monotonic() - begun < 10
+    assert len(finished) == 6 and all("rank 1" in output.error for output in finished)
+    assert all(("OutOfMemoryError" in output.error) == (how in NO_MEMORY) for output in finished)
+    with pytest.raises(workers.WorkersError, match="make a new"):
+        pair.check()
+    living[:] = [new_pair()]  # that of the next test
+    assert [each.outputs[0].finish_reason for each in living[0].generate(PROMPTS, LONG)] == ["length"] * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["compiles", "waits", "stands still"])
-def test_only_a_group_in_which_nobody_moves_hangs(how, new_pair, monkeypatch):
+def test_only_a_group_in_which_nobody_moves_hangs(how, pair, monkeypatch):
     """One that compiles for long keeps the other waiting, and all wait for their GPU in each pass."""
     monkeypatch.setattr(workers, "HANG_SECONDS", 4.0)
-    with new_pair() as llm:
-        llm._driver.engine._changes.append(Told(take_long, how))
-        outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
+    pair._driver.engine._changes.append(Told(take_long, how))
+    outputs = pair.generate(PROMPTS, LONG, use_tqdm=False)
     if how != "stands still":
         assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 3
     else:
         assert all("have not moved" in output.outputs[0].error for output in outputs)
 
 
-def test_closing_ends_processes_and_requests_also_in_another_thread(new_pair):
-    llm = new_pair()
-    events = llm.generate_streaming(PROMPTS, LONG)
-    next(events)
-    # Else a GPU would be through before it is closed.
-    llm._driver.engine._changes.append(Told(take_long, "stands still"))
-    closing = threading.Timer(0.3, llm.close)
-    closing.start()
-    outputs = [event.output for event in events if event.output]
-    closing.join()
+def test_a_process_that_is_killed_while_all_are_idle_ends_the_group_at_the_next_request(pair):
+    assert [each.outputs[0].finish_reason for each in pair.generate(PROMPTS, LONG)] == ["length"] * 3
+    os.kill(processes_of(pair)[1].pid, signal.SIGKILL)  # its last reply is unread
+    assert all("by signal 9" in each.outputs[0].error for each in pair.generate(PROMPTS, LONG))
+
+
+def test_closing_ends_processes_and_requests_also_in_another_thread(pair):
+    with leaving_nothing(processes_of(pair)):
+        events = pair.generate_streaming(PROMPTS, LONG)
+        next(events)
+        # Else a GPU would be through before it is closed.
+        pair._driver.engine._changes.append(Told(take_long, "stands still"))
+        closing = threading.Timer(0.3, pair.close)
+        closing.start()
+        outputs = [event.output for event in events if event.output]
+        closing.join()
     assert [output.finish_reason for output in outputs] == ["abort"] * 3
-    assert not any(process.is_alive() for process in processes_of(llm))
     with pytest.raises(ValueError, match="closed"):
-        llm.generate(PROMPTS)
+        pair.generate(PROMPTS)
 
 
 @pytest.fixture
@@ -135,39 +175,38 @@ def heeding_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_ends_no_process(new_pair, heeding_ctrl_c):
-    with new_pair() as llm:
+def test_ctrl_c_ends_no_process(pair, heeding_ctrl_c):
+    def interrupt():
+        while not pair._driver.engine.load().running:  # before that, `generate` has nothing to return
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
-        def interrupt():
-            while not llm._driver.engine.load().running:  # before that, `generate` has nothing to return
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        interrupting = threading.Thread(target=interrupt)
-        interrupting.start()
-        outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
-        interrupting.join()
-        assert [each.outputs[0].finish_reason for each in outputs] == ["abort"] * 3
-        assert [each.outputs[0].finish_reason for each in llm.generate(PROMPTS, LONG)] == ["length"] * 3
-    other = new_pair()
-    pids = [process.pid for process in processes_of(other)]
-    del other
-    gc.collect()
-    assert not any(is_there(pid) for pid in pids)
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    outputs = pair.generate(PROMPTS, LONG, use_tqdm=False)
+    interrupting.join()
+    assert [each.outputs[0].finish_reason for each in outputs] == ["abort"] * 3
+    assert [each.outputs[0].finish_reason for each in pair.generate(PROMPTS, LONG)] == ["length"] * 3
 
 
-def test_processes_end_when_their_parent_has_gone(new_pair):
+def test_processes_end_when_their_parent_has_gone(pair):
     """One in the middle of a step, in which it waits for the other, and the other idle: the pipes end."""
-    with new_pair() as llm:
-        engine = llm._driver.engine
-        changes = [Submission("a", PROMPTS[0], replace(LONG, seed=0), True, False)]
-        engine._connections[0].send(Command(0.0, changes))
-        time.sleep(0.3)
+    engine = pair._driver.engine
+    changes = [Submission("a", PROMPTS[0], replace(LONG, seed=0), True, False)]
+    engine._connections[0].send(Command(0.0, changes))
+    time.sleep(0.3)
+    with leaving_nothing(processes_of(pair)):
         for connection in engine._connections:
             connection.close()
-        for process in processes_of(llm):
+        for process in processes_of(pair):
             process.join(10)
-        assert not any(process.is_alive() for process in processes_of(llm))
+
+
+def test_an_llm_that_is_forgotten_leaves_nothing_behind(new_pair):
+    llm = new_pair()
+    with leaving_nothing(processes_of(llm)):
+        del llm
+        gc.collect()
 
 
 def is_there(pid: int) -> bool:
@@ -192,19 +231,14 @@ def test_sizes_that_cannot_be_are_refused_before_a_process_starts(arguments, mes
         LLM(sdar, **{"device": "cpu", **arguments})
 
 
-class OutOfMemory(RuntimeError):
-    pass
+def fail_in_one(name: str) -> set:
+    """That method of `Decoder` finds no memory in one process from here on."""
 
-
-def fail_in_one() -> set:
-    """The passes of one process fail from here on."""
-    from dllm_hf.generation.decoder import Decoder
-
-    def launch(self):
-        raise OutOfMemory("of rank 1")
+    def fail(self, *arguments):
+        raise torch.OutOfMemoryError("of rank 1")
 
     if os.environ["RANK"] == "1":
-        Decoder.launch = launch
+        setattr(Decoder, name, fail)
     return set()
 
 

@@ -91,3 +91,24 @@ def test_serve_is_told_of_an_engine_that_has_failed(folder):
     application.state.api.engine.failure = "the device is lost"
     with pytest.raises(ApiError, match="the device is lost"):
         DiffusionServer.check_health(replica)
+
+
+def test_replicas_are_started_when_requests_are_more_than_the_slots_of_one(server, folder):
+    """The last test: its application takes the place of that of the others."""
+    autoscaling = {"max_replicas": 2, "upscale_delay_s": 0.1, "metrics_interval_s": 0.1, "look_back_period_s": 0.5}
+    options = {**OPTIONS, "max_num_seqs": 1}
+    serve.run(deployment(folder, Settings(name=NAME), num_gpus=0, autoscaling=autoscaling, **options))
+    replicas = lambda: serve.status().applications["default"].deployments["DiffusionServer"].replica_states
+    assert replicas() == {"RUNNING": 1}
+    statuses, end = [], time.monotonic() + 60
+
+    def ask() -> None:
+        while time.monotonic() < end and replicas().get("RUNNING") != 2:
+            statuses.append(server.complete(**LONG).status)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert replicas()["RUNNING"] == 2 and set(statuses) == {200}

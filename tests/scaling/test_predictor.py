@@ -126,3 +126,23 @@ def test_a_row_that_is_wrong_has_its_error_and_the_others_their_texts(folder):
     assert batch["text"][3] is None and "a prompt is a string" in batch["error"][3]
     assert batch["filled_prompt"][4] == filled.outputs[0].filled_prompt and batch["filled_prompt"][0] is None
     predictor.llm.close()
+
+
+def test_batches_that_an_actor_works_on_at_a_time_are_in_the_engine_together(folder):
+    """Without Ray. So it does not run empty at the end of one."""
+    import asyncio
+
+    import numpy
+
+    predictor = DiffusionPredictor(folder, SamplingParams(max_tokens=80, options=OPTIONS), device="cpu", max_num_seqs=8)
+
+    async def decode(batches: int) -> int:
+        """Forward passes."""
+        before = predictor.llm.load().num_forward_passes
+        batch = {"id": numpy.arange(4), "prompt": numpy.array(["abc"] * 4, dtype=object)}
+        await asyncio.gather(*(predictor(batch) for _ in range(batches)))
+        return predictor.llm.load().num_forward_passes - before
+
+    alone, together = asyncio.run(decode(1)), asyncio.run(decode(2))
+    assert alone > 30 and together < 1.2 * alone
+    predictor.llm.close()

@@ -111,11 +111,16 @@ def test_what_is_in_flight_too_long_is_aborted_with_an_error(folder, ends_with):
     assert all(reply.error["code"] == "shutting_down" for reply in replies)
 
 
+def children(running: Process) -> list[int]:
+    pid = running.process.pid
+    every = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [each for each in every if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()]
+
+
 def test_replicas_end_with_the_server(folder):
     running = Process(folder, "--data-parallel-size", "2", "--device", "cpu", "--max-num-seqs", "2")
-    pid = running.process.pid
-    replicas = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    assert len([each for each in replicas if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()]) == 2
+    pids = children(running)
+    assert len(pids) == 2
     replies, threads = running.begin(6, seed=1)
     running.signal(signal.SIGTERM)
     for thread in threads:
@@ -123,17 +128,21 @@ def test_replicas_end_with_the_server(folder):
     code, log = running.end(15)
     assert code == 0 and "Traceback" not in log
     assert [reply.status for reply in replies] == [200] * 6
-    assert len({reply.json["choices"][0]["text"] for reply in replies}) == 1
-    for each in replicas:
-        assert not Path(f"/proc/{each}").exists()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(folder):
-    log = folder.parent / "taken.log"
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        process = CONTEXT.Process(target=run, args=(["no-such-model", "--port", port], str(log)))
-        process.start()
-        process.join(timeout=60)
-    assert process.exitcode == 2
-    assert log.read_text().strip().splitlines()[-1].startswith(f"dllm-hf: error: --host 127.0.0.1 --port {port}")
+def test_a_divided_model_is_served_and_where_one_of_its_processes_dies_clients_are_told(folder):
+    running = Process(folder, "--tensor-parallel-size", "2", "--device", "cpu")
+    pids = children(running)
+    assert len(pids) == 2 and running.complete().json["usage"]["completion_tokens"] == 120
+    replies, threads = running.begin(2, n=20)
+    begun = time.monotonic()
+    os.kill(pids[1], signal.SIGKILL)
+    for thread in threads:
+        thread.join(timeout=15)
+    assert [reply.status for reply in replies] == [500] * 2 and time.monotonic() - begun < 10
+    assert "rank 1" in replies[0].error["message"] and running.complete().status == 503
+    assert running.server.get("/health").status == 503
+    running.signal(signal.SIGTERM)
+    code, _ = running.end(15)
+    assert code == 0 and not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -20,6 +20,7 @@ from ..generation.evaluation_mode import evaluating, in_training
 from ..generation.graphs import are_possible
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.pool import fused_of
+from ..generation.ranks import ranks_of
 from ..generation.requests import Row
 from ..generation.uploads import uploaded
 from .grammar import FormError, Grammar
@@ -222,6 +223,8 @@ class Engine:
             try:
                 rows = self._decoder.add(*(sequence.request for sequence in self._admitting))
             except torch.OutOfMemoryError as error:
+                if ranks_of(self.model) is not None:
+                    raise  # other processes have taken in all of them
                 # Where others run, all of them wait for these; where none do, half of them may fit.
                 kept = 0 if self.running else len(self._admitting) // 2
                 if not self.running and not kept:
