@@ -1,5 +1,6 @@
 """Drafts change no token: several steps in a forward pass are those of one step at a time, for every family and policy."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from dllm_hf.generation.configuration import CACHE_DTYPES
 from dllm_hf.generation.remasking import STRATEGIES
 
-from ..builders import END, generate, generators, tiny_model
+from ..builders import END, MASK, generate, generators, tiny_model
 from .calls import paces, prompts
 
 DRAFTED = [name for name, each in STRATEGIES.items() if not each.is_adaptive and each.confidence != "random"]
@@ -48,6 +49,17 @@ def test_drafts_change_no_token(pair, rows, options, pace, drafts):
     if policy == "none" or options["cache_dtype"] not in model.cache_dtypes:
         options = {**options, "cache_dtype": None}
     both(model, rows, drafts, cache_policy=policy, **options, **pace)
+
+
+@pytest.mark.parametrize("strategy", DRAFTED)
+def test_drafts_of_each_strategy_are_accepted_and_change_no_token(pair, strategy):
+    """Of rows of different lengths, of which one has a token that is given between masks; several blocks, two tokens a step."""
+    family, policy = pair
+    model, rows = tiny_model(family), [[5, 6, 7, 8, 9], [12], [3, MASK, 4]]
+    options = {"max_new_tokens": 19, "block_length": model.default_block_length if model.has_fixed_block_length else 8}
+    options |= {"remasking_strategy": strategy, "eos_token_id": []}
+    found = [both(model, rows, 5, cache_policy=policy, **options, **pace) for pace in ({}, {"denoising_steps": 4})]
+    assert sum((drafted.tokens_per_forward - alone.tokens_per_forward).sum() for alone, drafted in found) > 0
 
 
 def test_history_and_log_probabilities_are_those_of_one_step_at_a_time(pair):
