@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dllm_hf import LLM, quantization
+from dllm_hf import LLM, SamplingParams, quantization
 from dllm_hf.gla_dream.attention_gla_dream import DecayProjection
 from dllm_hf.hub import quantize
 from dllm_hf.quantization import check_runs, quantization_config
@@ -25,8 +25,8 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def tokens(model) -> list[int]:
-    return model.diffusion_generate(torch.tensor([[5, 6, 7]]), **OPTIONS).tolist()[0]
+def tokens(model, **options) -> list[int]:
+    return model.diffusion_generate(torch.tensor([[5, 6, 7]]), **OPTIONS, **options).tolist()[0]
 
 
 @pytest.mark.parametrize("family", ["llada", "sdar_moe", "llada2", "gla_dream"])
@@ -52,6 +52,17 @@ def test_a_head_that_is_tied_stays_the_embedding(sources, tmp_path):
     model = loaded(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight and type(model.lm_head.weight) is nn.Parameter
     tokens(model)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_requests_get_what_a_call_gets(sources, tmp_path, cache_dtype):
+    quantize(str(sources / "sdar"), tmp_path / "out", "int8", "cpu")
+    llm = LLM(str(tmp_path / "out"), device="cpu", cache_dtype=cache_dtype, num_cache_tokens=130)
+    assert quantization.KINDS[type(llm.model.lm_head.weight).__name__] == "int8"
+    [output] = llm.generate(
+        [[5, 6, 7]], SamplingParams(max_tokens=8, options={"suppress_tokens": [61]}), use_tqdm=False
+    )
+    assert [5, 6, 7, *output.outputs[0].token_ids] == tokens(loaded(tmp_path / "out"), cache_dtype=cache_dtype)
 
 
 @pytest.fixture
