@@ -70,3 +70,29 @@ def test_history_and_log_probabilities_are_those_of_one_step_at_a_time(pair):
     assert [each.tolist() for each in drafted.history] == [each.tolist() for each in alone.history]
     for name in ("logprobs", "top_logprobs"):
         torch.testing.assert_close(drafted[name], alone[name], equal_nan=True)
+
+
+def test_hooks_that_change_tokens_and_logits_see_and_do_the_same(pair):
+    """The guesses know of neither: they are wrong where a hook has been."""
+    family, policy = pair
+    model, rows, found = tiny_model(family), [[5, 6, 7, 8, 9], [12, 13]], []
+    options = {"max_new_tokens": 16, "remasking_strategy": "low_confidence_static", "cache_policy": policy}
+    options["block_length"] = model.default_block_length if model.has_fixed_block_length else 8
+    for drafts in (0, 4):
+        seen = []
+
+        def of_tokens(step, sequences, logits, seen=seen):
+            seen.append((step, sequences.tolist()))
+            if step == 3:
+                sequences[:, -6] = 33
+            return sequences
+
+        def of_logits(step, sequences, logits, seen=seen):
+            seen.append((step, sequences.tolist()))
+            return logits + 3 * (torch.arange(logits.shape[-1]) == 40) if step == 5 else logits
+
+        hooks = {"generation_tokens_hook_func": of_tokens, "generation_logits_hook_func": of_logits}
+        output = generate(model, rows, draft_steps=drafts, eos_token_id=[], **options, **hooks)
+        found.append((seen, output.sequences.tolist(), output.num_forward_passes))
+    (seen, tokens, passes), (same, again, fewer) = found
+    assert (same, again) == (seen, tokens) and 33 in tokens[0] and fewer < passes
