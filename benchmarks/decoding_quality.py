@@ -156,6 +156,7 @@ def measure_text(model, tokenizer, args):
     settings = text_settings(model.cache_policies)
     if args.cache_dtype is not None:
         pairs = [{"remasking_strategy": STATIC, "denoising_steps": number} for number in (32, 16)]
+        pairs += [{"remasking_strategy": "sequential"}]  # in which no confidence decides the order
         settings = cache_settings(model.cache_policies, pairs, args.cache_dtype)
     for setting in settings:
         forcing = TeacherForcing(windows, tokenizer.mask_token_id, 32)

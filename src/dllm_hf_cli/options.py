@@ -170,9 +170,13 @@ def command_parser(command: str) -> Parser:
         parser.usage = f"{parser.prog} MODEL [options]"
         parser.description = (
             "Compile the kernels that decoding with a model launches on this GPU into Triton's cache (TRITON_CACHE_DIR), so that "
-            "the first call need not. The weights are not read."
+            "the first call need not. Kernels of keys and values in 8 bits and of drafts are others: give the options that calls "
+            "are going to have. The weights are not read."
         )
         parser.add_argument("--block-length", type=integer, metavar="INT", help="default: the model's, or 32")
+        for name in ("cache_dtype", "draft_steps"):
+            kind, text, _ = GENERATION_OPTIONS[name]
+            parser.add_argument("--" + name.replace("_", "-"), help=text, **ARGUMENT_OF_TYPE[kind])
         _add_model_options(parser)
         return parser
     elif command == "evaluate":

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dllm_hf import LLM, SamplingParams
 from dllm_hf.generation.graphs import are_possible
 from dllm_hf.hub import checkpoint
 
+from .options import generation_options
 from .output import show
 from .session import checked_device
 
@@ -32,23 +34,31 @@ def warmup(arguments: argparse.Namespace) -> int:
     began, cache = time.perf_counter(), Path(knobs.cache.dir)
     before = count(cache)
     model = two_layers(folder, arguments, device)
-    block = arguments.block_length or model.default_block_length or 32
+    options = generation_options(arguments)
+    block = options.pop("block_length", None) or model.default_block_length or 32
+    drafts = options.pop("draft_steps", None)
+    strategies = [None, "low_confidence_static"] if drafts else [None]
     longest = model.config.max_position_embeddings
     prompts: list[Any] = [[0] * length for length in PROMPTS if length + 2 * block < longest]
+    room = {"max_num_seqs": max(BATCHES), "max_model_len": min(longest, PROMPTS[-1] + 2 * block)}
     for policy in model.cache_policies:
-        for rows in BATCHES if policy != "none" else ():
-            for prompt in prompts:
-                model.diffusion_generate(
-                    torch.tensor([prompt] * rows),
-                    max_new_tokens=2 * block,
-                    block_length=block,
-                    cache_policy=policy,
-                    denoising_steps=min(block, 4),
-                )
+        if policy == "none":  # runs without our kernels
+            continue
+        for rows, prompt, strategy in product(BATCHES, prompts, strategies):
+            model.diffusion_generate(
+                torch.tensor([prompt] * rows),
+                max_new_tokens=2 * block,
+                block_length=block,
+                cache_policy=policy,
+                denoising_steps=min(block, 4),
+                **({"remasking_strategy": strategy, "draft_steps": drafts} if strategy else {}),
+                **options,
+            )
         model.release_graphs()
-    llm = LLM(model, block_length=block, max_num_seqs=max(BATCHES), max_model_len=min(longest, PROMPTS[-1] + 2 * block))
-    for many in (prompts, 6 * prompts):
-        llm.generate(many, SamplingParams(max_tokens=2 * block, ignore_eos=True), use_tqdm=False)
+        llm = LLM(model, block_length=block, cache_policy=policy, draft_steps=drafts, **room, **options)
+        for many, strategy in product((prompts, 6 * prompts), strategies):
+            params = SamplingParams(max_tokens=2 * block, ignore_eos=True, remasking_strategy=strategy)
+            llm.generate(many, params, use_tqdm=False)
     seconds = time.perf_counter() - began
     show(f"{count(cache) - before} kernels compiled in {seconds:.1f} s into {cache}")
     return 0

@@ -55,3 +55,26 @@ def test_warmup_decodes_with_two_layers_of_the_checkpoint_s_shapes(family, tmp_p
     code, stdout, stderr = run("warmup", tmp_path / "int8", "--device", "cpu", "--block-length", "4")
     assert code == 0, stderr
     assert " kernels compiled in " in stdout
+
+
+def test_warmup_decodes_with_the_options_that_have_kernels_of_their_own(run, folder, monkeypatch):
+    pytest.importorskip("triton")
+    from dllm_hf.generation import decoder
+    from dllm_hf_cli import warmup
+
+    made, opened = [], decoder.Decoder.__init__
+    noted = lambda self, backend, workspace, *rest, **more: (
+        made.append((workspace.state and workspace.state.cache_dtype, workspace.canvas.drafts)),
+        opened(self, backend, workspace, *rest, **more),
+    )[1]
+    monkeypatch.setattr(decoder.Decoder, "__init__", noted)
+    monkeypatch.setattr(warmup, "are_possible", lambda device: True)
+    monkeypatch.setattr(warmup, "PROMPTS", (3,))
+    monkeypatch.setattr(warmup, "BATCHES", (2,))
+    options = ["--device", "cpu", "--block-length", "8", "--cache-dtype", "int8", "--draft-steps", "2"]
+    code, _, stderr = run("warmup", folder, *options)
+    assert code == 0, stderr
+    # For each policy with a cache a call without drafts, one with them, and the engine, which drafts what allows it.
+    assert made == 2 * [("int8", 0), ("int8", 2), ("int8", 2)]  # `prefix` and `dual`
+    code, _, stderr = run("warmup", folder, "--device", "cpu", "--cache-dtype", "fp9")
+    assert code == 2 and "fp9" in stderr

@@ -11,6 +11,7 @@ from dllm_hf.generation.backend import ModelBackend
 from dllm_hf.generation.window import Pays
 
 from ..builders import new_model, tiny_model
+from ..contracts.test_drafts import DRAFTED
 from ..generation.test_decoder import CAPACITY, CELLS, DEVICE, alone, calls, calls_of
 
 SLOTS = 3
@@ -103,3 +104,30 @@ def test_a_request_gets_it_from_graphs_too(family, policy, data, captured, monke
     outputs = run(engine_of(model, policy, uses_graphs=True, columns=80, draft_steps=drafts), every, [])
     for number, call in enumerate(every):
         assert outputs[str(number)].token_ids == alone(model, policy, call)[0][len(call[0]) :], call
+
+
+@pytest.mark.parametrize(
+    "family, policy, uses_graphs",
+    [(*cell, False) for cell in CELLS] + [(*cell, True) for cell in CELLS if cell[1] != "none"],
+)
+def test_drafts_of_each_strategy_give_a_request_what_it_gets_alone(family, policy, uses_graphs, monkeypatch, request):
+    """Beside requests that cannot be drafted, and while others arrive and are aborted."""
+    if uses_graphs:
+        request.getfixturevalue("captured")
+        monkeypatch.setattr(engine, "are_possible", lambda device: True)
+    kinds = [(name, 0.0) for name in DRAFTED] + [("random", 0.0), ("low_confidence", 0.8)]
+    fixed = {"max_new_tokens": 13, "block_length": None if family == "gla_dream" else 4, "eos_token_id": []}
+    every = [
+        ([5, 6, 7, *range(number)], number, {**fixed, "remasking_strategy": name, "temperature": temperature})
+        for number, (name, temperature) in enumerate(kinds)
+    ]
+    served = engine_of(new_model(family).to(DEVICE), policy, uses_graphs=uses_graphs, draft_steps=3)
+    outputs = run(served, every, ["submit", "submit", "step", "submit", "step", "step", "submit", "step", "abort"])
+    saved = {}
+    for number, call in enumerate(every):
+        output, (text, per_forward) = outputs[str(number)], alone(served.model, policy, call)
+        length = len(output.token_ids) if output.finish_reason == "abort" else None
+        assert output.token_ids == text[len(call[0]) :][:length], call
+        saved[kinds[number]] = output.tokens_per_forward - per_forward if length is None else 0.0
+    assert sum(saved.values()) > 0
+    assert all(saved[each] == pytest.approx(0) for each in kinds[len(DRAFTED) :])

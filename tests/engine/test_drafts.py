@@ -1,8 +1,11 @@
 """Drafts in the engine: as long as few completions run, and for those whose steps can be foreseen."""
 
 import pytest
+import torch
 
 from dllm_hf import LLM, SamplingParams
+from dllm_hf.engine import engine
+from dllm_hf.generation.drafts import number_of_drafts
 
 from ..builders import ScriptedModel, script
 
@@ -30,8 +33,22 @@ def test_drafts_give_way_to_completions(number, passes):
     assert passes_of(number, draft_steps=3) == [passes] * number
 
 
-def test_what_cannot_be_foreseen_takes_one_step_a_pass():
-    options = {"remasking_strategy": "low_confidence_dynamic", "dynamic_threshold": 1.0}
+def test_auto_is_four_drafts_on_a_gpu_and_none_on_a_cpu(monkeypatch):
+    assert passes_of(1, draft_steps="auto") == [8]
+    monkeypatch.setattr(engine, "number_of_drafts", lambda steps, _: number_of_drafts(steps, torch.device("cuda")))
+    assert passes_of(1, draft_steps="auto") == passes_of(1, draft_steps=4) == [1 + 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"remasking_strategy": "low_confidence_dynamic", "dynamic_threshold": 1.0},
+        {"remasking_strategy": "random", "seed": 0},
+        {"options": {"alg_temp": 0.5}, "seed": 0},
+        {"temperature": 0.01, "seed": 0},
+    ],
+)
+def test_what_cannot_be_foreseen_takes_one_step_a_pass(options):
     assert passes_of(1, draft_steps=3, **options) == [8]
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import LogitsProcessor, MaxLengthCriteria
 
-from dllm_hf.generation.drafts import confirmed
+from dllm_hf.generation import mixin
+from dllm_hf.generation.drafts import confirmed, number_of_drafts
 from dllm_hf.generation.window import Frame, make_list, make_window
 
-from ..builders import MASK, RefusesToRun, ScriptedModel, generate, left_pad, refused, script, tiny_model
+from ..builders import MASK, RefusesToRun, ScriptedModel, generate, left_pad, recorded, refused, script, tiny_model
 from .recorded_graphs import both_ways, fresh_model
 from .test_hooks import Recorder
 
@@ -43,6 +44,21 @@ def test_auto_drafts_nothing_on_a_cpu():
     model = ScriptedModel(script(list(range(8)), prompt=2))
     output = generate(model, [[5, 6]], max_new_tokens=8, block_length=8, draft_steps="auto", **STATIC)
     assert output.num_forward_passes == 8
+
+
+@pytest.mark.parametrize(("policy", "width"), [("none", 20), ("prefix", 16), ("dual", 16)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_auto_fills_a_pass_on_a_gpu_up_to_128_tokens(rows, policy, width, monkeypatch):
+    monkeypatch.setattr(mixin, "number_of_drafts", lambda steps, _: number_of_drafts(steps, torch.device("cuda")))
+    model, prompts = tiny_model("llada"), [[5, 6, 7, number] for number in range(rows)]
+    options = {"max_new_tokens": 16, "block_length": 16, "cache_policy": policy, **STATIC}
+    with recorded(model) as calls:
+        drafted = generate(model, prompts, draft_steps="auto", **options)
+    _, second, *later = (call["input_ids"] for call in calls)
+    drafts = min(4, max(0, 128 // (rows * width) - 1))
+    assert second.shape == (rows * (1 + drafts), width)
+    assert all(each.numel() <= max(128, rows * width) for each in later)
+    assert drafted.sequences.tolist() == generate(model, prompts, **options).sequences.tolist()
 
 
 def test_a_draft_counts_where_the_step_before_leads_to_it():

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dllm_hf import LLM
+from dllm_hf import LLM, SamplingParams, quantization
 from dllm_hf.gla_dream.attention_gla_dream import DecayProjection
 from dllm_hf.hub import quantize
 from dllm_hf.quantization import check_runs, quantization_config
 
+from ..builders import new_model
 from .conftest import weights
 
 pytest.importorskip("torchao")
@@ -24,8 +25,8 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def tokens(model) -> list[int]:
-    return model.diffusion_generate(torch.tensor([[5, 6, 7]]), **OPTIONS).tolist()[0]
+def tokens(model, **options) -> list[int]:
+    return model.diffusion_generate(torch.tensor([[5, 6, 7]]), **OPTIONS, **options).tolist()[0]
 
 
 @pytest.mark.parametrize("family", ["llada", "sdar_moe", "llada2", "gla_dream"])
@@ -53,10 +54,61 @@ def test_a_head_that_is_tied_stays_the_embedding(sources, tmp_path):
     tokens(model)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_requests_get_what_a_call_gets(sources, tmp_path, cache_dtype):
+    quantize(str(sources / "sdar"), tmp_path / "out", "int8", "cpu")
+    llm = LLM(str(tmp_path / "out"), device="cpu", cache_dtype=cache_dtype, num_cache_tokens=130)
+    assert quantization.KINDS[type(llm.model.lm_head.weight).__name__] == "int8"
+    [output] = llm.generate(
+        [[5, 6, 7]], SamplingParams(max_tokens=8, options={"suppress_tokens": [61]}), use_tqdm=False
+    )
+    assert [5, 6, 7, *output.outputs[0].token_ids] == tokens(loaded(tmp_path / "out"), cache_dtype=cache_dtype)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """A CPU quantises in fp8 and int4. It lacks no operation for the first, and of the second the order of the bytes."""
+    from torchao.quantization import quant_api
+
+    tiles = lambda pairs, _: pairs.view(torch.int32).reshape(len(pairs) // 8, pairs.shape[1] // 64, 32, 4)
+    monkeypatch.setattr(quantization, "check_device", lambda *_: None)
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", tiles)
+
+
+@pytest.mark.parametrize(("format", "size"), [("fp8", 64), ("int4", 256)])
+def test_what_a_gpu_has_quantised_loads_with_torchao_alone(format, size, tmp_path, monkeypatch, as_on_a_gpu):
+    """On a machine without one: to the last bit what was written, the head in 16 bits with int4, and in fp8 it decodes."""
+    new_model("llada", d_model=size, mlp_hidden_size=size).save_pretrained(tmp_path / "in")
+    made = quantize(str(tmp_path / "in"), tmp_path / "out", format, "cpu")
+    kinds = {"dtype": torch.bfloat16, "device_map": "cpu", "quantization_config": quantization_config(format)}
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "in", **kinds).state_dict()
+    monkeypatch.undo()
+    found = loaded(tmp_path / "out")
+    linears = {f"{name}.weight" for name, module in found.named_modules() if isinstance(module, nn.Linear)}
+    left_out = {"lm_head.weight"} if format == "int4" else set()
+    for name, each in found.state_dict().items():
+        kind, parts = quantization.KINDS.get(type(each).__name__), getattr(each, "tensor_data_names", ())
+        assert kind == (format if name in linears - left_out else None), name
+        tensors = [[getattr(one, part) for part in parts] or [one] for one in (each, expected[name])]
+        for one, other in zip(*tensors):
+            assert one.dtype == other.dtype and torch.equal(one.float(), other.float())
+    assert made.quantized > made.others
+    if format == "fp8":
+        assert len(tokens(found)) == 3 + 8
+    else:
+        with pytest.raises(ValueError, match="int4 weights need an NVIDIA GPU"):
+            check_runs(found)
+
+
 @pytest.mark.slow
-def test_it_runs_without_this_package_and_gives_the_same_there(sources, tmp_path, fresh_processes):
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_it_runs_without_this_package_and_gives_the_same_there(format, sources, tmp_path, fresh_processes, request):
     fresh = fresh_processes()
-    quantize(str(sources / "llada"), tmp_path / "out", "int8")
+    if format == "fp8":
+        request.getfixturevalue("as_on_a_gpu")
+    quantize(str(sources / "llada"), tmp_path / "out", format, "cpu")
     fresh.ask("tokens", "tokens", name=tmp_path / "out", ids=[5, 6, 7], options=OPTIONS)
     fresh.ask("card", "card", name="out", folder=tmp_path / "out")
     fresh.run()
