@@ -31,6 +31,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    set_seed,
 )
 
 from dllm_hf import (
@@ -274,6 +275,7 @@ def train(argv: list[str]) -> None:
     # It skips the two thirds of the mask over noisy and clean text where nothing is seen.
     is_sparse = arm.family in (SDARForCausalLM, NemotronLabsDiffusionModel) and torch.cuda.is_available()
     attention = args.attention or ("flex_attention" if is_sparse else "sdpa")
+    set_seed(training.seed)  # GLADream has parameters that the original lacks
     model: Any = start(arm, gguf, args.block_size, attention)
     if arm.family is GLADreamModel and args.align_tokens:
         model = aligned(model, gguf, tokenizer, args, training)
