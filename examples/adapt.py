@@ -152,6 +152,7 @@ def defaults(arm: Arm) -> dict[str, Any]:
         "report_to": "none",
         "remove_unused_columns": False,
         "dataloader_num_workers": 2 if torch.cuda.is_available() else 0,
+        "ddp_find_unused_parameters": False,  # each is used; the search for others takes time in every step
     }
 
 
