@@ -387,6 +387,25 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(adapt, folder, tmp_path)
     assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
 
 
+@pytest.mark.slow
+def test_a_first_stage_that_was_stopped_goes_on_to_the_same_weights(adapt, folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data").symlink_to(folder / "out" / "data")
+    (tmp_path / "model.gguf").symlink_to(folder / "model.gguf")
+    arm, results = tmp_path / "out" / "gla_dream", tmp_path / "out" / "results" / "gla_dream.jsonl"
+    options = ["--arm", "gla_dream", *TRAIN, "--align_tokens", "4096"]
+    run(adapt, tmp_path, "train", *options, "--minutes", "0")
+    assert "Stopped after 1 of 4 steps" in capsys.readouterr().out
+    assert not any(each.exists() for each in (arm / "aligned", arm / "run", results))
+    run(adapt, tmp_path, "train", *options, "--resume_from_checkpoint", "last")
+    assert len(losses(tmp_path, "gla_dream", "alignment")) == len(losses(tmp_path, "gla_dream")) == 4
+    resumed = AutoModelForCausalLM.from_pretrained(arm / "model").state_dict()
+    arm.rename(tmp_path / "resumed")
+    run(adapt, tmp_path, "train", *options)
+    unbroken = AutoModelForCausalLM.from_pretrained(arm / "model").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
 @pytest.mark.parametrize("arm", ["control", "dream", "llada", "sdar", "nemotron", "gla_dream", "gla_dream, aligned"])
 def test_every_parameter_that_is_trained_has_a_gradient(adapt, folder, arm):
     """So that several processes need not look for others (`ddp_find_unused_parameters`)."""
