@@ -172,9 +172,8 @@ def folder(tmp_path_factory, adapt, text) -> Path:
     folder = tmp_path_factory.mktemp("adapt")
     tokens = [f"<{index}>" for index in range(17)] + list(bytes_to_unicode().values()) + ["ab", "yz"]
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        vocab_size=len(tokens), intermediate_size=32, eos_token_id=2, max_position_embeddings=1024, **sizes
-    )
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 1024, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=len(tokens), eos_token_id=2, **sizes)
     torch.manual_seed(0)
     write_gguf(LlamaForCausalLM(config), folder / "model.gguf", tokens, ["a b", "y z"])
     found = adapt_data.Collected([])
