@@ -31,6 +31,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    set_seed,
 )
 
 from dllm_hf import (
@@ -151,14 +152,13 @@ def defaults(arm: Arm) -> dict[str, Any]:
         "report_to": "none",
         "remove_unused_columns": False,
         "dataloader_num_workers": 2 if torch.cuda.is_available() else 0,
+        "ddp_find_unused_parameters": False,  # each is used; the search for others takes time in every step
     }
 
 
 def run_stage(model, rows: Windows, args: Arguments, training: TrainingArguments, collator, callbacks: list) -> Trainer:
     training.max_steps = len(rows) // args.batch
     training.warmup_steps = min(100, training.max_steps // 10)
-    if args.minutes is not None:
-        callbacks = [*callbacks, TimeLimit(args.minutes)]
     trainer = InOrder(model, training, data_collator=collator, train_dataset=rows, callbacks=callbacks)
     try:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -168,24 +168,42 @@ def run_stage(model, rows: Windows, args: Arguments, training: TrainingArguments
     return trainer
 
 
-def aligned(model: GLADreamModel, gguf: Path, tokenizer, args: Arguments, training: TrainingArguments) -> GLADreamModel:
-    """The model after the first stage, which is done once and kept in a folder."""
-    folder = Path(args.out) / args.arm / "aligned"
-    if not (folder / "config.json").is_file():
-        number = rows_for(args.align_tokens, args.batch)
-        rows = Windows(Path(args.out) / "data", tokenizer, "sequential", number, labelled=False)
-        own = TrainingArguments(str(folder.parent / "alignment"), save_strategy="no", **given(training))
-        own.learning_rate = 1e-3
-        if args.compile_layers:
-            for layer in model.model.layers:  # without the hooks of the stage
-                layer.self_attn.forward = torch.compile(layer.self_attn.forward)
-        stage = Alignment(model, original(gguf))
-        trainer = run_stage(stage, rows, args, own, default_data_collator, [])
-        if trainer.is_world_process_zero():
-            model.save_pretrained(folder)
-            note(args, "alignment", trainer, len(rows))
-        trainer.accelerator.wait_for_everyone()
-    return GLADreamModel.from_pretrained(folder, dtype=torch.float32)
+def is_stopped(trainer: Trainer) -> bool:
+    """Whether `--minutes` were over first."""
+    done, steps = trainer.state.global_step, trainer.args.max_steps
+    if done < steps and trainer.is_world_process_zero():
+        print(f"Stopped after {done} of {steps} steps: --resume_from_checkpoint last goes on.")
+    return done < steps
+
+
+def aligned_folder(args: Arguments) -> Path:
+    """Of the model after the first stage, which is done once."""
+    return Path(args.out) / args.arm / "aligned"
+
+
+def first_stage(args: Arguments, training: TrainingArguments) -> TrainingArguments:
+    """Its own arguments. A checkpoint to go on from is one of this stage, as long as it has not ended."""
+    own = TrainingArguments(str(aligned_folder(args).with_name("alignment")), save_strategy="no", **given(training))
+    own.learning_rate = 1e-3
+    own.resume_from_checkpoint, training.resume_from_checkpoint = training.resume_from_checkpoint, None
+    return own
+
+
+def align(model: GLADreamModel, gguf: Path, tokenizer, args: Arguments, own: TrainingArguments, limit: list) -> bool:
+    """The first stage. False where it was stopped."""
+    number = rows_for(args.align_tokens, args.batch)
+    rows = Windows(Path(args.out) / "data", tokenizer, "sequential", number, labelled=False)
+    if args.compile_layers:
+        for layer in model.model.layers:  # without the hooks of the stage
+            layer.self_attn.forward = torch.compile(layer.self_attn.forward)
+    trainer = run_stage(Alignment(model, original(gguf)), rows, args, own, default_data_collator, limit)
+    if is_stopped(trainer):
+        return False
+    if trainer.is_world_process_zero():
+        model.save_pretrained(aligned_folder(args))
+        note(args, "alignment", trainer, len(rows))
+    trainer.accelerator.wait_for_everyone()
+    return True
 
 
 def given(training: TrainingArguments) -> dict[str, Any]:
@@ -268,15 +286,23 @@ def train(argv: list[str]) -> None:
     if args.batch % (devices * training.gradient_accumulation_steps):
         raise SystemExit(f"--batch {args.batch} must be a multiple of the devices times --gradient_accumulation_steps.")
     training.per_device_train_batch_size = args.batch // devices // training.gradient_accumulation_steps
-    check_run(training)
+    has_stage = arm.family is GLADreamModel and args.align_tokens > 0
+    own = None
+    if has_stage and not (aligned_folder(args) / "config.json").is_file():
+        own = first_stage(args, training)
+    check_run(own or training)
+    limit = [] if args.minutes is None else [TimeLimit(args.minutes)]
     gguf = find_gguf(args.gguf)
     tokenizer = tokenizer_of(gguf)
     # It skips the two thirds of the mask over noisy and clean text where nothing is seen.
     is_sparse = arm.family in (SDARForCausalLM, NemotronLabsDiffusionModel) and torch.cuda.is_available()
     attention = args.attention or ("flex_attention" if is_sparse else "sdpa")
+    set_seed(training.seed)  # GLADream has parameters that the original lacks
     model: Any = start(arm, gguf, args.block_size, attention)
-    if arm.family is GLADreamModel and args.align_tokens:
-        model = aligned(model, gguf, tokenizer, args, training)
+    if own is not None and not align(model, gguf, tokenizer, args, own, limit):
+        return
+    if has_stage:
+        model = GLADreamModel.from_pretrained(aligned_folder(args), dtype=torch.float32)
     if args.compile_layers:
         for layer in model.model.layers:
             layer.compile()
@@ -290,13 +316,8 @@ def train(argv: list[str]) -> None:
         own = {"mask_token_id": MASK, "seed": training.seed, "line_weight": args.line_weight}
         collator = WholeRows(tokenizer, **schedule, **own)
         callbacks = [collator]
-    trainer = run_stage(model, rows, args, training, collator, callbacks)
-    if not trainer.is_world_process_zero():
-        return
-    if trainer.state.global_step < training.max_steps:
-        print(
-            f"Stopped after {trainer.state.global_step} of {training.max_steps} steps: --resume_from_checkpoint last goes on."
-        )
+    trainer = run_stage(model, rows, args, training, collator, [*callbacks, *limit])
+    if is_stopped(trainer) or not trainer.is_world_process_zero():
         return
     note(args, "training", trainer, len(rows))
     trained = trainer.accelerator.unwrap_model(trainer.model)

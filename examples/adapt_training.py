@@ -54,18 +54,19 @@ class Alignment(nn.Module):
 
     def __init__(self, model: GLADreamModel, teacher: PreTrainedModel):
         super().__init__()
-        self.model = model
-        self.teacher = [teacher.eval().requires_grad_(False)]  # a list: no part of what is trained
+        # In lists: no part of what is trained, nor of a checkpoint.
+        self.model, self.teacher = [model], [teacher.eval().requires_grad_(False)]
+        self.attention = nn.ModuleList(layer.self_attn for layer in model.model.layers)
         self.inputs: list[torch.Tensor] = []
         self.outputs: list[torch.Tensor] = []
         self.losses: list[torch.Tensor] = []
         model.requires_grad_(False)
         for layer in teacher.model.layers:
             layer.self_attn.register_forward_hook(self._note, with_kwargs=True)
-        for index, layer in enumerate(model.model.layers):
-            layer.self_attn.requires_grad_(True)
-            layer.self_attn.register_forward_pre_hook(lambda module, args, i=index: (self.inputs[i], *args[1:]))
-            layer.self_attn.register_forward_hook(lambda module, args, out, i=index: self._compare(i, out))
+        self.attention.requires_grad_(True)
+        for index, attention in enumerate(self.attention):
+            attention.register_forward_pre_hook(lambda module, args, i=index: (self.inputs[i], *args[1:]))
+            attention.register_forward_hook(lambda module, args, out, i=index: self._compare(i, out))
 
     def _note(self, module, args, kwargs, output):
         self.inputs.append(kwargs["hidden_states"])
@@ -80,5 +81,5 @@ class Alignment(nn.Module):
         self.inputs.clear(), self.outputs.clear(), self.losses.clear()
         with torch.no_grad():
             self.teacher[0].to(input_ids.device).model(input_ids, use_cache=False)
-        self.model.model(input_ids, use_cache=False)
+        self.model[0].to(input_ids.device).model(input_ids, use_cache=False)
         return {"loss": torch.stack(self.losses).mean()}

@@ -43,6 +43,8 @@ def write_gguf(model, path: Path, tokens: list[str], merges: list[str]) -> None:
     writer.add_token_merges(merges)
     writer.add_eos_token_id(model.config.eos_token_id)
     for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:  # then the file has none
+            continue
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
         if config.model_type == "llama" and ("attn_q." in name or "attn_k." in name):

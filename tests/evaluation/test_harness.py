@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,38 @@ def test_a_local_task_has_the_same_texts_through_the_server(tasks):
         refused = server.complete("abc", echo=True, logprobs=1)
     assert through_the_server == evaluated(ours, tasks[:1], limit=2)
     assert (refused.status, "lm-eval's model `dllm`" in refused.error["message"]) == (400, True)
+
+
+def test_a_chat_is_what_the_template_makes_of_it_up_to_the_end_of_a_turn(tasks):
+    """With an example as turns before, and of the likelihoods as well."""
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}{% if not loop.last or "
+        "add_generation_prompt %}<turn>{% endif %}{% endfor %}{% if add_generation_prompt %}answer:{% endif %}"
+    )
+    prompt = "user: a dog<turn>assistant: ran<turn>user: the cat<turn>answer:"
+    whole = generate(new_model("llada"), [ids_of(prompt)], max_new_tokens=8, **OPTIONS).sequences[0].tolist()
+    tokens = whole[len(ids_of(prompt)) :]
+    model = new_model("llada", eot_token_id=tokens[3])  # as if it ended turns
+    ours = DiffusionLM(model, tokenizer, batch_size=4, num_samples=16, **OPTIONS)
+    options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "bootstrap_iters": 0}
+    some = [{**task, "fewshot_split": "train", "num_fewshot": 1} for task in (tasks[0], tasks[2])]
+    for task in some:
+        folder = Path(task["dataset_kwargs"]["data_files"]["test"]).parent
+        (folder / "turn.jsonl").write_text(json.dumps({**DOCUMENTS[1], "choices": ["ran"]}) + "\n")
+        files = {"test": str(folder / "data.jsonl"), "train": str(folder / "turn.jsonl")}
+        task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": files}
+    manager = TaskManager(include_defaults=False)
+    found = lm_eval.simple_evaluate(ours, tasks=some, limit=1, task_manager=manager, **options)["samples"]
+    [text], [continuation] = found["texts"], found["continuations"]
+    assert text["arguments"][0][0] == continuation["arguments"][0][0] == prompt
+    end = tokens.index(model.config.eot_token_id) + 1  # with its text, since it is none of the special tokens
+    assert end < 8 and text["resps"] == [[tokenizer.decode(tokens[:end])]]
+    ids = torch.tensor([ids_of(prompt + DOCUMENTS[0]["choices"][1])])
+    labels = ids.clone()
+    labels[:, : len(ids_of(prompt))] = -100
+    bound = model.log_likelihood(ids, labels=labels, num_samples=16).log_likelihood.item()
+    assert continuation["resps"][0][0][0] == pytest.approx(bound, rel=1e-5)
 
 
 WRONG = {

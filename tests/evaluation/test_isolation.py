@@ -1,12 +1,14 @@
 """What a program that is tried can do, and what it cannot."""
 
+import inspect
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dllm_hf.evaluation import isolated
+from dllm_hf.evaluation import human_eval, infilling, isolated
 from dllm_hf.evaluation.isolated import AUDIT_HOOK, PASSED, SECCOMP
 from dllm_hf.evaluation.isolation import run
 
@@ -16,7 +18,9 @@ ALLOWED = {
     "printing much": "print('x' * 10**7)",
 }
 REFUSED = {
-    "the network": "import socket; socket.create_connection(('127.0.0.1', 9))",
+    "the network": "import socket; socket.create_connection(('127.0.0.1', PORT))",
+    "a listener": "import socket; socket.create_server(('127.0.0.1', 0))",
+    "another program's socket": "import socket; socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)",
     "a datagram": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'', ('127.0.0.1', 9))",
     "a program": "import subprocess; subprocess.run([sys.executable, '-c', ''])",
     "a shell": "import os; assert os.system('true') == 0",
@@ -33,9 +37,11 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a filter of syste
 
 
 @pytest.fixture
-def folder(tmp_path):
+def where(tmp_path):
+    """The beginning of a program: a folder, in which nothing may change, and a port at which somebody listens."""
     (tmp_path / "old").write_text("old")
-    yield str(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"import sys; FOLDER, PORT = {str(tmp_path)!r}, {server.getsockname()[1]}\n"
     assert [each.name for each in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "old"
 
 
@@ -57,13 +63,24 @@ def test_a_program_may_compute_read_and_print(program):
 
 @on_linux
 @pytest.mark.parametrize("program", (REFUSED | FAILS).values(), ids=REFUSED | FAILS)
-def test_a_program_has_no_network_no_other_process_and_no_file_to_write(program, folder):
-    assert run(f"import sys; FOLDER = {folder!r}\n{program}", 10) == (False, SECCOMP)
+def test_a_program_has_no_network_no_other_process_and_no_file_to_write(program, where):
+    assert run(where + program, 10) == (False, SECCOMP)
+
+
+def test_what_is_refused_is_possible_elsewhere(tmp_path):
+    """So that the tests above are of the isolation."""
+    for index, program in enumerate(REFUSED.values()):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        (folder / "old").write_text("old")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            text = f"import sys; FOLDER, PORT = {str(folder)!r}, {server.getsockname()[1]}\n{program}"
+            subprocess.run([sys.executable, "-I", "-S", "-c", text], check=True)
 
 
 @pytest.mark.parametrize("program", REFUSED.values(), ids=REFUSED)
-def test_without_a_filter_of_system_calls_a_hook_refuses_the_same(program, folder):
-    assert with_hook(f"import sys; FOLDER = {folder!r}\n{program}") != PASSED
+def test_without_a_filter_of_system_calls_a_hook_refuses_the_same(program, where):
+    assert with_hook(where + program) != PASSED
 
 
 def test_with_the_hook_a_program_may_compute():
@@ -72,3 +89,13 @@ def test_with_the_hook_a_program_may_compute():
 
 def test_time_is_limited():
     assert run("while True: pass", 0.5) == (False, "")
+    assert run("import time; time.sleep(60)", 0.5) == (False, "")
+
+
+def test_programs_have_ten_seconds(monkeypatch):
+    """Of the clock, which those that wait spend too."""
+    asked: list[float] = []
+    monkeypatch.setattr(human_eval, "run", lambda program, timeout: (asked.append(timeout) is None, ""))
+    task = human_eval.Task("HumanEval/0/L0", "", "x = 1", "", "", "print")
+    assert human_eval.passes(task, "x = 1")
+    assert asked == [10] and inspect.signature(infilling.evaluate).parameters["timeout"].default == 10

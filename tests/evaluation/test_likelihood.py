@@ -162,6 +162,22 @@ def test_standard_errors_are_honest():
     assert found.num_forward_passes == math.ceil(800 * 32 / 2048)
 
 
+def test_standard_errors_are_honest_of_a_text_in_blocks():
+    """Of 300 draws for each of a model's blocks of 8, of which all masks together are 255, the bounds of the blocks add up to
+    the exact one, and their standard errors are those of the sum."""
+    model, text = double("sdar", block_size=8), torch.tensor([TEXT + TEXT[::-1]])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # sure of some tokens and wrong of others, so that masks matter
+    exact = model.log_likelihood(text, num_samples=256, batch_size=256)
+    drawn = [model.log_likelihood(text, num_samples=24, batch_size=24, seed=seed) for seed in range(300)]
+    errors = torch.cat([each.log_likelihood for each in drawn]) - exact.log_likelihood
+    told = torch.cat([each.standard_error for each in drawn])
+    assert exact.standard_error == 0 and errors.mean().abs() < 4 * errors.std() / 300**0.5
+    assert 0.85 < told.square().mean().sqrt() / errors.std() < 1.15
+    # Of 12 pairs: the intervals hold it a little less often than 95%, of 1,500 in 92%.
+    assert 0.87 < (errors.abs() < 1.96 * told).double().mean() < 0.97
+
+
 def test_stratified_masks_vary_less_than_those_of_the_paper():
     """With as many forward passes; LLaDA draws the number of masks for each of them from all."""
     model, number = Table(12), 32

@@ -2,8 +2,10 @@
 
 import json
 import lzma
+import os
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,9 +172,8 @@ def folder(tmp_path_factory, adapt, text) -> Path:
     folder = tmp_path_factory.mktemp("adapt")
     tokens = [f"<{index}>" for index in range(17)] + list(bytes_to_unicode().values()) + ["ab", "yz"]
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        vocab_size=len(tokens), intermediate_size=32, eos_token_id=2, max_position_embeddings=1024, **sizes
-    )
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 1024, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=len(tokens), eos_token_id=2, **sizes)
     torch.manual_seed(0)
     write_gguf(LlamaForCausalLM(config), folder / "model.gguf", tokens, ["a b", "y z"])
     found = adapt_data.Collected([])
@@ -383,3 +384,58 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(adapt, folder, tmp_path)
     run(adapt, tmp_path, "train", *options)
     unbroken = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sdar" / "model").state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+@pytest.mark.slow
+def test_a_first_stage_that_was_stopped_goes_on_to_the_same_weights(adapt, folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data").symlink_to(folder / "out" / "data")
+    (tmp_path / "model.gguf").symlink_to(folder / "model.gguf")
+    arm, results = tmp_path / "out" / "gla_dream", tmp_path / "out" / "results" / "gla_dream.jsonl"
+    options = ["--arm", "gla_dream", *TRAIN, "--align_tokens", "4096"]
+    run(adapt, tmp_path, "train", *options, "--minutes", "0")
+    assert "Stopped after 1 of 4 steps" in capsys.readouterr().out
+    assert not any(each.exists() for each in (arm / "aligned", arm / "run", results))
+    run(adapt, tmp_path, "train", *options, "--resume_from_checkpoint", "last")
+    assert len(losses(tmp_path, "gla_dream", "alignment")) == len(losses(tmp_path, "gla_dream")) == 4
+    resumed = AutoModelForCausalLM.from_pretrained(arm / "model").state_dict()
+    arm.rename(tmp_path / "resumed")
+    run(adapt, tmp_path, "train", *options)
+    unbroken = AutoModelForCausalLM.from_pretrained(arm / "model").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+@pytest.mark.parametrize("arm", ["control", "dream", "llada", "sdar", "nemotron", "gla_dream", "gla_dream, aligned"])
+def test_every_parameter_that_is_trained_has_a_gradient(adapt, folder, arm):
+    """So that several processes need not look for others (`ddp_find_unused_parameters`)."""
+    name, _, is_aligned = arm.partition(", ")
+    model = adapt.start(adapt.ARMS[name], folder / "model.gguf", None, "sdpa").train()
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(20, 250, (2, 64))]
+    batch = adapt.default_data_collator(rows)
+    if is_aligned:
+        model = adapt.Alignment(model, adapt.original(folder / "model.gguf"))
+    elif name != "control":
+        tokenizer = adapt.tokenizer_of(folder / "model.gguf")
+        batch = adapt.WholeRows(tokenizer, "dream", weighting="none", mask_token_id=adapt.MASK, seed=0)(rows)
+    model(**batch)["loss"].backward()
+    assert [each for each, own in model.named_parameters() if own.requires_grad and own.grad is None] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["control", "gla_dream"])
+def test_two_processes_train_on_the_rows_that_one_trains_on(adapt, folder, tmp_path, arm):
+    """The first stage and the control's training draw nothing, so that their losses are those of one process."""
+    options = ["--arm", arm, *TRAIN, *(["--align_tokens", "2048"] if arm == "gla_dream" else [])]
+    for name in ("one", "two"):
+        (tmp_path / name / "out").mkdir(parents=True)
+        (tmp_path / name / "out" / "data").symlink_to(folder / "out" / "data")
+        (tmp_path / name / "model.gguf").symlink_to(folder / "model.gguf")
+    run(adapt, tmp_path / "one", "train", *options)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    own = ["--out", str(tmp_path / "two" / "out"), "--gguf", str(tmp_path / "two" / "model.gguf")]
+    command = [*launcher, adapt.__file__, "train", *own, *options, "--ddp_backend", "gloo"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "find_unused" not in done.stderr, done.stderr[-2000:]
+    measure = "training" if arm == "control" else "alignment"
+    one, two = (losses(tmp_path / name, arm, measure) for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-3 if arm == "control" else 0.02) and len(losses(tmp_path / "two", arm)) == 4

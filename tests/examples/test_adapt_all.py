@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.builders import new_model
+
 pytest.importorskip("accelerate")
 pytest.importorskip("torchao", reason='needs torchao: pip install "dllm-hf[quantize]"')
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import adapt_all  # noqa: E402
+import adapt_measure  # noqa: E402
 
 PROGRAM = """
 import json, os, sys, time
@@ -116,6 +119,36 @@ def test_weights_in_fp8_are_measured_where_they_can_be_made():
             tuple(command[-2:]) for command in commands if command[-2].startswith("--") and command[0] == "evaluate"
         }
         assert {("--weights", "int8"), ("--cache_dtype", "fp8")} < bits and (("--weights", "fp8") in bits) == bool(gpus)
+
+
+@pytest.mark.parametrize(
+    "arm, family",
+    {
+        "control": None,
+        "dream": "dream",
+        "llada": "llada",
+        "sdar": "sdar",
+        "nemotron": "nemotron_diffusion",
+        "gla_dream": "gla_dream",
+    }.items(),
+)
+def test_each_measure_of_an_arm_is_that_of_one_job(arm, family, tmp_path):
+    """One token a step and five thresholds with each cache, and masks in place of both numbers."""
+    args = SimpleNamespace(
+        out=str(tmp_path), gguf=None, tokens=512, batch=1, gpus=1, tasks=None, windows=None, samples=None
+    )
+    jobs = [job.command for job in adapt_all.jobs_of(arm, args) if job.command[0] == "evaluate"]
+    asked = [command[-1] for command in jobs if command[-2] == "--only"]
+    model = SimpleNamespace() if family is None else new_model(family)
+    names = [name for name, *_ in adapt_measure.settings(model)]
+    assert "nats" in asked and "left to right" in names
+    assert [sum(name.startswith(each) for each in asked) for name in names] == [1] * len(names)
+    if family is None:
+        return
+    form = "suffix and prefix" if model.sees_earlier_blocks else "in place, 48 masks"
+    speeds = ("one token a step", 0.95, 0.9, 0.8, 0.7, 0.5)
+    assert {f"{form}, cache {policy}, {speed}" for policy in model.cache_policies for speed in speeds} < set(names)
+    assert ("in place, true length" in names) == (not model.sees_earlier_blocks)
 
 
 def test_what_ends_it_ends_what_it_has_begun(tmp_path, monkeypatch):
