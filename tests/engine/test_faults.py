@@ -14,7 +14,7 @@ from dllm_hf.engine.driver import Mailbox
 from dllm_hf.generation.cache import CanvasCache
 from dllm_hf.generation.canvas import Canvas
 
-from ..builders import character_tokenizer, tiny_model
+from ..builders import character_tokenizer, new_model, tiny_model
 
 
 def failing(model, at: int, error: BaseException):
@@ -45,6 +45,21 @@ def test_an_exception_in_a_step_ends_its_rows_and_nobody_else(own_model):
     for [completion] in outputs[:2]:
         assert (completion.finish_reason, completion.error) == ("error", "RuntimeError: boom")
     assert outputs[2:] == expected[2:] and free(llm)
+
+
+@pytest.mark.parametrize("family", ["sdar", "gla_dream"])
+@pytest.mark.parametrize("shares", [False, True], ids=["for its turn", "for a beginning"])
+@pytest.mark.parametrize("at", range(3))
+def test_who_has_a_slot_and_waits_outlives_a_step_that_fails(family, shares, at):
+    """The next in turn goes on, or computes the beginning that all of them wait for."""
+    prompts = [[5 if shares else number, *range(39)] for number in range(3)]
+    model = new_model(family)
+    expected = [LLM(model).generate([prompt], PARAMS)[0].outputs[0].token_ids for prompt in prompts]
+    llm = LLM(model, max_num_seqs=3, max_num_batched_tokens=12)
+    failing(model, at, RuntimeError("boom"))
+    outputs = [output.outputs[0] for output in llm.generate(prompts, PARAMS)]
+    assert [output.finish_reason for output in outputs].count("error") == 1 and free(llm)
+    assert all(output.token_ids == each for output, each in zip(outputs, expected) if output.finish_reason == "length")
 
 
 def test_no_memory_at_admission_is_backpressure(own_model, monkeypatch):
