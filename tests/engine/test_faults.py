@@ -138,6 +138,20 @@ def test_deadlines_of_what_has_finished_are_forgotten(own_model):
     assert len(llm._driver.engine._deadlines) <= 64 + 2
 
 
+def test_a_deadline_that_passes_between_an_abort_and_the_next_step_changes_nothing(own_model):
+    """Of one that waits, and of one that has a slot."""
+    engine = LLM(own_model, max_num_seqs=1)._driver.engine
+    engine.clock, reasons = lambda: 0.0, {}
+    for name in "abc":
+        engine.submit(engine.intake.prepare([1, 2], SamplingParams(max_tokens=8, ignore_eos=True, timeout=1), name))
+    engine.step()
+    engine.abort("a", "b")
+    engine.clock = lambda: 2.0
+    while not engine.is_idle:
+        reasons |= {event.request_id: event.finish_reason for event in engine.step() if event.output is not None}
+    assert reasons == {"a": "abort", "b": "abort", "c": "timeout"}
+
+
 def test_ctrl_c_returns_what_is_finished(own_model):
     llm = LLM(own_model, max_num_seqs=2)
     expected = [output.outputs for output in llm.generate(PROMPTS, PARAMS)]

@@ -194,7 +194,7 @@ class Engine:
         now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             *_, sequence = heapq.heappop(self._deadlines)
-            if not sequence.is_finished:
+            if sequence.reason is None and not sequence.is_finished:
                 self._end(sequence, "timeout")
         try:
             if not self.running:
