@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dllm_hf import LLaDAModelLM
 from dllm_hf_cli.session import Session
+
+from .conftest import COMMAND
 
 LENGTHS = [3, 9, 1, 6]
 
@@ -73,6 +78,26 @@ def test_a_killed_run_goes_on_where_it_was(run, folder, prompts, tmp_path):
     before = resumed.read_bytes()
     assert run("batch", folder, prompts, resumed, *options)[0] == 0
     assert resumed.read_bytes() == before
+
+
+def test_a_process_that_was_killed_loses_nothing(run, folder, tmp_path):
+    """SIGKILL in the middle of a run: what had been written stays as it is, and the rest gets what an undisturbed run gives."""
+    (tmp_path / "in").write_text('{"prompt": "Hello", "max_tokens": 16}\n' * 60)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ["batch", folder, str(tmp_path / "in"), str(killed), "--seed", "3", "--temperature", "1"]
+    process = subprocess.Popen([*COMMAND, *arguments, "--max-num-seqs", "2"], stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not (killed.exists() and killed.stat().st_size):
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    written = killed.read_bytes()
+    done = written[: written.rindex(b"\n") + 1]
+    assert 0 < done.count(b"\n") < 60
+    assert run(*arguments)[0] == 0 and killed.read_bytes().startswith(done)
+    assert run(*arguments[:3], whole, *arguments[4:])[0] == 0
+    assert results_of(killed) == results_of(whole) and len(results_of(whole)) == 60
 
 
 def test_ctrl_c_keeps_what_is_done(run, folder, prompts, tmp_path, monkeypatch):

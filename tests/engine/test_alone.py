@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from dllm_hf import SamplingParams
 from dllm_hf.engine import engine
 from dllm_hf.engine.engine import Engine
+from dllm_hf.engine.outputs import CompletionOutput
 from dllm_hf.generation.backend import ModelBackend
 from dllm_hf.generation.window import Pays
 
@@ -15,6 +16,7 @@ from ..contracts.test_drafts import DRAFTED
 from ..generation.test_decoder import CAPACITY, CELLS, DEVICE, alone, calls, calls_of
 
 SLOTS = 3
+ACTIONS = ["submit", "submit", "submit", "step", "step", "step", "abort", "withdraw", "fail"]
 
 
 def engine_of(
@@ -38,9 +40,22 @@ def submitted(engine: Engine, call, name: str) -> None:
     engine.submit(sequences)
 
 
-def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
-    """What each request got: its new tokens. `actions`: between the steps, requests to submit and to abort."""
-    waiting, outputs, told = list(enumerate(calls)), {}, {}
+def failing(engine: Engine) -> list[Exception]:
+    """Where an error is put that the next pass raises, which has written all that it writes."""
+    run, errors = engine._decoder._run, []
+
+    def fail(*arguments):
+        run(*arguments)
+        if errors:
+            raise errors.pop()
+
+    engine._decoder._run = fail
+    return errors
+
+
+def run(engine: Engine, calls, actions) -> dict[str, CompletionOutput]:
+    """What each request got. `actions`: between the steps, requests to submit and to abort, and passes that fail."""
+    waiting, outputs, told, errors = list(enumerate(calls)), {}, {}, failing(engine)
     while waiting or not engine.is_idle:
         action = actions.pop(0) if actions else "submit"
         if action == "submit" and waiting:
@@ -48,6 +63,10 @@ def run(engine: Engine, calls, actions) -> dict[str, list[int]]:
             submitted(engine, call, str(number))
         elif action == "abort" and engine.running:
             engine.abort(next(iter(engine.running.values())).request_id)
+        elif action == "withdraw" and engine.waiting:
+            engine.abort(engine.waiting[-1].request_id)
+        elif action == "fail" and not errors:
+            errors.append(RuntimeError("boom"))
         for event in engine.step():
             told.setdefault(event.request_id, []).extend(event.token_ids)
             if event.output is not None:
@@ -68,18 +87,19 @@ def alike(data, every):
 @pytest.mark.parametrize("family, policy", CELLS)
 @settings(max_examples=3)
 @given(data=st.data())
-def test_a_request_gets_what_it_gets_alone_whatever_arrives_and_is_aborted_beside_it(family, policy, data):
+def test_a_request_gets_what_it_gets_alone_whatever_arrives_fails_and_is_aborted_beside_it(family, policy, data):
     model = tiny_model(family)
     every = calls_of(family, alike(data, data.draw(st.lists(calls(), min_size=2, max_size=7))))
-    actions = data.draw(st.lists(st.sampled_from(["submit", "submit", "step", "step", "abort"]), max_size=20))
+    actions = data.draw(st.lists(st.sampled_from(ACTIONS), max_size=20))
     drafts = data.draw(st.sampled_from([None, 3]))
     served = engine_of(model, policy, budget=data.draw(st.sampled_from([1, 16, 1000])), draft_steps=drafts)
     outputs = run(served, every, actions)
     for number, call in enumerate(every):
         output, prompt = outputs[str(number)], call[0]
         text, per_forward = alone(model, policy, call)
-        if output.finish_reason == "abort":
+        if output.finish_reason in ("abort", "error"):
             assert text[len(prompt) :][: len(output.token_ids)] == output.token_ids
+            assert output.error == ("RuntimeError: boom" if output.finish_reason == "error" else None)
             continue
         assert output.token_ids == text[len(prompt) :], call
         assert output.tokens_per_forward == pytest.approx(per_forward) or (
@@ -101,9 +121,12 @@ def test_a_request_gets_it_from_graphs_too(family, policy, data, captured, monke
     monkeypatch.setattr(ModelBackend, "pays", Pays(tokens=1000, columns=1))
     every = calls_of(family, alike(data, data.draw(st.lists(calls(), min_size=4, max_size=7))))
     drafts = data.draw(st.sampled_from([None, 3]))
-    outputs = run(engine_of(model, policy, uses_graphs=True, columns=80, draft_steps=drafts), every, [])
+    actions = data.draw(st.lists(st.sampled_from(ACTIONS), max_size=20))
+    outputs = run(engine_of(model, policy, uses_graphs=True, columns=80, draft_steps=drafts), every, actions)
     for number, call in enumerate(every):
-        assert outputs[str(number)].token_ids == alone(model, policy, call)[0][len(call[0]) :], call
+        got, text = outputs[str(number)], alone(model, policy, call)[0][len(call[0]) :]
+        is_part = got.finish_reason in ("abort", "error")
+        assert got.token_ids == text[: len(got.token_ids) if is_part else None], call
 
 
 @pytest.mark.parametrize(

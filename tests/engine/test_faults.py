@@ -14,7 +14,7 @@ from dllm_hf.engine.driver import Mailbox
 from dllm_hf.generation.cache import CanvasCache
 from dllm_hf.generation.canvas import Canvas
 
-from ..builders import character_tokenizer, tiny_model
+from ..builders import character_tokenizer, new_model, tiny_model
 
 
 def failing(model, at: int, error: BaseException):
@@ -45,6 +45,21 @@ def test_an_exception_in_a_step_ends_its_rows_and_nobody_else(own_model):
     for [completion] in outputs[:2]:
         assert (completion.finish_reason, completion.error) == ("error", "RuntimeError: boom")
     assert outputs[2:] == expected[2:] and free(llm)
+
+
+@pytest.mark.parametrize("family", ["sdar", "gla_dream"])
+@pytest.mark.parametrize("shares", [False, True], ids=["for its turn", "for a beginning"])
+@pytest.mark.parametrize("at", range(3))
+def test_who_has_a_slot_and_waits_outlives_a_step_that_fails(family, shares, at):
+    """The next in turn goes on, or computes the beginning that all of them wait for."""
+    prompts = [[5 if shares else number, *range(39)] for number in range(3)]
+    model = new_model(family)
+    expected = [LLM(model).generate([prompt], PARAMS)[0].outputs[0].token_ids for prompt in prompts]
+    llm = LLM(model, max_num_seqs=3, max_num_batched_tokens=12)
+    failing(model, at, RuntimeError("boom"))
+    outputs = [output.outputs[0] for output in llm.generate(prompts, PARAMS)]
+    assert [output.finish_reason for output in outputs].count("error") == 1 and free(llm)
+    assert all(output.token_ids == each for output, each in zip(outputs, expected) if output.finish_reason == "length")
 
 
 def test_no_memory_at_admission_is_backpressure(own_model, monkeypatch):
@@ -121,6 +136,20 @@ def test_deadlines_of_what_has_finished_are_forgotten(own_model):
     llm.generate([[1, 2]] * 300, SamplingParams(max_tokens=1, ignore_eos=True, timeout=3600))
     llm.generate([[1, 2]], SamplingParams(max_tokens=1, ignore_eos=True, timeout=3600))
     assert len(llm._driver.engine._deadlines) <= 64 + 2
+
+
+def test_a_deadline_that_passes_between_an_abort_and_the_next_step_changes_nothing(own_model):
+    """Of one that waits, and of one that has a slot."""
+    engine = LLM(own_model, max_num_seqs=1)._driver.engine
+    engine.clock, reasons = lambda: 0.0, {}
+    for name in "abc":
+        engine.submit(engine.intake.prepare([1, 2], SamplingParams(max_tokens=8, ignore_eos=True, timeout=1), name))
+    engine.step()
+    engine.abort("a", "b")
+    engine.clock = lambda: 2.0
+    while not engine.is_idle:
+        reasons |= {event.request_id: event.finish_reason for event in engine.step() if event.output is not None}
+    assert reasons == {"a": "abort", "b": "abort", "c": "timeout"}
 
 
 def test_ctrl_c_returns_what_is_finished(own_model):

@@ -1,5 +1,6 @@
 """`LLM` and `SamplingParams`: what programs and servers call."""
 
+import re
 import threading
 import time
 
@@ -30,6 +31,14 @@ def test_outputs_come_in_the_order_of_the_prompts_however_long_each_takes(llm):
     assert [output.prompt for output in outputs] == prompts
     assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
     assert all(output.outputs[0].finish_reason == "length" and output.finished for output in outputs)
+
+
+def test_a_progress_bar_shows_requests_and_tokens_a_second(llm, capsys):
+    llm.generate(["abc", "de"], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 40)])
+    shown = re.findall(r"(\d)/2 [^\r]*?(\d+) tokens/s", capsys.readouterr().err)
+    assert shown[-1][0] == "2" and all(int(speed) > 0 for _, speed in shown)
+    llm.generate(["abc"], SamplingParams(max_tokens=1), use_tqdm=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_strings_token_ids_and_one_prompt_alone_are_prompts(llm):
@@ -105,19 +114,25 @@ def test_how_many_passes_a_completion_took_is_said(llm):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "family, length, arguments",
     [
-        {"temperature": 1.0, "max_tokens": 16, "remasking_strategy": "entropy_bounded", "block_length": 4, "denoising_steps": 4, "eb_threshold": 0.6},
-        {"temperature": 0.7, "max_tokens": 16, "remasking_strategy": "low_confidence", "block_length": 4, "denoising_steps": 32},
-        {"temperature": 0.2, "topk": 0, "topp": 0.95, "max_tokens": 16, "remasking_strategy": "entropy_bounded", "block_length": 4, "denoising_steps": 512, "dynamic_threshold": 0.0},
+        ("sdar", 4, {"temperature": 1.0, "max_tokens": 1024, "remasking_strategy": "entropy_bounded", "block_length": 4, "denoising_steps": 4, "eb_threshold": 0.6}),
+        ("llada", 32, {"temperature": 0.7, "max_tokens": 256, "remasking_strategy": "low_confidence", "block_length": 32, "denoising_steps": 32}),
+        ("dream", 32, {"temperature": 0.2, "topk": 0, "topp": 0.95, "max_tokens": 512, "remasking_strategy": "entropy_bounded", "block_length": 16, "denoising_steps": 512, "dynamic_threshold": 0.0}),
     ],
     ids=["sdar", "llada", "dream"],
 )  # fmt: skip
-def test_the_examples_of_blockinfer_work_as_written(arguments, request):
-    model = tiny_model(request.node.callspec.id)
-    llm = LLM(model, mask_token_id=MASK, block_length=4)
-    outputs = llm.generate([[1, 2, 3], [4, 5]], SamplingParams(**arguments))
-    assert all(1 <= len(output.outputs[0].token_ids) <= 16 for output in outputs)
+def test_the_examples_of_blockinfer_work_as_written(family, length, arguments, tmp_path):
+    """From a folder with a tokenizer, for texts."""
+    positions = {"max_sequence_length" if family == "llada" else "max_position_embeddings": 1200}
+    new_model(family, **positions).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    llm = LLM(str(tmp_path), mask_token_id=MASK, block_length=length)
+    outputs = llm.generate(["abc", "de"], SamplingParams(**arguments))
+    for output in outputs:
+        [completion] = output.outputs
+        assert completion.text and MASK not in completion.token_ids
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == arguments["max_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,12 @@ def test_every_request_of_a_storm_ends_once_and_nothing_is_left_behind(family, p
             raise RuntimeError("boom")
 
     handle = model.register_forward_pre_hook(fail)
-    number, ended, submitted, memory = 0, {}, [], []
+    number, reasons, alive, passed_over, memory = 0, set(), {}, [], []
     try:
-        while number < REQUESTS // 3 or not engine.is_idle:
-            for _ in range(draw.randrange(24) if number < REQUESTS // 3 and len(engine.waiting) < 500 else 0):
+        while number < REQUESTS or not engine.is_idle:
+            for _ in range(draw.randrange(24) if number < REQUESTS and len(engine.waiting) < 500 else 0):
                 sequences = engine.intake.prepare(*random_request(draw), str(number))
-                submitted += sequences
+                alive |= {(each.request_id, each.index): each for each in sequences}
                 engine.submit(sequences)
                 number += 1
             if draw.random() < 0.5 and number:
@@ -57,15 +57,20 @@ def test_every_request_of_a_storm_ends_once_and_nothing_is_left_behind(family, p
             for event in engine.step():
                 if event.output is not None:
                     key = (event.request_id, event.index)
-                    assert key not in ended
-                    ended[key] = event.finish_reason
+                    passed_over.append(alive.pop(key).passed_over)  # which fails for one that has ended
+                    reasons.add(event.finish_reason)
             if len(engine.waiting) < 400 and number > 1000:
                 memory.append(psutil.Process().memory_info().rss)
     finally:
         handle.remove()
-    assert len(ended) == len(submitted)
-    assert {"stop", "length", "abort", "timeout", "error"} == set(ended.values())
+    assert not alive
+    assert reasons == {"stop", "length", "abort", "timeout", "error"}
     assert all(row is None for row in engine._decoder.rows) and not engine._decoder.features
-    assert max(sequence.passed_over for sequence in submitted) <= engine.max_passed_over
+    assert max(passed_over) <= engine.max_passed_over
+    if (extents := getattr(engine._decoder.workspace.state, "extents", None)) is not None:
+        assert max(passed_over) > 0  # there was less room than slots
+        for slot in range(64):  # what ended ones have left, for others to begin with
+            extents.release(slot)
+        assert extents.free == extents.columns - 1
     third = len(memory) // 3
-    assert max(memory[-third:]) < 1.1 * max(memory[:third])
+    assert max(memory[-third:]) < max(memory[:third]) + 16 * 2**20  # 2 KiB a request

@@ -195,7 +195,7 @@ class Engine:
         now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             *_, sequence = heapq.heappop(self._deadlines)
-            if not sequence.is_finished:
+            if sequence.reason is None and not sequence.is_finished:
                 self._end(sequence, "timeout")
         try:
             if not self.running:
@@ -356,18 +356,20 @@ class Engine:
                     sequence.end("error", error)
 
     def _fail(self, reason: str, error: Exception | None = None) -> None:
-        """End everything that has a slot, after a step that did not come to its end, but for what steps before it have
-        finished."""
-        self.failure = error
+        """End what took part in a step whose passes have failed, but for what steps before it have finished; after any other
+        failure everything that has a slot."""
+        self.failure, rows = error, self._decoder.launching if error is not None else []
         try:
             self._tell()
         except Exception as failure:  # of the device, so that nothing can be read from it
-            error = error or failure
-        for row in [row for row in self._decoder.rows if row is not None]:
+            error, rows = error or failure, []
+        rows = [row for row in rows if row in self.running] or [row for row in self._decoder.rows if row is not None]
+        for row in rows:
             self._decoder.remove(row, is_intact=False)
-        for sequence in dict.fromkeys([*self.running.values(), *self._admitting]):
+        ended = [self.running.pop(row) for row in rows if row in self.running]
+        for sequence in dict.fromkeys([*ended, *self._admitting]):
             if not sequence.is_finished:
                 sequence.end(reason, error)
                 self._ended.append(sequence)
-        self.running, self._admitting = {}, []
+        self._admitting = []
         self.waiting = deque(each for each in self.waiting if each.reason is None)

@@ -214,9 +214,9 @@ class LLM:
                             if event.output is not None:
                                 tokens += len(event.output.token_ids)
                                 outputs[event.request_id].outputs.append(event.output)
+                                speed = tokens / max(bar.format_dict["elapsed"], 1e-9)
+                                bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                                 bar.update(event.request_id not in mailbox.left)
-                        speed = tokens / max(bar.format_dict["elapsed"], 1e-9)
-                        bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                 except KeyboardInterrupt:
                     logger.warning("Interrupted: what has finished is returned, the rest as far as it is final.")
                     self._withdraw(waiting, mailbox)

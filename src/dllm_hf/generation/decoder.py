@@ -49,6 +49,7 @@ class Decoder:
     Attributes:
         num_forward_passes: of all rows together.
         columns_fed: of the step that was launched last, the columns of all its passes.
+        launching: the rows of the step whose passes are being launched, or have failed.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Decoder:
         self._features: dict[Features, Features] = {}
         self.num_forward_passes, self.columns_fed, self._steps = 0, 0, 0
         self._launched: list[Row] = []  # rows of the step that has not been settled
+        self.launching: list[Row] = []
         self._last_steps: dict[int, int] = {}  # by slot, in which step the row took part last
         self._delays: dict[int, int] = {}  # by slot, how often the row has begun a block one step later
         self._windows: dict[bool, tuple[tuple, Window]] = {}  # the last without drafts, and with
@@ -173,7 +175,7 @@ class Decoder:
             self.canvas.load_schedules(opened)
         self._steps, self.columns_fed = self._steps + 1, 0
         rows, frames = self._within_budget(rows)
-        has_passed = bool(frames)
+        self.launching, has_passed = rows, bool(frames)
         if self.token_budget is None:  # the rows of a call stay in step: the longer prompts first
             while chunks := {row: frame for row, frame in frames.items() if row.is_prefilling}:
                 self._pass(chunks)
@@ -183,7 +185,7 @@ class Decoder:
             self._pass(group)
         if self.after_step is not None:
             self.after_step(has_passed)
-        self._launched = rows
+        self._launched, self.launching = rows, []
 
     def settle(self) -> list[Row]:
         """The end of the step that was launched last: the rows go on to their next step or block. Returns those that finished
