@@ -49,7 +49,7 @@ def batch(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, lines: dict[str, dict[str, Any]], results: Path, file: TextIO) -> int:
     done = _finished(results, lines)
-    session = Session(arguments)
+    session = Session(arguments, takes_token_ids=True)
     requests = {
         name: _request(session, name, line, number)
         for number, (name, line) in enumerate(lines.items())

@@ -25,9 +25,13 @@ MAX_SEQUENCES = 1000  # completions that are decoded together; a larger number i
 
 
 class Session:
-    """`Session(arguments)` reads and checks everything but the weights, which [`load`] reads."""
+    """`Session(arguments)` reads and checks everything but the weights, which [`load`] reads.
 
-    def __init__(self, arguments: argparse.Namespace):
+    Args:
+        takes_token_ids: whether a folder without the files of a tokenizer will do; `tokenizer` is None then.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, takes_token_ids: bool = False):
         self.options = generation_options(arguments)
         self.arguments = arguments
         logging.set_verbosity_error()
@@ -64,8 +68,10 @@ class Session:
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / file).is_file():
                 checkpoint.read_json(folder / file)
-        with checkpoint.failing_with(f"{folder} has no tokenizer that can be read"):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        self.tokenizer: Any = None
+        if not takes_token_ids or any(folder.glob("tokenizer*")):
+            with checkpoint.failing_with(f"{folder} has no tokenizer that can be read"):
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         self.generator = torch.Generator(self.device)
         if arguments.seed is None:
             self.generator.seed()  # a new generator has the same seed in every process

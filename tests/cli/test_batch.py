@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -43,6 +44,17 @@ def test_each_line_gets_what_it_gets_alone(run, folder, prompts, tmp_path):
         expected = model.diffusion_generate(ids, max_new_tokens=length)[0, ids.shape[1] :].tolist()
         assert completion["token_ids"] == expected
         assert completion["text"] == tokenizer.decode(expected) and completion["finish_reason"] == "length"
+
+
+def test_a_folder_without_a_tokenizer_takes_token_ids(run, folder, prompts, tmp_path):
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    (tmp_path / "ids").write_text('{"prompt_token_ids": [1, 2, 3]}')
+    for each, results in ((folder, "with"), (bare, "without")):
+        assert run("batch", each, tmp_path / "ids", tmp_path / results, "--max-tokens", 4)[0] == 0
+    [[one], [other]] = (results_of(tmp_path / results)["1"] for results in ("with", "without"))
+    assert one["token_ids"] == other["token_ids"] and other["text"] == ""
+    code, _, stderr = run("batch", bare, prompts, tmp_path / "out")
+    assert code == 2 and "request p0" in stderr and "pass token ids" in stderr and not (tmp_path / "out").exists()
 
 
 def test_texts_chats_token_ids_and_infilling_are_requests(run, chat_folder, tmp_path):
