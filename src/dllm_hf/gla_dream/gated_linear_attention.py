@@ -206,10 +206,10 @@ def block_states(
         initial_state = torch.zeros_like(updates[:, 0])
     if torch.is_grad_enabled():
         return _BlockStates.apply(updates, log_decays, initial_state, samples, group)
-    return _forward(updates, log_decays, initial_state, samples, group)
+    return _all_states(updates, log_decays, initial_state, samples, group)
 
 
-def _forward(updates, log_decays, initial_state, samples, group) -> tuple[torch.Tensor, torch.Tensor]:
+def _all_states(updates, log_decays, initial_state, samples, group) -> tuple[torch.Tensor, torch.Tensor]:
     if samples is None:
         return _scan(updates, log_decays, initial_state, group)
     before, last = _scan(updates, log_decays, initial_state, group, F.pad(samples, (1, 0)))
@@ -222,7 +222,7 @@ class _BlockStates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, updates, log_decays, initial_state, samples, group):
-        before, last = _forward(updates, log_decays, initial_state, samples, group)
+        before, last = _all_states(updates, log_decays, initial_state, samples, group)
         ctx.save_for_backward(before, log_decays, samples)
         ctx.group = group
         return before, last
