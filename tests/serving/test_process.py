@@ -128,6 +128,7 @@ def test_replicas_end_with_the_server(folder):
     code, log = running.end(15)
     assert code == 0 and "Traceback" not in log
     assert [reply.status for reply in replies] == [200] * 6
+    assert len({reply.json["choices"][0]["text"] for reply in replies}) == 1
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
@@ -146,3 +147,14 @@ def test_a_divided_model_is_served_and_where_one_of_its_processes_dies_clients_a
     running.signal(signal.SIGTERM)
     code, _ = running.end(15)
     assert code == 0 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(folder):
+    log = folder.parent / "taken.log"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        process = CONTEXT.Process(target=run, args=(["no-such-model", "--port", port], str(log)))
+        process.start()
+        process.join(timeout=60)
+    assert process.exitcode == 2
+    assert log.read_text().strip().splitlines()[-1].startswith(f"dllm-hf: error: --host 127.0.0.1 --port {port}")
