@@ -287,10 +287,10 @@ def train(argv: list[str]) -> None:
         raise SystemExit(f"--batch {args.batch} must be a multiple of the devices times --gradient_accumulation_steps.")
     training.per_device_train_batch_size = args.batch // devices // training.gradient_accumulation_steps
     has_stage = arm.family is GLADreamModel and args.align_tokens > 0
-    own = None
+    stage = None
     if has_stage and not (aligned_folder(args) / "config.json").is_file():
-        own = first_stage(args, training)
-    check_run(own or training)
+        stage = first_stage(args, training)
+    check_run(stage or training)
     limit = [] if args.minutes is None else [TimeLimit(args.minutes)]
     gguf = find_gguf(args.gguf)
     tokenizer = tokenizer_of(gguf)
@@ -299,7 +299,7 @@ def train(argv: list[str]) -> None:
     attention = args.attention or ("flex_attention" if is_sparse else "sdpa")
     set_seed(training.seed)  # GLADream has parameters that the original lacks
     model: Any = start(arm, gguf, args.block_size, attention)
-    if own is not None and not align(model, gguf, tokenizer, args, own, limit):
+    if stage is not None and not align(model, gguf, tokenizer, args, stage, limit):
         return
     if has_stage:
         model = GLADreamModel.from_pretrained(aligned_folder(args), dtype=torch.float32)
