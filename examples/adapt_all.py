@@ -28,7 +28,7 @@ from adapt_measure import NUM_MASKS  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("adapt.py")
 SLOTS = 4  # processes that measure on a GPU; training takes all
-# Windows that gla_dream takes at once on a GPU of 80 GB, most of it for the states, which are kept for the gradients.
+# Windows that gla_dream takes at once on a GPU of 80 GB: a step of 32 needs up to 70 GiB.
 AT_ONCE = 32
 IN_PLACE = (
     "in place, true",

@@ -235,7 +235,9 @@ class _BlockStates(torch.autograd.Function):
         of_updates = of_updates.flip(1)
         if samples is not None:
             is_first = _is_first(samples)
-            of_updates = of_updates.masked_fill(torch.cat([is_first[:, 1:], is_first[:, :1] & False], dim=1), 0)
+            of_updates = of_updates.masked_fill(
+                torch.cat([is_first[:, 1:], torch.zeros_like(is_first[:, :1])], dim=1), 0
+            )
             of_initial = of_initial.masked_fill(is_first[:, 0], 0)
         return of_updates, (of_updates * before).sum(-1) * log_decays.exp(), of_initial, None, None
 
