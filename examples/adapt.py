@@ -153,6 +153,9 @@ def defaults(arm: Arm) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_num_workers": 2 if torch.cuda.is_available() else 0,
         "ddp_find_unused_parameters": False,  # each is used; the search for others takes time in every step
+        "ddp_broadcast_buffers": False,  # they are the same everywhere
+        # Reading the loss of every step makes the host wait for the GPU, which then waits for the host.
+        "logging_nan_inf_filter": False,
     }
 
 
