@@ -199,19 +199,22 @@ def test_what_is_chosen_by_itself_runs_on_a_cpu():
 
 
 @pytest.mark.parametrize(
-    "scans, dtype, is_installed, function",
+    "scans, dtype, is_installed, is_trained, function",
     [
-        (8, torch.bfloat16, True, module._fla_fused_recurrent),
-        (4096, torch.bfloat16, True, module._fla_chunk),
-        (8, torch.float32, True, chunk_gla),
-        (8, torch.bfloat16, False, chunk_gla),
+        (8, torch.bfloat16, True, True, module._fla_fused_recurrent),
+        (8, torch.bfloat16, True, False, module._fla_fused_recurrent),
+        (4096, torch.bfloat16, True, True, module._fla_chunk),
+        (4096, torch.bfloat16, True, False, chunk_gla),
+        (8, torch.float32, True, True, chunk_gla),
+        (8, torch.bfloat16, False, True, chunk_gla),
     ],
-    ids=["few scans", "many scans", "float32", "not installed"],
+    ids=["few scans", "few scans, no gradients", "many scans", "many scans, no gradients", "float32", "not installed"],
 )
-def test_what_is_chosen_by_itself_on_a_gpu(monkeypatch, scans, dtype, is_installed, function):
+def test_what_is_chosen_by_itself_on_a_gpu(monkeypatch, scans, dtype, is_installed, is_trained, function):
     monkeypatch.setattr(module, "fla_kernels", lambda: object() if is_installed else None)
     on_a_gpu = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(scans // 4, 32, 4, 64))
-    assert implementation("auto", on_a_gpu) is function
+    with torch.set_grad_enabled(is_trained):
+        assert implementation("auto", on_a_gpu) is function
 
 
 @pytest.mark.parametrize("mode", ["chunk", "fused_recurrent"])
@@ -226,16 +229,35 @@ def test_the_kernels_of_fla_are_refused_on_a_cpu(mode):
 def test_the_kernels_of_fla_are_called_as_they_want_it(monkeypatch, kernel, with_state, reverse):
     """With stand-ins that have their signatures: one of the two cannot scan in reverse."""
 
-    def chunk(q, k, v, g, *, initial_state, output_final_state):
-        return recurrent_gla(q, k, v, g, initial_state)
-
     def fused_recurrent(q, k, v, gk, *, initial_state, output_final_state, reverse):
         return recurrent_gla(q, k, v, gk, initial_state, reverse)
 
-    monkeypatch.setattr(module, "fla_kernels", lambda: (chunk, fused_recurrent))
+    monkeypatch.setattr(module, "fla_kernels", lambda: (chunk_of_fla, fused_recurrent))
     inputs = scan_inputs(9, with_state=with_state)
     expected = results(recurrent_gla, inputs, reverse=reverse)
     assert_near(results(getattr(module, kernel), inputs, reverse=reverse), expected, 1e-6)
+
+
+def chunk_of_fla(q, k, v, g, *, initial_state, output_final_state):
+    return recurrent_gla(q, k, v, g, initial_state)
+
+
+@with_and_without_state
+def test_the_chunked_kernels_are_given_no_more_scans_than_a_grid_takes(monkeypatch, with_state):
+    """A pass over whole texts of 256 rows has more: `invalid argument`, says CUDA."""
+    launched = []
+
+    def noted(q, *rest, **options):
+        launched.append(len(q))
+        return chunk_of_fla(q, *rest, **options)
+
+    monkeypatch.setattr(module, "fla_kernels", lambda: (noted, None))
+    monkeypatch.setattr(module, "LARGEST_GRID", 7)
+    inputs = scan_inputs(3, with_state=with_state, batch=8)  # two heads each
+    expected = results(recurrent_gla, inputs)
+    assert_near(results(module._fla_chunk, inputs), expected, 1e-6)
+    assert launched == [3, 3, 2]
+    assert module._fla_chunk(**inputs, output_final_state=False)[1] is None
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -58,6 +58,16 @@ def test_a_kernel_of_fla_is_the_recurrence(mode, length, decays, with_state, rev
     assert_near(results(implementation(mode, inputs["query"]), inputs, reverse=reverse), expected, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("mode", FLA_MODES)
+def test_a_kernel_of_fla_takes_more_scans_than_a_grid(mode):
+    """As many as a pass over whole texts of 256 rows has."""
+    pytest.importorskip("fla")
+    sizes = {"batch": 16400, "heads": 4, "key_dim": 16, "value_dim": 16}
+    inputs = scan_inputs(8, with_state=True, dtype=torch.bfloat16, device="cuda", **sizes)
+    expected = results(chunk_gla, {name: x.float() for name, x in inputs.items()})
+    assert_near(results(implementation(mode, inputs["query"]), inputs), expected, TOLERANCES[torch.bfloat16])
+
+
 @pytest.mark.parametrize("length, decays, reverse, dtype", pairwise(LENGTHS, DECAYS, (False, True), TOLERANCES))
 def test_the_chunked_form_is_the_recurrence(length, decays, reverse, dtype):
     inputs = scan_inputs(length, decays, True, dtype, device="cuda")

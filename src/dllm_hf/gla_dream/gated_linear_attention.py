@@ -23,6 +23,9 @@ MIN_LOG_DECAY = -1.2
 # H200 with `benchmarks/gla_kernels.py` when a layer asked for the states after the scans as well.
 MAX_RECURRENT_SCANS = 512
 
+# What CUDA takes along the last two dimensions of a grid.
+LARGEST_GRID = 65535
+
 # Our own two, and the kernels of flash-linear-attention under the names of its layer.
 TORCH_MODES = ("torch", "naive")
 FLA_MODES = ("chunk", "fused_recurrent")
@@ -45,7 +48,7 @@ def gated_linear_attention(
         log_decay: at most 0, and at least `MIN_LOG_DECAY` unless the mode is `naive`.
         initial_state: `(batch, heads, key_dim, value_dim)`; zeros if not given.
         mode: `torch` ([`chunk_gla`]), `naive` ([`recurrent_gla`]), `chunk` or `fused_recurrent` (`fla`'s kernels, on a
-            GPU), or `auto`, the fastest of them for the inputs.
+            GPU), or `auto`, see [`implementation`].
     """
     return implementation(mode, query)(query, key, value, log_decay, initial_state, reverse, output_final_state)
 
@@ -53,11 +56,15 @@ def gated_linear_attention(
 def implementation(mode: str, query: torch.Tensor) -> Callable:
     """The function that runs a mode for inputs such as `query`."""
     if mode == "auto":
+        mode = "torch"
         # `fla`'s kernels in bfloat16 alone: its chunked form computes float32 in tf32. `torch.compile` cannot fuse them.
-        if not query.is_cuda or query.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not fla_kernels():
-            mode = "torch"
-        else:
-            mode = "fused_recurrent" if query.shape[0] * query.shape[2] <= MAX_RECURRENT_SCANS else "chunk"
+        if query.is_cuda and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and fla_kernels():
+            if query.shape[0] * query.shape[2] <= MAX_RECURRENT_SCANS:
+                mode = "fused_recurrent"
+            elif torch.is_grad_enabled():
+                # In training alone, where all batches are of one size: for each size it is compiled and tuned anew, which
+                # takes seconds, and prompts are of any.
+                mode = "chunk"
     if mode == "torch":
         return chunk_gla
     if mode == "naive":
@@ -158,6 +165,14 @@ def fla_kernels() -> tuple[Callable, Callable] | None:
 
 
 def _fla_chunk(query, key, value, log_decay, initial_state=None, reverse=False, output_final_state=True):
+    most = max(LARGEST_GRID // query.shape[2], 1)
+    if query.shape[0] > most:
+        # A program for each head of each sequence, along a grid's last dimension.
+        inputs = [x.split(most) for x in (query, key, value, log_decay)]
+        states = [None] * len(inputs[0]) if initial_state is None else initial_state.split(most)
+        parts = [_fla_chunk(*each, reverse, output_final_state) for each in zip(*inputs, states, strict=True)]
+        outputs, last = zip(*parts, strict=True)
+        return torch.cat(outputs), torch.cat(last) if output_final_state else None
     inputs = query, key, value, log_decay
     if reverse:
         inputs = [x.flip(1) for x in inputs]
