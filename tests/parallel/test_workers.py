@@ -62,8 +62,9 @@ def processes_of(llm: LLM) -> list:
 def listening() -> dict[str, str]:
     """The addresses at which somebody on this machine listens, by socket."""
     found = {}
-    for name in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+    # Not every system has IPv6.
+    for path in (path for name in ("tcp", "tcp6") if (path := Path("/proc/net", name)).exists()):
+        for line in path.read_text().splitlines()[1:]:
             _, address, _, state, *_, inode = line.split()[:10]
             if state == "0A":
                 found[f"socket:[{inode}]"] = address
