@@ -11,7 +11,8 @@ drafts.
 sequence, a prompt of 512 tokens and 256 new ones, one token a step. Random weights would accept other drafts than trained ones:
 how many steps each pass takes is imposed, from the passes of the Shakespeare checkpoint of the family with as many drafts. A
 line for each number of drafts: milliseconds a pass, beside those of a step without drafts; tokens a second; the gain in passes
-and in time, and the ratio of both. `--batches 2 4` does the same for more sequences.
+and in time, and the ratio of both; and how many drafts `draft_steps="auto"` finds worth their cost. `--batches 2 4` does the same
+for more sequences.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_hf  # noqa: F401  registers the models
 from dllm_hf.generation import step
+from dllm_hf.generation.draft_costs import room_for_drafts
+from dllm_hf.generation.pool import fused_of
 
 CONFIGS = Path(__file__).parents[1] / "hub_configs"
 SPEAKERS = (
@@ -133,7 +136,8 @@ def rows_of(model, name: str, batch: int, block: int, numbers: list[int]) -> Ite
     policy = {"cache_policy": "block" if name == "sdar" else "dual", "block_length": block}
     options = {**STATIC, **policy, "max_new_tokens": 256, "eos_token_id": []}
     options["suppress_tokens"] = end if isinstance(end, list) else [end]
-    alone = None
+    room = room_for_drafts("auto", model, fused_of(model)[0], model.resolve_options(None, options), (batch, 512 + 256))
+    alone, auto = None, (room[1] or 0) // (batch * block) - 1
     for drafts in numbers:
         pattern = shakespeare(name, drafts, 1, "cuda", **policy)[2] if drafts else [1]
         call = partial(model.diffusion_generate, ids, draft_steps=drafts, **options)
@@ -145,7 +149,7 @@ def rows_of(model, name: str, batch: int, block: int, numbers: list[int]) -> Ite
         passes = output.num_forward_passes
         alone = alone or (seconds, passes)
         yield {
-            "model": name, "batch": batch, "block": block, "drafts": drafts, "passes": passes,
+            "model": name, "batch": batch, "block": block, "drafts": drafts, "auto": auto, "passes": passes,
             "steps a pass": sum(pattern) / len(pattern), "ms a pass": 1000 * seconds / passes,
             "tokens a second": 256 * batch / seconds, "fewer passes": alone[1] / passes, "less time": alone[0] / seconds,
             "ratio": alone[0] / seconds / (alone[1] / passes),

@@ -1,11 +1,9 @@
 """Drafts in the engine: as long as few completions run, and for those whose steps can be foreseen."""
 
 import pytest
-import torch
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import engine
-from dllm_hf.generation.drafts import number_of_drafts
 
 from ..builders import ScriptedModel, script
 
@@ -33,10 +31,14 @@ def test_drafts_give_way_to_completions(number, passes):
     assert passes_of(number, draft_steps=3) == [passes] * number
 
 
-def test_auto_is_four_drafts_on_a_gpu_and_none_on_a_cpu(monkeypatch):
+def test_auto_is_none_on_a_cpu_and_on_a_gpu_what_it_has_room_for(monkeypatch):
     assert passes_of(1, draft_steps="auto") == [8]
-    monkeypatch.setattr(engine, "number_of_drafts", lambda steps, _: number_of_drafts(steps, torch.device("cuda")))
-    assert passes_of(1, draft_steps="auto") == passes_of(1, draft_steps=4) == [1 + 2]
+    # A canvas of 10 columns is one step's, before the tokens that it leads to.
+    for tokens, same_as in ((50, 4), (30, 2), (10, 0)):
+        monkeypatch.setattr(engine, "room_for_drafts", lambda *_, tokens=tokens: (4, tokens))
+        found = passes_of(1, draft_steps="auto")
+        monkeypatch.undo()
+        assert found == passes_of(1, draft_steps=same_as)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from transformers import LogitsProcessor, MaxLengthCriteria
 
 from dllm_hf.generation import mixin
-from dllm_hf.generation.drafts import confirmed, number_of_drafts
+from dllm_hf.generation.drafts import confirmed
 from dllm_hf.generation.window import Frame, make_list, make_window
 
 from ..builders import MASK, RefusesToRun, ScriptedModel, generate, left_pad, recorded, refused, script, tiny_model
@@ -48,8 +48,8 @@ def test_auto_drafts_nothing_on_a_cpu():
 
 @pytest.mark.parametrize(("policy", "width"), [("none", 20), ("prefix", 16), ("dual", 16)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
-def test_auto_fills_a_pass_on_a_gpu_up_to_128_tokens(rows, policy, width, monkeypatch):
-    monkeypatch.setattr(mixin, "number_of_drafts", lambda steps, _: number_of_drafts(steps, torch.device("cuda")))
+def test_auto_fills_a_pass_up_to_what_a_gpu_has_room_for(rows, policy, width, monkeypatch):
+    monkeypatch.setattr(mixin, "room_for_drafts", lambda steps, *_: (4, 128) if steps else (0, None))
     model, prompts = tiny_model("llada"), [[5, 6, 7, number] for number in range(rows)]
     options = {"max_new_tokens": 16, "block_length": 16, "cache_policy": policy, **STATIC}
     with recorded(model) as calls:

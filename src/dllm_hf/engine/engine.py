@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation.cache_layers import CACHE_LAYERS
 from ..generation.decoder import Decoder
-from ..generation.drafts import FREE_TOKENS, number_of_drafts
+from ..generation.draft_costs import room_for_drafts
+from ..generation.drafts import FREE_TOKENS
 from ..generation.evaluation_mode import evaluating, in_training
 from ..generation.graphs import are_possible
 from ..generation.mixin import DiffusionGenerationMixin
@@ -56,7 +57,7 @@ class Engine:
         max_passed_over: how often a completion that waits for room may be passed over by shorter ones.
         uses_graphs: whether steps on a GPU run on fused kernels, as CUDA graphs.
         draft_steps: see [`DiffusionGenerationConfig`]; for completions whose options allow it, in passes of at most
-            `FREE_TOKENS` tokens.
+            `FREE_TOKENS` tokens, or as many as `"auto"` finds for one completion.
 
     Attributes:
         intake: checks requests, and makes the completions that [`submit`] takes.
@@ -90,8 +91,9 @@ class Engine:
         has_cache, cache_dtype = resolved.cache_policy != "none", resolved.cache_dtype
         has_kernels = are_possible(model.device) and CACHE_LAYERS[cache_dtype].has_kernels(model.device)
         fused = fused_of(model)[0] if uses_graphs and has_cache and has_kernels else None
-        drafts = number_of_drafts(draft_steps, model.device)
-        room = {"draft_columns": FREE_TOKENS} if drafts and has_cache else {}
+        drafts, draft_tokens = room_for_drafts(draft_steps, model, fused, resolved, (1, capacity))
+        draft_tokens = draft_tokens or FREE_TOKENS
+        room = {"draft_columns": draft_tokens} if drafts and has_cache else {}
         backend = model.make_backend(
             has_cache, fused=fused, arena_columns=cache_columns, cache_dtype=cache_dtype, **room
         )
@@ -100,7 +102,7 @@ class Engine:
             slots,
             capacity,
             drafts=drafts,
-            draft_tokens=FREE_TOKENS,
+            draft_tokens=draft_tokens,
             uses_graphs=fused is not None,
             token_budget=token_budget,
             shares_beginnings=has_cache,

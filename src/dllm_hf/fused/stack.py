@@ -315,8 +315,7 @@ class FusedStack:
         mlp, gates, sums = self.layers[index].mlp, self.gates[index], self.sums
         if gates is None:
             mixture = self.mixtures[index]
-            out = (mixture or mlp)(normed)
-            out = out[0] if isinstance(out, tuple) else out
+            out = self.network(index, normed)
             if mixture is None or self.ranks is None:
                 return self._add_norm(out, total, norm, is_float8)
             if sums is not None and sums.covers(total):
@@ -331,16 +330,24 @@ class FusedStack:
         pieces = (each[None] for each in tokens.split(MLP_CHUNK))
         out = torch.empty_like(tokens)
         for piece, result in zip(pieces, out.split(MLP_CHUNK), strict=True):
-            gate, up = gates(piece)
-            inside = self.gate(gate, up)
-            if self.ranks is None:
-                result.copy_(self._product(mlp.down_proj, inside)[0])
-            else:
-                result.copy_(nn.functional.linear(inside, local(mlp.down_proj.weight))[0])
+            result.copy_(self.network(index, piece)[0])
         if self.ranks is not None:
             out = self.ranks.all_reduce(out)
             out = out if mlp.down_proj.bias is None else out + local(mlp.down_proj.bias)
         return self._add_norm(out.view_as(normed), total, norm, is_float8)
+
+    def network(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward network of a layer makes of `(1, tokens, hidden)`. Where it is divided between processes, that of
+        this one, without what is added to the sum over all."""
+        mlp, gates = self.layers[index].mlp, self.gates[index]
+        if gates is None:
+            out = (self.mixtures[index] or mlp)(x)
+            return out[0] if isinstance(out, tuple) else out
+        gate, up = gates(x)
+        inside = self.gate(gate, up)
+        if self.ranks is None:
+            return self._product(mlp.down_proj, inside)
+        return nn.functional.linear(inside, local(mlp.down_proj.weight))
 
     def _is_gated(self, mlp: nn.Module) -> bool:
         return hasattr(mlp, "gate_proj") and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))

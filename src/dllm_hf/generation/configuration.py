@@ -158,7 +158,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         draft_steps (`int` or `"auto"`, defaults to 0): up to so many further denoising steps in each forward pass, with the same
             tokens: the pass feeds guesses of the next canvases beside the present one, as rows of their own, and goes as far as
             they were right ([`drafts`]). Only where nothing is drawn at random in a step, and the strategy knows beforehand how
-            many tokens it transfers. `"auto"`: as many as cost about nothing beside the reading of the weights, none on a CPU.
+            many tokens it transfers. `"auto"`: as many as are worth what their rows cost on the GPU, which is measured once; none on
+            a CPU.
         self_speculation (`bool`): the tokens of autoregressive decoding, those of `block_length=1`: a pass drafts a block, and
             another one keeps of it what it would have given itself ([`self_speculation`]). No strategy decides anything then.
             Only for models whose text is causal (`causal_context`).

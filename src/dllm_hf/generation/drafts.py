@@ -15,7 +15,6 @@ from .remasking import STRATEGIES, Strategy
 
 # Tokens of a pass beside the reading of the weights: a matrix product of so many rows takes a GPU about as long as one of a few.
 FREE_TOKENS = 128
-AUTO_DRAFTS = 4
 # Of the steps after the next one, those whose proposals each draft holds. Each is, of those that are not there yet, about the
 # one that saves most passes on the Shakespeare checkpoints, benchmarks/draft_steps.py.
 DRAFTS = ((0,), (0, 1), (1,), (0, 1, 2), (0, 2), (2,), (1, 2), (0, 1, 2, 3))
@@ -48,13 +47,6 @@ def confirmed(copies: torch.Tensor, level: torch.Tensor, now: torch.Tensor, next
         reached = (reached[:, :, None] & leads).any(1)
         taken = taken | reached
     return taken
-
-
-def number_of_drafts(draft_steps: int | str | None, device: torch.device) -> int:
-    """How many drafts a canvas has at most. A CPU computes as long as it has rows."""
-    if draft_steps == "auto":
-        return AUTO_DRAFTS if device.type == "cuda" else 0
-    return int(draft_steps or 0)
 
 
 def why_not(options: DiffusionGenerationConfig) -> str | None:

@@ -29,7 +29,8 @@ from .canvas import Canvas
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .contract import DenoisingModel, models_with
 from .decoder import Decoder
-from .drafts import FREE_TOKENS, check_drafts, number_of_drafts
+from .draft_costs import room_for_drafts
+from .drafts import check_drafts
 from .editing import check_editing
 from .evaluation_mode import evaluating
 from .graphs import are_possible
@@ -182,8 +183,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         is_plain = config.disable_compile or config.cache_policy == "none" or hooks.sees_logits
         if not is_plain and are_possible(device) and CACHE_LAYERS[config.cache_dtype].has_kernels(device):
             fused, fingerprint = fused_of(self)
-        drafts = number_of_drafts(config.draft_steps, device)
-        draft_tokens = FREE_TOKENS if config.draft_steps == "auto" else None
+        drafts, draft_tokens = room_for_drafts(config.draft_steps, self, fused, config, (len(texts), columns))
         capacity = columns if fused is None else capacity_for(self, len(texts), columns, config.cache_dtype)
         # A pass feeds a block and the column before it, or all from there on.
         widest = capacity if config.cache_policy == "prefix" else min(config.block_length or capacity, capacity) + 1
