@@ -377,7 +377,10 @@ def run(argv: list[str]) -> None:
         print(__doc__)
         raise SystemExit(0 if command in ("-h", "--help") else f"{command}: choose prepare, train, evaluate or report.")
     if command == "train":
-        return train(argv[1:])
+        train(argv[1:])
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return None
     args = parse(command, argv[1:])
     folder = Path(args.out)
     if command == "report":
