@@ -1,6 +1,7 @@
 """A request gets the tokens that `diffusion_generate` gives it alone, whatever else runs."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,6 +128,25 @@ def test_a_request_gets_it_from_graphs_too(family, policy, data, captured, monke
         got, text = outputs[str(number)], alone(model, policy, call)[0][len(call[0]) :]
         is_part = got.finish_reason in ("abort", "error")
         assert got.token_ids == text[: len(got.token_ids) if is_part else None], call
+
+
+@pytest.mark.parametrize("attn_mode", ["auto", "torch"])  # on our kernels, and as it is
+@pytest.mark.parametrize("logits_shift", [0, 1])
+@pytest.mark.parametrize("slots", [4, 8])
+def test_graphs_of_gla_dream_hold_for_slots_in_any_order(attn_mode, logits_shift, slots, captured, monkeypatch):
+    """A step of all slots in their order comes before those in which some wait, and the others come first."""
+    monkeypatch.setattr(engine, "are_possible", lambda device: True)
+    changes = {"block_size": 4, "conv_size": 3, "attn_mode": attn_mode, "logits_shift": logits_shift}
+    model = new_model("gla_dream", **changes).to(DEVICE)
+    options = {"remasking_strategy": "low_confidence_static", "eos_token_id": [], "block_length": None}
+    texts = torch.randint(0, 59, (10, 90), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = (23, 5, 41, 2, 16, 90, 33, 7, 60, 11)
+    every = [(text[:length], 0, {**options, "max_new_tokens": 16}) for text, length in zip(texts, lengths, strict=True)]
+    served = Engine(model, None, slots, 120, {}, 1000, 64, 1000, uses_graphs=True)
+    outputs = run(served, every, ["submit"] * len(every))
+    for number, call in enumerate(every):
+        expected = model.diffusion_generate(torch.tensor([call[0]], device=DEVICE), disable_compile=True, **call[2])
+        assert outputs[str(number)].token_ids == expected[0, len(call[0]) :].tolist(), number
 
 
 @pytest.mark.parametrize(

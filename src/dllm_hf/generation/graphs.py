@@ -40,7 +40,9 @@ class StepInputs:
     """
 
     def __init__(self, window: Window, noise: dict[str, torch.Tensor], store: dict):
-        self.window = replace(window, **{name: getattr(window, name).clone() for name in TENSORS})
+        tensors = {name: getattr(window, name).clone() for name in TENSORS}
+        # The graph is replayed for other slots too.
+        self.window = replace(window, is_every_slot=False, **tensors)
         self.latest = window
         self.noise = {use: store.setdefault((use, each.shape), each.clone()) for use, each in noise.items()}
 
