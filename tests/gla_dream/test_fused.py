@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dllm_hf.gla_dream import fused_gla_dream
 from dllm_hf.gla_dream.attention_gla_dream import GLADreamAttention
 from dllm_hf.gla_dream.fused_gla_dream import EagerStep, FusedGLADream
 
@@ -69,6 +70,40 @@ def test_a_step_has_the_logits_of_the_model(changes):
     for parameter in model.parameters():  # biases are zeros when they are made
         parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     check_a_step(model)
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+@pytest.mark.parametrize("most", [512, 7, 1])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_a_prompt_leaves_the_states_of_the_model(changes, most, decodes, monkeypatch):
+    """Of rows that begin elsewhere and have different numbers of blocks, one of them none; read at once or in parts."""
+    monkeypatch.setattr(fused_gla_dream, "MOST_BLOCKS", most)
+    model = new_model("gla_dream", **changes).to(DEVICE).eval()
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    size, cache = model.config.block_size, model.make_cache(9 * model.config.block_size)
+    tokens = torch.randint(0, 50, (5, 8 * size), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    model(tokens[:, : 2 * size], past_key_values=cache, use_cache=True)  # slot 1 belongs to nobody
+    cache.reserve(5)
+    slots, starts = torch.tensor([4, 0, 3, 2]), torch.tensor([[0], [2], [2], [1]]) * size
+    ends = starts + torch.tensor([[5], [3], [0], [1]]) * size
+    # Alone, or before the block being decoded; in a row without a block those logits mean nothing.
+    keep = torch.arange(size) + (ends - starts) - model.logits_shift if decodes else torch.empty(4, 0, dtype=torch.long)
+    width = (5 + decodes) * size
+    columns = torch.minimum(starts + torch.arange(width), torch.maximum(ends + decodes * size - 1, starts))
+    window = window_of(columns, keep, ends, slots.tolist())
+    found = []
+    for forward in (EagerStep(model), FusedGLADream.of(model)):
+        own = copy.deepcopy(cache)
+        logits = forward(tokens[slots].gather(1, columns).to(DEVICE), window.to(torch.device(DEVICE)), own)
+        found.append([logits, own.last_hidden, *(layer.state for layer in own.layers)])
+    torch.testing.assert_close(found[1][0], found[0][0], atol=2e-5, rtol=2e-4)
+    states = [cache.last_hidden, *(each.state for each in cache.layers)]
+    for got, expected, before in zip(found[1][1:], found[0][1:], states, strict=True):
+        if got is not None:
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-4)
+            assert torch.equal(got[[1, 3]], before[[1, 3]]) and not torch.equal(got[4], before[4])
 
 
 @pytest.mark.parametrize("name", ["q_proj", "g_proj", "intra_gate_proj", "o_proj"])

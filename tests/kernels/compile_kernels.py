@@ -134,6 +134,7 @@ for is_global, moves_on in ((False, False), (DTYPE == torch.bfloat16, True)):
         *parts, block[..., :rank], new(1024, rank), new(1024), turns, turns, state, base, new(128), 1e-6, 16.0, is_global,
         moves_on,
     )  # fmt: skip
-move_states(state, base, *ends[:2], new(1, 2048), new(1, dtype=torch.bool))
+for keeps in (False, True):
+    move_states(state, base, *ends[:2], new(1, 2048), new(1, dtype=torch.int32), keeps)
 mix_scans(x, x[..., :2048], x[..., :2048])
 print(json.dumps(found))

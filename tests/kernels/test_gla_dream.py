@@ -95,12 +95,40 @@ def test_the_states_of_the_rows_that_move(heads, key_dim, value_dim, dtype):
     state, last_states = random(5, heads, key_dim, value_dim), random(3, 2, heads, key_dim, value_dim)
     slots = torch.tensor([4, 1, 0], device=DEVICE)
     others = -random(3, heads, key_dim).abs(), 3 * random(3, heads * value_dim, dtype=dtype)
-    moves, before, expected = torch.tensor([True, False, True], device=DEVICE), state.clone(), state.double()
+    moves = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
+    before, expected = state.clone(), state.double()
     move_states(state, slots, last_states, *others, moves)
     move_states_torch(expected, slots, last_states.double(), *(x.double() for x in others), moves)
     close(state, expected, torch.float32)
     assert torch.equal(state[1:4], before[1:4])
     assert not torch.equal(state[0], before[0]) and not torch.equal(state[4], before[4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads, key_dim, value_dim", [(2, 16, 32), (1, 96, 24), (3, 5, 128)])
+def test_states_move_over_several_blocks_and_those_before_each_are_returned(heads, key_dim, value_dim, dtype):
+    rows, blocks = 4, 5
+    state = random(6, heads, key_dim, value_dim)
+    inputs = [
+        random(rows * blocks, 2, heads, key_dim, value_dim),
+        -random(rows * blocks, heads, key_dim).abs(),
+        3 * random(rows * blocks, heads * value_dim, dtype=dtype),
+    ]
+    slots = torch.tensor([5, 1, 0, 3], device=DEVICE)
+    moves, one = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([5, 0, 2, 1], [1] * rows))
+    steps, expected, precise = [], state.double(), [x.double() for x in inputs]
+    of_block = [[x.unflatten(0, (rows, blocks))[:, block] for x in precise] for block in range(blocks)]
+    for each in of_block:  # one after the other
+        steps.append(expected[slots])
+        move_states_torch(expected, slots, *each, one)
+    steps.append(expected[slots])
+    for move, found, given in ((move_states, state.clone(), inputs), (move_states_torch, state.double(), precise)):
+        before = move(found, slots, *given, moves, keeps=True)
+        assert before.is_contiguous() and before.dtype == found.dtype
+        close(before, torch.stack(steps[:-1], dim=1).flatten(0, 1), torch.float32)
+        for row, (slot, number) in enumerate(zip(slots.tolist(), moves.tolist())):
+            close(found[slot], steps[number][row], torch.float32)
+        assert torch.equal(found[[1, 2, 4]].float(), state[[1, 2, 4]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -130,13 +130,21 @@ def read_block(
     return (out, last_states, log_decays, last_outputs) if moves_on else (out,)
 
 
-def move_states_torch(state, slots, last_states, log_decays, gate_logits, moves) -> None:
+def move_states_torch(state, slots, last_states, log_decays, gate_logits, moves, keeps=False) -> torch.Tensor | None:
     """The twin of [`move_states`]."""
-    forward, backward = last_states.unbind(1)
-    gate = gate_logits.sigmoid().view(len(slots), -1, 1, state.shape[3]).to(state.dtype)
-    before = state[slots]
-    moved = log_decays.exp()[..., None] * before + torch.lerp(backward, forward, gate)
-    state.index_copy_(0, slots, torch.where(moves[:, None, None, None], moved, before))
+    rows, heads = len(slots), state.shape[1]
+    by_row = lambda x: x.unflatten(0, (rows, -1))
+    forward, backward = by_row(last_states).unbind(2)
+    gate = by_row(gate_logits).sigmoid().unflatten(-1, (heads, 1, -1)).to(state.dtype)
+    updates, decays = torch.lerp(backward, forward, gate), by_row(log_decays).exp()[..., None]
+    current = after = state[slots]
+    before = []
+    for block in range(updates.shape[1]):
+        before.append(current)
+        current = decays[:, block] * current + updates[:, block]
+        after = torch.where((moves == block + 1)[:, None, None, None], current, after)
+    state.index_copy_(0, slots, after)
+    return torch.stack(before, dim=1).flatten(0, 1) if keeps else None
 
 
 def move_states(
@@ -146,21 +154,29 @@ def move_states(
     log_decays: torch.Tensor,
     gate_logits: torch.Tensor,
     moves: torch.Tensor,
-) -> None:
-    """Move the states on over a block, in place: the unit between blocks, see [`GLADreamAttention`].
+    keeps: bool = False,
+) -> torch.Tensor | None:
+    """Move the states on over blocks, in place: the unit between blocks, see [`GLADreamAttention`].
 
     Args:
         state: `(all slots, heads, key_dim, value_dim)` float32, contiguous.
-        slots: `(batch,)` int64, the index into `state` of each row; no two are the same.
-        last_states, log_decays: as [`read_block`] returns them.
-        gate_logits: `(batch, heads * value_dim)`, contiguous.
-        moves: `(batch,)` bool, the rows whose states move.
+        slots: `(rows,)` int64, the index into `state` of each row; no two are the same.
+        last_states, log_decays: as [`read_block`] returns them for all blocks, those of the first row first.
+        gate_logits: `(rows * blocks, heads * value_dim)`, contiguous.
+        moves: `(rows,)` int32, over how many of its blocks the state of each row moves.
+        keeps: whether to return the states before each block.
+
+    Returns:
+        With `keeps` `(rows * blocks, heads, key_dim, value_dim)` float32, contiguous.
     """
-    heads, key_dim, value_dim = state.shape[1:]
-    _move_states[(triton.cdiv(key_dim, 16), heads, len(slots))](
-        state, slots, last_states, log_decays, gate_logits, moves.to(torch.int32),
-        KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_K=16, BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
+    (heads, key_dim, value_dim), rows = state.shape[1:], len(slots)
+    before = torch.empty_like(last_states[:, 0], memory_format=torch.contiguous_format) if keeps else None
+    _move_states[(triton.cdiv(key_dim, 16), heads, rows)](
+        state, slots, last_states, log_decays, gate_logits, moves, state if before is None else before,
+        len(log_decays) // rows, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        BLOCK_K=16, BLOCK_V=triton.next_power_of_2(value_dim), KEEPS=keeps, num_warps=4,
     )  # fmt: skip
+    return before
 
 
 def mix_scans_torch(scans: torch.Tensor, gate_logits: torch.Tensor, output_gate: torch.Tensor) -> torch.Tensor:
@@ -313,25 +329,34 @@ if triton is not None:
 
     @triton.jit
     def _move_states(
-        state, slots, last_states, log_decays, gate_logits, moves,
+        state, slots, last_states, log_decays, gate_logits, moves, before, blocks,
         KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+        KEEPS: tl.constexpr,
     ):  # fmt: skip
-        head, batch, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+        head, row, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
         dim, ends = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-        is_key, is_value = dim < KEY_DIM, ends < VALUE_DIM
-        # Rows with `moves == 0` load and store nothing.
-        inside = is_key[:, None] & (ends < tl.where(tl.load(moves + batch) != 0, VALUE_DIM, 0))
+        is_key, is_value, number = dim < KEY_DIM, ends < VALUE_DIM, tl.load(moves + row)
+        inside = is_key[:, None] & is_value
+        if not KEEPS:
+            # Rows that do not move load and store nothing.
+            inside = is_key[:, None] & (ends < tl.where(number != 0, VALUE_DIM, 0))
         offset = dim[:, None] * VALUE_DIM + ends
-        of_head, of_batch = batch * heads + head, batch * heads
-        logits = tl.load(gate_logits + of_head * VALUE_DIM + ends, mask=is_value, other=0.0).to(tl.float32)
-        kept = tl.exp(tl.load(log_decays + of_head * KEY_DIM + dim, mask=is_key, other=0.0))
-        forward = tl.load(last_states + (of_batch + of_head) * KEY_DIM * VALUE_DIM + offset, mask=inside, other=0.0)
-        of_head_backward = of_batch + of_head + heads
-        backward = tl.load(last_states + of_head_backward * KEY_DIM * VALUE_DIM + offset, mask=inside, other=0.0)
-        target = state + (tl.load(slots + batch) * heads + head) * KEY_DIM * VALUE_DIM + offset
-        before = tl.load(target, mask=inside, other=0.0)
-        moved = kept[:, None] * before + backward + (forward - backward) / (1.0 + tl.exp(-logits))
-        tl.store(target, moved, mask=inside)
+        target = state + (tl.load(slots + row) * heads + head) * KEY_DIM * VALUE_DIM + offset
+        current = tl.load(target, mask=inside, other=0.0)
+        after = current
+        for block in range(blocks):
+            of_batch = (row * blocks + block) * heads
+            of_head = of_batch + head
+            if KEEPS:
+                tl.store(before + of_head * KEY_DIM * VALUE_DIM + offset, current, mask=inside)
+            logits = tl.load(gate_logits + of_head * VALUE_DIM + ends, mask=is_value, other=0.0).to(tl.float32)
+            kept = tl.exp(tl.load(log_decays + of_head * KEY_DIM + dim, mask=is_key, other=0.0))
+            of_last = last_states + (of_batch + of_head) * KEY_DIM * VALUE_DIM + offset
+            forward = tl.load(of_last, mask=inside, other=0.0)
+            backward = tl.load(of_last + heads * KEY_DIM * VALUE_DIM, mask=inside, other=0.0)
+            current = kept[:, None] * current + backward + (forward - backward) / (1.0 + tl.exp(-logits))
+            after = tl.where(block + 1 == number, current, after)
+        tl.store(target, after, mask=inside)
 
     @triton.jit
     def _mix_scans(scans, gate_logits, output_gate, out, size, logits_token, gate_token, BLOCK: tl.constexpr):
