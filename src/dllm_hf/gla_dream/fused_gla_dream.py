@@ -95,7 +95,8 @@ class FusedGLADream(FusedStack):
                 self.config.inter_block_injection_mode == "global", moves_on,
             )  # fmt: skip
 
-        def move(last_states, log_decays, last_outputs, moves, keeps=False):
+        def move(ends, moves, keeps=False):
+            last_states, log_decays, last_outputs = ends
             shares = self.config.share_inter_intra_gate_weights
             gate_logits = (attention.intra_gate_proj if shares else attention.inter_gate_proj)(last_outputs)
             return self.move(state, slots, last_states, log_decays, gate_logits, moves, keeps)
@@ -104,7 +105,7 @@ class FusedGLADream(FusedStack):
             scans = self._read_prompts(read, move, state, slots, moves, len(cos) // len(slots))
         elif finished := len(cos) - len(slots):
             before, *ends = read(slice(finished), state, slots, True)
-            move(*ends, moves)
+            move(ends, moves)
             scans = torch.cat([before, *read(slice(finished, None), state, slots, False)])
         else:
             (scans,) = read(slice(None), state, slots, False)
@@ -121,7 +122,7 @@ class FusedGLADream(FusedStack):
             if number < blocks:
                 which = torch.arange(rows * blocks, device=device).view(rows, -1)[:, first : first + number].flatten()
             _, *ends = read(which, state, slots.repeat_interleave(number), True)
-            before = move(*ends, (moves - first).clamp(0, number), keeps=True)
+            before = move(ends, (moves - first).clamp(0, number), keeps=True)
             (scans,) = read(which, before, torch.arange(len(before), device=device), False)
             parts.append(scans.unflatten(0, (rows, number)))
         return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat(parts, dim=1).flatten(0, 1)
