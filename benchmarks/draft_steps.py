@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_hf  # noqa: F401  registers the models
 from dllm_hf.generation import step
-from dllm_hf.generation.draft_costs import room_for_drafts
+from dllm_hf.generation.draft_costs import room_for_drafts, tokens_of_step
 from dllm_hf.generation.pool import fused_of
 
 CONFIGS = Path(__file__).parents[1] / "hub_configs"
@@ -136,8 +136,9 @@ def rows_of(model, name: str, batch: int, block: int, numbers: list[int]) -> Ite
     policy = {"cache_policy": "block" if name == "sdar" else "dual", "block_length": block}
     options = {**STATIC, **policy, "max_new_tokens": 256, "eos_token_id": []}
     options["suppress_tokens"] = end if isinstance(end, list) else [end]
-    room = room_for_drafts("auto", model, fused_of(model)[0], model.resolve_options(None, options), (batch, 512 + 256))
-    alone, auto = None, (room[1] or 0) // (batch * block) - 1
+    resolved, shape = model.resolve_options(None, options), (batch, 512 + 256)
+    _, most = room_for_drafts("auto", model, fused_of(model)[0], resolved, shape)
+    alone, auto = None, most // tokens_of_step(model, resolved, shape) - 1 if most else 0
     for drafts in numbers:
         pattern = shakespeare(name, drafts, 1, "cuda", **policy)[2] if drafts else [1]
         call = partial(model.diffusion_generate, ids, draft_steps=drafts, **options)

@@ -8,18 +8,27 @@ import torch
 from dllm_hf.fused.stack import FusedStack
 from dllm_hf.generation import draft_costs
 from dllm_hf.generation.draft_costs import FEWER_PASSES, MOST_TOKENS, most_worth, pass_times, room_for_drafts
+from dllm_hf.generation.drafts import FREE_TOKENS
 
 from ..builders import BUILDERS, new_model
 
-ON_A_GPU = {"device": torch.device("cuda")}
+CUDA = torch.device("cuda")
 
 
 class Model(SimpleNamespace):
-    __hash__ = object.__hash__
+    """What says where it is, and what its windows feed."""
+
+    def __init__(self, device=CUDA, logits_shift=0, sees_earlier_blocks=False):
+        super().__init__(device=device, logits_shift=logits_shift, sees_earlier_blocks=sees_earlier_blocks)
 
 
-def options(policy: str = "dual", block_length: int | None = 32) -> SimpleNamespace:
-    return SimpleNamespace(cache_policy=policy, block_length=block_length)
+class Kernels:
+    network = None
+
+
+def room(model, fused, *shape, policy: str = "dual", block_length: int | None = 32):
+    options = SimpleNamespace(cache_policy=policy, block_length=block_length)
+    return room_for_drafts("auto", model, fused, options, shape)
 
 
 @pytest.mark.parametrize(
@@ -44,36 +53,46 @@ def test_a_gpu_is_asked_once_for_each_number_of_tokens_of_a_step(monkeypatch):
         return [1.0, 1.0, 1.0, 9.0, 9.0][: len(sizes)]
 
     monkeypatch.setattr(draft_costs, "pass_times", timed)
-    model, other = Model(**ON_A_GPU), Model(**ON_A_GPU)
-    room = lambda model, *shape, **given: room_for_drafts("auto", model, None, options(**given), shape)
+    model, kernels, others = Model(), Kernels(), Kernels()
     for _ in range(2):
-        assert room(model, 1, 500) == (4, 32 * 3)
-    assert room(model, 4, 500) == (4, 128 * 3)
-    assert room(model, 1, 20) == (4, 20 * 3)  # a canvas shorter than a block
-    assert room(model, 1, 40, block_length=None) == (4, 40 * 3)
-    assert room(other, 1, 500) == (4, 32 * 3)
+        assert room(model, kernels, 1, 500) == (4, 32 * 3)
+    assert room(model, kernels, 4, 500) == (4, 128 * 3)
+    assert room(model, kernels, 1, 20) == (4, 20 * 3)  # a canvas shorter than a block
+    assert room(model, kernels, 1, 40, block_length=None) == (4, 40 * 3)
+    assert room(model, others, 1, 500) == (4, 32 * 3)
     assert asked == [[n * k for k in range(1, 6)] for n in (32, 128, 20, 40, 32)]
 
 
-def test_passes_that_compute_longer_than_they_read_have_no_drafts(monkeypatch):
+def test_a_step_feeds_the_column_before_its_block_where_that_predicts_the_first_token(monkeypatch):
+    monkeypatch.setattr(draft_costs, "pass_times", lambda model, fused, sizes: [1.0] * len(sizes))
+    assert room(Model(logits_shift=1), Kernels(), 2, 500) == (4, 2 * 33 * 5)
+    assert room(Model(logits_shift=1, sees_earlier_blocks=True), Kernels(), 2, 500) == (4, 2 * 32 * 5)
+
+
+def test_where_drafts_are_not_worth_their_rows_there_are_none(monkeypatch):
     asked = []
+    times = lambda model, fused, sizes: asked.append(sizes) or [float(size) for size in sizes]
+    monkeypatch.setattr(draft_costs, "pass_times", times)
+    assert room(Model(), Kernels(), 1, 500) == (0, None) and len(asked) == 1
     monkeypatch.setattr(
         draft_costs, "pass_times", lambda model, fused, sizes: asked.append(sizes) or [1.0] * len(sizes)
     )
-    room = lambda columns: room_for_drafts("auto", Model(**ON_A_GPU), None, options("none"), (1, columns))
-    assert room(MOST_TOKENS // 2) == (4, MOST_TOKENS) and asked == [[MOST_TOKENS // 2, MOST_TOKENS]]
-    assert room(MOST_TOKENS // 2 + 1) == (4, MOST_TOKENS // 2 + 1) and len(asked) == 1
+    half = MOST_TOKENS // 2
+    assert room(Model(), Kernels(), 1, half, block_length=None) == (4, MOST_TOKENS) and asked[1] == [half, 2 * half]
+    # What is computed longer than it is read need not be asked about.
+    assert room(Model(), Kernels(), 1, half + 1, block_length=None) == (0, None) and len(asked) == 2
+
+
+def test_without_kernels_or_a_cache_drafts_fill_a_pass_up_to_128_tokens():
+    assert room(Model(), None, 1, 500) == room(Model(), Kernels(), 1, 500, policy="none") == (4, FREE_TOKENS)
+    assert FREE_TOKENS == 128
 
 
 def test_a_number_is_taken_as_it_is_and_a_cpu_has_none():
-    cpu = Model(device=torch.device("cpu"))
-    assert [room_for_drafts(steps, cpu, None, options(), (1, 64)) for steps in (None, 0, 3, "auto")] == [
-        (0, None),
-        (0, None),
-        (3, None),
-        (0, None),
-    ]
-    assert room_for_drafts(3, Model(**ON_A_GPU), None, options(), (1, 64)) == (3, None)
+    cpu = Model(torch.device("cpu"))
+    for steps, expected in ((None, 0), (0, 0), (3, 3), ("auto", 0)):
+        assert room_for_drafts(steps, cpu, None, SimpleNamespace(), (1, 64)) == (expected, None)
+    assert room_for_drafts(3, Model(), Kernels(), SimpleNamespace(), (1, 64)) == (3, None)
 
 
 @pytest.mark.parametrize("family", [family for family in BUILDERS if family != "gla_dream"])
@@ -87,20 +106,11 @@ def test_what_is_timed_is_the_network_of_every_layer(family, monkeypatch):
         torch.testing.assert_close(stack.network(index, x), out[0] if isinstance(out, tuple) else out)
     network = stack.network
     stack.network = lambda index, x: fed.append((index, x.shape[1])) or network(index, x)
-    monkeypatch.setattr(draft_costs, "replaying", lambda run: run)
-    monkeypatch.setattr(draft_costs, "milliseconds", lambda run: run() or 1.0)
+    monkeypatch.setattr(draft_costs, "milliseconds", lambda run, device: run() or 1.0)
     state = torch.get_rng_state()
     assert pass_times(model, stack, [4, 8]) == [1.0, 1.0]
     assert fed == [(index, size) for size in (4, 8) for index in range(model.config.num_hidden_layers)]
     assert torch.equal(torch.get_rng_state(), state), "what the caller draws has changed"
-
-
-@torch.no_grad()
-def test_without_kernels_the_model_s_own_pass_is_timed(monkeypatch):
-    model, shapes = new_model("llada").eval(), []
-    monkeypatch.setattr(draft_costs, "milliseconds", lambda run: shapes.append(run().logits.shape[:2]) or 1.0)
-    assert pass_times(model, None, [4, 8]) == [1.0, 1.0]
-    assert shapes == [(1, 1), (1, 1)]
 
 
 def test_each_draft_saves_passes():

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dllm_hf  # noqa: F401  registers the families
-from dllm_hf.generation.draft_costs import pass_times, room_for_drafts
+from dllm_hf.generation.draft_costs import pass_times, room_for_drafts, tokens_of_step
 from dllm_hf.generation.pool import fused_of
 
 from ..builders import left_pad
@@ -71,17 +71,17 @@ def test_drafts_change_no_token_on_kernels_and_graphs(folder):
             assert torch.equal(model.diffusion_generate(**inputs, draft_steps=drafts, **options), alone), policy
 
 
-@pytest.mark.parametrize("on_kernels", [True, False])
 @pytest.mark.parametrize("folder", ["llada-mha", "sdar_moe-b4"])
-def test_auto_measures_what_drafts_cost_and_draws_nothing(folder, on_kernels):
+def test_auto_measures_what_drafts_cost_and_draws_nothing(folder):
     model = load(folder, dtype=torch.bfloat16)
-    fused = fused_of(model)[0] if on_kernels else None
+    fused = fused_of(model)[0]
     state, times = torch.cuda.get_rng_state(), pass_times(model, fused, [32, 64, 1024])
     assert 0 < times[0] and max(times) < 1000
     assert torch.equal(torch.cuda.get_rng_state(), state)
-    options = model.resolve_options(None, {"block_length": 32})
-    drafts, tokens = room_for_drafts("auto", model, fused, options, (1, 100))
-    assert drafts == 4 and tokens in {32 * number for number in range(1, 6)}
+    options = model.resolve_options(None, {"cache_policy": "dual" if "dual" in model.cache_policies else "block"})
+    tokens = tokens_of_step(model, options, (1, 100))
+    possible = {(0, None), *((4, tokens * number) for number in range(2, 6))}
+    assert room_for_drafts("auto", model, fused, options, (1, 100)) in possible
 
 
 @pytest.mark.parametrize("length", [4, 32])

@@ -157,7 +157,9 @@ class ModelBackend:
             slots = 0 if state is None else self.slots_of(state)
             tokens, window = torch.cat([tokens, unconditional]), window.repeated(2, slots)
         if self.fused is not None and self.fused.covers(window):
-            is_step = window.block.shape[1] and not window.is_canvas
+            width = window.block.shape[1]
+            # Rectangles of prompts have many widths, and each would be compiled.
+            is_step = width and not window.is_canvas and (self.takes_lists or window.columns.shape[1] <= 2 * width)
             run = self.compiled if self.compiled and is_step else self.fused
             logits = run(tokens, window, state)
         else:

@@ -36,7 +36,7 @@ def short_convolutions(inputs: Sequence[torch.Tensor], weights: Sequence[torch.T
     (batch, size), sizes = query.shape[:2], [x.shape[2] for x in inputs]
     out = torch.empty(batch, size, sum(sizes), dtype=query.dtype, device=query.device)
     channels = 32
-    _short_convolutions[(triton.cdiv(max(sizes), channels), batch, 3)](
+    _short_convolutions[(batch, triton.cdiv(max(sizes), channels), 3)](
         query, key, value, *weights, out, query.stride(1), key.stride(1), value.stride(1), *sizes,
         SIZE=size, TAPS=weights[0].shape[-1], BLOCK_T=triton.next_power_of_2(size), BLOCK_C=channels, num_warps=4,
     )  # fmt: skip
@@ -213,7 +213,7 @@ if triton is not None:
         SIZE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
         """A block of channels of queries, keys or values, for the tokens of one sequence."""
-        batch, which = tl.program_id(1).to(tl.int64), tl.program_id(2)
+        batch, which = tl.program_id(0).to(tl.int64), tl.program_id(2)
         channels, first, token, x, taps = query_channels, 0, query_token, query, query_taps
         if which == 1:
             channels, first, token, x, taps = key_channels, query_channels, key_token, key, key_taps
@@ -221,7 +221,7 @@ if triton is not None:
             channels, first, token, x, taps = (
                 value_channels, query_channels + key_channels, value_token, value, value_taps
             )  # fmt: skip
-        channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         step, is_channel = tl.arange(0, BLOCK_T), channel < channels
         x += batch * SIZE * token
         total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
