@@ -1,6 +1,5 @@
 """How the benchmarks measure time on a GPU."""
 
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,19 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from dllm_hf.generation.decoder import Decoder
-
-
-def milliseconds(run: Callable[[], object], repeats: int = 10, warmup: int = 2) -> float:
-    """The median of `repeats` runs after `warmup` others, on the device's own clock."""
-    times = []
-    for _ in range(warmup + repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[warmup:])
+from dllm_hf.generation.draft_costs import milliseconds  # noqa: F401  for the benchmarks
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """`draft_steps="auto"`: drafts as far as their rows are worth what they cost."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -106,7 +107,9 @@ def test_what_is_timed_is_the_network_of_every_layer(family, monkeypatch):
         torch.testing.assert_close(stack.network(index, x), out[0] if isinstance(out, tuple) else out)
     network = stack.network
     stack.network = lambda index, x: fed.append((index, x.shape[1])) or network(index, x)
-    monkeypatch.setattr(draft_costs, "milliseconds", lambda run, device: run() or 1.0)
+    monkeypatch.setattr(draft_costs, "replaying", lambda run: run)
+    monkeypatch.setattr(draft_costs, "milliseconds", lambda run: run() or 1.0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     state = torch.get_rng_state()
     assert pass_times(model, stack, [4, 8]) == [1.0, 1.0]
     assert fed == [(index, size) for size in (4, 8) for index in range(model.config.num_hidden_layers)]

@@ -154,6 +154,10 @@ class FusedStack:
         """Whether it can run a pass over the window."""
         return True
 
+    def repeats(self, window: Window) -> bool:
+        """See [`StepForward`]."""
+        return True
+
     def prepare(self, cache: Any, slots: int) -> None:
         """Allocate the cache before a pass is captured or compiled."""
         for layer, slot in zip(self.layers, cache.layers, strict=True):

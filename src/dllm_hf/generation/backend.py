@@ -49,7 +49,7 @@ class Backend(Protocol):
         """An empty state, a cache or None, for `slots` rows of `width` columns. Raises a `ValueError` if it cannot be."""
 
     def covers(self, window: Window) -> bool:
-        """Whether a pass over the window can be captured in a graph: its operations depend on shapes alone."""
+        """Whether a pass over the window may be captured in a graph: its operations depend on shapes alone, and those come again."""
 
     def __call__(self, tokens: torch.Tensor, window: Window, state: Any) -> torch.Tensor:
         """Tokens of the shape of `window.columns` -> `(rows, block, vocab)` logits at `window.keep`, which the caller may
@@ -135,7 +135,7 @@ class ModelBackend:
             cache.make_draft_columns(self.draft_columns * self.guidance_copies)
 
     def covers(self, window: Window) -> bool:
-        return self.fused is not None and self.fused.covers(window)
+        return self.fused is not None and self.fused.covers(window) and self.fused.repeats(window)
 
     def forget(self, state: CanvasCache | None, slot: int, final_length: int, column: int, block_length: int) -> int:
         if state is None:
@@ -157,9 +157,7 @@ class ModelBackend:
             slots = 0 if state is None else self.slots_of(state)
             tokens, window = torch.cat([tokens, unconditional]), window.repeated(2, slots)
         if self.fused is not None and self.fused.covers(window):
-            width = window.block.shape[1]
-            # Rectangles of prompts have many widths, and each would be compiled.
-            is_step = width and not window.is_canvas and (self.takes_lists or window.columns.shape[1] <= 2 * width)
+            is_step = window.block.shape[1] and not window.is_canvas and self.fused.repeats(window)
             run = self.compiled if self.compiled and is_step else self.fused
             logits = run(tokens, window, state)
         else:

@@ -21,6 +21,9 @@ class StepForward(Protocol):
     def covers(self, window: Window) -> bool:
         """Whether it can run a pass over the window."""
 
+    def repeats(self, window: Window) -> bool:
+        """Whether passes of its shape come again, so that one may be captured or compiled. Prompts in rectangles have many."""
+
     def prepare(self, cache: Any, slots: int) -> None:
         """Allocate the tensors of a cache for so many slots."""
 

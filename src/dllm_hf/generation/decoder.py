@@ -353,7 +353,7 @@ class Decoder:
     def _may_capture(self, frames: list[Frame]) -> bool:
         """Whether a pass may be a graph. Prompts have many lengths; those of a call do not come again, while those that ride
         along with other rows share few lengths of lists."""
-        if not self.uses_graphs or (self.token_budget is not None and self.backend.takes_lists):
+        if not self.uses_graphs or self.token_budget is not None:
             return self.uses_graphs
         return not any(frame.grid and frame.end - frame.start > 2 * frame.grid for frame in frames)
 

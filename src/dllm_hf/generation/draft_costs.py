@@ -18,7 +18,6 @@ from .ranks import ranks_of
 FEWER_PASSES = (1.0, 1.43, 1.63, 1.8, 1.88)
 # Of a pass with drafts. More take every GPU longer to compute than to read the weights.
 MOST_TOKENS = 1024
-REPEATS = 7
 
 # By the kernels that steps run on, and the tokens of a step: the number of drafts.
 _known: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
@@ -76,7 +75,8 @@ def pass_times(model: Any, fused: Any, sizes: list[int]) -> list[float]:
     for size in sizes:
         x = torch.randn(1, size, config.hidden_size, generator=generator, device=device).to(model.dtype)
         run = partial(_run_networks, fused.network, config.num_hidden_layers, x)
-        times.append(milliseconds(run, device))
+        with torch.cuda.device(device):
+            times.append(milliseconds(replaying(run)))
     return times
 
 
@@ -85,29 +85,31 @@ def _run_networks(network: Callable, layers: int, x: torch.Tensor) -> None:
         network(index, x)
 
 
-def milliseconds(run: Callable[[], None], device: torch.device) -> float:
-    """The median of a few runs on the device's own clock, as steps run: without the time in which the host launches kernels."""
-    with torch.cuda.device(device):
-        run()  # compiles what is not compiled
-        torch.cuda.synchronize()
-        replay: Callable[[], object] = run
-        try:
-            replay = capture(run, torch.cuda.graph_pool_handle(), _stream(device)).replay
-        except RuntimeError:  # steps are not captured either, and say so
-            pass
-        times = []
-        for _ in range(1 + REPEATS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-    return statistics.median(times[1:])
+def replaying(run: Callable[[], None]) -> Callable[[], object]:
+    """As steps run: without the time in which the host launches kernels."""
+    run()  # compiles what is not compiled
+    torch.cuda.synchronize()
+    try:
+        return capture(run, torch.cuda.graph_pool_handle(), _stream(torch.cuda.current_device())).replay
+    except RuntimeError:  # steps are not captured either, and say so
+        return run
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 10, warmup: int = 2) -> float:
+    """The median of `repeats` runs after `warmup` others, on the device's own clock."""
+    times = []
+    for _ in range(warmup + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[warmup:])
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: int) -> torch.cuda.Stream:
     """Of all measurements. With a graph cuBLAS' workspace of its stream is freed, which the graphs of steps must not share: those
     are captured on streams of the other priority."""
     return torch.cuda.Stream(device, priority=-1)

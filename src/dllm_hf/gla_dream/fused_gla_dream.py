@@ -71,8 +71,8 @@ class FusedGLADream(FusedStack):
             return None
         return cls(model) if all(each.is_contiguous() for each in parameters) else None
 
-    def covers(self, window: Window) -> bool:
-        return True
+    def repeats(self, window: Window) -> bool:
+        return is_step(window, self.config.block_size)
 
     def prepare(self, cache: GLADreamCache, slots: int) -> None:
         cache.allocate(self.config, slots, self.dtype, self.norm.weight.device)
@@ -129,7 +129,7 @@ class FusedGLADream(FusedStack):
 
     def __call__(self, tokens: torch.Tensor, window: Window, cache: GLADreamCache) -> torch.Tensor:
         size = self.config.block_size
-        hidden_states, final = (self._step if is_step(window, size) else self._prompts)(tokens, window, cache)
+        hidden_states, final = (self._step if self.repeats(window) else self._prompts)(tokens, window, cache)
         if not self.config.logits_shift:
             return self.head(hidden_states.take_along_dim(window.keep[..., None], dim=1))
         with_before = cache.with_token_before(hidden_states, window)
@@ -178,6 +178,9 @@ class EagerStep:
 
     def covers(self, window: Window) -> bool:
         return is_step(window, self.size)
+
+    def repeats(self, window: Window) -> bool:
+        return True
 
     def prepare(self, cache: GLADreamCache, slots: int) -> None:
         cache.allocate(self.model.config, slots, self.model.dtype, self.model.device)
