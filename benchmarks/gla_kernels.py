@@ -1,6 +1,7 @@
-"""Gated linear attention of many blocks of 32 tokens: our torch form beside the kernels of flash-linear-attention, on a GPU.
+"""Gated linear attention of many blocks of 32 tokens: our torch form beside our kernel and those of
+flash-linear-attention, on a GPU.
 
-usage: gla_kernels.py [--heads 16] [--head-dim 128]
+usage: gla_kernels.py [--heads 16] [--head-dim 128] [--block 32]
 Both directions, from zero, as a layer of GLADream calls them. For each number of blocks the time of a forward pass (bf16)
 and of a forward and backward pass, as the median of many, and the ratio to the torch form. The choice of
 `attn_mode="auto"` is based on these numbers.
@@ -12,7 +13,8 @@ import torch
 from timing import milliseconds
 from torch.nn import functional as F
 
-from dllm_hf.gla_dream.gated_linear_attention import fla_kernels, gated_linear_attention
+from dllm_hf.gla_dream.gated_linear_attention import block_scans, fla_kernels
+from dllm_hf.gla_dream.scan_kernels import block_scans as kernel
 
 
 def main():
@@ -22,7 +24,7 @@ def main():
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
     args = parser.parse_args()
-    modes = ["torch"] + (["chunk", "fused_recurrent"] if fla_kernels() else [])
+    modes = ["torch", "kernel"] + (["chunk", "fused_recurrent"] if fla_kernels() else [])
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.heads} heads of {args.head_dim}, bf16")
     for blocks in args.blocks:
         shape = (blocks, args.block, args.heads, args.head_dim)
@@ -30,8 +32,7 @@ def main():
         inputs.append((F.logsigmoid(torch.randn(shape, device="cuda")) / 16).requires_grad_())
 
         def both(mode, inputs=inputs):
-            options = {"output_final_state": False, "mode": mode}
-            return [gated_linear_attention(*inputs, reverse=reverse, **options)[0] for reverse in (False, True)]
+            return kernel(*inputs) if mode == "kernel" else block_scans(*inputs, mode=mode)
 
         def forward(mode, both=both):
             with torch.no_grad():

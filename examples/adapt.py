@@ -282,6 +282,8 @@ def parse_training(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
 
 def train(argv: list[str]) -> None:
     args, training = parse_training(argv)
+    # Else a compiled backward pass is autocast as a whole, also where the forward pass is not: GLADream's float32.
+    torch._functorch.config.backward_pass_autocast = "off"
     name, arm = args.arm, ARMS[args.arm]
     folder, devices = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
     if not (folder / "data" / "manifest.json").is_file():

@@ -96,7 +96,7 @@ def test_a_prompt_leaves_the_states_of_the_model(changes, most, decodes, monkeyp
     found = []
     for forward in (EagerStep(model), FusedGLADream.of(model)):
         own = copy.deepcopy(cache)
-        logits = forward(tokens[slots].gather(1, columns).to(DEVICE), window.to(torch.device(DEVICE)), own)
+        logits = forward(tokens.cpu()[slots].gather(1, columns).to(DEVICE), window.to(torch.device(DEVICE)), own)
         found.append([logits, own.last_hidden, *(layer.state for layer in own.layers)])
     torch.testing.assert_close(found[1][0], found[0][0], atol=2e-5, rtol=2e-4)
     states = [cache.last_hidden, *(each.state for each in cache.layers)]

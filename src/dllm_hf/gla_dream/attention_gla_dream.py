@@ -10,7 +10,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from .block_layout import BlockLayout
 from .configuration_gla_dream import GLADreamConfig
-from .gated_linear_attention import MIN_LOG_DECAY, block_states, gated_linear_attention, short_convolution
+from .gated_linear_attention import MIN_LOG_DECAY, block_scans, block_states, short_convolution
 from .generation_utils_gla_dream import GLADreamCache
 
 # Steps after which a token has faded to 1/e before training: `SHORT_MEMORY` in three quarters of the heads, in the others
@@ -122,13 +122,7 @@ class GLADreamAttention(nn.Module):
             x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
         )
         needs_states = layout.final is not None or layout.blocks > 1 or layout.clean_rows > 0
-        scans = (
-            gated_linear_attention(
-                query, key, value, log_decay, reverse=reverse, output_final_state=False, mode=self.config.attn_mode
-            )
-            for reverse in (False, True)
-        )
-        (forward, _), (backward, _) = scans
+        forward, backward = block_scans(query, key, value, log_decay, self.config.attn_mode)
         layer = None if cache is None else cache.layers[self.layer_idx]
         states = None if layer is None else layer.rows_of(layout.window)
         if needs_states:

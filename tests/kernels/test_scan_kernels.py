@@ -1,0 +1,128 @@
+"""The kernels of GLADream for whole texts against their definitions: outputs and gradients, and what `torch.compile` makes of
+them."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dllm_hf.gla_dream import gated_linear_attention as module
+from dllm_hf.gla_dream.gated_linear_attention import MIN_LOG_DECAY, block_scans, block_states, recurrent_gla
+from dllm_hf.gla_dream.scan_kernels import block_recurrence, takes_scans
+from dllm_hf.gla_dream.scan_kernels import block_scans as scans_of_kernels
+
+from ..builders import new_model, pairwise
+from ..gla_dream.oracles import DECAYS, TOLERANCES, assert_near, scan_inputs
+from .test_kernels import DEVICE
+
+NAMES = ("query", "key", "value", "log_decay")
+
+
+def gradients(function, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Outputs, and the gradient of each input, for random gradients of the outputs."""
+    inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    outputs = function(**inputs)
+    generator = torch.Generator().manual_seed(0)
+    read = sum((x.double() * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in outputs)
+    found = torch.autograd.grad(read, list(inputs.values()))
+    return {**dict(zip("ab", outputs)), **dict(zip(inputs, found))}
+
+
+def by_definition(query, key, value, log_decay):
+    return [recurrent_gla(query, key, value, log_decay, reverse=reverse)[0] for reverse in (False, True)]
+
+
+@pairwise(
+    sizes=[(1, 16, 16), (3, 40, 24), (8, 64, 64), (12, 96, 33), (32, 128, 128), (33, 16, 100), (64, 128, 128)],
+    decays=list(DECAYS),
+    dtype=list(TOLERANCES),
+)
+def test_scans_of_every_block_and_head_size_and_their_gradients(sizes, decays, dtype):
+    length, key_dim, value_dim = sizes
+    options = {"batch": 5, "heads": 3, "key_dim": key_dim, "value_dim": value_dim, "device": DEVICE}
+    inputs = scan_inputs(length, decays, dtype=dtype, **options)
+    found = gradients(scans_of_kernels, inputs)
+    expected = gradients(by_definition, {name: x.double() for name, x in inputs.items()})
+    assert all(found[name].dtype == inputs[name].dtype for name in NAMES)
+    assert_near(found, expected, TOLERANCES[dtype])
+
+
+def test_scans_of_strided_inputs_where_everything_is_large():
+    inputs = scan_inputs(64, "near the clamp", batch=3, device=DEVICE)
+    inputs = {name: x.mT.contiguous().mT for name, x in inputs.items()}
+    inputs |= {name: inputs[name] * 1e8 for name in ("query", "key", "value")}
+    inputs["log_decay"].fill_(MIN_LOG_DECAY)
+    found = scans_of_kernels(**inputs)
+    assert_near(
+        dict(zip("ab", found)), dict(zip("ab", by_definition(**{n: x.double() for n, x in inputs.items()}))), 1e-4
+    )
+
+
+@pairwise(
+    sizes=[(1, 3, 4), (7, 64, 64), (5, 33, 100), (4, 128, 128)],
+    decay=[1e-3, 1.0, 40.0],
+    samples=[None, [0, 0, 1, 1, 2, 2, 2], [3, 4, 4, 4, 5, 5, 6]],
+)
+def test_the_recurrence_over_blocks_and_its_gradients(sizes, decay, samples):
+    blocks, key_dim, value_dim = sizes
+    generator = torch.Generator().manual_seed(blocks)
+    random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
+    inputs = {
+        "updates": random(2, blocks, 3, key_dim, value_dim),
+        "log_decays": -decay * random(2, blocks, 3, key_dim).abs(),
+        "initial_state": random(2, 3, key_dim, value_dim),
+    }
+    if samples is not None:  # those of the second row are one sample, which goes on from the state
+        samples = torch.tensor([samples[:blocks], [0] * blocks], device=DEVICE)
+    found = gradients(lambda **each: block_recurrence(**each, samples=samples), inputs)
+    precise = {name: x.double() for name, x in inputs.items()}
+    assert_near(found, gradients(lambda **each: block_states(**each, samples=samples), precise), 1e-5)
+
+
+def test_the_operators_keep_what_pytorch_asks_of_one():
+    inputs = scan_inputs(8, batch=4, device=DEVICE)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(scans_of_kernels, [x.requires_grad_() for x in inputs.values()], test_utils=checks)
+    random = lambda *shape: torch.randn(*shape, device=DEVICE, requires_grad=True)
+    states = (random(2, 3, 2, 16, 8), random(2, 3, 2, 16), random(2, 2, 16, 8), None)
+    torch.library.opcheck(block_recurrence, states, test_utils=checks)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels serve on a CPU too, in the interpreter."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr("dllm_hf.gla_dream.scan_kernels.has_kernels", lambda x: True)
+
+
+def test_a_model_has_the_gradients_of_its_torch_form(kernels, monkeypatch):
+    """In packed rows too, of which each sample starts from zeros."""
+    tokens = torch.arange(2 * 44).view(2, 44) % 50
+    noisy = tokens.masked_fill(tokens % 3 == 0, 57)
+    labels = torch.where(noisy == 57, tokens, -100)
+    packed = torch.cat([torch.arange(20), torch.arange(24)]).expand(2, -1)
+
+    called = []
+    kernel = lambda *inputs: called.append(len(inputs)) or scans_of_kernels(*inputs)
+    monkeypatch.setattr(module, "scans_of_kernels", kernel)
+
+    def of_parameters(mode, positions):
+        model = new_model("gla_dream", attn_mode=mode, mask_token_id=57).to(DEVICE)
+        more = {} if positions is None else {"position_ids": positions.to(DEVICE)}
+        model(noisy.to(DEVICE), labels=labels.to(DEVICE), **more).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    for positions in (None, packed):
+        found = of_parameters("auto", positions)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "takes_states", lambda updates: False)
+            expected = of_parameters("torch", positions)
+        assert_near(found, expected, 1e-4)
+    assert len(called) == 2 * new_model("gla_dream").config.num_hidden_layers
+
+
+@pytest.mark.parametrize("length", [17, 65])  # more than pays, more than a program holds
+def test_larger_blocks_have_other_forms(length, kernels):
+    inputs = scan_inputs(length, batch=2, device=DEVICE)
+    assert takes_scans(inputs["query"], inputs["value"]) == (length <= 64)
+    assert_near(dict(zip("ab", block_scans(**inputs))), dict(zip("ab", by_definition(**inputs))), 1e-4)
