@@ -67,14 +67,10 @@ def _tiles(query: torch.Tensor, value: torch.Tensor):
     number, size, heads, key_dim = query.shape
     rows = max(16, triton.next_power_of_2(size))
     used = rows // size * size
-    # As in `read_block`: more rows in tf32 would be Hopper's wgmma, which gave wrong numbers.
-    precision = "ieee" if value.dtype == torch.float32 or size > 32 else "tf32"
-    # By the compiler's instructions and registers: on tensor cores one warp holds 16 tokens of a head of 64.
-    warps = 8 if rows > 32 else 1 if (rows, precision) == (16, "tf32") else 4
     sizes = {"SIZE": size, "USED": used, "KEY_DIM": key_dim, "VALUE_DIM": value.shape[-1], "BLOCK_T": rows}
-    sizes |= {"BLOCK_K": 32, "BLOCK_V": max(16, triton.next_power_of_2(value.shape[-1])), "PRECISION": precision}
+    sizes |= {"BLOCK_K": 32, "BLOCK_V": max(16, triton.next_power_of_2(value.shape[-1]))}
     arguments = {"tokens": number * size, "scale": key_dim**-0.5}
-    return (triton.cdiv(number * size, used), heads), {**arguments, **sizes, "num_warps": warps}
+    return (triton.cdiv(number * size, used), heads), {**arguments, **sizes, "num_warps": 4 if rows <= 32 else 8}
 
 
 @block_scans.register_fake
@@ -161,19 +157,19 @@ block_recurrence.register_autograd(_recurrence_gradients, setup_context=_keep)
 if triton is not None:
 
     @triton.jit
-    def _decayed(query, key, log_decay, at, inside, scale):
-        """Queries and keys of a tile, and the log-decays from its beginning up to each token, and from its end. Differences
-        within a block are all that counts: relative to the middle no exponential overflows."""
+    def _decayed(query, key, log_decay, at, inside, scale, same, before):
+        """Queries and keys of a tile, and the log-decays from a block's beginning up to each token, and from its end, both
+        relative to the middle of what decays in the block: so that no exponential overflows."""
         q = tl.load(query + at, mask=inside, other=0.0).to(tl.float32) * scale
         k = tl.load(key + at, mask=inside, other=0.0).to(tl.float32)
         decay = tl.load(log_decay + at, mask=inside, other=0.0)
-        left = tl.cumsum(decay, 0) - 0.5 * tl.sum(decay, 0)
+        left = tl.dot(before, decay, input_precision="ieee") - 0.5 * tl.dot(same, decay, input_precision="ieee")
         return q.to(tl.float32), k, left, decay - left
 
     @triton.jit
     def _scores(
-        query, key, log_decay, row, exists, scale,
-        KEY_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+        query, key, log_decay, row, exists, scale, same, before,
+        KEY_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """Of each token and each other of the tile, in both directions; those of other blocks mean nothing."""
         from_start = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
@@ -181,64 +177,70 @@ if triton is not None:
         for first in range(0, KEY_DIM, BLOCK_K):
             dim = first + tl.arange(0, BLOCK_K)
             at, inside = row[:, None] * KEY_DIM + dim, exists[:, None] & (dim < KEY_DIM)
-            q, k, left, right = _decayed(query, key, log_decay, at, inside, scale)
-            from_start += tl.dot(q * tl.exp(left), tl.trans(k * tl.exp(-left)), input_precision=PRECISION)
-            from_end += tl.dot(q * tl.exp(right), tl.trans(k * tl.exp(-right)), input_precision=PRECISION)
+            q, k, left, right = _decayed(query, key, log_decay, at, inside, scale, same, before)
+            from_start += tl.dot(q * tl.exp(left), tl.trans(k * tl.exp(-left)), input_precision="ieee")
+            from_end += tl.dot(q * tl.exp(right), tl.trans(k * tl.exp(-right)), input_precision="ieee")
         return from_start, from_end
 
     @triton.jit
     def _scan_blocks(
         query, key, value, log_decay, forward, backward, tokens, scale,
         SIZE: tl.constexpr, USED: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
         step, ends = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
         token = tl.program_id(0).to(tl.int64) * USED + step
         exists, row = (step < USED) & (token < tokens), token * tl.num_programs(1) + tl.program_id(1)
         is_same = (step // SIZE)[:, None] == step // SIZE
         is_before, is_after = is_same & (step[:, None] >= step), is_same & (step[:, None] <= step)
-        from_start, from_end = _scores(query, key, log_decay, row, exists, scale, KEY_DIM, BLOCK_T, BLOCK_K, PRECISION)
+        same, before = is_same.to(tl.float32), is_before.to(tl.float32)
+        from_start, from_end = _scores(
+            query, key, log_decay, row, exists, scale, same, before, KEY_DIM, BLOCK_T, BLOCK_K
+        )
         own, is_value = row[:, None] * VALUE_DIM + ends, exists[:, None] & (ends < VALUE_DIM)
         v = tl.load(value + own, mask=is_value, other=0.0).to(tl.float32)
-        result = tl.dot(tl.where(is_before, from_start, 0.0), v, input_precision=PRECISION)
+        result = tl.dot(tl.where(is_before, from_start, 0.0), v, input_precision="ieee")
         tl.store(forward + own, result.to(forward.dtype.element_ty), mask=is_value)
-        result = tl.dot(tl.where(is_after, from_end, 0.0), v, input_precision=PRECISION)
+        result = tl.dot(tl.where(is_after, from_end, 0.0), v, input_precision="ieee")
         tl.store(backward + own, result.to(backward.dtype.element_ty), mask=is_value)
 
     @triton.jit
     def _scan_blocks_backward(
         query, key, value, log_decay, of_forward, of_backward, of_query, of_key, of_value, of_log_decay, tokens, scale,
         SIZE: tl.constexpr, USED: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
         step, ends = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
         token = tl.program_id(0).to(tl.int64) * USED + step
         exists, row = (step < USED) & (token < tokens), token * tl.num_programs(1) + tl.program_id(1)
         is_same = (step // SIZE)[:, None] == step // SIZE
         is_before, is_after = is_same & (step[:, None] >= step), is_same & (step[:, None] <= step)
-        from_start, from_end = _scores(query, key, log_decay, row, exists, scale, KEY_DIM, BLOCK_T, BLOCK_K, PRECISION)
+        same, before, after = is_same.to(tl.float32), is_before.to(tl.float32), is_after.to(tl.float32)
+        from_start, from_end = _scores(
+            query, key, log_decay, row, exists, scale, same, before, KEY_DIM, BLOCK_T, BLOCK_K
+        )
         own, is_value = row[:, None] * VALUE_DIM + ends, exists[:, None] & (ends < VALUE_DIM)
         v = tl.load(value + own, mask=is_value, other=0.0).to(tl.float32)
         of_f = tl.load(of_forward + own, mask=is_value, other=0.0).to(tl.float32)
         of_b = tl.load(of_backward + own, mask=is_value, other=0.0).to(tl.float32)
-        of_v = tl.dot(tl.trans(tl.where(is_before, from_start, 0.0)), of_f, input_precision=PRECISION)
-        of_v += tl.dot(tl.trans(tl.where(is_after, from_end, 0.0)), of_b, input_precision=PRECISION)
+        of_v = tl.dot(tl.trans(tl.where(is_before, from_start, 0.0)), of_f, input_precision="ieee")
+        of_v += tl.dot(tl.trans(tl.where(is_after, from_end, 0.0)), of_b, input_precision="ieee")
         tl.store(of_value + own, of_v.to(of_value.dtype.element_ty), mask=is_value)
-        from_start = tl.where(is_before, tl.dot(of_f, tl.trans(v), input_precision=PRECISION), 0.0)
-        from_end = tl.where(is_after, tl.dot(of_b, tl.trans(v), input_precision=PRECISION), 0.0)
+        from_start = tl.where(is_before, tl.dot(of_f, tl.trans(v), input_precision="ieee"), 0.0)
+        from_end = tl.where(is_after, tl.dot(of_b, tl.trans(v), input_precision="ieee"), 0.0)
         for first in range(0, KEY_DIM, BLOCK_K):
             dim = first + tl.arange(0, BLOCK_K)
             at, inside = row[:, None] * KEY_DIM + dim, exists[:, None] & (dim < KEY_DIM)
-            q, k, left, right = _decayed(query, key, log_decay, at, inside, scale)
+            q, k, left, right = _decayed(query, key, log_decay, at, inside, scale, same, before)
             grow, fade = tl.exp(-left), tl.exp(left)
-            of_q = tl.dot(from_start, k * grow, input_precision=PRECISION) * fade
-            of_k = tl.dot(tl.trans(from_start), q * fade, input_precision=PRECISION) * grow
-            # A log-decay is part of the sums of all tokens behind it; what those of a whole block get is 0 in sum.
-            of_decay = tl.cumsum(q * of_q - k * of_k, 0, reverse=True)
+            of_q = tl.dot(from_start, k * grow, input_precision="ieee") * fade
+            of_k = tl.dot(tl.trans(from_start), q * fade, input_precision="ieee") * grow
+            # The gradient of a log-decay is that of all sums that it is part of.
+            of_decay = tl.dot(after, q * of_q - k * of_k, input_precision="ieee")
             grow, fade = tl.exp(-right), tl.exp(right)
-            of_q_too = tl.dot(from_end, k * grow, input_precision=PRECISION) * fade
-            of_k_too = tl.dot(tl.trans(from_end), q * fade, input_precision=PRECISION) * grow
-            of_decay += tl.cumsum(q * of_q_too - k * of_k_too, 0)
+            of_q_too = tl.dot(from_end, k * grow, input_precision="ieee") * fade
+            of_k_too = tl.dot(tl.trans(from_end), q * fade, input_precision="ieee") * grow
+            of_decay += tl.dot(before, q * of_q_too - k * of_k_too, input_precision="ieee")
             of_q = (of_q + of_q_too) * scale
             tl.store(of_query + at, of_q.to(of_query.dtype.element_ty), mask=inside)
             tl.store(of_key + at, (of_k + of_k_too).to(of_key.dtype.element_ty), mask=inside)
