@@ -88,6 +88,15 @@ def test_the_operators_keep_what_pytorch_asks_of_one():
     torch.library.opcheck(block_recurrence, states, test_utils=checks)
 
 
+def test_no_text_at_all_has_no_scans_and_no_states():
+    inputs = scan_inputs(8, batch=0, device=DEVICE)
+    assert all(x.shape == inputs["value"].shape for x in gradients(scans_of_kernels, inputs).values())
+    states = {"updates": (0, 3, 2, 16, 8), "log_decays": (0, 3, 2, 16), "initial_state": (0, 2, 16, 8)}
+    inputs = {name: torch.randn(*shape, device=DEVICE) for name, shape in states.items()}
+    found = gradients(lambda **each: block_recurrence(**each, samples=None), inputs)
+    assert found["a"].shape == states["updates"] and found["b"].shape == states["initial_state"]
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """The kernels serve on a CPU too, in the interpreter."""

@@ -96,8 +96,9 @@ def block_recurrence(
     """[`block_states`] in float32; every state is written once, and read for nothing else."""
     updates, log_decays, initial_state = (x.contiguous() for x in (updates, log_decays, initial_state))
     before, last = torch.empty_like(updates), torch.empty_like(initial_state)
-    grid, options = _parts(updates, samples)
-    _recur[grid](updates, log_decays, initial_state, *_given(samples, log_decays), before, last, **options)
+    if updates.numel():
+        grid, options = _parts(updates, samples)
+        _recur[grid](updates, log_decays, initial_state, *_given(samples, log_decays), before, last, **options)
     return before, last
 
 
@@ -112,8 +113,9 @@ def _block_recurrence_backward(
     """The gradients of updates, log-decays and the initial state."""
     before, log_decays, of_before, of_last = (x.contiguous() for x in (before, log_decays, of_before, of_last))
     found = [torch.empty_like(x) for x in (before, log_decays, of_last)]
-    grid, options = _parts(before, samples)
-    _recur_backward[grid](before, log_decays, of_before, of_last, *_given(samples, log_decays), *found, **options)
+    if before.numel():
+        grid, options = _parts(before, samples)
+        _recur_backward[grid](before, log_decays, of_before, of_last, *_given(samples, log_decays), *found, **options)
     return found[0], found[1], found[2]
 
 
