@@ -139,7 +139,7 @@ for keeps in (False, True):
     move_states(state, base, *ends[:2], new(1, 2048), new(1, dtype=torch.int32), keeps)
 # Operators lose what their kernels would have written: only the launch is wanted.
 query, states = new(2, 64, 1, 128).requires_grad_(), new(2, 4, 1, 128, 128, dtype=torch.float32).requires_grad_()
-block_scans(query, query, query, new(2, 64, 1, 128, dtype=torch.float32))[0].sum().backward()
+block_scans(query, query, query, new(2, 64, 1, 128, dtype=torch.float32), 1)[0].sum().backward()
 for samples in (None, new(2, 4, dtype=torch.long)):
     block_recurrence(states, states[..., 0], states[:, 0], samples)[0].sum().backward()
 mix_scans(x, x[..., :2048], x[..., :2048])

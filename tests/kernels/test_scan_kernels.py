@@ -1,12 +1,16 @@
 """The kernels of GLADream for whole texts against their definitions: outputs and gradients, and what `torch.compile` makes of
 them."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from dllm_hf.gla_dream import gated_linear_attention as module
+from dllm_hf.gla_dream import scan_kernels
 from dllm_hf.gla_dream.gated_linear_attention import MIN_LOG_DECAY, block_scans, block_states, recurrent_gla
 from dllm_hf.gla_dream.scan_kernels import block_recurrence, takes_scans
 from dllm_hf.gla_dream.scan_kernels import block_scans as scans_of_kernels
@@ -36,12 +40,13 @@ def by_definition(query, key, value, log_decay):
     sizes=[(1, 16, 16), (3, 40, 24), (8, 64, 64), (12, 96, 33), (32, 128, 128), (33, 16, 100), (64, 128, 128)],
     decays=list(DECAYS),
     dtype=list(TOLERANCES),
+    rows=[1, 2, 6],
 )
-def test_scans_of_every_block_and_head_size_and_their_gradients(sizes, decays, dtype):
+def test_scans_of_every_block_and_head_size_and_their_gradients(sizes, decays, dtype, rows):
     length, key_dim, value_dim = sizes
-    options = {"batch": 5, "heads": 3, "key_dim": key_dim, "value_dim": value_dim, "device": DEVICE}
+    options = {"batch": 6, "heads": 3, "key_dim": key_dim, "value_dim": value_dim, "device": DEVICE}
     inputs = scan_inputs(length, decays, dtype=dtype, **options)
-    found = gradients(scans_of_kernels, inputs)
+    found = gradients(lambda **each: scans_of_kernels(**each, rows=rows), inputs)
     expected = gradients(by_definition, {name: x.double() for name, x in inputs.items()})
     assert all(found[name].dtype == inputs[name].dtype for name in NAMES)
     assert_near(found, expected, TOLERANCES[dtype])
@@ -52,7 +57,7 @@ def test_scans_of_strided_inputs_where_everything_is_large():
     inputs = {name: x.mT.contiguous().mT for name, x in inputs.items()}
     inputs |= {name: inputs[name] * 1e8 for name in ("query", "key", "value")}
     inputs["log_decay"].fill_(MIN_LOG_DECAY)
-    found = scans_of_kernels(**inputs)
+    found = scans_of_kernels(**inputs, rows=1)
     assert_near(
         dict(zip("ab", found)), dict(zip("ab", by_definition(**{n: x.double() for n, x in inputs.items()}))), 1e-4
     )
@@ -82,7 +87,7 @@ def test_the_recurrence_over_blocks_and_its_gradients(sizes, decay, samples):
 def test_the_operators_keep_what_pytorch_asks_of_one():
     inputs = scan_inputs(8, batch=4, device=DEVICE)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(scans_of_kernels, [x.requires_grad_() for x in inputs.values()], test_utils=checks)
+    torch.library.opcheck(scans_of_kernels, [*(x.requires_grad_() for x in inputs.values()), 2], test_utils=checks)
     random = lambda *shape: torch.randn(*shape, device=DEVICE, requires_grad=True)
     states = (random(2, 3, 2, 16, 8), random(2, 3, 2, 16), random(2, 2, 16, 8), None)
     torch.library.opcheck(block_recurrence, states, test_utils=checks)
@@ -90,11 +95,40 @@ def test_the_operators_keep_what_pytorch_asks_of_one():
 
 def test_no_text_at_all_has_no_scans_and_no_states():
     inputs = scan_inputs(8, batch=0, device=DEVICE)
-    assert all(x.shape == inputs["value"].shape for x in gradients(scans_of_kernels, inputs).values())
+    found = gradients(lambda **each: scans_of_kernels(**each, rows=0), inputs)
+    assert all(x.shape == inputs["value"].shape for x in found.values())
     states = {"updates": (0, 3, 2, 16, 8), "log_decays": (0, 3, 2, 16), "initial_state": (0, 2, 16, 8)}
     inputs = {name: torch.randn(*shape, device=DEVICE) for name, shape in states.items()}
     found = gradients(lambda **each: block_recurrence(**each, samples=None), inputs)
     assert found["a"].shape == states["updates"] and found["b"].shape == states["initial_state"]
+    initial = torch.randn(1, 2, 16, 8, device=DEVICE)
+    before, last = block_recurrence(initial.new_empty(1, 0, 2, 16, 8), initial.new_empty(1, 0, 2, 16), initial, None)
+    assert before.shape[1] == 0 and torch.equal(last, initial)
+
+
+def test_a_nan_in_one_text_reaches_no_other():
+    inputs = scan_inputs(3, batch=4, device=DEVICE)  # of which a program takes five blocks
+    expected = scans_of_kernels(**inputs, rows=2)
+    for name in NAMES:
+        spoilt = {**inputs, name: inputs[name].clone()}
+        spoilt[name][1] = float("nan")
+        for got, clean in zip(scans_of_kernels(**spoilt, rows=2), expected):
+            assert got[1].isnan().all() and torch.equal(got[2:], clean[2:])
+
+
+def test_code_that_comes_with_a_checkpoint_has_operators_of_its_own(tmp_path):
+    """One registered under a name that exists would replace the other, of a model that is loaded already."""
+    source = Path(scan_kernels.__file__).read_text().replace("from ..kernels", "from dllm_hf.kernels")
+    copy = tmp_path / "copy.py"
+    copy.write_text(source.replace("key_dim**-0.5", "2 * key_dim**-0.5"))
+    inputs = scan_inputs(4, batch=2, device=DEVICE)
+    before = scans_of_kernels(**inputs, rows=1)[0]
+    spec = importlib.util.spec_from_file_location("transformers_modules.copy.scan_kernels", copy)
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    assert other.NAMESPACE != scan_kernels.NAMESPACE == "dllm_hf"
+    assert torch.equal(scans_of_kernels(**inputs, rows=1)[0], before)
+    torch.testing.assert_close(other.block_scans(**inputs, rows=1)[0], 2 * before)
 
 
 @pytest.fixture
@@ -112,8 +146,10 @@ def test_a_model_has_the_gradients_of_its_torch_form(kernels, monkeypatch):
     packed = torch.cat([torch.arange(20), torch.arange(24)]).expand(2, -1)
 
     called = []
-    kernel = lambda *inputs: called.append(len(inputs)) or scans_of_kernels(*inputs)
-    monkeypatch.setattr(module, "scans_of_kernels", kernel)
+    for name in ("scans_of_kernels", "block_recurrence"):
+        kernel = getattr(module, name)
+        noted = lambda *inputs, name=name, kernel=kernel: called.append(name) or kernel(*inputs)
+        monkeypatch.setattr(module, name, noted)
 
     def of_parameters(mode, positions):
         model = new_model("gla_dream", attn_mode=mode, mask_token_id=57).to(DEVICE)
@@ -122,12 +158,20 @@ def test_a_model_has_the_gradients_of_its_torch_form(kernels, monkeypatch):
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     for positions in (None, packed):
+        called.clear()
         found = of_parameters("auto", positions)
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "takes_states", lambda updates: False)
-            expected = of_parameters("torch", positions)
-        assert_near(found, expected, 1e-4)
-    assert len(called) == 2 * new_model("gla_dream").config.num_hidden_layers
+        assert called == ["scans_of_kernels", "block_recurrence"] * new_model("gla_dream").config.num_hidden_layers
+        assert_near(found, of_parameters("torch", positions), 1e-4)
+        assert len(called) == 2 * new_model("gla_dream").config.num_hidden_layers  # none of `torch`
+
+
+def test_an_exported_program_needs_pytorch_alone(kernels):
+    model = new_model("gla_dream").to(DEVICE).eval()
+    tokens = torch.arange(24, device=DEVICE)[None] % 50
+    program = torch.export.export(model, (tokens,), {"use_cache": False})
+    assert not [node for node in program.graph.nodes if "dllm_hf" in str(node.target)]
+    found, expected = (forward(tokens, use_cache=False).logits for forward in (program.module(), model))
+    assert_near({"logits": found}, {"logits": expected}, 1e-5)
 
 
 @pytest.mark.parametrize("length", [17, 65])  # more than pays, more than a program holds

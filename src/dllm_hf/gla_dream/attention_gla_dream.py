@@ -122,7 +122,7 @@ class GLADreamAttention(nn.Module):
             x.reshape(rows * layout.blocks, -1, *x.shape[2:]) for x in (query, key, value, log_decay)
         )
         needs_states = layout.final is not None or layout.blocks > 1 or layout.clean_rows > 0
-        forward, backward = block_scans(query, key, value, log_decay, self.config.attn_mode)
+        forward, backward = block_scans(query, key, value, log_decay, self.config.attn_mode, rows)
         layer = None if cache is None else cache.layers[self.layer_idx]
         states = None if layer is None else layer.rows_of(layout.window)
         if needs_states:
@@ -180,7 +180,7 @@ class GLADreamAttention(nn.Module):
             keys = torch.cat([key * (total - after).exp(), key * (after - decay).exp()], dim=3)
             updates = keys.mT @ torch.cat([gate * value, (1 - gate) * value], dim=3)
         samples = None if layout.samples is None else layout.samples[clean]
-        return block_states(updates, total[..., 0, :], initial, samples)
+        return block_states(updates, total[..., 0, :], initial, samples, mode=self.config.attn_mode)
 
     def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor):
         """What the forward and the backward scan add from `states`, each `(rows * blocks, block_size, heads,

@@ -61,11 +61,17 @@ def gated_linear_attention(
 
 
 def block_scans(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, mode: str = "auto"
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    mode: str = "auto",
+    rows: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs of both directions from zero, for a batch of blocks. `auto` has a kernel for short blocks on a GPU."""
+    """The outputs of both directions from zero, for all blocks of `rows` texts, those of the first text first. `auto` has a
+    kernel for short blocks on a GPU."""
     if mode == "auto" and query.shape[1] <= MOST_TOKENS and takes_scans(query, value):
-        return scans_of_kernels(query, key, value, log_decay)
+        return scans_of_kernels(query, key, value, log_decay, rows)
     scan = implementation(mode, query)
     forward, _ = scan(query, key, value, log_decay, None, False, False)
     backward, _ = scan(query, key, value, log_decay, None, True, False)
@@ -222,6 +228,7 @@ def block_states(
     initial_state: torch.Tensor | None = None,
     samples: torch.Tensor | None = None,
     group: int = 16,
+    mode: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrence over blocks, `S_i = diag(exp(d_i)) S_{i-1} + U_i`, for all blocks at once.
 
@@ -232,14 +239,16 @@ def block_states(
         samples: `(batch, blocks)`, the number of the sample that a block belongs to: the first block of a sample
             starts from zeros, and so does block 0 where its number is not 0.
         group: see [`_scan`].
+        mode: with `auto` it is a kernel on a GPU, in float32.
 
     Returns:
         The state before each block, of the shape of `updates`, and the one after the last, as `initial_state`.
     """
     if initial_state is None:
         initial_state = torch.zeros_like(updates[:, 0])
-    if takes_states(updates):
-        return block_recurrence(updates, log_decays, initial_state, samples)
+    if mode == "auto" and takes_states(updates):
+        samples = None if samples is None else samples.expand(len(updates), -1)
+        return block_recurrence(updates, log_decays.float(), initial_state.float(), samples)
     if torch.is_grad_enabled():
         return _BlockStates.apply(updates, log_decays, initial_state, samples, group)
     return _all_states(updates, log_decays, initial_state, samples, group)

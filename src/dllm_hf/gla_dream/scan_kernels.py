@@ -2,6 +2,9 @@
 torch forms are in `gated_linear_attention.py`, which chooses. They are operators, which `torch.compile` calls as they are.
 """
 
+import hashlib
+from pathlib import Path
+
 import torch
 
 from ..kernels.triton import has_kernels, tl, triton
@@ -11,27 +14,38 @@ LARGEST = (64, 128, 128)
 # What a program of the recurrence keeps of a state.
 ELEMENTS = 1024
 
+# Operators are found by their names, and one that is registered again replaces the first: code that comes with a checkpoint
+# has its own.
+_COPY = hashlib.sha256(__name__.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
+NAMESPACE = "dllm_hf" if __name__.startswith("dllm_hf.") else f"dllm_hf_{_COPY}"
+
 
 def takes_scans(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether [`block_scans`] can compute them."""
     sizes = (query.shape[1], query.shape[-1], value.shape[-1])
-    return has_kernels(query) and value.dtype != torch.float64 and all(a <= b for a, b in zip(sizes, LARGEST))
+    return _serve(query) and value.dtype != torch.float64 and all(a <= b for a, b in zip(sizes, LARGEST))
 
 
 def takes_states(updates: torch.Tensor) -> bool:
     """Whether [`block_recurrence`] can compute them."""
-    return has_kernels(updates) and updates.dtype == torch.float32 and updates.shape[-1] <= ELEMENTS
+    return _serve(updates) and updates.dtype == torch.float32 and updates.shape[-1] <= ELEMENTS
 
 
-@torch.library.custom_op("dllm_hf::block_scans", mutates_args=())
+def _serve(x: torch.Tensor) -> bool:
+    # An exported program is to run where only PyTorch is.
+    return has_kernels(x) and not torch.compiler.is_exporting()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::block_scans", mutates_args=())
 def block_scans(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gated linear attention from zero inside each block, from the first token to the last and from the last to the first.
 
     Args:
         query, key, log_decay: `(blocks, block_size, heads, key_dim)`; decays in float32, within `MIN_LOG_DECAY` and 0.
         value: `(blocks, block_size, heads, value_dim)`.
+        rows: number of texts that the blocks belong to, as many to each: nothing of one reaches another, a NaN neither.
 
     Returns:
         Two of the shape and type of `value`.
@@ -39,17 +53,19 @@ def block_scans(
     inputs = [x.contiguous() for x in (query, key, value, log_decay)]
     outputs = torch.empty_like(inputs[2]), torch.empty_like(inputs[2])
     if value.numel():
-        grid, options = _tiles(query, value)
-        _scan_blocks[grid](*inputs, *outputs, **options)
+        grid, options = _tiles(query, value, rows)
+        with torch.cuda.device_of(value):
+            _scan_blocks[grid](*inputs, *outputs, **options)
     return outputs
 
 
-@torch.library.custom_op("dllm_hf::block_scans_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::block_scans_backward", mutates_args=())
 def _block_scans_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     log_decay: torch.Tensor,
+    rows: int,
     of_forward: torch.Tensor,
     of_backward: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,52 +73,60 @@ def _block_scans_backward(
     inputs = [x.contiguous() for x in (query, key, value, log_decay, of_forward, of_backward)]
     found = [torch.empty_like(x) for x in inputs[:4]]
     if value.numel():
-        grid, options = _tiles(query, value)
-        _scan_blocks_backward[grid](*inputs, *found, **options)
+        grid, options = _tiles(query, value, rows)
+        with torch.cuda.device_of(value):
+            _scan_blocks_backward[grid](*inputs, *found, **options)
     return found[0], found[1], found[2], found[3]
 
 
-def _tiles(query: torch.Tensor, value: torch.Tensor):
-    """The grid, and sizes: a program takes one head of as many whole blocks as fit."""
+def _tiles(query: torch.Tensor, value: torch.Tensor, rows: int):
+    """The grid, and sizes: a program takes one head of as many whole blocks of a text as fit."""
     number, size, heads, key_dim = query.shape
-    rows = max(16, triton.next_power_of_2(size))
-    used = rows // size * size
-    sizes = {"SIZE": size, "USED": used, "KEY_DIM": key_dim, "VALUE_DIM": value.shape[-1], "BLOCK_T": rows}
+    tile, tokens = max(16, triton.next_power_of_2(size)), number // rows * size
+    used = tile // size * size
+    sizes = {"SIZE": size, "USED": used, "KEY_DIM": key_dim, "VALUE_DIM": value.shape[-1], "BLOCK_T": tile}
     sizes |= {"BLOCK_K": 32, "BLOCK_V": max(16, triton.next_power_of_2(value.shape[-1]))}
-    arguments = {"tokens": number * size, "scale": key_dim**-0.5}
-    return (triton.cdiv(number * size, used), heads), {**arguments, **sizes, "num_warps": 4 if rows <= 32 else 8}
+    arguments = {"tokens": tokens, "scale": key_dim**-0.5}
+    return (triton.cdiv(tokens, used), heads, rows), {**arguments, **sizes, "num_warps": 4 if tile <= 32 else 8}
 
 
 @block_scans.register_fake
-def _(query, key, value, log_decay):
+def _(query, key, value, log_decay, rows):
     return tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(2))
 
 
 @_block_scans_backward.register_fake
-def _(query, key, value, log_decay, of_forward, of_backward):
+def _(query, key, value, log_decay, rows, of_forward, of_backward):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, log_decay))
 
 
-block_scans.register_autograd(
-    lambda ctx, *gradients: _block_scans_backward(*ctx.saved_tensors, *gradients),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+def _keep_inputs(ctx, inputs, output) -> None:
+    *tensors, ctx.rows = inputs
+    ctx.save_for_backward(*tensors)
 
 
-@torch.library.custom_op("dllm_hf::block_recurrence", mutates_args=())
+def _scan_gradients(ctx, *gradients):
+    return *_block_scans_backward(*ctx.saved_tensors, ctx.rows, *gradients), None
+
+
+block_scans.register_autograd(_scan_gradients, setup_context=_keep_inputs)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::block_recurrence", mutates_args=())
 def block_recurrence(
     updates: torch.Tensor, log_decays: torch.Tensor, initial_state: torch.Tensor, samples: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`block_states`] in float32; every state is written once, and read for nothing else."""
     updates, log_decays, initial_state = (x.contiguous() for x in (updates, log_decays, initial_state))
     before, last = torch.empty_like(updates), torch.empty_like(initial_state)
-    if updates.numel():
+    if last.numel():
         grid, options = _parts(updates, samples)
-        _recur[grid](updates, log_decays, initial_state, *_given(samples, log_decays), before, last, **options)
+        with torch.cuda.device_of(updates):
+            _recur[grid](updates, log_decays, initial_state, *_given(samples, log_decays), before, last, **options)
     return before, last
 
 
-@torch.library.custom_op("dllm_hf::block_recurrence_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::block_recurrence_backward", mutates_args=())
 def _block_recurrence_backward(
     before: torch.Tensor,
     log_decays: torch.Tensor,
@@ -113,9 +137,12 @@ def _block_recurrence_backward(
     """The gradients of updates, log-decays and the initial state."""
     before, log_decays, of_before, of_last = (x.contiguous() for x in (before, log_decays, of_before, of_last))
     found = [torch.empty_like(x) for x in (before, log_decays, of_last)]
-    if before.numel():
+    if of_last.numel():
         grid, options = _parts(before, samples)
-        _recur_backward[grid](before, log_decays, of_before, of_last, *_given(samples, log_decays), *found, **options)
+        with torch.cuda.device_of(before):
+            _recur_backward[grid](
+                before, log_decays, of_before, of_last, *_given(samples, log_decays), *found, **options
+            )
     return found[0], found[1], found[2]
 
 
@@ -191,8 +218,9 @@ if triton is not None:
         BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
         step, ends = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
-        token = tl.program_id(0).to(tl.int64) * USED + step
-        exists, row = (step < USED) & (token < tokens), token * tl.num_programs(1) + tl.program_id(1)
+        token = tl.program_id(0) * USED + step
+        exists, token = (step < USED) & (token < tokens), tl.program_id(2).to(tl.int64) * tokens + token
+        row = token * tl.num_programs(1) + tl.program_id(1)
         is_same = (step // SIZE)[:, None] == step // SIZE
         is_before, is_after = is_same & (step[:, None] >= step), is_same & (step[:, None] <= step)
         same, before = is_same.to(tl.float32), is_before.to(tl.float32)
@@ -213,8 +241,9 @@ if triton is not None:
         BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
         step, ends = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
-        token = tl.program_id(0).to(tl.int64) * USED + step
-        exists, row = (step < USED) & (token < tokens), token * tl.num_programs(1) + tl.program_id(1)
+        token = tl.program_id(0) * USED + step
+        exists, token = (step < USED) & (token < tokens), tl.program_id(2).to(tl.int64) * tokens + token
+        row = token * tl.num_programs(1) + tl.program_id(1)
         is_same = (step // SIZE)[:, None] == step // SIZE
         is_before, is_after = is_same & (step[:, None] >= step), is_same & (step[:, None] <= step)
         same, before, after = is_same.to(tl.float32), is_before.to(tl.float32), is_after.to(tl.float32)
