@@ -72,9 +72,9 @@ def block_scans(
     kernel for short blocks on a GPU."""
     if mode == "auto" and query.shape[1] <= MOST_TOKENS and takes_scans(query, value):
         return scans_of_kernels(query, key, value, log_decay, rows)
-    scan = implementation(mode, query)
-    forward, _ = scan(query, key, value, log_decay, None, False, False)
-    backward, _ = scan(query, key, value, log_decay, None, True, False)
+    inputs = query, key, value, log_decay
+    forward, _ = gated_linear_attention(*inputs, output_final_state=False, mode=mode)
+    backward, _ = gated_linear_attention(*inputs, reverse=True, output_final_state=False, mode=mode)
     return forward, backward
 
 

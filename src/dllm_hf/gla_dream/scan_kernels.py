@@ -16,8 +16,9 @@ ELEMENTS = 1024
 
 # Operators are found by their names, and one that is registered again replaces the first: code that comes with a checkpoint
 # has its own.
-_COPY = hashlib.sha256(__name__.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
-NAMESPACE = "dllm_hf" if __name__.startswith("dllm_hf.") else f"dllm_hf_{_COPY}"
+NAMESPACE = "dllm_hf"
+if not __name__.startswith("dllm_hf."):
+    NAMESPACE += "_" + hashlib.sha256(__name__.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 def takes_scans(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -122,7 +123,7 @@ def block_recurrence(
     if last.numel():
         grid, options = _parts(updates, samples)
         with torch.cuda.device_of(updates):
-            _recur[grid](updates, log_decays, initial_state, *_given(samples, log_decays), before, last, **options)
+            _recur[grid](updates, log_decays, initial_state, _given(samples, log_decays), before, last, **options)
     return before, last
 
 
@@ -141,13 +142,13 @@ def _block_recurrence_backward(
         grid, options = _parts(before, samples)
         with torch.cuda.device_of(before):
             _recur_backward[grid](
-                before, log_decays, of_before, of_last, *_given(samples, log_decays), *found, **options
+                before, log_decays, of_before, of_last, _given(samples, log_decays), *found, **options
             )
     return found[0], found[1], found[2]
 
 
-def _given(samples: torch.Tensor | None, other: torch.Tensor) -> list[torch.Tensor]:
-    return [other if samples is None else samples.contiguous()]
+def _given(samples: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    return other if samples is None else samples.contiguous()
 
 
 def _parts(updates: torch.Tensor, samples: torch.Tensor | None):
@@ -186,6 +187,17 @@ block_recurrence.register_autograd(_recurrence_gradients, setup_context=_keep)
 if triton is not None:
 
     @triton.jit
+    def _tile(tokens, SIZE: tl.constexpr, USED: tl.constexpr, BLOCK_T: tl.constexpr):
+        """Of each token of a program's tile the row of its head, and whether it exists; of each and each other whether they are of
+        one block, and which of them is before and which after."""
+        step = tl.arange(0, BLOCK_T)
+        token = tl.program_id(0) * USED + step
+        exists, token = (step < USED) & (token < tokens), tl.program_id(2).to(tl.int64) * tokens + token
+        is_same = (step // SIZE)[:, None] == step // SIZE
+        is_before, is_after = is_same & (step[:, None] >= step), is_same & (step[:, None] <= step)
+        return token * tl.num_programs(1) + tl.program_id(1), exists, is_same, is_before, is_after
+
+    @triton.jit
     def _decayed(query, key, log_decay, at, inside, scale, same, before):
         """Queries and keys of a tile, and the log-decays from a block's beginning up to each token, and from its end, both
         relative to the middle of what decays in the block: so that no exponential overflows."""
@@ -217,16 +229,12 @@ if triton is not None:
         SIZE: tl.constexpr, USED: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
-        step, ends = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
-        token = tl.program_id(0) * USED + step
-        exists, token = (step < USED) & (token < tokens), tl.program_id(2).to(tl.int64) * tokens + token
-        row = token * tl.num_programs(1) + tl.program_id(1)
-        is_same = (step // SIZE)[:, None] == step // SIZE
-        is_before, is_after = is_same & (step[:, None] >= step), is_same & (step[:, None] <= step)
+        row, exists, is_same, is_before, is_after = _tile(tokens, SIZE, USED, BLOCK_T)
         same, before = is_same.to(tl.float32), is_before.to(tl.float32)
         from_start, from_end = _scores(
             query, key, log_decay, row, exists, scale, same, before, KEY_DIM, BLOCK_T, BLOCK_K
         )
+        ends = tl.arange(0, BLOCK_V)
         own, is_value = row[:, None] * VALUE_DIM + ends, exists[:, None] & (ends < VALUE_DIM)
         v = tl.load(value + own, mask=is_value, other=0.0).to(tl.float32)
         result = tl.dot(tl.where(is_before, from_start, 0.0), v, input_precision="ieee")
@@ -240,16 +248,12 @@ if triton is not None:
         SIZE: tl.constexpr, USED: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
-        step, ends = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
-        token = tl.program_id(0) * USED + step
-        exists, token = (step < USED) & (token < tokens), tl.program_id(2).to(tl.int64) * tokens + token
-        row = token * tl.num_programs(1) + tl.program_id(1)
-        is_same = (step // SIZE)[:, None] == step // SIZE
-        is_before, is_after = is_same & (step[:, None] >= step), is_same & (step[:, None] <= step)
+        row, exists, is_same, is_before, is_after = _tile(tokens, SIZE, USED, BLOCK_T)
         same, before, after = is_same.to(tl.float32), is_before.to(tl.float32), is_after.to(tl.float32)
         from_start, from_end = _scores(
             query, key, log_decay, row, exists, scale, same, before, KEY_DIM, BLOCK_T, BLOCK_K
         )
+        ends = tl.arange(0, BLOCK_V)
         own, is_value = row[:, None] * VALUE_DIM + ends, exists[:, None] & (ends < VALUE_DIM)
         v = tl.load(value + own, mask=is_value, other=0.0).to(tl.float32)
         of_f = tl.load(of_forward + own, mask=is_value, other=0.0).to(tl.float32)
