@@ -27,7 +27,7 @@ MIN_LOG_DECAY = -1.2
 MAX_RECURRENT_SCANS = 512
 
 # Up to this number of tokens a block's scans run on our kernel. With blocks of 8 a step of training takes 0.81 of its time
-# with the torch form, compiled (an H200); beside `fla`'s chunked form, for larger blocks, it was not measured.
+# with the torch form, compiled (two runs on an H200); beside `fla`'s chunked form, for larger blocks, it was not measured.
 MOST_TOKENS = 16
 
 # What CUDA takes along the last two dimensions of a grid.
