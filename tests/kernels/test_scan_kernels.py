@@ -166,16 +166,21 @@ def test_a_model_has_the_gradients_of_its_torch_form(kernels, monkeypatch):
 
 
 def test_compiled_layers_have_the_same_gradients_also_under_autocast(kernels):
-    """With what examples/adapt.py sets: else float32 has its backward pass in bfloat16."""
+    """From the kernels, with what examples/adapt.py sets: else float32 has its backward pass in bfloat16."""
     tokens = torch.arange(2 * 44).view(2, 44) % 50
     noisy = tokens.masked_fill(tokens % 3 == 0, 57)
     labels = torch.where(noisy == 57, tokens, -100)
+    called = set()
+
+    def backend(graph, inputs):
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     def of_parameters(compiles, autocasts):
         torch._dynamo.reset()
         model = new_model("gla_dream", mask_token_id=57).to(DEVICE)
         for layer in model.model.layers if compiles else ():
-            layer.compile(backend="aot_eager", fullgraph=True)
+            layer.compile(backend=backend, fullgraph=True)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocasts):
             loss = model(noisy.to(DEVICE), labels=labels.to(DEVICE)).loss
         loss.backward()
@@ -184,6 +189,8 @@ def test_compiled_layers_have_the_same_gradients_also_under_autocast(kernels):
     with torch._functorch.config.patch(backward_pass_autocast="off"):
         for autocasts in (False, True):
             assert_near(of_parameters(True, autocasts), of_parameters(False, autocasts), 1e-4)
+            assert called >= {"dllm_hf.block_scans.default", "dllm_hf.block_recurrence.default"}
+            called.clear()
 
 
 def test_an_exported_program_needs_pytorch_alone(kernels):

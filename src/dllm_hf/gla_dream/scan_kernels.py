@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from transformers.utils import is_torch_greater_or_equal
 
 from ..kernels.triton import has_kernels, tl, triton
 
@@ -13,6 +14,9 @@ from ..kernels.triton import has_kernels, tl, triton
 LARGEST = (64, 128, 128)
 # What a program of the recurrence keeps of a state.
 ELEMENTS = 1024
+
+# Before, `torch.compiler.is_exporting()` is True in whatever Dynamo compiles.
+COMPILATION_KNOWS_EXPORTS = is_torch_greater_or_equal("2.13")
 
 # Operators are found by their names, and one that is registered again replaces the first: code that comes with a checkpoint
 # has its own.
@@ -34,7 +38,8 @@ def takes_states(updates: torch.Tensor) -> bool:
 
 def _serve(x: torch.Tensor) -> bool:
     # An exported program is to run where only PyTorch is.
-    return has_kernels(x) and not torch.compiler.is_exporting()
+    is_answered = COMPILATION_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling()
+    return has_kernels(x) and not (is_answered and torch.compiler.is_exporting())
 
 
 @torch.library.custom_op(f"{NAMESPACE}::block_scans", mutates_args=())
