@@ -102,7 +102,12 @@ def side_by_side(tensors: list[torch.Tensor], owner: nn.Module, name: str) -> to
 def _is_alone(parameter: torch.Tensor) -> bool:
     """Whether nothing else shares a parameter's storage: another model, a `state_dict()`. It need not fill it: the part of a
     weight that a process has loaded may be a view of the whole one, which is freed then."""
-    return torch._C._storage_Use_Count(parameter.untyped_storage()._cdata) <= 2
+    return _holders(parameter) <= _holders(torch.empty(1))
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    """Of its storage, of which newer versions of PyTorch count the object in Python too."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _bytes(parameters: list[torch.Tensor]) -> int:

@@ -275,7 +275,8 @@ def make_list(
     kept = _kept(first[:, None], last[:, None], shift, is_seed[:, None])
     keep = begin[:, None] + (kept - start[:, None]) * (last > first)[:, None]
     tokens = {"owners": owners, "columns": columns, "lengths": lengths.astype(numpy.int32)}
-    tokens |= {"keep": numpy.minimum(keep, len(columns) - 1), "runs": runs, **of_drafts, **of_beginnings}
+    # The first logits of a sub-block stand before its window, which has it alone once that token is decoded: any will do.
+    tokens |= {"keep": keep.clip(0, len(columns) - 1), "runs": runs, **of_drafts, **of_beginnings}
     return _window(table[:, :, None], slots, number, scratch, tokens, longest=longest, visible=visible, seen="token")
 
 
