@@ -161,7 +161,9 @@ def test_the_trainer_reduces_the_loss(family, tmp_path):
     assert sum(history[-3:]) < 0.5 * sum(history[:3]), history
 
 
-@pytest.mark.skipif(not is_torch_greater_or_equal("2.11"), reason="exports no cross-entropy of as many rows as are found")
+@pytest.mark.skipif(
+    not is_torch_greater_or_equal("2.11"), reason="exports no cross-entropy of as many rows as are found"
+)
 @pytest.mark.parametrize("shift", [0, 1])
 def test_an_exported_loss_takes_any_batch_and_length(shift):
     class Loss(torch.nn.Module):
