@@ -34,22 +34,23 @@ def masked_diffusion_loss(
             f"`labels` must be `(batch, length)` = {tuple(logits.shape[:2])}, but is {tuple(labels.shape)}: "
             "a loss needs the logits of every position (`logits_to_keep=0`)."
         )
-    if mask_ratio is not None and mask_ratio.shape not in (labels.shape, labels.shape[:1]):
-        raise ValueError(
-            f"`mask_ratio` must be `(batch,)` or `(batch, length)` = {tuple(labels.shape)}, "
-            f"but is {tuple(mask_ratio.shape)}."
-        )
     labels = labels.to(logits.device)
-    # Of the labelled tokens alone: in float32 the logits are the largest tensor of a step.
+    if logits_shift:
+        logits = logits.gather(1, previous_tokens(labels, position_ids, token_mask)[..., None].expand_as(logits))
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    losses = losses.view(labels.shape)
     labelled = labels != -100
-    rows, columns = labelled.nonzero(as_tuple=True)
-    before = previous_tokens(labels, position_ids, token_mask)[rows, columns] if logits_shift else columns
-    losses = F.cross_entropy(logits[rows, before].float(), labels[rows, columns], reduction="none")
     number: torch.Tensor | int = labelled.sum()
     if mask_ratio is not None:
-        ratio = mask_ratio.to(losses).view(labels.shape[0], -1).expand_as(labels)
-        losses = losses / ratio[rows, columns]
-        number = (ratio > 0 if token_mask is None else (ratio > 0) & token_mask.bool()).sum()
+        if mask_ratio.shape not in (labels.shape, labels.shape[:1]):
+            raise ValueError(
+                f"`mask_ratio` must be `(batch,)` or `(batch, length)` = {tuple(labels.shape)}, "
+                f"but is {tuple(mask_ratio.shape)}."
+            )
+        ratio = mask_ratio.to(losses).view(labels.shape[0], -1)
+        losses = losses / torch.where(labelled, ratio, 1.0)
+        counted = (ratio > 0).expand_as(labels)
+        number = (counted if token_mask is None else counted & token_mask.bool()).sum()
     if num_items_in_batch is not None:
         number = num_items_in_batch
     return losses.sum() / torch.as_tensor(number, device=losses.device).clamp(min=1)
