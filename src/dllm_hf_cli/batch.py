@@ -34,6 +34,8 @@ def batch(arguments: argparse.Namespace) -> int:
     """Exit code 1 where requests have failed: they are not among the results, and the next run tries them again."""
     prompts, results = Path(arguments.prompts), Path(arguments.results)
     lines = _read_lines(prompts)
+    if results.exists() and not results.is_file():
+        raise ValueError(f"{results} is no file, from which an interrupted run could go on: name one for the results.")
     if results.exists() and results.samefile(prompts):
         raise ValueError(f"{results} holds the prompts: name another file for the results.")
     is_new = not results.exists()

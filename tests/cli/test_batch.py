@@ -1,6 +1,7 @@
 """`dllm-hf batch`: a file of prompts into a file of results, resumable."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -181,6 +182,14 @@ def test_results_of_other_prompts_are_left_alone(run, folder, prompts, tmp_path)
     code, _, stderr = run("batch", folder, prompts, tmp_path / "out")
     assert code == 2 and "line 1 is no result of these prompts: name another file" in stderr
     assert (tmp_path / "out").read_text() == '{"id": "other", "outputs": []}\n'
+
+
+def test_results_go_into_a_file_alone(run, folder, prompts, tmp_path):
+    """What an earlier run has left cannot be read of a pipe: the command would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        code, _, stderr = run("batch", folder, prompts, place)
+        assert code == 2 and f"{place} is no file" in stderr and "name one for the results" in stderr
 
 
 def test_the_prompts_are_not_taken_for_results(run, folder, prompts):
