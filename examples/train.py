@@ -244,6 +244,12 @@ def check(args: Arguments, training: TrainingArguments) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"--{name} {getattr(args, name)} must be at least 1.")
     check_run(training)
+    folder = Path(training.output_dir)
+    if training.resume_from_checkpoint is None and any((*folder.glob("checkpoint-*"), *folder.glob("*.safetensors"))):
+        raise SystemExit(
+            f"--output_dir {folder} holds a model or its checkpoints: name another folder, or go on with them by "
+            "--resume_from_checkpoint last."
+        )
 
 
 def check_run(training: TrainingArguments) -> None:

@@ -1,6 +1,7 @@
 """`dllm-hf batch`: a file of prompts into a file of results."""
 
 import argparse
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -52,16 +53,20 @@ def batch(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, lines: dict[str, dict[str, Any]], results: Path, file: TextIO) -> int:
     done = _finished(results, lines)
     session = Session(arguments, takes_token_ids=True)
-    requests = {
-        name: _request(session, name, line, number)
-        for number, (name, line) in enumerate(lines.items())
-        if name not in done
-    }
+    requests = {name: _request(session, name, line, number) for number, (name, line) in enumerate(lines.items())}
+    marks = {name: _mark(session, lines[name], params) for name, (_, params) in requests.items()}
+    for name, mark in done.items():
+        if mark not in (None, marks[name]):  # None: of a version before there were any
+            raise ValueError(
+                f"{results} has a result of request {name} with another prompt, other options or another model: name "
+                "another file for the results, or give what they were made with."
+            )
+        del requests[name]
     failed = 0
     with tqdm(total=len(lines), initial=len(done), unit="request", dynamic_ncols=True) as bar:
         if requests:
             with _engine(session) as llm:
-                failed = _decode(llm, requests, file, bar)
+                failed = _decode(llm, requests, marks, file, bar)
     if failed:
         tell(f"dllm-hf: {failed} of {len(lines)} requests failed: the same command tries them again.")
     return 1 if failed else 0
@@ -112,11 +117,12 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _finished(path: Path, lines: dict[str, dict[str, Any]]) -> set[str]:
-    """The ids of the results that an earlier run has written. What it had begun to write when it was killed is removed."""
+def _finished(path: Path, lines: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    """The ids of the results that an earlier run has written, and their marks. What it had begun to write when it was killed
+    is removed."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    done = set()
+    done: dict[str, str | None] = {}
     for number, text in enumerate(whole.splitlines(), start=1):
         try:
             result = json.loads(text)
@@ -125,7 +131,7 @@ def _finished(path: Path, lines: dict[str, dict[str, Any]]) -> set[str]:
             name = None
         if not isinstance(name, str) or name not in lines:
             raise ValueError(f"{path} line {number} is no result of these prompts: name another file for the results.")
-        done.add(name)
+        done[name] = result.get("request")
     if begun := content[len(whole) :]:
         if not (begun.startswith(BEGINNING) or BEGINNING.startswith(begun)):
             raise ValueError(f"{path} does not end with a result: name another file for the results.")
@@ -163,6 +169,16 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
         raise ValueError(f"request {name}: {error}") from error
 
 
+def _mark(session: Session, line: dict[str, Any], params: SamplingParams) -> str:
+    """Of all that a result depends on: the prompt, the options and the model, wherever its folder stands."""
+    prompt = {key: line[key] for key in PROMPTS if key in line}  # as it is: a chat template may add the date
+    options: dict[str, Any] = {**vars(params), "timeout": None}
+    engine = {name: value for name, value in session.options.items() if name in OF_THE_ENGINE}
+    model = Path(session.arguments.model).name, (session.folder / "config.json").read_text(encoding="utf-8")
+    made_of = json.dumps([prompt, options, engine, *model], sort_keys=True, default=str)
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+
 def _holds(value: Any, kind: type) -> bool:
     """Whether it is a list of such; True and False are no integers."""
     return isinstance(value, list) and all(type(each) is kind for each in value)
@@ -185,7 +201,9 @@ def _engine(session: Session) -> LLM:
     )
 
 
-def _decode(llm: LLM, requests: dict[str, tuple[list[int], SamplingParams]], file, bar: tqdm) -> int:
+def _decode(
+    llm: LLM, requests: dict[str, tuple[list[int], SamplingParams]], marks: dict[str, str], file: TextIO, bar: tqdm
+) -> int:
     """Write each request's result as soon as it has finished. Returns how many have failed."""
     failed, tokens = 0, 0
     outputs: dict[str, list[CompletionOutput]] = {name: [] for name in requests}
@@ -207,7 +225,8 @@ def _decode(llm: LLM, requests: dict[str, tuple[list[int], SamplingParams]], fil
                 tell(f"dllm-hf: request {name} failed: {errors[0]}")
             else:
                 found = [{key: value for key, value in vars(each).items() if value is not None} for each in completions]
-                file.write(json.dumps({"id": name, "outputs": found}, ensure_ascii=False) + "\n")
+                result = {"id": name, "outputs": found, "request": marks[name]}
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()
             bar.update()
     except KeyboardInterrupt:

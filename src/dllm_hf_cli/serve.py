@@ -19,7 +19,7 @@ def serve(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings = Settings(
         name=arguments.served_model_name or arguments.model.rstrip("/"),
-        api_key=arguments.api_key or os.environ.get(KEY_VARIABLE),
+        api_key=os.environ.get(KEY_VARIABLE) if arguments.api_key is None else arguments.api_key,
         allowed_origins=arguments.allowed_origins or [],
         max_body_bytes=arguments.max_body_bytes,
         max_choices=arguments.max_choices,
@@ -34,6 +34,9 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace) -> LLM:
     session = Session(arguments)
+    for name, instead in (("max_length", "--max-new-tokens"), ("num_return_sequences", "`n` in a request")):
+        if name in session.options:
+            raise ValueError(f"`{name}` is nothing that a server could take for all requests: give {instead}.")
     if arguments.chat_template is not None:
         session.tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
     return LLM(

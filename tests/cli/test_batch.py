@@ -184,6 +184,22 @@ def test_results_of_other_prompts_are_left_alone(run, folder, prompts, tmp_path)
     assert (tmp_path / "out").read_text() == '{"id": "other", "outputs": []}\n'
 
 
+def test_results_of_other_options_or_another_model_are_left_alone(run, folder, prompts, tmp_path):
+    results = tmp_path / "out"
+    assert run("batch", folder, prompts, results)[0] == 0
+    before = results.read_bytes()
+    moved = shutil.copytree(folder, tmp_path / "moved" / os.path.basename(folder))
+    assert run("batch", moved, prompts, results, "--max-num-seqs", 2)[0] == 0  # which is the same model
+    other = shutil.copytree(folder, tmp_path / "other")
+    for model, options in ((folder, ["--temperature", 1]), (folder, ["--cache-policy", "dual"]), (other, [])):
+        code, _, stderr = run("batch", model, prompts, results, *options)
+        assert code == 2 and "a result of request p" in stderr and "name another file" in stderr
+    prompts.write_text(prompts.read_text().replace("Hello", "Hullo"))
+    code, _, stderr = run("batch", folder, prompts, results)
+    assert code == 2 and "a result of request p" in stderr
+    assert results.read_bytes() == before
+
+
 def test_results_go_into_a_file_alone(run, folder, prompts, tmp_path):
     """What an earlier run has left cannot be read of a pipe: the command would wait for ever."""
     os.mkfifo(tmp_path / "pipe")

@@ -126,6 +126,14 @@ def test_what_it_saves_decodes(train):
     assert "░" not in tokenizer.decode(sequences[0])
 
 
+def test_a_folder_that_holds_a_model_is_not_written_over(train):
+    folder, _ = train(TEXT, "--max_steps", "1")
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="--output_dir .* name another folder"):
+        train(TEXT, "--max_steps", "1")
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
 def test_a_checkpoint_is_trained_further(train, tmp_path):
     folder, _ = train(TEXT, "--save_dtype", "float32")
     first = shutil.move(folder, tmp_path / "first")

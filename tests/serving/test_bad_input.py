@@ -5,7 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ..builders import MASK, VOCAB
+from dllm_hf import LLM, DiffusionGenerationConfig
+from dllm_hf.serving import Settings
+from dllm_hf.serving.app import create_app
+
+from ..builders import MASK, VOCAB, new_model
 from .served import NAME
 
 A = {"prompt": "a"}
@@ -202,3 +206,11 @@ def test_refusals_disturb_nobody(server):
             refused += 1
     assert refused > 5
     assert disturbed.result().json["choices"] == quiet
+
+
+def test_options_of_the_model_that_no_request_could_have_are_refused_before_anything_listens():
+    llm = LLM(
+        new_model("llada"), generation_config=DiffusionGenerationConfig(repetition_penalty=1.2), num_cache_tokens=99
+    )
+    with pytest.raises(ValueError, match="`repetition_penalty=1.2`"):
+        create_app(llm, Settings(NAME))

@@ -33,7 +33,9 @@ def test_a_client_that_goes_frees_its_rows(server, stream, begun):
     connection.request(
         "POST", "/v1/completions", body % (b"true" if stream else b"false"), {"Content-Type": "application/json"}
     )
+    end = time.monotonic() + 5
     while begun and not server.llm._driver.engine.load().running:
+        assert time.monotonic() < end
         time.sleep(0.001)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()

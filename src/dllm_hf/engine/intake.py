@@ -139,4 +139,4 @@ class Intake:
 
     def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
         """The options of a request, the model's own filled in."""
-        return self.model.resolve_options(None, self._options_of(params))
+        return self.settings(params).options

@@ -19,6 +19,7 @@ from .errors import ApiError
 from .metrics import Metrics
 from .parameters import Parameters
 from .prompts import Prompts
+from .schema import Decoding
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ class Api:
         self.llm, self.settings = llm, settings
         self.prompts, self.metrics = Prompts(llm), Metrics(settings.name)
         self.engine = EngineThread(llm, self.metrics)
+        try:
+            Parameters(Decoding.model_validate({}), llm, settings)
+        except ApiError as error:  # the model's own options: every request would be refused
+            raise ValueError(error.message) from error
 
     async def submit(self, parameters: Parameters, prompts: list[list[int]], name: str, drafts: bool) -> Job:
         """Put prompts into the queue. `name`: of the parameter that holds them."""

@@ -31,9 +31,10 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise OSError(f"--host {host} --port {port} cannot be had: {error.strerror or error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"--host {host} --port {port} cannot be had: {why}") from error
     listener.set_inheritable(True)
     return listener
 

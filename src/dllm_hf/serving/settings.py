@@ -29,8 +29,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError("`api_key` must be of printable ASCII characters, and at least one.")
+        for origin in self.allowed_origins:
+            if origin != "*" and "://" not in origin:
+                raise ValueError(
+                    f"`allowed_origins` has {origin!r}: an origin is https://host, with its port if it has one."
+                )
         for name in ("max_body_bytes", "max_choices", "request_timeout"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"`{name}` must be above 0, but is {getattr(self, name)}.")
-        if self.shutdown_timeout < 0:
+        if not self.shutdown_timeout >= 0:
             raise ValueError(f"`shutdown_timeout` must be at least 0, but is {self.shutdown_timeout}.")
