@@ -6,11 +6,12 @@ import time
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import QueueFullError
 
-from ..builders import END, MASK, ScriptedModel, character_tokenizer, generators, new_model, script, tiny_model
+from ..builders import END, MASK, VOCAB, ScriptedModel, character_tokenizer, generators, new_model, script, tiny_model
 
 ROOM = {"max_tokens": 8, "block_length": 4}
 
@@ -301,6 +302,16 @@ def test_a_server_waits_for_requests_until_it_is_closed():
     assert not server.is_alive() and sum(event.output is not None for event in seen) == 2
     with pytest.raises(ValueError, match="closed"):
         llm.submit([1, 2], SamplingParams(max_tokens=4))
+
+
+def test_logits_that_are_no_numbers_are_warned_of_once(caplog, monkeypatch):
+    logger = logging.get_logger("dllm_hf.generation.canvas")
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning_once.cache_clear()
+    for value, number in ((0.0, 0), (torch.nan, 1)):
+        llm = LLM(ScriptedModel(torch.full((8, VOCAB), value)), num_cache_tokens=99)
+        llm.generate([[1, 2], [3]], SamplingParams(max_tokens=4))
+        assert sum("float16" in record.message for record in caplog.records) == number
 
 
 def test_a_full_queue_refuses_and_generate_waits_for_room():

@@ -114,7 +114,7 @@ def test_padding_after_the_end_is_never_the_mask():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_logits_that_are_no_numbers_are_warned_of_once(strategy, caplog, monkeypatch):
-    logger = logging.get_logger("dllm_hf.generation.mixin")
+    logger = logging.get_logger("dllm_hf.generation.canvas")
     monkeypatch.setattr(logger, "propagate", True)
     logger.warning_once.cache_clear()
     model = ScriptedModel(torch.full((8, VOCAB), torch.nan))
@@ -124,7 +124,7 @@ def test_logits_that_are_no_numbers_are_warned_of_once(strategy, caplog, monkeyp
 
 
 def test_logits_that_are_numbers_are_not_warned_of(model, policy, caplog, monkeypatch):
-    monkeypatch.setattr(logging.get_logger("dllm_hf.generation.mixin"), "propagate", True)
+    monkeypatch.setattr(logging.get_logger("dllm_hf.generation.canvas"), "propagate", True)
     generate(model, [[1, 2], []], max_new_tokens=4, cache_policy=policy, temperature=0.7, top_k=2)
     assert not caplog.records
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from ..generation.canvas import Canvas
+from ..generation.canvas import Canvas, warn_of_nan
 from ..generation.requests import Row
 from ..generation.uploads import uploaded
 
@@ -43,7 +43,8 @@ class Reading:
         lines = numpy.array([piece.row.slot for piece in pieces])[:, None]
         places = uploaded(torch.from_numpy(numpy.concatenate([lines, columns], axis=1)), canvas.device)
         place = places[:, :1], places[:, 1:]
-        self._values = to_host(torch.cat([canvas.counts[places[:, 0]], canvas.tokens[place]], dim=1))
+        saw_nan = canvas.saw_nan.expand(len(pieces), 1)
+        self._values = to_host(torch.cat([saw_nan, canvas.counts[places[:, 0]], canvas.tokens[place]], dim=1))
         asked = [piece.row.request.logprobs for piece in pieces if piece.row.request.logprobs is not None]
         names = ("own", "top", "top_tokens") if max(asked, default=0) else ("own",) if asked else ()
         self._logprobs = [to_host(canvas.logprobs[name][place]) for name in names]
@@ -56,7 +57,9 @@ class Reading:
         if self._copied is not None:
             self._copied.synchronize()
         every = self._values.tolist() if self.pieces else ()
-        for index, (piece, (passes, transferred, *tokens)) in enumerate(zip(self.pieces, every)):
+        for index, (piece, (saw_nan, passes, transferred, *tokens)) in enumerate(zip(self.pieces, every)):
+            if saw_nan:
+                warn_of_nan()
             yield piece, (passes, transferred), tokens[: piece.end - piece.start], self._distributions(index, piece)
 
     def _distributions(self, index: int, piece: Piece) -> list[Distribution] | None:

@@ -1,12 +1,15 @@
 """The canvas: tables with a row for each slot, which hold all that a denoising step reads and writes besides the cache."""
 
 import torch
+from transformers.utils import logging
 
 from .configuration import as_token_list
 from .drafts import drafts_of
 from .remasking import RULES, SCORES, STRATEGIES
 from .requests import MAX_LOGPROBS, Row
 from .uploads import uploaded
+
+logger = logging.get_logger(__name__)
 
 # The numeric options of a row, in the order of the columns of `Canvas.numbers`.
 NUMBERS = (
@@ -168,3 +171,10 @@ def choices_of(row: Row) -> list[int]:
 def list_of(row: Row, name: str) -> list[int]:
     """The token ids that an option of a row lists."""
     return as_token_list(getattr(row.request.options, name))
+
+
+def warn_of_nan() -> None:
+    logger.warning_once(
+        "The model gave logits that are no numbers, and what was decoded from them means nothing. In float16 this is an "
+        "overflow: load the model with `dtype=torch.bfloat16` or `torch.float32`."
+    )

@@ -25,7 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, logging
 from .backend import ModelBackend
 from .cache import CanvasCache, identity_of
 from .cache_layers import CACHE_LAYERS
-from .canvas import Canvas
+from .canvas import Canvas, warn_of_nan
 from .configuration import ALIASES, PIPELINE_DEFAULTS, DiffusionGenerationConfig, as_token_list
 from .contract import DenoisingModel, models_with
 from .decoder import Decoder
@@ -213,10 +213,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
             session.run(decoder)
         canvas = workspace.canvas
         if bool(canvas.saw_nan):
-            logger.warning_once(
-                "The model gave logits that are no numbers, and what was decoded from them means nothing. In float16 this "
-                "is an overflow: load the model with `dtype=torch.bfloat16` or `torch.float32`."
-            )
+            warn_of_nan()
         sequences, logprobs = session.sequences(), session.logprobs()
         returns_dict = config.return_dict_in_generate or config.output_history or bool(logprobs)
         cache = workspace.state if past is None else past
