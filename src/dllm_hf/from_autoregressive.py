@@ -14,6 +14,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .generation.configuration import as_token_list
+
 logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that say which checkpoint is read.
@@ -53,8 +55,8 @@ class FromAutoregressive(PreTrainedModel):
                 `AutoModelForCausalLM.from_pretrained`, as `dtype`, or `gguf_file` for weights in a GGUF.
 
         Raises:
-            ValueError: the checkpoint is of another architecture, a field changes the shape of a parameter, or a parameter
-                of the checkpoint has no place in this model.
+            ValueError: the checkpoint is of another architecture, a field changes the shape of a parameter, a parameter
+                of the checkpoint has no place in this model, or its mask ends texts.
         """
         source, known = pretrained_model_name_or_path, _own_fields(cls.config_class)
         changes = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
@@ -72,6 +74,11 @@ class FromAutoregressive(PreTrainedModel):
             value = getattr(ar_model.generation_config, name, None)
             if value is not None and name not in changes:
                 setattr(model.generation_config, name, value)
+        if model.config.mask_token_id in as_token_list(model.generation_config.eos_token_id):
+            raise ValueError(
+                f"`mask_token_id={model.config.mask_token_id}` is also an `eos_token_id`: give a token that no text has, as "
+                "the first one behind the tokenizer's."
+            )
         model.config.started_from = {
             "name_or_path": str(source),
             "model_type": ar_config.model_type,

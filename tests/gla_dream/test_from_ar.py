@@ -176,3 +176,11 @@ def test_a_vocabulary_without_the_usual_mask_token_needs_one(tmp_path, kind):
     save(tmp_path, kind)
     with pytest.raises(ValueError, match="`mask_token_id` is missing|`mask_token_id=15166[69]` is outside"):
         GLADreamModel.from_ar_pretrained(tmp_path)
+
+
+def test_a_mask_that_ends_texts_is_refused_before_anything_is_trained(tmp_path, kind):
+    original = save(tmp_path, kind)
+    original.generation_config.eos_token_id = [3, MASK]
+    original.generation_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`mask_token_id={MASK}` is also an `eos_token_id`: give"):
+        start(tmp_path)

@@ -94,7 +94,9 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
         return ApiError(404, f"There is no {request.url.path}.").response()
     if error.status_code == 400:  # of FastAPI, about the body: not UTF-8, or nested too deeply
         return ApiError(
-            400, "The body is no JSON that can be read: not UTF-8, nested too deeply, or a number of thousands of digits.", "body"
+            400,
+            "The body is no JSON that can be read: not UTF-8, nested too deeply, or a number of thousands of digits.",
+            "body",
         ).response()
     response = ApiError(error.status_code, str(error.detail)).response()
     response.headers.update(error.headers or {})
