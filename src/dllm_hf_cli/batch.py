@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
@@ -31,6 +31,14 @@ PROMPTS = {
 }
 
 
+class Request(NamedTuple):
+    """A line that is to be decoded. mark: of all that its result depends on, which stands beside the result."""
+
+    prompt: list[int]
+    params: SamplingParams
+    mark: str
+
+
 def batch(arguments: argparse.Namespace) -> int:
     """Exit code 1 where requests have failed: they are not among the results, and the next run tries them again."""
     prompts, results = Path(arguments.prompts), Path(arguments.results)
@@ -53,20 +61,12 @@ def batch(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, lines: dict[str, dict[str, Any]], results: Path, file: TextIO) -> int:
     done = _finished(results, lines)
     session = Session(arguments, takes_token_ids=True)
-    requests = {name: _request(session, name, line, number) for number, (name, line) in enumerate(lines.items())}
-    marks = {name: _mark(session, lines[name], params) for name, (_, params) in requests.items()}
-    for name, mark in done.items():
-        if mark not in (None, marks[name]):  # None: of a version before there were any
-            raise ValueError(
-                f"{results} has a result of request {name} with another prompt, other options or another model: name "
-                "another file for the results, or give what they were made with."
-            )
-        del requests[name]
+    requests = _open_requests(session, lines, done, results)
     failed = 0
     with tqdm(total=len(lines), initial=len(done), unit="request", dynamic_ncols=True) as bar:
         if requests:
             with _engine(session) as llm:
-                failed = _decode(llm, requests, marks, file, bar)
+                failed = _decode(llm, requests, file, bar)
     if failed:
         tell(f"dllm-hf: {failed} of {len(lines)} requests failed: the same command tries them again.")
     return 1 if failed else 0
@@ -139,13 +139,43 @@ def _finished(path: Path, lines: dict[str, dict[str, Any]]) -> dict[str, str | N
     return done
 
 
-def _request(session: Session, name: str, line: dict[str, Any], number: int) -> tuple[list[int], SamplingParams]:
-    """The token ids and the parameters of a line: its own options, else those of the command. `--seed` is that of the first
-    line, and the next numbers those of the next ones."""
-    try:
-        given = canonical_options({key: value for key, value in line.items() if key not in PROMPTS})
-    except ValueError as error:
-        raise ValueError(f"request {name}: {error}") from error
+def _open_requests(
+    session: Session, lines: dict[str, dict[str, Any]], done: dict[str, str | None], results: Path
+) -> dict[str, Request]:
+    """The lines that have no result yet.
+
+    Raises:
+        ValueError: a line is wrong, or its result was made with something else.
+    """
+    engine = {name: value for name, value in session.options.items() if name in OF_THE_ENGINE}
+    # Wherever the model's folder stands.
+    made_with = [
+        engine,
+        Path(session.arguments.model).name,
+        (session.folder / "config.json").read_text(encoding="utf-8"),
+    ]
+    requests = {}
+    for number, (name, line) in enumerate(lines.items()):
+        try:
+            params = _params(session, line, number)
+            prompt = [] if name in done else _prompt(session, line)
+        except ValueError as error:
+            raise ValueError(f"request {name}: {error}") from error
+        mark = _mark(line, params, made_with)
+        if name not in done:
+            requests[name] = Request(prompt, params, mark)
+        elif done[name] not in (None, mark):  # None: of a version before there were any
+            raise ValueError(
+                f"{results} has a result of request {name} with another prompt, other options or another model: name "
+                "another file for the results, or give what they were made with."
+            )
+    return requests
+
+
+def _params(session: Session, line: dict[str, Any], number: int) -> SamplingParams:
+    """A line's own options, else those of the command. `--seed` is that of the first line, and the next numbers those of the
+    next ones."""
+    given = canonical_options({key: value for key, value in line.items() if key not in PROMPTS})
     options: dict[str, Any] = {key: value for key, value in session.options.items() if key not in OF_THE_ENGINE}
     options["num_return_sequences"] = session.resolved.num_return_sequences
     own = {key: given.pop(key) for key in ("n", "seed", "stop", "timeout") if key in given}
@@ -159,23 +189,22 @@ def _request(session: Session, name: str, line: dict[str, Any], number: int) -> 
         "seed": None if seed is None else seed + number,
         **own,
     }
-    try:
-        [key] = PROMPTS.keys() & line
-        kind, fits = PROMPTS[key]
-        if not fits(line[key]):
-            raise ValueError(f"`{key}` must be {kind}, but is {json.dumps(line[key])[:100]}.")
-        return encode(line[key], session.tokenizer), SamplingParams(**arguments, options=options)
-    except ValueError as error:
-        raise ValueError(f"request {name}: {error}") from error
+    return SamplingParams(**arguments, options=options)
 
 
-def _mark(session: Session, line: dict[str, Any], params: SamplingParams) -> str:
-    """Of all that a result depends on: the prompt, the options and the model, wherever its folder stands."""
+def _prompt(session: Session, line: dict[str, Any]) -> list[int]:
+    [key] = PROMPTS.keys() & line
+    kind, fits = PROMPTS[key]
+    if not fits(line[key]):
+        raise ValueError(f"`{key}` must be {kind}, but is {json.dumps(line[key])[:100]}.")
+    return encode(line[key], session.tokenizer)
+
+
+def _mark(line: dict[str, Any], params: SamplingParams, made_with: list[Any]) -> str:
+    """Of all that a result depends on."""
     prompt = {key: line[key] for key in PROMPTS if key in line}  # as it is: a chat template may add the date
     options: dict[str, Any] = {**vars(params), "timeout": None}
-    engine = {name: value for name, value in session.options.items() if name in OF_THE_ENGINE}
-    model = Path(session.arguments.model).name, (session.folder / "config.json").read_text(encoding="utf-8")
-    made_of = json.dumps([prompt, options, engine, *model], sort_keys=True, default=str)
+    made_of = json.dumps([prompt, options, *made_with], sort_keys=True, default=str)
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
@@ -201,13 +230,11 @@ def _engine(session: Session) -> LLM:
     )
 
 
-def _decode(
-    llm: LLM, requests: dict[str, tuple[list[int], SamplingParams]], marks: dict[str, str], file: TextIO, bar: tqdm
-) -> int:
+def _decode(llm: LLM, requests: dict[str, Request], file: TextIO, bar: tqdm) -> int:
     """Write each request's result as soon as it has finished. Returns how many have failed."""
     failed, tokens = 0, 0
     outputs: dict[str, list[CompletionOutput]] = {name: [] for name in requests}
-    prompts, params = zip(*requests.values())
+    prompts, params, _ = zip(*requests.values())
     try:
         for event in llm.generate_streaming(list(prompts), list(params), request_ids=list(requests)):
             tokens += len(event.token_ids)
@@ -216,7 +243,7 @@ def _decode(
                 continue
             name = event.request_id
             outputs[name].append(event.output)
-            if len(outputs[name]) < requests[name][1].n:
+            if len(outputs[name]) < requests[name].params.n:
                 continue
             completions = sorted(outputs.pop(name), key=lambda each: each.index)
             errors = [each.error for each in completions if each.error]
@@ -225,7 +252,7 @@ def _decode(
                 tell(f"dllm-hf: request {name} failed: {errors[0]}")
             else:
                 found = [{key: value for key, value in vars(each).items() if value is not None} for each in completions]
-                result = {"id": name, "outputs": found, "request": marks[name]}
+                result = {"id": name, "outputs": found, "request": requests[name].mark}
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()
             bar.update()
