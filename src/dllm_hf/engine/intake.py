@@ -72,16 +72,10 @@ class Intake:
             raise ValueError(f"`stop_token_ids` holds the token id {wrong[0]}, but the vocabulary has {vocab} tokens.")
         ends = as_token_list(options.get("eos_token_id", self._defaults.eos_token_id))
         options["eos_token_id"] = [*([] if params.ignore_eos else ends), *(params.stop_token_ids or ())]
-        resolved = self.model.resolve_options(None, options)
+        resolved = self._resolved(options)
         strings = as_token_list(resolved.stop_strings)
         if strings and self.tokenizer is None:
             raise ValueError(f"`stop={strings}` needs the text, and there is no tokenizer: use `stop_token_ids`.")
-        for name, neutral in _BATCH_OPTIONS.items():
-            if (value := getattr(resolved, name)) not in neutral:
-                raise ValueError(
-                    f"`{name}={value}` of the model's generation config needs the logits of a whole batch: use "
-                    "`diffusion_generate`, or remove it from `model.generation_config`."
-                )
         stop = StopStrings(self.tokenizer, strings) if strings else None
         return Settings(params, resolved, stop, params.timeout or resolved.max_time or math.inf)
 
@@ -139,4 +133,14 @@ class Intake:
 
     def effective_options(self, params: SamplingParams) -> DiffusionGenerationConfig:
         """The options of a request, the model's own filled in."""
-        return self.settings(params).options
+        return self._resolved(self._options_of(params))
+
+    def _resolved(self, options: dict[str, Any]) -> DiffusionGenerationConfig:
+        resolved = self.model.resolve_options(None, options)
+        for name, neutral in _BATCH_OPTIONS.items():
+            if (value := getattr(resolved, name)) not in neutral:
+                raise ValueError(
+                    f"`{name}={value}` of the model's generation config needs the logits of a whole batch: use "
+                    "`diffusion_generate`, or remove it from `model.generation_config`."
+                )
+        return resolved
