@@ -21,6 +21,9 @@ from ..gla_dream.oracles import DECAYS, TOLERANCES, assert_near, scan_inputs
 from .test_kernels import DEVICE
 
 NAMES = ("query", "key", "value", "log_decay")
+CLEAN = torch.arange(2 * 44).view(2, 44) % 50
+NOISY = CLEAN.masked_fill(CLEAN % 3 == 0, 57)
+LABELS = torch.where(NOISY == 57, CLEAN, -100)
 
 
 def gradients(function, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -141,9 +144,6 @@ def kernels(monkeypatch):
 
 def test_a_model_has_the_gradients_of_its_torch_form(kernels, monkeypatch):
     """In packed rows too, of which each sample starts from zeros."""
-    tokens = torch.arange(2 * 44).view(2, 44) % 50
-    noisy = tokens.masked_fill(tokens % 3 == 0, 57)
-    labels = torch.where(noisy == 57, tokens, -100)
     packed = torch.cat([torch.arange(20), torch.arange(24)]).expand(2, -1)
 
     called = []
@@ -155,7 +155,7 @@ def test_a_model_has_the_gradients_of_its_torch_form(kernels, monkeypatch):
     def of_parameters(mode, positions):
         model = new_model("gla_dream", attn_mode=mode, mask_token_id=57).to(DEVICE)
         more = {} if positions is None else {"position_ids": positions.to(DEVICE)}
-        model(noisy.to(DEVICE), labels=labels.to(DEVICE), **more).loss.backward()
+        model(NOISY.to(DEVICE), labels=LABELS.to(DEVICE), **more).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     for positions in (None, packed):
@@ -172,9 +172,6 @@ before_2_11 = pytest.mark.skipif(not is_torch_greater_or_equal("2.11"), reason="
 @pytest.mark.parametrize("autocasts", [False, pytest.param(True, marks=before_2_11)])
 def test_compiled_layers_have_the_same_gradients_also_under_autocast(autocasts, kernels):
     """From the kernels, with what examples/adapt.py sets: else float32 has its backward pass in bfloat16."""
-    tokens = torch.arange(2 * 44).view(2, 44) % 50
-    noisy = tokens.masked_fill(tokens % 3 == 0, 57)
-    labels = torch.where(noisy == 57, tokens, -100)
     called = set()
 
     def backend(graph, inputs):
@@ -187,7 +184,7 @@ def test_compiled_layers_have_the_same_gradients_also_under_autocast(autocasts, 
         for layer in model.model.layers if compiles else ():
             layer.compile(backend=backend, fullgraph=True)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocasts):
-            loss = model(noisy.to(DEVICE), labels=labels.to(DEVICE)).loss
+            loss = model(NOISY.to(DEVICE), labels=LABELS.to(DEVICE)).loss
         loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
