@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from dllm_hf.generation.remasking import RULES
 from dllm_hf.gla_dream.kernels_gla_dream import LARGEST, mix_scans, move_states, read_block, short_convolutions
-from dllm_hf.gla_dream.scan_kernels import block_recurrence, block_scans
+from dllm_hf.gla_dream.scan_kernels import block_reads, block_scans
 from dllm_hf.kernels.attention import Cascade, canvas_attention
 from dllm_hf.kernels.best_tokens import best_tokens
 from dllm_hf.kernels.columns import copy_columns
@@ -138,9 +138,9 @@ for is_global, moves_on in ((False, False), (DTYPE == torch.bfloat16, True)):
 for keeps in (False, True):
     move_states(state, base, *ends[:2], new(1, 2048), new(1, dtype=torch.int32), keeps)
 # Operators lose what their kernels would have written: only the launch is wanted.
-query, states = new(2, 64, 1, 128).requires_grad_(), new(2, 4, 1, 128, 128, dtype=torch.float32).requires_grad_()
+query, wide = new(2, 64, 1, 128).requires_grad_(), new(2, 4, 1, 32, 128, dtype=torch.float32).requires_grad_()
 block_scans(query, query, query, new(2, 64, 1, 128, dtype=torch.float32), 1)[0].sum().backward()
 for samples in (None, new(2, 4, dtype=torch.long)):
-    block_recurrence(states, states[..., 0], states[:, 0], samples)[0].sum().backward()
+    block_reads(wide, wide, wide, wide[..., 0, :], samples, False).sum().backward()
 mix_scans(x, x[..., :2048], x[..., :2048])
 print(json.dumps(found))

@@ -31,7 +31,7 @@ KERNELS = {
 }
 KERNELS |= {"_choose", "_assign", "_product", "_weighted_sum"}
 KERNELS |= {"_short_convolutions", "_read_block", "_move_states", "_mix_scans"}
-KERNELS |= {"_scan_blocks", "_scan_blocks_backward", "_recur", "_recur_backward"}
+KERNELS |= {"_scan_blocks", "_scan_blocks_backward", "_read_states", "_read_states_backward"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")

@@ -10,10 +10,10 @@ from transformers.utils import is_torch_greater_or_equal
 
 pytest.importorskip("triton")
 
+from dllm_hf.gla_dream import attention_gla_dream, scan_kernels
 from dllm_hf.gla_dream import gated_linear_attention as module
-from dllm_hf.gla_dream import scan_kernels
 from dllm_hf.gla_dream.gated_linear_attention import MIN_LOG_DECAY, block_scans, block_states, recurrent_gla
-from dllm_hf.gla_dream.scan_kernels import block_recurrence, takes_scans
+from dllm_hf.gla_dream.scan_kernels import block_reads, takes_scans
 from dllm_hf.gla_dream.scan_kernels import block_scans as scans_of_kernels
 
 from ..builders import new_model, pairwise
@@ -67,25 +67,38 @@ def test_scans_of_strided_inputs_where_everything_is_large():
     )
 
 
+def test_the_decays_of_a_block_get_nothing_of_a_neighbour_s_gradients():
+    """A program takes both, and the sums over its tokens are 0 for a whole block, in tf32 too."""
+    inputs = {
+        name: x.requires_grad_() for name, x in scan_inputs(8, batch=2, dtype=torch.bfloat16, device=DEVICE).items()
+    }
+    read = sum((x[1].float() ** 2).sum() for x in scans_of_kernels(**inputs, rows=1))
+    (found,) = torch.autograd.grad(read, inputs["log_decay"])
+    assert found[0].norm() < 1e-5 * found[1].norm()
+
+
 @pairwise(
     sizes=[(1, 3, 4), (7, 64, 64), (5, 33, 100), (4, 128, 128)],
+    reads_and_adds=[(1, 2), (32, 16), (40, 24), (64, 32)],
     decay=[1e-3, 1.0, 40.0],
     samples=[None, [0, 0, 1, 1, 2, 2, 2], [3, 4, 4, 4, 5, 5, 6]],
 )
-def test_the_recurrence_over_blocks_and_its_gradients(sizes, decay, samples):
-    blocks, key_dim, value_dim = sizes
+def test_what_is_read_of_the_states_and_its_gradients(sizes, reads_and_adds, decay, samples):
+    (blocks, key_dim, value_dim), (reads, adds) = sizes, reads_and_adds
     generator = torch.Generator().manual_seed(blocks)
-    random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
-    inputs = {
-        "updates": random(2, blocks, 3, key_dim, value_dim),
-        "log_decays": -decay * random(2, blocks, 3, key_dim).abs(),
-        "initial_state": random(2, 3, key_dim, value_dim),
-    }
-    if samples is not None:  # those of the second row are one sample, which goes on from the state
+    random = lambda *shape: torch.randn(2, blocks, 3, *shape, generator=generator).to(DEVICE)
+    inputs = {"queries": random(reads, key_dim), "keys": random(adds, key_dim), "values": random(adds, value_dim)}
+    inputs["log_decays"] = -decay * random(key_dim).abs()
+    if samples is not None:
         samples = torch.tensor([samples[:blocks], [0] * blocks], device=DEVICE)
-    found = gradients(lambda **each: block_recurrence(**each, samples=samples), inputs)
-    precise = {name: x.double() for name, x in inputs.items()}
-    assert_near(found, gradients(lambda **each: block_states(**each, samples=samples), precise), 1e-5)
+
+    def with_states(queries, keys, values, log_decays):
+        return [queries @ block_states(keys.mT @ values, log_decays, samples=samples)[0]]
+
+    found = gradients(lambda **each: [block_reads(**each, samples=samples, is_exact=True)], inputs)
+    assert_near(found, gradients(with_states, {name: x.double() for name, x in inputs.items()}), 1e-5)
+    rough = gradients(lambda **each: [block_reads(**each, samples=samples, is_exact=False)], inputs)
+    assert_near(rough, found, 1e-2)
 
 
 def test_the_operators_keep_what_pytorch_asks_of_one():
@@ -93,21 +106,18 @@ def test_the_operators_keep_what_pytorch_asks_of_one():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(scans_of_kernels, [*(x.requires_grad_() for x in inputs.values()), 2], test_utils=checks)
     random = lambda *shape: torch.randn(*shape, device=DEVICE, requires_grad=True)
-    states = (random(2, 3, 2, 16, 8), random(2, 3, 2, 16), random(2, 2, 16, 8), None)
-    torch.library.opcheck(block_recurrence, states, test_utils=checks)
+    reads = (random(2, 3, 2, 5, 16), random(2, 3, 2, 4, 16), random(2, 3, 2, 4, 8), random(2, 3, 2, 16), None, True)
+    torch.library.opcheck(block_reads, reads, test_utils=checks)
 
 
 def test_no_text_at_all_has_no_scans_and_no_states():
     inputs = scan_inputs(8, batch=0, device=DEVICE)
     found = gradients(lambda **each: scans_of_kernels(**each, rows=0), inputs)
     assert all(x.shape == inputs["value"].shape for x in found.values())
-    states = {"updates": (0, 3, 2, 16, 8), "log_decays": (0, 3, 2, 16), "initial_state": (0, 2, 16, 8)}
-    inputs = {name: torch.randn(*shape, device=DEVICE) for name, shape in states.items()}
-    found = gradients(lambda **each: block_recurrence(**each, samples=None), inputs)
-    assert found["a"].shape == states["updates"] and found["b"].shape == states["initial_state"]
-    initial = torch.randn(1, 2, 16, 8, device=DEVICE)
-    before, last = block_recurrence(initial.new_empty(1, 0, 2, 16, 8), initial.new_empty(1, 0, 2, 16), initial, None)
-    assert before.shape[1] == 0 and torch.equal(last, initial)
+    shapes = {"queries": (4, 16), "keys": (2, 16), "values": (2, 8), "log_decays": (16,)}
+    inputs = {name: torch.randn(0, 3, 2, *shape, device=DEVICE) for name, shape in shapes.items()}
+    found = gradients(lambda **each: [block_reads(**each, samples=None, is_exact=True)], inputs)
+    assert found["a"].shape == (0, 3, 2, 4, 8)
 
 
 def test_a_nan_in_one_text_reaches_no_other():
@@ -147,10 +157,10 @@ def test_a_model_has_the_gradients_of_its_torch_form(kernels, monkeypatch):
     packed = torch.cat([torch.arange(20), torch.arange(24)]).expand(2, -1)
 
     called = []
-    for name in ("scans_of_kernels", "block_recurrence"):
-        kernel = getattr(module, name)
+    for owner, name in ((module, "scans_of_kernels"), (attention_gla_dream, "block_reads")):
+        kernel = getattr(owner, name)
         noted = lambda *inputs, name=name, kernel=kernel: called.append(name) or kernel(*inputs)
-        monkeypatch.setattr(module, name, noted)
+        monkeypatch.setattr(owner, name, noted)
 
     def of_parameters(mode, positions):
         model = new_model("gla_dream", attn_mode=mode, mask_token_id=57).to(DEVICE)
@@ -161,7 +171,7 @@ def test_a_model_has_the_gradients_of_its_torch_form(kernels, monkeypatch):
     for positions in (None, packed):
         called.clear()
         found = of_parameters("auto", positions)
-        assert called == ["scans_of_kernels", "block_recurrence"] * new_model("gla_dream").config.num_hidden_layers
+        assert called == ["scans_of_kernels", "block_reads"] * new_model("gla_dream").config.num_hidden_layers
         assert_near(found, of_parameters("torch", positions), 1e-4)
         assert len(called) == 2 * new_model("gla_dream").config.num_hidden_layers  # none of `torch`
 
@@ -190,7 +200,7 @@ def test_compiled_layers_have_the_same_gradients_also_under_autocast(autocasts, 
 
     with torch._functorch.config.patch(backward_pass_autocast="off"):
         assert_near(of_parameters(True), of_parameters(False), 1e-4)
-    assert called >= {"dllm_hf.block_scans.default", "dllm_hf.block_recurrence.default"}
+    assert called >= {"dllm_hf.block_scans.default", "dllm_hf.block_reads.default"}
 
 
 def test_an_exported_program_needs_pytorch_alone(kernels):

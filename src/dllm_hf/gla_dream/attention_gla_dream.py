@@ -12,6 +12,7 @@ from .block_layout import BlockLayout
 from .configuration_gla_dream import GLADreamConfig
 from .gated_linear_attention import MIN_LOG_DECAY, block_scans, block_states, short_convolution
 from .generation_utils_gla_dream import GLADreamCache
+from .scan_kernels import block_reads, takes_reads
 
 # Steps after which a token has faded to 1/e before training: `SHORT_MEMORY` in three quarters of the heads, in the others
 # spread evenly between `LONG_MEMORIES` on a logarithmic scale.
@@ -125,15 +126,27 @@ class GLADreamAttention(nn.Module):
         forward, backward = block_scans(query, key, value, log_decay, self.config.attn_mode, rows)
         layer = None if cache is None else cache.layers[self.layer_idx]
         states = None if layer is None else layer.rows_of(layout.window)
+        read, clean_rows = None, layout.clean_rows or rows
         if needs_states:
-            states, last = self._states(layout, states, rows, forward, backward, key, value, log_decay)
-            if layer is not None and layout.final is not None:
-                every = torch.cat([states, last[:, None]], dim=1)
-                after = every.gather(1, layout.final.view(-1, 1, 1, 1, 1).expand(-1, 1, *last.shape[1:]))[:, 0]
-                layer.update(after, forward.dtype, layout.window)
-            states = states.flatten(0, 1)
+            samples = None if layout.samples is None else layout.samples[rows - clean_rows :]
+            added = self._added(layout.blocks, clean_rows, forward, backward, key, value, log_decay)
+            if layer is None and self.config.attn_mode == "auto" and takes_reads(*added[:2]):
+                is_exact = value.dtype == torch.float32
+                read = lambda queries: block_reads(queries, *added, samples, is_exact)
+            else:
+                keys, values, total = added
+                with torch.autocast(key.device.type, enabled=False):
+                    states, last = block_states(keys.mT @ values, total, states, samples)
+                if layer is not None and layout.final is not None:
+                    every = torch.cat([states, last[:, None]], dim=1)
+                    after = every.gather(1, layout.final.view(-1, 1, 1, 1, 1).expand(-1, 1, *last.shape[1:]))[:, 0]
+                    layer.update(after, forward.dtype, layout.window)
+        elif states is not None:
+            states = states[:, None]
         if states is not None:
-            from_start, from_end = self._injected(query, log_decay, states)
+            read = lambda queries: queries.to(states.dtype) @ states
+        if read is not None:
+            from_start, from_end = self._injected(query, log_decay, (clean_rows, layout.blocks), read)
             forward, backward = forward + from_start, backward + from_end
         output, _ = self._mix(self.intra_gate_proj, forward, backward)
         output = output.reshape(rows, width, -1) * F.silu(self.g_proj(hidden_states))
@@ -153,23 +166,21 @@ class GLADreamAttention(nn.Module):
         gate = gate_proj(torch.cat([forward.flatten(-2), backward.flatten(-2)], dim=-1)).sigmoid().view_as(forward)
         return torch.lerp(backward, forward, gate.to(backward.dtype)), gate
 
-    def _states(
-        self, layout, initial, rows, forward, backward, key, value, log_decay
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The unit between blocks: the state before each block, `(rows, blocks, heads, key_dim, value_dim)`, and after the
-        last one, of the clean rows if there are any.
+    def _added(
+        self, blocks, clean_rows, forward, backward, key, value, log_decay
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The unit between blocks: what each adds to the state, as keys and values, `(rows, blocks, heads, 2 * block_size,
+        key_dim)` and `value_dim`, and its log-decays, `(rows, blocks, heads, key_dim)`, of the clean rows if there are any.
 
         What a block adds to the state is `gate * end of the forward scan + (1 - gate) * end of the backward scan`, both
         from zeros. The gate is one of values, so that both are one product over twice the tokens: the ends, the largest
         tensors of a layer, are never there.
 
         Args:
-            initial: the state before the first block, or None.
             forward, backward: outputs of the scans from zeros, `(rows * blocks, block_size, heads, value_dim)`.
         """
         gate_proj = self.intra_gate_proj if self.config.share_inter_intra_gate_weights else self.inter_gate_proj
-        clean = slice(rows - layout.clean_rows if layout.clean_rows else 0, rows)
-        unfold = lambda x: x.unflatten(0, (rows, layout.blocks))[clean]
+        unfold = lambda x: x.unflatten(0, (-1, blocks))[-clean_rows:]
         _, gate = self._mix(gate_proj, unfold(forward[:, -1]), unfold(backward[:, 0]))
         with torch.autocast(key.device.type, enabled=False):
             wide = torch.promote_types(value.dtype, torch.float32)
@@ -178,15 +189,14 @@ class GLADreamAttention(nn.Module):
             after = decay.cumsum(3)
             total = after[..., -1:, :]
             keys = torch.cat([key * (total - after).exp(), key * (after - decay).exp()], dim=3)
-            updates = keys.mT @ torch.cat([gate * value, (1 - gate) * value], dim=3)
-        samples = None if layout.samples is None else layout.samples[clean]
-        return block_states(updates, total[..., 0, :], initial, samples, mode=self.config.attn_mode)
+            values = torch.cat([gate * value, (1 - gate) * value], dim=3)
+        return keys, values, total[..., 0, :]
 
-    def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor):
-        """What the forward and the backward scan add from `states`, each `(rows * blocks, block_size, heads,
-        head_v_dim)`. Noisy rows read the states of the clean ones behind them."""
-        wide, runs = states.dtype, query.shape[0] // states.shape[0]
-        with torch.autocast(states.device.type, enabled=False):
+    def _injected(self, query: torch.Tensor, log_decay: torch.Tensor, blocks: tuple[int, int], read):
+        """What the forward and the backward scan add from the states, each `(rows * blocks, block_size, heads,
+        head_v_dim)`. Noisy rows read the states of the clean ones behind them; `read` is given the queries of each."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
             queries = (query * self.head_k_dim**-0.5).to(wide)
             is_global = self.config.inter_block_injection_mode == "global"
             if not is_global:
@@ -195,9 +205,11 @@ class GLADreamAttention(nn.Module):
                 from_end = from_start[:, -1:] - from_start + decay
                 queries = torch.cat([queries * from_start.exp(), queries * from_end.exp()], dim=1)
             # All that reads a state is one product, since the states are most of what a layer reads.
-            queries = queries.unflatten(0, (runs, -1)).permute(1, 3, 0, 2, 4).flatten(2, 3)
-            read = (queries @ states).unflatten(2, (runs, -1)).permute(2, 0, 3, 1, 4).flatten(0, 1).to(query.dtype)
-        return (read, read) if is_global else read.chunk(2, dim=1)
+            queries = queries.unflatten(0, (-1, *blocks))
+            runs = queries.shape[0]
+            found = read(queries.permute(1, 2, 4, 0, 3, 5).flatten(3, 4)).unflatten(3, (runs, -1))
+            found = found.permute(3, 0, 1, 4, 2, 5).flatten(0, 2).to(query.dtype)
+        return (found, found) if is_global else found.chunk(2, dim=1)
 
 
 def convolutions_of(attention: nn.Module) -> list[ShortConvolution]:

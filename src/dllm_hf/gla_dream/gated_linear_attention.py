@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from .scan_kernels import block_recurrence, takes_scans, takes_states
 from .scan_kernels import block_scans as scans_of_kernels
+from .scan_kernels import takes_scans
 
 # Tokens of a chunk, and the lowest log-decay of a step. Relative to the middle of a chunk decays reach
 # exp(CHUNK / 2 * -MIN_LOG_DECAY) = 2e8, and their products 5e16: float32 does not overflow.
@@ -228,7 +228,6 @@ def block_states(
     initial_state: torch.Tensor | None = None,
     samples: torch.Tensor | None = None,
     group: int = 16,
-    mode: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrence over blocks, `S_i = diag(exp(d_i)) S_{i-1} + U_i`, for all blocks at once.
 
@@ -239,16 +238,12 @@ def block_states(
         samples: `(batch, blocks)`, the number of the sample that a block belongs to: the first block of a sample
             starts from zeros, and so does block 0 where its number is not 0.
         group: see [`_scan`].
-        mode: with `auto` it is a kernel on a GPU, in float32.
 
     Returns:
         The state before each block, of the shape of `updates`, and the one after the last, as `initial_state`.
     """
     if initial_state is None:
         initial_state = torch.zeros_like(updates[:, 0])
-    if mode == "auto" and takes_states(updates):
-        samples = None if samples is None else samples.expand(len(updates), -1)
-        return block_recurrence(updates, log_decays.float(), initial_state.float(), samples)
     if torch.is_grad_enabled():
         return _BlockStates.apply(updates, log_decays, initial_state, samples, group)
     return _all_states(updates, log_decays, initial_state, samples, group)
