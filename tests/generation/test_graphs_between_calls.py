@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from dllm_hf.generation import decoder, graphs, pool
+from dllm_hf.generation import decoder, graphs, mixin, pool
 from dllm_hf.generation.cache import column_bytes_of
 
 from ..builders import left_pad
@@ -148,12 +148,44 @@ def test_a_model_takes_its_graphs_with_it():
     assert kept() is None
 
 
-def test_memory_is_given_back():
-    model = fresh_model("llada")
-    model.diffusion_generate(torch.tensor([[5, 6]], device=DEVICE), max_new_tokens=8, cache_policy="dual")
-    assert model in pool._idle
+@pytest.fixture
+def uncollected():
+    """The garbage collector is off."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("family", ["llada", "sdar", "gla_dream"])
+def test_memory_is_given_back_at_once(family):
+    """Graphs too: NCCL waits for those that use a group before it ends it, for ever where they wait for the collector."""
+    model = fresh_model(family)
+    options = {"max_new_tokens": 8, "block_length": 4, "cache_policy": "dual" if family == "llada" else "block"}
+    model.diffusion_generate(torch.tensor([[5, 6]], device=DEVICE), **options)
+    (workspace,) = pool._idle[model]
+    kept = [weakref.ref(each) for each in (workspace, workspace.canvas, workspace.graphs)]
+    del workspace
     model.release_graphs()
-    assert model not in pool._idle
+    assert [each() for each in kept] == [None] * 3
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("options", [{}, {"disable_compile": True}, {"cache_policy": "none"}, {"output_history": True}])
+def test_what_a_call_used_is_free_when_it_has_returned(options, monkeypatch):
+    made = []
+
+    class Noted(pool.Workspace):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(mixin, "Workspace", Noted)
+    model = fresh_model("sdar")
+    model.diffusion_generate(torch.tensor([[5, 6]], device=DEVICE), max_new_tokens=8, block_length=4, **options)
+    model.release_graphs()
+    assert [each() for each in made] == [None]
 
 
 def test_graphs_of_a_cache_that_had_to_grow_are_not_used_again(captured):

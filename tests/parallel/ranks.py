@@ -153,12 +153,14 @@ def calls_of_torchrun(folder: Path, whole) -> dict:
     if (refused := refusal(part, **options)) is not None:
         return {"refused": refused}
     everywhere = decode(whole, **options, stopping_criteria=[lambda ids, scores, **_: True])
-    return {
+    found = {
         "refused": None,
         "same": decode(part, **options) == decode(whole, **options),
         "differing": refusal(part, **options, max_new_tokens=9 + int(os.environ["RANK"])),
         "stopped": decode(part, **stops) == everywhere != decode(whole, **options),
     }
+    part.release_graphs()
+    return found
 
 
 def compare(folder: Path, number: int, rank: int, size: int) -> dict:
@@ -169,7 +171,7 @@ def compare(folder: Path, number: int, rank: int, size: int) -> dict:
     local = sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in part.parameters())
     with torch.no_grad():
         logits, expected = (model(input_ids=TOKENS.to(part.device)).logits for model in (part, whole))
-    return {
+    found = {
         "share": local / sum(each.numel() for each in whole.parameters()),
         "difference": float((logits - expected).abs().max() / expected.abs().max()),
         # Each family gets other calls, in four processes, where a call costs more, fewer and other ones.
@@ -178,6 +180,8 @@ def compare(folder: Path, number: int, rank: int, size: int) -> dict:
         "torchrun": calls_of_torchrun(folder, whole),
         "is_fused": type(part.step_forward()).__name__.startswith("Fused"),
     }
+    part.release_graphs()  # NCCL waits for those that use a group before it ends it
+    return found
 
 
 def run_rank(root: Path, rank: int, size: int, families: list[str]) -> None:

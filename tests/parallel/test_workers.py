@@ -59,36 +59,37 @@ def processes_of(llm: LLM) -> list:
     return llm._driver.engine._processes
 
 
-def listening() -> dict[str, str]:
-    """The addresses at which somebody on this machine listens, by socket."""
-    found = {}
+def listening() -> set[str]:
+    """The sockets at which somebody on this machine listens. Not their addresses: every process of NCCL, of others too, listens
+    at port 28028."""
+    found = set()
     # Not every system has IPv6.
     for path in (path for name in ("tcp", "tcp6") if (path := Path("/proc/net", name)).exists()):
         for line in path.read_text().splitlines()[1:]:
-            _, address, _, state, *_, inode = line.split()[:10]
+            _, _, _, state, *_, inode = line.split()[:10]
             if state == "0A":
-                found[f"socket:[{inode}]"] = address
+                found.add(f"socket:[{inode}]")
     return found
 
 
-def ports(*pids: int) -> set[str]:
-    """The addresses at which these processes listen."""
+def sockets(*pids: int) -> set[str]:
+    """Those at which these processes listen."""
     every, own = listening(), set()
     for pid in pids:
         for each in os.scandir(f"/proc/{pid}/fd"):
             with suppress(OSError):  # that of the folder itself
                 own.add(os.readlink(each.path))
-    return {address for socket, address in every.items() if socket in own}
+    return every & own
 
 
 @contextmanager
 def leaving_nothing(processes: list):
-    """What is done here ends the processes, and nobody listens any more where they did."""
-    taken = ports(*(process.pid for process in processes))
+    """What is done here ends the processes, and nobody has the sockets any more at which they listened."""
+    taken = sockets(*(process.pid for process in processes))
     assert taken and all(process.is_alive() for process in processes)
     yield
     assert not any(is_there(process.pid) for process in processes)
-    assert not taken & set(listening().values())
+    assert not taken & listening()
 
 
 def test_requests_get_the_tokens_of_one_process(sdar, pair):

@@ -147,10 +147,6 @@ class Decoder:
             self.seats.leave(row, tokens, is_intact)
             self.features.pop(row.slot)
 
-    def forget(self, row: Row, column: int) -> int:
-        """Forget the state of a row from `column` on. Returns the column up to which the row is final now."""
-        return self.backend.forget(self.workspace.state, row.slot, row.final_length, column, row.block_length)
-
     @property
     def busy(self) -> list[Row]:
         """The rows that are not done yet."""
@@ -206,7 +202,7 @@ class Decoder:
     def _open_block(self, row: Row) -> None:
         start, end = row.span
         if row.final_length > row.cell[0]:  # masks have been put back into a finished block
-            row.final_length = self.forget(row, row.cell[0])
+            row.final_length = self.seats.forget(row, row.cell[0])
         masked = None
         if self.is_hooked:
             masked = (self.canvas.tokens[row.slot, start:end] == row.mask).cpu()

@@ -13,6 +13,7 @@ from .configuration import DiffusionGenerationConfig
 from .decoder import Decoder
 from .requests import Row
 from .sampling import process
+from .seats import Seats
 from .stopping import StopStrings, end_of
 
 
@@ -59,7 +60,8 @@ class Session:
     Args:
         prompts: `(batch, prompt)`, as the caller gave them, padding included.
         rows: of the decoder, in the order of the batch; row i stands in slot i.
-        forget: `(row, column) -> final length`, see [`decoder.Decoder.forget`].
+        seats: of the decoder, which is not kept: it calls the session, and a cycle would hold the buffers of a call until
+            garbage is collected.
 
     Attributes:
         step: the number of steps so far.
@@ -69,11 +71,9 @@ class Session:
             in the padding.
     """
 
-    def __init__(
-        self, hooks: Hooks, canvas: Canvas, prompts: torch.Tensor, rows: list[Row], forget: Callable[[Row, int], int]
-    ):
+    def __init__(self, hooks: Hooks, canvas: Canvas, prompts: torch.Tensor, rows: list[Row], seats: Seats):
         self.hooks, self.canvas, self.prompts, self.rows = hooks, canvas, prompts.to(canvas.device), rows
-        self.forget = forget
+        self.seats = seats
         padding = torch.tensor([prompts.shape[1] - len(row.request.prompt) for row in rows])
         width = prompts.shape[1] + rows[0].request.max_new_tokens
         self.shown = (torch.arange(width) - padding[:, None]).to(canvas.device)
@@ -168,7 +168,7 @@ class Session:
         unchanged = (tokens[:, :-1] == before[:, :-1]).long().cumprod(-1).sum(-1).tolist()
         for row, column in zip(self.rows, unchanged, strict=True):
             if row.first_feeds == "not yet final":
-                row.rewind(self.forget(row, column))
+                row.rewind(self.seats.forget(row, column))
 
     def finish_blocks(self, rows: list[Row]) -> None:
         """End the rows that a stop string or a criterion ends, and stream; `rows` have finished a block."""
@@ -212,4 +212,4 @@ class Session:
                 if row.request.logprobs is not None:
                     self.canvas.logprobs["own"][row.slot, end:] = torch.nan
                 if row.first_feeds == "not yet final":
-                    row.final_length = self.forget(row, end)
+                    row.final_length = self.seats.forget(row, end)

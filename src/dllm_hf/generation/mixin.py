@@ -207,7 +207,7 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         # Graphs and Triton's kernels run on the current device, whatever device the tensors are on.
         with evaluating(self.modules()), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             rows = decoder.add(*requests, final_lengths=final_lengths)
-            session = Session(hooks, workspace.canvas, input_ids, rows, decoder.forget)
+            session = Session(hooks, workspace.canvas, input_ids, rows, decoder.seats)
             decoder.process = session.process if hooks.sees_logits else None
             decoder.after_step = session.after_step
             session.run(decoder)
@@ -397,7 +397,8 @@ class DiffusionGenerationMixin(GenerationMixin, DenoisingModel):
         return config.updated(**options), kwargs
 
     def release_graphs(self) -> None:
-        """Give back the memory that the fast path keeps for the next calls: the caches and CUDA graphs of the last ones."""
+        """Give back the memory that the fast path keeps for the next calls: the caches and CUDA graphs of the last ones. Of a
+        model that is divided between processes, before the process group is destroyed: NCCL waits for such graphs."""
         release_all(self)
 
     def make_backend(self, has_cache: bool, **options: Any) -> ModelBackend:

@@ -87,6 +87,10 @@ class Seats:
             raise
         return row
 
+    def forget(self, row: Row, column: int) -> int:
+        """Forget the state of a row from `column` on. Returns the column up to which the row is final now."""
+        return self.backend.forget(self.state, row.slot, row.final_length, column, row.block_length)
+
     def _give_back(self, slot: int) -> None:
         """Free the slot of a row that could not be seated."""
         row = self.rows[slot]
