@@ -193,7 +193,8 @@ def draw(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     points = curves.setdefault(", ".join([arm, *parts]), [])
                     points.append((line["tokens_per_forward"], 100 * line["pass_at_1"]))
         for name, points in curves.items():
-            axes.plot(*zip(*sorted(points)), marker="o", label=name)
+            # After ten lines colours begin again.
+            axes.plot(*zip(*sorted(points)), marker="os^D"[len(axes.lines) // 10 % 4], label=name)
     if not axes.lines:
         print("\nNo plot: no lines were filled in between prefix and suffix yet.")
         return
