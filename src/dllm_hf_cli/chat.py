@@ -3,6 +3,7 @@
 import argparse
 import signal
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .options import did_you_mean
@@ -20,6 +21,7 @@ COMMANDS = {
     "/quit": "quit, as /exit and Ctrl-D do",
 }
 TEMPLATE_SECONDS = 10  # for what takes milliseconds
+GREETING = [{"role": "user", "content": "Hi"}]
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -29,7 +31,7 @@ def chat(arguments: argparse.Namespace) -> int:
             f"{arguments.model} has no chat template, so it was not trained to converse: continue a text with "
             "`dllm-hf generate`, or add a chat_template.jinja to the folder."
         )
-    _encode(session, [{"role": "user", "content": "Hi"}])  # a broken template is reported before anything is typed
+    _encode(session, GREETING)  # a broken template is reported before anything is typed
     session.load()
     messages: list[dict[str, str]] = []
     while (line := read_line("> ")) is not None:
@@ -72,10 +74,14 @@ def _encode(session: Session, messages: list[dict[str, str]]) -> list[int]:
     """The tokens that the chat template makes of a conversation. Raises a `ValueError` where the template fails, or
     takes too long."""
     file = session.folder / "chat_template.jinja"
-    file = file if file.is_file() else session.folder / "tokenizer_config.json"
+    return templated(session.tokenizer, messages, file if file.is_file() else session.folder / "tokenizer_config.json")
+
+
+def templated(tokenizer: Any, messages: list[dict[str, str]], file: Path) -> list[int]:
+    """As [`_encode`]. file: that holds the template."""
     try:
         with _time_limit(TEMPLATE_SECONDS):
-            encoding: Any = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except Exception as error:  # the template is a program
         raise ValueError(f"the chat template in {file} fails: {error}") from error
     return list(encoding["input_ids"])

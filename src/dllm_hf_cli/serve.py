@@ -9,6 +9,7 @@ from dllm_hf import LLM
 from dllm_hf.serving import Settings, bind
 from dllm_hf.serving import serve as run
 
+from .chat import GREETING, templated
 from .session import Session
 
 KEY_VARIABLE = "DLLM_HF_API_KEY"
@@ -38,7 +39,9 @@ def _engine(arguments: argparse.Namespace) -> LLM:
         if name in session.options:
             raise ValueError(f"`{name}` is nothing that a server could take for all requests: give {instead}.")
     if arguments.chat_template is not None:
-        session.tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
+        file = Path(arguments.chat_template)
+        session.tokenizer.chat_template = file.read_text(encoding="utf-8")
+        templated(session.tokenizer, GREETING, file)
     return LLM(
         session.folder if session.is_read_elsewhere else session.load(),
         tokenizer=session.tokenizer,

@@ -70,3 +70,11 @@ def test_its_options_reach_the_engine_and_the_server(run, folder, started, monke
 def test_what_cannot_be_served_is_an_error_by_name(run, folder, started, options, named):
     code, stdout, stderr = run("serve", folder, "--port", 0, *options)
     assert (code, stdout, started) == (2, "", []) and named in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ 1 // 0 }}"])
+def test_a_template_that_fails_is_refused_before_it_listens(run, folder, started, tmp_path, template):
+    file = tmp_path / "template.jinja"
+    file.write_text(template)
+    code, stdout, stderr = run("serve", folder, "--port", 0, "--chat-template", file)
+    assert (code, stdout, started) == (2, "", []) and f"the chat template in {file} fails" in stderr
