@@ -24,6 +24,10 @@ HELD_OUT = {
     "repository": "this repository's source",
     "stdlib": "Python's standard library",
 }
+# Of files held out: the nats of tokens that have so many before them say how far back a model reads.
+PLACES = {
+    f"nats by place, {first} to {end - 1}": (first, end) for first, end in ((8, 64), (64, 128), (128, 256), (256, 512))
+}
 
 
 def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, Any]], None]) -> None:
@@ -40,14 +44,15 @@ def evaluate(model, tokenizer, folder: Path, args, write: Callable[[dict[str, An
 
     bits = f", {args.weights} weights" if args.weights else ""
     kinds = ["", NEXT_TOKEN] if getattr(model, "causal_context", False) else [""]
-    for split, kind in itertools.product(HELD_OUT, kinds):
-        name = f"nats {split}{kind}{bits}"
+    texts = [(f"nats {each}{kind}", each, kind, (1, WINDOW)) for each, kind in itertools.product(HELD_OUT, kinds)]
+    for name, split, kind, place in [*texts, *((name, "held_out", "", place) for name, place in PLACES.items())]:
+        name += bits
         if is_due(name):
             stream = read_stream(folder / "data", split)
             if len(stream) < WINDOW:
                 print(f"{name}: left out, the text has {len(stream)} tokens, less than one window of {WINDOW}")
                 continue
-            write({"measure": name, **held_out(model, stream, args.windows, args.samples, kind == NEXT_TOKEN)})
+            write({"measure": name, **held_out(model, stream, args.windows, args.samples, kind == NEXT_TOKEN, place)})
     every = tasks()[: args.tasks]
     if args.cache_dtype:
         bits += f", {args.cache_dtype} cache"
@@ -98,22 +103,33 @@ def settings(model) -> Iterator[tuple[str, Any, dict[str, Any]]]:
             yield f"{name}, cache {policy}, {threshold or 'one token a step'}", form, options
 
 
-def held_out(model, stream: np.ndarray, number: int, samples: int, is_causal: bool = False) -> dict[str, Any]:
-    """Nats a token of windows from all over a text, the first token of each given. is_causal: of the next token, by a model of
-    diffusion that learnt it too."""
+def held_out(
+    model,
+    stream: np.ndarray,
+    number: int,
+    samples: int,
+    is_causal: bool = False,
+    place: tuple[int, int] = (1, WINDOW),
+) -> dict[str, Any]:
+    """Nats a token of windows from all over a text.
+
+    Args:
+        is_causal: of the next token, by a model of diffusion that learnt it too.
+        place: the first token of a window that counts, those before it are given, and the end.
+    """
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
     number = min(number, len(windows))
-    rows = torch.from_numpy(windows[np.linspace(0, len(windows) - 1, number).astype(int)].astype(np.int64))
+    rows = torch.from_numpy(windows[np.linspace(0, len(windows) - 1, number).astype(int), : place[1]].astype(np.int64))
     if is_causal or not hasattr(model, "log_likelihood"):
         options = {"use_causal_mask": True} if is_causal else {}
         losses = [next_token_losses(model, row[None].to(model.device), **options) for row in rows]
         return {
             "windows": number,
-            "nats": torch.cat(losses).mean().item(),
+            "nats": torch.stack(losses)[:, place[0] - 1 :].mean().item(),
             "is": "the text's, each token given all before it",
         }
     labels = rows.clone()
-    labels[:, 0] = -100
+    labels[:, : place[0]] = -100
     found = model.log_likelihood(rows.to(model.device), labels=labels.to(model.device), num_samples=samples)
     total = found.num_tokens.sum()
     block = model.config.block_size if model.sees_earlier_blocks else WINDOW
@@ -159,6 +175,13 @@ def report(folder: Path) -> None:
         if any(nats):
             numbers = " | ".join("" if each is None else f"{each['nats']:.3f}" for each in nats)
             print(f"| {arm}{kind} | {numbers} | {next(filter(None, nats))['is']} |")
+    if any(line["measure"] in PLACES for lines in arms.values() for line in lines):
+        print("\n| nats held out, tokens before | " + " | ".join(name.partition(", ")[2] for name in PLACES) + " |")
+        print("|---" * (1 + len(PLACES)) + "|")
+    for arm, lines in arms.items():
+        found = {line["measure"]: f"{line['nats']:.3f}" for line in lines if line["measure"] in PLACES}
+        if found:
+            print(f"| {arm} | {' | '.join(found.get(name, '') for name in PLACES)} |")
     print(
         "\n| arm | measure | pass@1, % (standard error) | exact match, % | tokens a pass | of the line | tasks |\n"
         + "|---" * 7

@@ -297,15 +297,33 @@ def test_the_next_token_of_a_diffusion_model_is_measured_given_all_tokens_before
     windows = torch.from_numpy(row).view(2, 12)
     of = lambda window, end: model(window[None, :end], use_causal_mask=True).logits[0, -1].log_softmax(-1)[window[end]]
     with torch.no_grad():
-        expected = -torch.stack([of(window, end) for window in windows for end in range(1, 12)]).mean()
+        every = -torch.stack([of(window, end) for window in windows for end in range(1, 12)]).view(2, 11)
     found = adapt_measure.held_out(model, row, 2, 1, is_causal=True)
-    assert found["nats"] == pytest.approx(expected.item(), abs=1e-5)
+    assert found["nats"] == pytest.approx(every.mean().item(), abs=1e-5)
+    in_place = adapt_measure.held_out(model, row, 2, 1, is_causal=True, place=(4, 9))
+    assert in_place["nats"] == pytest.approx(every[:, 3:8].mean().item(), abs=1e-5)
     lines = [
         {"measure": f"nats {split}{kind}", **found} for split in adapt_measure.HELD_OUT for kind in ("", ", next token")
     ]
     (tmp_path / "nemotron.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     adapt_measure.report(tmp_path)
     assert "\n| nemotron, next token | " in capsys.readouterr().out
+
+
+def test_a_bound_by_place_is_of_its_tokens_given_those_before(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(adapt_measure, "WINDOW", 12)
+    model, row = new_model("sdar").eval(), np.random.default_rng(0).integers(5, 60, 24)
+    inputs = torch.from_numpy(row).view(2, 12)[:, :9]
+    labels = inputs.clone()
+    labels[:, :4] = -100
+    torch.manual_seed(0)
+    expected = model.log_likelihood(inputs, labels=labels, num_samples=4).log_likelihood.sum() / -10
+    torch.manual_seed(0)
+    found = adapt_measure.held_out(model, row, 2, 4, place=(4, 9))
+    assert found["nats"] == pytest.approx(expected.item())
+    (tmp_path / "sdar.jsonl").write_text(json.dumps({"measure": next(iter(adapt_measure.PLACES)), **found}) + "\n")
+    adapt_measure.report(tmp_path)
+    assert f"\n| sdar | {found['nats']:.3f} |  |" in capsys.readouterr().out
 
 
 def test_what_is_not_measured_is_said(adapt, copy, capsys):
