@@ -137,6 +137,21 @@ ARGUMENT_OF_TYPE: dict[type, dict[str, Any]] = {
 }
 
 
+class OneOf(argparse.Action):
+    """An option with several names. A name may come again, as anywhere; two that differ contradict each other."""
+
+    spelling = None
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest)
+        if self.spelling not in (None, option_string) and before != values:
+            raise argparse.ArgumentError(
+                None, f"{option_string} {values} contradicts {self.spelling} {before}: give only one of them"
+            )
+        self.spelling = option_string
+        setattr(namespace, self.dest, values)
+
+
 def command_parser(command: str) -> Parser:
     """The parser of one of `COMMANDS`."""
     parser = Parser(prog=f"dllm-hf {command}")
@@ -215,7 +230,8 @@ def _add_generation_options(parser: Parser) -> None:
     )
     for name, (kind, text, other_names) in GENERATION_OPTIONS.items():
         spellings = dict.fromkeys("--" + each.rstrip("_").replace("_", "-") for each in (name, *other_names))
-        generation.add_argument(*spellings, dest=name, help=text, **ARGUMENT_OF_TYPE[kind])
+        action: dict[str, Any] = {"action": OneOf} if other_names else {}
+        generation.add_argument(*spellings, dest=name, help=text, **ARGUMENT_OF_TYPE[kind], **action)
 
 
 def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def test_mistakes_are_one_line_on_stderr_with_exit_code_2(run, folder, bare_fold
     one_line_error(
         run("generate", folder, "Hi", "--remasking-strategy", "lowconfidence"), "`remasking_strategy", "did you mean"
     )
+    two_names = ["--gen-length", 5, "--max_new_tokens", 9]
+    one_line_error(run("generate", folder, "Hi", *two_names), "--gen-length 5", "--max-new-tokens 9", "only one")
     one_line_error(run("generate", folder, "--max-new-tokens", 0), "`max_new_tokens=0`")
     one_line_error(run("generate", folder, "Hi", "--steps", "many"), "--steps", "many")
     one_line_error(run("generate", folder, "Hi", "--unheard-of", 1), "--unheard-of")
@@ -129,6 +131,12 @@ def test_mistakes_are_one_line_on_stderr_with_exit_code_2(run, folder, bare_fold
     one_line_error(run("generate", tmp_path, "Hi"), "config.json")
     one_line_error(run("generate"), "MODEL")
     one_line_error(run("paint"), "generate", "chat")
+
+
+def test_an_option_may_come_again_and_by_another_name_with_the_same_value(run, folder):
+    expected = run("generate", folder, "Hi", "--max-new-tokens", 5)[1]
+    for options in (["--max-new-tokens", 9, "--max-new-tokens", 5], ["--gen-length", 5, "--max-new-tokens", 5]):
+        assert run("generate", folder, "Hi", *options)[:2] == (0, expected)
 
 
 def test_a_model_that_is_neither_here_nor_on_the_hub_is_a_mistake_too(run, monkeypatch):
