@@ -7,19 +7,8 @@ from torch.nn import functional as F
 from dllm_hf.gla_dream import GLADreamCache
 from dllm_hf.training.noising import mask_sequences
 
-from ..builders import MASK, VOCAB, left_pad, new_model, recorded
-
-CLEAN = [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [21, 22, 23, 24, 25, 26], [31, 32, 33, 34, 35, 36, 37, 38, 39]]
-MASKED = [[1, 2, 5, 8, 10], [4, 5], [0, 3, 4, 7]]
-
-
-def noised(clean: list[int], masked: list[int]) -> tuple[list[int], list[int]]:
-    """The noisy row and its labels."""
-    noisy = [MASK if index in masked else token for index, token in enumerate(clean)]
-    return noisy, [token if index in masked else -100 for index, token in enumerate(clean)]
-
-
-PAIRS = [noised(clean, masked) for clean, masked in zip(CLEAN, MASKED, strict=True)]
+from ..builders import MASK, VOCAB, new_model, recorded
+from ..noised_pairs import CLEAN, MASKED, PAIRS, assert_same_gradients, assert_same_loss, batch_of, gradients, noised
 
 
 @pytest.fixture
@@ -43,28 +32,6 @@ def all_cross_entropies(model) -> torch.Tensor:
     return torch.cat([cross_entropies(model, *pair) for pair in zip(CLEAN, MASKED, strict=True)])
 
 
-def batch_of(pairs=PAIRS) -> dict[str, torch.Tensor]:
-    batch = left_pad([noisy for noisy, _ in pairs])
-    return {**batch, "labels": left_pad([labels for _, labels in pairs], pad=-100)["input_ids"]}
-
-
-def gradients(model, loss) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_same_gradients(one, other):
-    assert one.keys() == other.keys()
-    for name, gradient in one.items():
-        torch.testing.assert_close(gradient, other[name], atol=1e-4, rtol=1e-3, msg=lambda text, name=name: name + text)
-
-
-def assert_same_loss(model, loss, expected):
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
-
-
 # --- noise that the caller drew
 
 
@@ -82,14 +49,7 @@ def test_the_loss_of_a_pair_equals_its_definition_and_so_do_its_gradients(inject
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_loss_of_a_padded_batch_is_that_of_its_rows(model, side):
-    batch = batch_of()
-    if side == "right":
-        padding = (batch["attention_mask"] == 0).sum(-1)
-        batch = {
-            name: torch.stack([row.roll(-int(pad)) for row, pad in zip(tensor, padding, strict=True)])
-            for name, tensor in batch.items()
-        }
-    assert_same_loss(model, model(**batch).loss, all_cross_entropies(model).mean())
+    assert_same_loss(model, model(**batch_of(side=side)).loss, all_cross_entropies(model).mean())
 
 
 def test_the_loss_of_a_row_with_holes_is_that_of_the_row_without(model):

@@ -6,23 +6,13 @@ from torch.nn import functional as F
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from ..builders import MASK, VOCAB, left_pad, new_model, recorded
+from ..noised_pairs import CLEAN, MASKED, PAIRS, assert_same_gradients, assert_same_loss, batch_of, gradients, noised
 from .conftest import SDAR_FAMILIES
 
 
 @pytest.fixture
 def model(family):
     return new_model(family)
-
-
-def noised(clean: list[int], masked: list[int]) -> tuple[list[int], list[int]]:
-    """The noisy row and its labels."""
-    noisy = [MASK if index in masked else token for index, token in enumerate(clean)]
-    return noisy, [token if index in masked else -100 for index, token in enumerate(clean)]
-
-
-CLEAN = [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [21, 22, 23, 24, 25, 26], [31, 32, 33, 34, 35, 36, 37, 38, 39]]
-MASKED = [[1, 2, 5, 8, 10], [4, 5], [0, 3, 4, 7]]
-PAIRS = [noised(clean, masked) for clean, masked in zip(CLEAN, MASKED, strict=True)]
 
 
 def cross_entropies(model, clean, masked, size) -> torch.Tensor:
@@ -41,30 +31,12 @@ def cross_entropies(model, clean, masked, size) -> torch.Tensor:
     return torch.cat(losses)[masked]
 
 
-def batch_of(pairs=PAIRS) -> dict[str, torch.Tensor]:
-    batch = left_pad([noisy for noisy, _ in pairs])
-    return {**batch, "labels": left_pad([labels for _, labels in pairs], pad=-100)["input_ids"]}
-
-
-def gradients(model, loss) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_same_gradients(one, other):
-    assert one.keys() == other.keys()
-    for name, gradient in one.items():
-        torch.testing.assert_close(gradient, other[name], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: name + text)
-
-
 @pytest.mark.parametrize("size", [1, 3, 4, 16])
 def test_the_loss_of_a_pair_equals_its_definition_and_so_do_its_gradients(model, size):
     noisy, labels = PAIRS[0]
     loss = model(input_ids=torch.tensor([noisy]), labels=torch.tensor([labels]), block_size=size).loss
     expected = cross_entropies(model, CLEAN[0], MASKED[0], size).mean()
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
+    assert_same_loss(model, loss, expected)
 
 
 def test_the_block_size_is_the_configuration_s_where_none_is_given(family):
@@ -76,17 +48,8 @@ def test_the_block_size_is_the_configuration_s_where_none_is_given(family):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_loss_of_a_padded_batch_is_that_of_its_rows(model, side):
-    batch = batch_of()
-    if side == "right":
-        padding = (batch["attention_mask"] == 0).sum(-1)
-        batch = {
-            name: torch.stack([row.roll(-int(pad)) for row, pad in zip(tensor, padding, strict=True)])
-            for name, tensor in batch.items()
-        }
     expected = torch.cat([cross_entropies(model, c, m, 4) for c, m in zip(CLEAN, MASKED, strict=True)]).mean()
-    loss = model(**batch).loss
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
+    assert_same_loss(model, model(**batch_of(side=side)).loss, expected)
 
 
 def test_the_loss_of_packed_samples_is_that_of_the_samples(model):
@@ -94,8 +57,7 @@ def test_the_loss_of_packed_samples_is_that_of_the_samples(model):
     positions = torch.tensor([[position for clean in CLEAN for position in range(len(clean))]])
     expected = torch.cat([cross_entropies(model, c, m, 4) for c, m in zip(CLEAN, MASKED, strict=True)]).mean()
     loss = model(input_ids=tokens, labels=labels, position_ids=positions).loss
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
+    assert_same_loss(model, loss, expected)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
