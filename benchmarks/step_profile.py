@@ -79,19 +79,19 @@ def main() -> None:
     rounds = torch.randint(0, 100_000, (3, args.requests, PROMPT), generator=generator).tolist()
     params = SamplingParams(max_tokens=args.new, temperature=0.0, ignore_eos=True, denoising_steps=4, block_length=4)
 
-    def run(texts: list[list[int]]) -> tuple[int, float]:
+    def run(llm: LLM, texts: list[list[int]]) -> tuple[int, float]:
         began, passes = time.perf_counter(), llm.load().num_forward_passes
         llm.generate(texts, params, use_tqdm=False)
         torch.cuda.synchronize()
         return llm.load().num_forward_passes - passes, time.perf_counter() - began
 
     for texts in rounds[:2]:
-        run(texts)
+        run(llm, texts)
     if rank:
-        run(rounds[2])
+        run(llm, rounds[2])
     else:
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            passes, seconds = run(rounds[2])
+            passes, seconds = run(llm, rounds[2])
         # Of a trace in a file: PyTorch's own list of so many events takes minutes to make.
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
@@ -100,6 +100,7 @@ def main() -> None:
         kernels = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") in ON_DEVICE)
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size} GPUs")
         report([(name, begin, end) for begin, end, name in kernels], passes, seconds)
+    del llm  # and its graphs, for which NCCL would wait
     if size > 1:
         distributed.barrier()
         distributed.destroy_process_group()
