@@ -1,6 +1,8 @@
 """Fixtures that several test modules share. What they build comes from `builders.py`. They are a plugin, which `conftest.py`
 registers where tests are run: to import the libraries takes seconds."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -58,3 +60,12 @@ def policy(request) -> str:
 @pytest.fixture(scope="session")
 def tokenizer():
     return character_tokenizer()
+
+
+@pytest.fixture
+def uncollected():
+    """The garbage collector is off."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -11,7 +11,6 @@ import torch
 
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine.driver import Mailbox
-from dllm_hf.generation.cache import CanvasCache
 from dllm_hf.generation.canvas import Canvas
 
 from ..builders import character_tokenizer, new_model, tiny_model
@@ -116,16 +115,16 @@ def test_no_memory_to_close_gaps_is_backpressure(own_model, monkeypatch):
     llm = LLM(own_model, max_num_seqs=3, num_cache_tokens=45)
     prompts = [[number, 2, 3, *[4] * (3 * number)] for number in (0, 1, 2, 3, 0, 2)]
     expected = [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS)]
-    tried, move = [], CanvasCache._move
+    extents = llm._driver.engine._decoder.workspace.state.extents
+    tried, move = [], extents._move
 
-    def tight(cache, moves):
+    def tight(moves):
         tried.append(moves)
         if len(tried) == 1:
             raise torch.OutOfMemoryError("no memory")
-        move(cache, moves)
+        move(moves)
 
-    extents = llm._driver.engine._decoder.workspace.state.extents
-    monkeypatch.setattr(extents, "_move", lambda moves: tight(llm._driver.engine._decoder.workspace.state, moves))
+    monkeypatch.setattr(extents, "_move", tight)
     for _ in range(4):
         assert [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS)] == expected
     assert len(tried) > 1 and free(llm)

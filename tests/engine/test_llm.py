@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -337,6 +338,18 @@ def test_leaving_the_context_aborts_what_runs(llm):
     with llm:
         llm.submit("abc", SamplingParams(max_tokens=30))
     assert [event.finish_reason for event in llm.events()] == ["abort"]
+
+
+@pytest.mark.usefixtures("captured", "uncollected")
+@pytest.mark.parametrize("family, policy", [("llada", "dual"), ("sdar", "block"), ("gla_dream", "block")])
+def test_the_memory_of_an_engine_is_free_when_the_last_name_of_it_is_gone(family, policy):
+    """The next one in a notebook looks at how much there is."""
+    llm = LLM(tiny_model(family), max_num_seqs=2, block_length=4, cache_policy=policy)
+    llm.generate([[1, 2], [3]], SamplingParams(max_tokens=8), use_tqdm=False)
+    decoder = llm._driver.engine._decoder
+    kept = [weakref.ref(each) for each in (decoder.workspace.state, decoder.canvas, decoder.workspace.graphs)]
+    del decoder, llm
+    assert [each() for each in kept] == [None] * 3
 
 
 # --- bad input

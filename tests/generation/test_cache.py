@@ -129,7 +129,7 @@ def test_columns_of_an_arena_move_piece_by_piece(at_once, monkeypatch):
         layer.lazy_initialization(nothing, nothing)
         layer.keys.normal_(), layer.values.normal_()
     before = [tensor.clone() for tensor in cache.layer_tensors()]
-    cache._move([(12, 10, 7), (20, 17, 5), (40, 22, 9)])
+    cache.extents._move([(12, 10, 7), (20, 17, 5), (40, 22, 9)])
     for old, new in zip(before, cache.layer_tensors()):
         assert torch.equal(new[:, :, 10:31], torch.cat([old[:, :, 12:19], old[:, :, 20:25], old[:, :, 40:49]], dim=2))
         assert torch.equal(new[:, :, :10], old[:, :, :10]) and torch.equal(new[:, :, 31:], old[:, :, 31:])

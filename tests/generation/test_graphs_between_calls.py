@@ -148,15 +148,6 @@ def test_a_model_takes_its_graphs_with_it():
     assert kept() is None
 
 
-@pytest.fixture
-def uncollected():
-    """The garbage collector is off."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("family", ["llada", "sdar", "gla_dream"])
 def test_memory_is_given_back_at_once(family):

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +157,8 @@ class CanvasCache(Cache):
 
     def use_arena(self, slots: int, columns: int, device: torch.device) -> None:
         """Give slots extents of different lengths, in an arena of so many columns. Before the first pass."""
-        self.extents = Extents(slots, columns, self.layers[0].width, device, self._move)
+        move = partial(_move, self.layers)  # not a method: a cycle would keep the arena until garbage is collected
+        self.extents = Extents(slots, columns, self.layers[0].width, device, move)
         for layer in self.layers:
             layer.slots, layer.width = 1, columns
 
@@ -167,17 +169,6 @@ class CanvasCache(Cache):
                 layer.make_spare_slots(-(-number // layer.width))
             else:
                 layer.width = self.extents.columns + number
-
-    def _move(self, moves: list[tuple[int, int, int]]) -> None:
-        """Copy runs of columns of the arena, each as its first column, that of its target, and its size. The targets stand
-        one behind the other, each before its source, so that any piece can be copied once those before it have been."""
-        sources = torch.cat([torch.arange(source, source + size) for source, _, size in moves])
-        arenas = [arena for layer in self.layers if layer.is_initialized for arena in layer.arenas()]
-        for start in range(0, len(sources), MOVED_AT_ONCE) if arenas else ():
-            piece = uploaded(sources[start : start + MOVED_AT_ONCE], arenas[0].device)
-            target = moves[0][1] + start
-            for arena in arenas:
-                arena[:, target : target + len(piece)] = arena.index_select(1, piece)
 
     def set_window(self, window: Window) -> None:
         """Set the window of the next forward pass."""
@@ -323,3 +314,15 @@ class CanvasCache(Cache):
                 f"`past_key_values` was written in blocks of {self.block_length}, but `block_length={options.block_length}`: "
                 f"keep the block length, or {remedy}."
             )
+
+
+def _move(layers: list[CanvasCacheLayer], moves: list[tuple[int, int, int]]) -> None:
+    """Copy runs of columns of the arena, each as its first column, that of its target, and its size. The targets stand one behind
+    the other, each before its source, so that any piece can be copied once those before it have been."""
+    sources = torch.cat([torch.arange(source, source + size) for source, _, size in moves])
+    arenas = [arena for layer in layers if layer.is_initialized for arena in layer.arenas()]
+    for start in range(0, len(sources), MOVED_AT_ONCE) if arenas else ():
+        piece = uploaded(sources[start : start + MOVED_AT_ONCE], arenas[0].device)
+        target = moves[0][1] + start
+        for arena in arenas:
+            arena[:, target : target + len(piece)] = arena.index_select(1, piece)
