@@ -1,6 +1,7 @@
 """`serve`: the application behind a port, until SIGTERM."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -54,7 +55,10 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     logger.info("%s: http://%s:%d", settings.name, f"[{host}]" if ":" in host else host, port)
     freeze_objects()
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    finally:
+        gc.unfreeze()  # what nobody collects at the end nanobind, of which Triton is built, takes for leaks
 
 
 class _Server(uvicorn.Server):
