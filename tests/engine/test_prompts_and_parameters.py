@@ -76,6 +76,8 @@ def test_wrong_prompts_are_refused_before_anything_runs(llm, prompts, params, me
         ({"tensor_parallel_size": 2}, "each process reads the weights"),
         ({"max_num_seqs": 0}, "`max_num_seqs` must be an integer of at least 1"),
         ({"max_model_len": 1000}, "more than the 128 positions"),
+        ({"max_model_len": 1}, "`max_model_len` has no room .* raise it by 1 or more"),
+        ({"num_cache_tokens": 1}, "`num_cache_tokens` has no room .* raise it by 3 or more"),
         ({"gpu_memory_utilization": 1.5}, "above 0 and at most 1"),
         ({"cache_policy": "block"}, "`cache_policy='block'` is not possible"),
     ],
@@ -83,6 +85,12 @@ def test_wrong_prompts_are_refused_before_anything_runs(llm, prompts, params, me
 def test_an_engine_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         LLM(tiny_model("llada"), **arguments)
+
+
+def test_the_smallest_engine_that_is_not_refused_decodes_a_token():
+    llm = LLM(tiny_model("llada"), max_model_len=2, num_cache_tokens=4)
+    (output,) = llm.generate([[5]], SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 1
 
 
 def test_blocks_that_no_request_has_room_for_are_refused_with_the_engine():

@@ -55,6 +55,11 @@ class Intake:
         device: torch.device,
     ):
         self.model, self.tokenizer, self.options, self.limits, self.device = model, tokenizer, options, limits, device
+        for name, limit in limits.items():
+            if limit < 3:
+                raise ValueError(
+                    f"`{name}` has no room for a token of a prompt and a new one: raise it by {3 - limit} or more."
+                )
         self._defaults = model.resolve_options(None, options)
         self._spell = lru_cache(2**16)(partial(spell, tokenizer))
         self._grammars: Grammars | None = None
