@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from dllm_hf import LLM
 from dllm_hf.serving import Settings, bind
@@ -42,12 +43,17 @@ def _engine(arguments: argparse.Namespace) -> LLM:
         file = Path(arguments.chat_template)
         session.tokenizer.chat_template = file.read_text(encoding="utf-8")
         templated(session.tokenizer, GREETING, file)
+    model: Any = session.folder
+    of_files = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+    if session.is_read_elsewhere:
+        of_files["generation_config"] = session.resolved
+    else:
+        model, of_files = session.load(), {}
+        model.generation_config = session.resolved
     return LLM(
-        session.folder if session.is_read_elsewhere else session.load(),
+        model,
         tokenizer=session.tokenizer,
-        generation_config=session.resolved,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
+        **of_files,
         device=arguments.device,
         enforce_eager=session.resolved.disable_compile,
         max_num_seqs=arguments.max_num_seqs,

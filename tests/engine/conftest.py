@@ -1,3 +1,7 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 
 from dllm_hf import LLM
@@ -16,3 +20,17 @@ def llm():
 def own_model():
     """A model that a test may change."""
     return new_model("sdar")
+
+
+@contextmanager
+def columns_fed(llm: LLM) -> Iterator[list[int]]:
+    """Yields a list that receives how many columns each forward pass is fed. Not by a hook: a model with one more is another."""
+    backend, fed = type(llm._driver.engine._decoder.backend), list[int]()
+    plain = backend.__call__
+
+    def counted(self, tokens, *args, **options):
+        fed.append(tokens.numel())
+        return plain(self, tokens, *args, **options)
+
+    with patch.object(backend, "__call__", counted):
+        yield fed

@@ -9,6 +9,7 @@ from dllm_hf import LLM, SamplingParams
 from dllm_hf.generation import decoder
 
 from ..builders import recorded, tiny_model
+from .conftest import columns_fed
 
 
 def admitted_of(llm: LLM) -> list[list[int]]:
@@ -65,9 +66,9 @@ def test_beginnings_are_kept_until_their_columns_are_needed():
     beginning = list(range(40))
 
     def fed(prompt) -> int:
-        with recorded(llm.model) as calls:
+        with columns_fed(llm) as columns:
             llm.generate([prompt], params(4))
-        return sum(call["input_ids"].numel() for call in calls)
+        return sum(columns)
 
     first, again = fed(beginning), fed(beginning)
     assert again <= first - 36

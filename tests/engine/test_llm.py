@@ -352,6 +352,68 @@ def test_the_memory_of_an_engine_is_free_when_the_last_name_of_it_is_gone(family
     assert [each() for each in kept] == [None] * 3
 
 
+# --- the model's owner changes it, and calls from where they come
+
+
+def tokens_of(llm: LLM) -> list[list[int]]:
+    outputs = llm.generate([list(range(3, 33))], SamplingParams(max_tokens=12, ignore_eos=True), use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar", "gla_dream", "nemotron_diffusion"])
+@pytest.mark.parametrize("change", ["weights", "hook", "switch"])
+def test_beginnings_go_with_the_weights_that_computed_them(family, change):
+    """Of a model in training, with hooks that steer it, and whose adapters are switched."""
+    policy = "dual" if family == "llada" else "block"
+    model, engine = new_model(family), {"block_length": 4, "cache_policy": policy}
+    layer = model.get_submodule("model.layers.0.mlp")
+    plain, layer.switch = layer.forward, False
+    layer.forward = lambda *args: plain(*args) * (-1 if layer.switch else 1)
+    llm = LLM(model, **engine)
+    before = tokens_of(llm)
+    if change == "weights":
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight) / 2)
+    elif change == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: -output)
+    else:
+        layer.switch = True
+    expected = tokens_of(LLM(model, **engine))
+    assert tokens_of(llm) == expected != before
+
+
+@pytest.mark.parametrize("makes_it", [True, False])
+def test_an_engine_works_in_and_outside_of_inference_mode(makes_it, own_model):
+    expected = tokens_of(LLM(own_model))
+    llm = None if makes_it else LLM(own_model)
+    with torch.inference_mode():
+        llm = llm or LLM(own_model)
+        assert tokens_of(llm) == expected
+    assert tokens_of(llm) == expected
+
+
+def test_code_that_a_step_runs_cannot_wait_for_it(own_model):
+    llm = LLM(own_model)
+    hook = own_model.register_forward_hook(lambda *_: llm.generate([[1]], SamplingParams(max_tokens=4)))
+    (output,) = llm.generate([[1, 2]], SamplingParams(max_tokens=4), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "error" and "in the middle of a step" in str(output.outputs[0].error)
+    hook.remove()
+    assert len(tokens_of(llm)[0]) == 12
+
+
+def test_an_engine_that_failed_once_goes_like_any_other(own_model, uncollected):
+    llm, forward = LLM(own_model), own_model.lm_head.forward
+    own_model.lm_head.forward = lambda *_: 1 / 0
+    (output,) = llm.generate([[1]], SamplingParams(max_tokens=4), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "error"
+    own_model.lm_head.forward = forward
+    assert len(tokens_of(llm)[0]) == 12
+    kept = weakref.ref(llm._driver.engine)
+    del llm
+    assert kept() is None
+
+
 # --- bad input
 
 

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from dllm_hf import LLM, SamplingParams
+from dllm_hf import LLM, DiffusionGenerationConfig, SamplingParams
 from dllm_hf.engine import StructuredOutputsParams
 
 from ..builders import tiny_model
@@ -79,6 +79,12 @@ def test_wrong_prompts_are_refused_before_anything_runs(llm, prompts, params, me
         ({"max_model_len": 1}, "`max_model_len` has no room .* raise it by 1 or more"),
         ({"num_cache_tokens": 1}, "`num_cache_tokens` has no room .* raise it by 3 or more"),
         ({"gpu_memory_utilization": 1.5}, "above 0 and at most 1"),
+        ({"gpu_memory_utilization": "x"}, "`gpu_memory_utilization` must be above 0"),
+        ({"enforce_eager": "no"}, "`enforce_eager` must be True or False"),
+        ({"generation_config": {}}, "`generation_config` must be a `DiffusionGenerationConfig`, but is a dict"),
+        ({"generation_config": DiffusionGenerationConfig(steps=2)}, "a loaded LLaDAModelLM: change the model itself"),
+        ({"dtype": "bfloat16"}, "`dtype='bfloat16'` is for a `model` that is read from its files"),
+        ({"trust_remote_code": True}, "leave `trust_remote_code` out"),
         ({"cache_policy": "block"}, "`cache_policy='block'` is not possible"),
     ],
 )

@@ -17,6 +17,7 @@ import torch
 from dllm_hf import LLM, SamplingParams
 from dllm_hf.engine import llm as llm_module
 from dllm_hf.engine import remote, replicas, workers
+from dllm_hf.engine.arguments import gpus_of_replicas
 from dllm_hf.engine.heart import COMPILER
 from dllm_hf.engine.replica import Replica
 from dllm_hf.engine.replicas import MUCH_FULLER, Replicas
@@ -279,7 +280,7 @@ def test_what_cannot_be_divided_is_refused_before_a_process_starts(folder, monke
 def test_each_replica_sees_its_own_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2,GPU-7,3")
     arguments = {"device": "cuda", "data_parallel_size": 2, "tensor_parallel_size": 2}
-    assert llm_module._gpus_of_replicas("folder", arguments) == ["5,2", "GPU-7,3"]
+    assert gpus_of_replicas("folder", arguments) == ["5,2", "GPU-7,3"]
 
 
 # --- routing, without processes

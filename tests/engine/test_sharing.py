@@ -11,9 +11,10 @@ from dllm_hf.generation.backend import ModelBackend
 from dllm_hf.generation.beginnings import Beginnings
 from dllm_hf.generation.window import RUN_LENGTH, Pays
 
-from ..builders import MASK, new_model, recorded, tiny_model
+from ..builders import MASK, new_model, tiny_model
 from ..generation.test_decoder import DEVICE
 from ..generation.test_decoder import alone as as_a_call
+from .conftest import columns_fed
 from .test_alone import run
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -22,9 +23,9 @@ BEGINNING = [(7 * position) % 50 for position in range(40)]
 
 def fed(llm: LLM, prompts, params=PARAMS) -> tuple[int, list]:
     """How many columns the model was fed, and the outputs."""
-    with recorded(llm.model) as calls:
+    with columns_fed(llm) as columns:
         outputs = llm.generate(prompts, params, use_tqdm=False)
-    return sum(call["input_ids"].numel() for call in calls), [output.outputs for output in outputs]
+    return sum(columns), [output.outputs for output in outputs]
 
 
 def alone(model, prompts):

@@ -209,8 +209,8 @@ def test_refusals_disturb_nobody(server):
 
 
 def test_options_of_the_model_that_no_request_could_have_are_refused_before_anything_listens():
-    llm = LLM(
-        new_model("llada"), generation_config=DiffusionGenerationConfig(repetition_penalty=1.2), num_cache_tokens=99
-    )
+    model = new_model("llada")
+    model.generation_config = DiffusionGenerationConfig(repetition_penalty=1.2)
+    llm = LLM(model, num_cache_tokens=99)
     with pytest.raises(ValueError, match="`repetition_penalty=1.2`"):
         create_app(llm, Settings(NAME))

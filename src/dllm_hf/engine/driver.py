@@ -63,6 +63,7 @@ class Driver:
             QueueFullError: there is no room for its completions.
         """
         request_id = sequences[0].request_id
+        self._refuse_own_step()
         with interrupts_deferred(), self._changing:
             if self.is_closed:
                 raise ClosedError("The `LLM` is closed: make a new one.")
@@ -88,6 +89,7 @@ class Driver:
 
     def turn(self, mailbox: Mailbox | None) -> None:
         """Do a step, unless there are events in a mailbox."""
+        self._refuse_own_step()
         thread = threading.get_ident()
         try:
             self._turning.add(thread)
@@ -113,6 +115,11 @@ class Driver:
         """Whether this thread is in the middle of a step, or holds the lock for one, and would wait for itself: Python may collect
         an iterator that somebody has left anywhere."""
         return threading.get_ident() in self._turning
+
+    def _refuse_own_step(self) -> None:
+        """Of what the model runs in a step, such as a hook, which would wait for the step to end."""
+        if self.is_in_my_step:
+            raise RuntimeError("This `LLM` is in the middle of a step, which runs this code: use another `LLM` here.")
 
     def knows(self, request_id: str) -> bool:
         """Whether there is a request of this id which has not finished."""

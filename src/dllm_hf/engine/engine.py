@@ -20,7 +20,7 @@ from ..generation.drafts import FREE_TOKENS
 from ..generation.evaluation_mode import evaluating, in_training
 from ..generation.graphs import are_possible
 from ..generation.mixin import DiffusionGenerationMixin
-from ..generation.pool import fused_of
+from ..generation.pool import fused_of, version_of
 from ..generation.ranks import ranks_of
 from ..generation.requests import Row
 from ..generation.uploads import uploaded
@@ -66,6 +66,7 @@ class Engine:
         waiting, running: completions without and with a slot; these by their rows.
     """
 
+    @torch.inference_mode(False)  # as `step`
     def __init__(
         self,
         model: DiffusionGenerationMixin,
@@ -111,7 +112,8 @@ class Engine:
         limits = {"max_model_len": self.capacity + 1, "num_cache_tokens": cache_columns - 1}
         self.intake = Intake(model, tokenizer, options, limits, model.device)
         self.clock: Callable[[], float] = time.monotonic
-        self.failure: Exception | None = None
+        self.failure: str | None = None
+        self._version = version_of(model)
         self._modules = list(model.modules())  # a step does not look for them
         self._in_training: list[nn.Module] = []  # of them, when completions were admitted last
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
@@ -184,6 +186,7 @@ class Engine:
 
     # --- one step
 
+    @torch.inference_mode(False)  # what a step makes under it could not be written outside
     def step(self) -> list[Event]:
         """Move every admitted completion on by one denoising step, tell what the step before has left, and admit what fits.
 
@@ -201,6 +204,7 @@ class Engine:
                 self._end(sequence, "timeout")
         try:
             if not self.running:
+                self._drop_stale()
                 self._admit()
             self._launch()
             self._tell()
@@ -214,6 +218,12 @@ class Engine:
         self._ended = []
         events, self._told = self._told, []
         return events
+
+    def _drop_stale(self) -> None:
+        """Forget beginnings that other weights have computed: of a model in training, or whose adapters are switched."""
+        if self.waiting and (version := version_of(self.model)) != self._version:
+            self._decoder.seats.drop_beginnings()
+            self._version = version
 
     def _admit(self) -> None:
         """Give the first that wait a slot. Where there is no memory for it, they go on waiting as long as others run."""
@@ -360,7 +370,9 @@ class Engine:
     def _fail(self, reason: str, error: Exception | None = None) -> None:
         """End what took part in a step whose passes have failed, but for what steps before it have finished; after any other
         failure everything that has a slot."""
-        self.failure, rows = error, self._decoder.launching if error is not None else []
+        # As text: a traceback would hold the engine.
+        self.failure = None if error is None else f"{type(error).__name__}: {error}"
+        rows = self._decoder.launching if error is not None else []
         try:
             self._tell()
         except Exception as failure:  # of the device, so that nothing can be read from it

@@ -19,6 +19,7 @@ from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.ranks import ranks_of
 from ..hub.checkpoint import empty_model, fetch, read_generation_config
 from ..quantization import check_runs
+from .arguments import check_arguments, gpus_of_replicas
 from .detokenizer import Detokenizer
 from .driver import ClosedError, Driver, Mailbox
 from .engine import Engine, QueueFullError
@@ -43,11 +44,11 @@ class LLM:
         model: a folder, a repository of the Hub, or a loaded model.
         tokenizer: a folder, a repository or a tokenizer; by default that of `model`, if it has one. Without, prompts are
             token ids and texts are empty.
-        generation_config: in the place of the model's own.
+        generation_config: in the place of the model's own; of a loaded model it is to be set there.
         mask_token_id, block_length, cache_policy: for every request; by default those of the model. Where the model offers
             `cache_policy="block"`, that is the default.
         cache_dtype: `"int8"` or `"fp8"` keeps keys and values in 8 bits, so that about twice as many columns fit.
-        dtype, trust_remote_code: as in `from_pretrained`.
+        dtype, trust_remote_code: as in `from_pretrained`; not of a loaded model.
         device: by default a GPU if there is one. Replicas take the GPUs of `CUDA_VISIBLE_DEVICES` in their order.
         max_num_seqs: completions that are decoded together, as long as there is room in the cache.
         max_model_len: columns of each, prompt and new tokens together; by default the model's positions, up to 4,096.
@@ -97,11 +98,11 @@ class LLM:
         draft_steps: int | str | None = None,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "model")}
-        _check_arguments(arguments)
+        check_arguments(model, arguments)
         source = model if isinstance(model, (str, os.PathLike)) else None
         loaded: Any = model
         if data_parallel_size > 1 or tensor_parallel_size > 1:
-            gpus = _gpus_of_replicas(source, arguments)
+            gpus = gpus_of_replicas(source, arguments)
             folder = fetch(loaded, code=trust_remote_code)
             source, loaded, device = folder, empty_model(folder, trust_remote_code), None
             loaded.generation_config = read_generation_config(folder, loaded)
@@ -415,35 +416,3 @@ class LLM:
         if self.tokenizer is not None:
             text = Detokenizer(self.tokenizer, []).decode(prompt, skip_special_tokens=False)
         return RequestOutput(sequence.request_id, prompt, text)
-
-
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse sizes with which no engine can be made."""
-    sizes = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "max_queue", "num_cache_tokens")
-    for name in (*sizes, "data_parallel_size", "tensor_parallel_size"):
-        if (value := arguments[name]) is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
-    DiffusionGenerationConfig(draft_steps=arguments["draft_steps"])
-    if not 0 < (part := arguments["gpu_memory_utilization"]) <= 1:
-        raise ValueError(f"`gpu_memory_utilization` must be above 0 and at most 1, but is {part!r}.")
-
-
-def _gpus_of_replicas(source: Any, arguments: dict[str, Any]) -> list[str] | None:
-    """For each replica the GPUs that it sees, as `CUDA_VISIBLE_DEVICES` names them; None where they run on CPUs."""
-    count, size = arguments["data_parallel_size"], arguments["tensor_parallel_size"]
-    asked = f"`data_parallel_size={count}` with `tensor_parallel_size={size}`"
-    if source is None:
-        raise ValueError(
-            f"{asked}: each process reads the weights itself, so that `model` must be a folder or a repository: save the "
-            "model with `save_pretrained`."
-        )
-    device = torch.device(arguments["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.index is not None:
-        raise ValueError(f"{asked}: `device={device}` is one for all: leave it out, or set CUDA_VISIBLE_DEVICES.")
-    if device.type != "cuda":
-        return None
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
-    if count * size > len(seen):
-        raise ValueError(f"{asked} needs {count * size} GPUs, but there are {len(seen)}.")
-    return [",".join(seen[index * size : (index + 1) * size]) for index in range(count)]

@@ -1,5 +1,6 @@
 """`Replica`: an `LLM` in a process of its own, seen from both sides of its pipes."""
 
+import gc
 import signal
 import threading
 from collections.abc import Callable
@@ -94,6 +95,14 @@ def run_replica(
         events.send(error)
         return
     freeze_objects()
+    try:
+        _decode(llm, requests, events)
+    finally:
+        gc.unfreeze()  # what nobody collects at the end nanobind, of which Triton is built, takes for leaks
+
+
+def _decode(llm: Any, requests: Connection, events: Connection) -> None:
+    """As [`run_replica`], once its engine is there."""
     driver, mailbox = llm._driver, llm._submitted
     intake = driver.engine.intake
     events.send((driver.engine.capacity, intake.options, intake.limits))

@@ -57,7 +57,7 @@ class Sequence:
     final: int = 0
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
-    error: Exception | None = None
+    error: str | None = None
     is_over: bool = False
     is_finished: bool = False
 
@@ -68,7 +68,8 @@ class Sequence:
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End it wherever it stands."""
-        self.reason, self.error = reason, error
+        # As text: a traceback would hold whoever waits for this, and the engine.
+        self.reason, self.error = reason, None if error is None else f"{type(error).__name__}: {error}"
         if self.row is not None:
             self.row.end(self.row.shown)
 
@@ -144,7 +145,7 @@ class Sequence:
             tokens_per_forward=transferred / max(useful, 1),
             filled_prompt_token_ids=filled,
             filled_prompt=filled_text,
-            error=None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+            error=self.error,
             logprobs=logprobs,
             cumulative_logprob=None
             if logprobs is None

@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..generation.ranks import divides_heads
+from .arguments import OF_FILES
 from .heart import Heart, freeze_objects
 from .outputs import Event, Load
 from .remote import Submission
@@ -68,7 +69,9 @@ def run_worker(
     tqdm.set_lock(threading.RLock())  # its own is one of the system, which a process that is killed leaves behind
     try:
         _join(connection, rank, size, device)
-        model = load_part(source, rank, size, arguments["dtype"], arguments["trust_remote_code"])
+        config, dtype, trust_remote_code = (arguments.pop(name) for name in OF_FILES)
+        model = load_part(source, rank, size, dtype, trust_remote_code)
+        model.generation_config = config or model.generation_config
         engine = make(model, **arguments)._driver.engine
     except Exception as error:
         _send_error(connection, error)
@@ -155,8 +158,7 @@ def _step(engine: Any, command: Command, rank: int) -> Stepped:
     load = engine.load()
     told = [(event.request_id, event.index, event.token_ids, event.finish_reason) for event in events]
     digest = (load, zlib.crc32(repr(told).encode()))
-    error = None if engine.failure is None else f"{type(engine.failure).__name__}: {engine.failure}"
-    return Stepped([] if rank else events, load, digest, error)
+    return Stepped([] if rank else events, load, digest, engine.failure)
 
 
 def _send_error(connection: Connection, error: Exception) -> None:

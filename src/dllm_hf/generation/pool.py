@@ -118,12 +118,31 @@ def fingerprint_of(model: DenoisingModel) -> tuple:
     found.append(torch.is_inference_mode_enabled())  # buffers made in it can be written in it only
     for module in model.modules():
         held = vars(module)
-        hooks = (bool(held["_forward_hooks"]), bool(held["_forward_pre_hooks"]), "forward" in held)
+        hooks = (
+            *held["_forward_hooks"],
+            None,
+            *held["_forward_pre_hooks"],
+            "forward" in held,
+        )  # each hook has a number
         found.append((type(module), len(held), *hooks))
         weights = (each for each in held["_parameters"].values() if each is not None)
         found.extend(part.data_ptr() for each in weights for part in _parts_of(each))
         found.extend(each.data_ptr() for each in held["_buffers"].values() if each is not None)
     return tuple(found)
+
+
+def version_of(model: DenoisingModel) -> tuple:
+    """All that keys and values depend on besides the text: the fingerprint but for the configuration, into which the library
+    writes, what adapters switch in modules, and how often weights have been changed in place, which PyTorch counts, though not
+    for changes of `.data`."""
+    switches = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name != "training" and isinstance(value, (bool, int, float, str))
+    ]
+    weights = [each for weight in model.parameters() for each in _parts_of(weight) if not each.is_inference()]
+    return fingerprint_of(model)[1:], switches, sum(each._version for each in weights)
 
 
 def _parts_of(weight: Any) -> list[torch.Tensor]:

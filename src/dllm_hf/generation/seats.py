@@ -87,6 +87,15 @@ class Seats:
             raise
         return row
 
+    def drop_beginnings(self) -> None:
+        """Forget what free slots hold."""
+        if self._beginnings is None:
+            return
+        for slot in self.free:
+            self._beginnings.drop(slot)
+            if self._extents is not None:
+                self._extents.release(slot)
+
     def forget(self, row: Row, column: int) -> int:
         """Forget the state of a row from `column` on. Returns the column up to which the row is final now."""
         return self.backend.forget(self.state, row.slot, row.final_length, column, row.block_length)

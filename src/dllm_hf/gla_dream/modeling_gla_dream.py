@@ -147,6 +147,11 @@ class GLADreamBaseModel(GLADreamPreTrainedModel):
         if attention_mask is None and position_ids is None:
             return self._contiguous_layout(0, inputs_embeds)
         counted = position_ids is None
+        if not counted and (position_ids.shape[-1] != inputs_embeds.shape[1] or position_ids.is_floating_point()):
+            raise ValueError(
+                f"`position_ids` must be integers, `(batch, length)` = {tuple(inputs_embeds.shape[:2])}, but are "
+                f"{tuple(position_ids.shape)}, {position_ids.dtype}."
+            )
         if counted:
             position_ids = counted_positions(attention_mask)
         return lay_out(position_ids.expand(inputs_embeds.shape[:2]), attention_mask, self.config.block_size, counted)
