@@ -316,3 +316,11 @@ def test_labels_with_a_cache_are_refused():
 def test_clean_text_needs_a_mask_token():
     with pytest.raises(ValueError, match="`mask_token_id`"):
         new_model("gla_dream", mask_token_id=None)(TEXT, labels=TEXT.clone())
+
+
+@pytest.mark.parametrize("positions", [torch.arange(4)[None], torch.arange(5.0)[None]])
+def test_positions_that_do_not_fit_are_refused_by_name(positions):
+    with pytest.raises(
+        ValueError, match=r"`position_ids` must be integers, `\(batch, length\)` = \(1, 5\), but are \(1, "
+    ):
+        new_model("gla_dream")(torch.tensor([[5, 6, 7, 8, 9]]), position_ids=positions)

@@ -58,13 +58,16 @@ def server(cluster, folder):
 
 
 def test_more_requests_than_serves_default_are_decoded_together(server):
-    threads = [threading.Thread(target=server.complete, kwargs={**LONG, "seed": each}) for each in range(8)]
-    for thread in threads:
-        thread.start()
     most = 0
-    while any(thread.is_alive() for thread in threads):
-        most = max(most, server.metric("requests_running"))
-    assert most > 5
+    for _ in range(5):  # on a machine with other work the requests may come too late for each other, or end unseen
+        threads = [threading.Thread(target=server.complete, kwargs={**LONG, "seed": each}) for each in range(8)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            most = max(most, server.metric("requests_running"))
+        if most > 5:
+            return
+    raise AssertionError(f"{most} at once")
 
 
 @pytest.mark.parametrize("stream", [True, False])
