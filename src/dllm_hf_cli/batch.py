@@ -216,11 +216,7 @@ def _holds(value: Any, kind: type) -> bool:
 def _engine(session: Session) -> LLM:
     arguments = session.arguments
     return LLM(
-        session.folder if session.is_read_elsewhere else session.load(),
-        tokenizer=session.tokenizer,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
-        device=arguments.device,
+        **session.of_engine(),
         **{own: session.options[name] for name, own in OF_THE_ENGINE.items() if name in session.options},
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,

@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 from dllm_hf import LLM
 from dllm_hf.serving import Settings, bind
@@ -43,18 +42,13 @@ def _engine(arguments: argparse.Namespace) -> LLM:
         file = Path(arguments.chat_template)
         session.tokenizer.chat_template = file.read_text(encoding="utf-8")
         templated(session.tokenizer, GREETING, file)
-    model: Any = session.folder
-    of_files = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+    engine = session.of_engine()
     if session.is_read_elsewhere:
-        of_files["generation_config"] = session.resolved
+        engine["generation_config"] = session.resolved
     else:
-        model, of_files = session.load(), {}
-        model.generation_config = session.resolved
+        engine["model"].generation_config = session.resolved
     return LLM(
-        model,
-        tokenizer=session.tokenizer,
-        **of_files,
-        device=arguments.device,
+        **engine,
         enforce_eager=session.resolved.disable_compile,
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,

@@ -100,6 +100,14 @@ class Session:
         checkpoint.refuse_gaps(self.folder, info["missing_keys"], info["mismatched_keys"])
         return self.model
 
+    def of_engine(self) -> dict[str, Any]:
+        """The arguments of an `LLM` that say what it decodes with: the loaded model, or how other processes read it."""
+        found: dict[str, Any] = {"tokenizer": self.tokenizer, "device": self.arguments.device}
+        if not self.is_read_elsewhere:
+            return {**found, "model": self.load()}
+        reading = {name: getattr(self.arguments, name) for name in ("dtype", "trust_remote_code")}
+        return {**found, "model": self.folder, **reading}
+
     def complete(self, prompt: list[int], is_turn: bool = False) -> str:
         """Decode, show the text, and report speed on standard error. After Ctrl-C the text that is final is shown.
 

@@ -47,6 +47,12 @@ def test_each_line_gets_what_it_gets_alone(run, folder, prompts, tmp_path):
         assert completion["text"] == tokenizer.decode(expected) and completion["finish_reason"] == "length"
 
 
+def test_types_and_code_of_the_repository_are_options_of_one_process_too(run, folder, prompts, tmp_path):
+    options = ["--dtype", "bfloat16", "--trust-remote-code", "--max-num-seqs", 2]
+    assert run("batch", folder, prompts, tmp_path / "results.jsonl", *options)[0] == 0
+    assert len(results_of(tmp_path / "results.jsonl")) == len(LENGTHS)
+
+
 def test_a_folder_without_a_tokenizer_takes_token_ids(run, folder, prompts, tmp_path):
     bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
     (tmp_path / "ids").write_text('{"prompt_token_ids": [1, 2, 3]}')

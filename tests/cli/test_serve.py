@@ -1,6 +1,7 @@
 """`dllm-hf serve`: its options reach the engine and the server, or are refused before anything listens."""
 
 import pytest
+import torch
 
 from dllm_hf import SamplingParams
 
@@ -28,7 +29,7 @@ def test_its_options_reach_the_engine_and_the_server(run, folder, started, monke
         "--max-model-len", 64, "--max-num-seqs", 3, "--max-queue", 5, "--num-cache-tokens", 200,
         "--max-num-batched-tokens", 48, "--max-choices", 7, "--max-body-bytes", 1000, "--request-timeout", 9,
         "--shutdown-timeout", 2, "--allowed-origins", "https://a.example", "--log-prompts",
-        "--cache-policy", "dual", "--temperature", "0.5", "--block-length", 8, "--max-new-tokens", 12,
+        "--cache-policy", "dual", "--temperature", "0.5", "--block-length", 8, "--max-new-tokens", 12, "--dtype", "bfloat16",
     )  # fmt: skip
     assert code == 0
     [(llm, settings, (host, port))] = started
@@ -38,7 +39,7 @@ def test_its_options_reach_the_engine_and_the_server(run, folder, started, monke
     assert len(engine._decoder.rows) == 3 and engine.max_queue == 5 and engine._decoder.token_budget == 48
     options = llm.effective_options(SamplingParams())
     assert (options.cache_policy, options.temperature, options.block_length) == ("dual", 0.5, 8)
-    assert options.max_new_tokens == 12
+    assert options.max_new_tokens == 12 and llm.model.dtype == torch.bfloat16
     assert (settings.name, settings.api_key, settings.max_choices, settings.max_body_bytes) == (
         "tiny",
         "sesame",
