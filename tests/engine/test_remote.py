@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from dllm_hf.engine import replicas, workers
-from dllm_hf.engine.heart import Beat, freeze_objects
+from dllm_hf.engine.heart import Beat, frozen_objects
 from dllm_hf.engine.outputs import Load
 from dllm_hf.engine.remote import CONTEXT, start
 from dllm_hf.engine.replica import Replica
@@ -33,15 +33,13 @@ def test_a_process_sees_its_gpus_from_its_first_import_on():
 
 def test_a_collection_does_not_look_through_what_was_there_before_the_first_step():
     """Of some four hundred thousand objects of libraries, for a quarter of a second."""
-    try:
-        freeze_objects()
+    with frozen_objects():
         assert gc.get_freeze_count() > 10_000 > len(gc.get_objects())
         cycle = []
         cycle.append(cycle)
         del cycle
         assert gc.collect() >= 1  # what comes later is collected
-    finally:
-        gc.unfreeze()
+    assert not gc.get_freeze_count()
 
 
 def test_what_waits_is_counted_while_a_step_in_another_thread_changes_it():

@@ -113,7 +113,7 @@ class Engine:
         self.intake = Intake(model, tokenizer, options, limits, model.device)
         self.clock: Callable[[], float] = time.monotonic
         self.failure: str | None = None
-        self._version = version_of(model)
+        self._version: tuple = ()  # of the model, when beginnings were computed last
         self._modules = list(model.modules())  # a step does not look for them
         self._in_training: list[nn.Module] = []  # of them, when completions were admitted last
         self._reading = Reading(self._decoder.canvas, [])  # what a step has left and has not been told
@@ -221,8 +221,9 @@ class Engine:
 
     def _drop_stale(self) -> None:
         """Forget beginnings that other weights have computed: of a model in training, or whose adapters are switched."""
-        if self.waiting and (version := version_of(self.model)) != self._version:
-            self._decoder.seats.drop_beginnings()
+        seats = self._decoder.seats
+        if self.waiting and seats.shares_beginnings and (version := version_of(self.model)) != self._version:
+            seats.drop_beginnings()
             self._version = version
 
     def _admit(self) -> None:

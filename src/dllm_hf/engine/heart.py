@@ -29,11 +29,16 @@ class Beat:
     stuck: float
 
 
-def freeze_objects() -> None:
+@contextmanager
+def frozen_objects() -> Iterator[None]:
     """For a process that decodes and does nothing else, once its engine is there: the garbage collector does not look through
     the objects of all libraries again, for which a step would wait a quarter of a second every now and then."""
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # what nobody collects at the end nanobind, of which Triton is built, takes for leaks
 
 
 class Heart(threading.Thread):

@@ -1,6 +1,5 @@
 """`Replica`: an `LLM` in a process of its own, seen from both sides of its pipes."""
 
-import gc
 import signal
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .heart import Heart, freeze_objects
+from .heart import Heart, frozen_objects
 from .outputs import Load
 from .remote import Remote, send
 
@@ -94,11 +93,8 @@ def run_replica(
     except Exception as error:
         events.send(error)
         return
-    freeze_objects()
-    try:
+    with frozen_objects():
         _decode(llm, requests, events)
-    finally:
-        gc.unfreeze()  # what nobody collects at the end nanobind, of which Triton is built, takes for leaks
 
 
 def _decode(llm: Any, requests: Connection, events: Connection) -> None:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..generation.ranks import divides_heads
 from .arguments import OF_FILES
-from .heart import Heart, freeze_objects
+from .heart import Heart, frozen_objects
 from .outputs import Event, Load
 from .remote import Submission
 
@@ -76,8 +76,13 @@ def run_worker(
     except Exception as error:
         _send_error(connection, error)
         return
-    freeze_objects()
-    heart = Heart(connection, model.device)
+    with frozen_objects():
+        _follow(connection, engine, rank)
+
+
+def _follow(connection: Connection, engine: Any, rank: int) -> None:
+    """As [`run_worker`], once its engine is there."""
+    heart = Heart(connection, engine.model.device)
     heart.send((engine.capacity, engine.intake.options, engine.intake.limits))
     heart.start()
     commands: SimpleQueue[Command] = SimpleQueue()

@@ -23,6 +23,7 @@ class Seats:
         shares_beginnings: whether rows take over beginnings.
 
     Attributes:
+        shares_beginnings: whether rows take over beginnings of this backend.
         rows: by slot.
         free: the free slots, the one that has been free longest first.
     """
@@ -35,7 +36,8 @@ class Seats:
         self.rows: list[Row | None] = [None] * slots
         self.free = list(range(slots))
         self._extents = getattr(state, "extents", None)
-        self._beginnings = Beginnings(slots, columns) if shares_beginnings and backend.sees_earlier_blocks else None
+        self.shares_beginnings = shares_beginnings and backend.sees_earlier_blocks
+        self._beginnings = Beginnings(slots, columns) if self.shares_beginnings else None
         self._final_lengths: dict[int, int] = {}  # by free slot, the column up to which its state is final
         self._sources: dict[
             Row, tuple[Row, int]

@@ -1,7 +1,6 @@
 """`serve`: the application behind a port, until SIGTERM."""
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from ..engine import LLM
-from ..engine.heart import freeze_objects
+from ..engine.heart import frozen_objects
 from .app import create_app
 from .settings import Settings
 
@@ -54,11 +53,8 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket) -> None:
     server = _Server(config, settings.shutdown_timeout)
     host, port = listener.getsockname()[:2]
     logger.info("%s: http://%s:%d", settings.name, f"[{host}]" if ":" in host else host, port)
-    freeze_objects()
-    try:
+    with frozen_objects():
         server.run(sockets=[listener])
-    finally:
-        gc.unfreeze()  # what nobody collects at the end nanobind, of which Triton is built, takes for leaks
 
 
 class _Server(uvicorn.Server):
